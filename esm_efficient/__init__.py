@@ -1,0 +1,104 @@
+"""Efficient and exact fine-tuning components for the ESM-2 protein language model.
+
+The public names are imported when they are first used (PEP 562), so that ``import esm_efficient`` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esm_efficient.adapters import lora_config, prepare_model, resolve_targets
+    from esm_efficient.data import deeploc_dataloaders, load_deeploc, stratified_sample, tokenize_dataset
+    from esm_efficient.demo import demo_model_path, write_demo_table
+    from esm_efficient.errors import (
+        AuditError,
+        ConfigurationError,
+        DataError,
+        DownloadError,
+        EsmEfficientError,
+        TargetModuleError,
+    )
+    from esm_efficient.profiling import peak_memory
+    from esm_efficient.recipes import RECIPES, Recipe
+    from esm_efficient.training import (
+        AuditCallback,
+        FinetuneResult,
+        WeightedTrainer,
+        classification_metrics,
+        compute_metrics_for,
+        finetune,
+        recipe_adapters,
+        recipe_arguments,
+    )
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "adapters": ("lora_config", "prepare_model", "resolve_targets"),
+    "data": ("deeploc_dataloaders", "load_deeploc", "stratified_sample", "tokenize_dataset"),
+    "demo": ("demo_model_path", "write_demo_table"),
+    "errors": (
+        "AuditError",
+        "ConfigurationError",
+        "DataError",
+        "DownloadError",
+        "EsmEfficientError",
+        "TargetModuleError",
+    ),
+    "profiling": ("peak_memory",),
+    "recipes": ("RECIPES", "Recipe"),
+    "training": (
+        "AuditCallback",
+        "FinetuneResult",
+        "WeightedTrainer",
+        "classification_metrics",
+        "compute_metrics_for",
+        "finetune",
+        "recipe_adapters",
+        "recipe_arguments",
+    ),
+}
+_MODULES = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "RECIPES",
+    "AuditCallback",
+    "AuditError",
+    "ConfigurationError",
+    "DataError",
+    "DownloadError",
+    "EsmEfficientError",
+    "FinetuneResult",
+    "Recipe",
+    "TargetModuleError",
+    "WeightedTrainer",
+    "classification_metrics",
+    "compute_metrics_for",
+    "deeploc_dataloaders",
+    "demo_model_path",
+    "finetune",
+    "load_deeploc",
+    "lora_config",
+    "peak_memory",
+    "prepare_model",
+    "recipe_adapters",
+    "recipe_arguments",
+    "resolve_targets",
+    "stratified_sample",
+    "tokenize_dataset",
+    "write_demo_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,7 @@
+"""What gets trained."""
+
+from esm_efficient.adapters.prepare import prepare_model
+from esm_efficient.adapters.registry import PRESETS, ROLES
+from esm_efficient.adapters.resolve import TargetMatch, TargetReport, lora_config, resolve_targets
+
+__all__ = ["PRESETS", "ROLES", "TargetMatch", "TargetReport", "lora_config", "prepare_model", "resolve_targets"]

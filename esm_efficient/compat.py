@@ -1,0 +1,54 @@
+"""The only place that asks which version of a library is installed.
+
+Each function hides one difference between transformers 5.3 and the newest release.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+
+def checkpointing_arguments(enabled: bool, *, use_reentrant: bool = False) -> dict[str, Any]:
+    """Keyword arguments of ``TrainingArguments`` that switch gradient checkpointing on or off.
+
+    transformers 5.23 renames ``gradient_checkpointing`` to ``activation_checkpointing``.
+    """
+    from transformers import TrainingArguments
+
+    prefix = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+    arguments: dict[str, Any] = {f"{prefix}_checkpointing": enabled}
+    if enabled:
+        arguments[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
+    return arguments
+
+
+def asks_for_checkpointing(args: TrainingArguments) -> bool:
+    """Whether training arguments switch gradient checkpointing on, under either name."""
+    return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+
+
+def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> None:
+    """Switch gradient checkpointing on for a transformers model (not a wrapper of one)."""
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+
+
+def declare_loss_normalised(trainer: Trainer) -> None:
+    """Tell a Trainer that its loss is already divided by the whole accumulated batch.
+
+    From transformers 5.20 there is an attribute for it. Before, the Trainer divides by the accumulation steps unless
+    the model is said to accept loss arguments.
+    """
+    from transformers import Trainer
+
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.loss_is_scaled_for_ga = True
+    else:
+        trainer.model_accepts_loss_kwargs = True

@@ -1,0 +1,278 @@
+"""The DeepLoc-2.0 table: fetch, verify, read, label, split.
+
+Thumuluri et al. (2022), "DeepLoc 2.0: multi-label subcellular localization prediction using protein language models",
+Nucleic Acids Research 50, W228-W234. The authors state no licence for the table, so the library ships no row of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+
+from esm_efficient.data.download import cache_folder, fetch
+from esm_efficient.data.sequences import clean
+from esm_efficient.errors import ConfigurationError, DataError, listing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset, DatasetDict, Features
+
+logger = logging.getLogger(__name__)
+
+DEEPLOC_URL = (
+    "https://services.healthtech.dtu.dk/services/DeepLoc-2.0/data/Swissprot_Train_Validation_dataset.csv"
+)
+DEEPLOC_SHA256 = "29a07b293fed2994a966b70bdcd6bacc59915b8b01fa200cb2b07d8db18384a2"
+
+LABEL_NAMES = ("non-membrane", "membrane")
+LABEL_COLUMN = "Membrane"
+"""The column of the label. ``Cell membrane`` is another: one of the ten locations, and neither implies the other."""
+
+LOCATIONS = (
+    "Cytoplasm",
+    "Nucleus",
+    "Extracellular",
+    "Cell membrane",
+    "Mitochondrion",
+    "Plastid",
+    "Endoplasmic reticulum",
+    "Lysosome/Vacuole",
+    "Golgi apparatus",
+    "Peroxisome",
+)
+COLUMNS = ("ACC", "Kingdom", "Partition", LABEL_COLUMN, *LOCATIONS, "Sequence")
+_READ = ("ACC", "Kingdom", "Partition", LABEL_COLUMN, "Sequence")
+
+
+def load_deeploc(
+    source: str | Path | None = None,
+    *,
+    min_length: int | None = 100,
+    max_length: int | None = 512,
+    split: Literal["partition", "random"] = "partition",
+    test_partitions: Sequence[int] = (4,),
+    validation_partitions: Sequence[int] = (3,),
+    test_size: float = 0.2,
+    validation_size: float = 0.1,
+    seed: int = 0,
+    sha256: str | None = None,
+) -> DatasetDict:
+    """Load the DeepLoc-2.0 table as a labelled, split `DatasetDict` for predicting membrane proteins.
+
+    The rows of the file are sorted by sequence; the rows of each split returned here are shuffled, so that the first
+    n of them are a fair sample.
+
+    Args:
+        source: a path (plain, ``.gz`` or ``.xz``) or an http(s) address of a table in the DeepLoc-2.0 format; None for
+            the authors' own address. What is downloaded is kept in the folder that ``$ESM_EFFICIENT_CACHE`` names.
+        min_length: the fewest residues to keep a protein; None for no bound.
+        max_length: the most residues to keep a protein; None for no bound.
+        split: ``"partition"`` uses the table's own homology partitions (at most 30 % identity between two of them);
+            ``"random"`` is stratified by label and lets relatives of training proteins into the test set.
+        test_partitions: partitions of the test set, with ``split="partition"``.
+        validation_partitions: partitions of the validation set; empty for none.
+        test_size: fraction of the proteins in the test set, with ``split="random"``.
+        validation_size: likewise for the validation set; 0 for none.
+        seed: of the shuffling and of the random split.
+        sha256: the expected SHA-256 of a downloaded file; the authors' file is always checked.
+
+    Returns:
+        Splits ``train``, ``validation`` (unless empty) and ``test``, with the features ``sequence`` (str), ``label``
+        (ClassLabel "non-membrane"/"membrane"), ``kingdom`` (str), ``accession`` (str), ``partition`` (int) and
+        ``length`` (residues).
+
+    Raises:
+        DownloadError: the file cannot be fetched or is not the expected one.
+        DataError: columns are missing; labels, partitions or sequences are broken; a sequence stands in two splits.
+        ConfigurationError: the options of the split contradict each other.
+
+    Example:
+        >>> from esm_efficient.demo import write_demo_table
+        >>> data = load_deeploc(write_demo_table("demo.csv"))  # doctest: +SKIP
+        >>> data["train"].features["label"].names  # doctest: +SKIP
+        ['non-membrane', 'membrane']
+    """
+    if split not in ("partition", "random"):
+        raise ConfigurationError(f'split={split!r}: expected "partition" or "random"')
+    path = _locate(source, sha256)
+    table = _clean_table(_read_table(path), path)
+    table = table[table["length"].between(min_length or 0, max_length if max_length is not None else np.inf)]
+    if table.empty:
+        raise DataError(f"{path}: no protein has between {min_length} and {max_length} residues")
+    if split == "partition":
+        parts = _split_by_partition(table, tuple(test_partitions), tuple(validation_partitions))
+        datasets = {name: _to_dataset(part).shuffle(seed=seed) for name, part in parts.items()}
+    else:
+        datasets = _split_at_random(_to_dataset(table), test_size, validation_size, seed)
+    _check_leaks({name: dataset["sequence"][:] for name, dataset in datasets.items()}, table)
+
+    from datasets import DatasetDict
+
+    logger.info("%s: %s", path, ", ".join(f"{name} {len(dataset):,}" for name, dataset in datasets.items()))
+    return DatasetDict(datasets)
+
+
+def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
+    """A random sample of rows with the label frequencies of the whole.
+
+    Args:
+        dataset: rows with a ClassLabel ``label``.
+        size: rows to draw; the whole dataset, shuffled, if it has no more.
+        seed: of the draw.
+    """
+    if size >= len(dataset):
+        return dataset.shuffle(seed=seed)
+    return dataset.train_test_split(train_size=size, stratify_by_column="label", seed=seed)["train"]
+
+
+def _locate(source: str | Path | None, sha256: str | None) -> Path:
+    """The local path of the table, downloaded if need be."""
+    if source is None:
+        return fetch(DEEPLOC_URL, cache_folder() / Path(urlparse(DEEPLOC_URL).path).name, sha256=DEEPLOC_SHA256)
+    if isinstance(source, str) and urlparse(source).scheme in ("http", "https"):
+        parts = urlparse(source)
+        return fetch(source, cache_folder() / f"{parts.netloc}_{Path(unquote(parts.path)).name}", sha256=sha256)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"no file at {path}. Give a path, an http(s) address, or nothing for the authors' own table")
+    return path
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read the columns that are needed, as text, so that nothing is guessed."""
+    import pandas as pd
+
+    try:
+        header = pd.read_csv(path, nrows=0).columns.tolist()
+        if missing := [name for name in _READ if name not in header]:
+            raise DataError(
+                f"{path} has no column {listing([repr(name) for name in missing])}. A DeepLoc-2.0 table has "
+                f"{', '.join(COLUMNS)}; this one has {', '.join(header)}"
+            )
+        return pd.read_csv(path, usecols=list(_READ), dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as a CSV table ({error})") from error
+
+
+def _clean_table(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Check every row; columns of the result: sequence, label, kingdom, accession, partition, length."""
+    import pandas as pd
+
+    names = [f"line {i + 2} ({accession or 'no accession'})" for i, accession in enumerate(raw["ACC"])]
+
+    def complain(bad: pd.Series, what: str) -> None:
+        if bad.any():
+            rows = [names[i] for i in np.flatnonzero(bad)]
+            raise DataError(f"{path}: {what} in {len(rows)} row(s): {listing(rows)}")
+
+    label = pd.to_numeric(raw[LABEL_COLUMN], errors="coerce")
+    complain(label.isna(), f"the {LABEL_COLUMN} label is missing or not a number")
+    complain(~label.isin([0, 1]), f"the {LABEL_COLUMN} label is neither 0 nor 1")
+    partition = pd.to_numeric(raw["Partition"], errors="coerce")
+    complain(partition.isna() | (partition % 1 != 0), "the Partition is missing or not a whole number")
+    sequence = raw["Sequence"].map(clean)
+    complain(sequence == "", "the Sequence is empty")
+    complain(raw["ACC"].str.strip() == "", "the accession (ACC) is empty")
+    complain(raw["ACC"].duplicated(keep=False), "the accession (ACC) stands more than once")
+    complain(~sequence.str.fullmatch("[A-Z]+"), "the Sequence holds characters that are not letters")
+    return pd.DataFrame(
+        {
+            "sequence": sequence,
+            "label": label.astype(int),
+            "kingdom": raw["Kingdom"],
+            "accession": raw["ACC"].str.strip(),
+            "partition": partition.astype(int),
+            "length": sequence.str.len(),
+        }
+    )
+
+
+def _features() -> Features:
+    from datasets import ClassLabel, Features, Value
+
+    return Features(
+        {
+            "sequence": Value("string"),
+            "label": ClassLabel(names=list(LABEL_NAMES)),
+            "kingdom": Value("string"),
+            "accession": Value("string"),
+            "partition": Value("int32"),
+            "length": Value("int32"),
+        }
+    )
+
+
+def _to_dataset(table: pd.DataFrame) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_pandas(table, features=_features(), preserve_index=False)
+
+
+def _split_by_partition(
+    table: pd.DataFrame, test: tuple[int, ...], validation: tuple[int, ...]
+) -> dict[str, pd.DataFrame]:
+    """Cut the table by homology partition; what is in neither list is for training."""
+    present = sorted(table["partition"].unique().tolist())
+    if both := sorted(set(test) & set(validation)):
+        raise ConfigurationError(f"partition(s) {both} are named for the test set and for the validation set")
+    if absent := sorted((set(test) | set(validation)) - set(present)):
+        raise ConfigurationError(f"partition(s) {absent} are not in the table, which has {present}")
+    if not test:
+        raise ConfigurationError(f"test_partitions is empty; choose from {present}")
+    if not set(present) - set(test) - set(validation):
+        raise ConfigurationError(f"no partition of {present} is left to train on")
+    where = table["partition"]
+    parts = {"train": table[~where.isin([*test, *validation])]}
+    if validation:
+        parts["validation"] = table[where.isin(validation)]
+    parts["test"] = table[where.isin(test)]
+    return parts
+
+
+def _split_at_random(dataset: Dataset, test_size: float, validation_size: float, seed: int) -> dict[str, Dataset]:
+    """Cut a dataset at random with equal label frequencies in every part."""
+    if not (0 < test_size < 1 and 0 <= validation_size < 1 and test_size + validation_size < 1):
+        raise ConfigurationError(
+            f"test_size={test_size} and validation_size={validation_size}: expected fractions that leave something to "
+            "train on"
+        )
+    warnings.warn(
+        "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
+        'skill. Use split="partition" for a figure to report.',
+        UserWarning,
+        stacklevel=3,
+    )
+    cut = dataset.train_test_split(test_size=test_size, stratify_by_column="label", seed=seed)
+    parts = {"train": cut["train"], "test": cut["test"]}
+    if validation_size:
+        rest = cut["train"].train_test_split(
+            test_size=validation_size / (1 - test_size), stratify_by_column="label", seed=seed
+        )
+        parts = {"train": rest["train"], "validation": rest["test"], "test": cut["test"]}
+    return parts
+
+
+def _check_leaks(sequences: dict[str, list[str]], table: pd.DataFrame) -> None:
+    """Refuse a sequence that stands in two splits; count those that stand twice in one."""
+    accession = table.groupby("sequence")["accession"].agg(list)
+    seen: dict[str, str] = {}
+    shared, repeated = [], 0
+    for name, rows in sequences.items():
+        for sequence in rows:
+            first = seen.setdefault(sequence, name)
+            if first != name:
+                shared.append(f"{' = '.join(accession[sequence])} ({first} and {name})")
+        repeated += len(rows) - len(set(rows))
+    if shared:
+        raise DataError(
+            f"{len(shared)} sequence(s) stand in two splits, so the test would be on training data: {listing(shared)}. "
+            "Remove the duplicates, or put them into one partition"
+        )
+    if repeated:
+        logger.warning("%d sequence(s) stand more than once within their split", repeated)

@@ -1,0 +1,113 @@
+"""The named training methods, as data: what each one does, not how.
+
+A recipe fixes the *accumulated batch*: accumulation splits it into smaller micro-batches and so lowers memory, and the
+number of optimizer steps stays what it was. That is what makes the recipes comparable, and what the tutorial's table
+lost when it accumulated four batches, took a quarter of the steps and left the learning rate alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from esm_efficient.errors import ConfigurationError
+
+Trains = Literal["all", "adapters", "head"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named training method.
+
+    Attributes:
+        name: the word it goes by.
+        trains: ``"all"`` parameters, ``"adapters"`` and the head, or the ``"head"`` alone.
+        learning_rate: peak learning rate of AdamW at `batch_size` sequences an optimizer step.
+        micro_batch: sequences in one forward pass on one device.
+        accumulation: micro-batches accumulated before one optimizer step.
+        checkpointing: whether activations are recomputed in the backward pass.
+        preset: which layers get adapters (see `esm_efficient.adapters.resolve`); None without adapters.
+        r: rank of the adapters; None without adapters.
+        description: one line for a table.
+    """
+
+    name: str
+    trains: Trains
+    learning_rate: float
+    micro_batch: int = 8
+    accumulation: int = 1
+    checkpointing: bool = False
+    preset: str | None = None
+    r: int | None = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.trains == "adapters") != (self.preset is not None) or (self.preset is None) != (self.r is None):
+            raise ConfigurationError(
+                f"recipe {self.name!r}: a preset and a rank go with trains='adapters' and with nothing else; got "
+                f"trains={self.trains!r}, preset={self.preset!r}, r={self.r!r}"
+            )
+        if self.micro_batch < 1 or self.accumulation < 1:
+            raise ConfigurationError(
+                f"recipe {self.name!r}: micro_batch and accumulation must be at least 1; got {self.micro_batch} and "
+                f"{self.accumulation}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences an optimizer step on one device: the accumulated batch."""
+        return self.micro_batch * self.accumulation
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with other settings; the learning rate follows the accumulated batch unless it is given.
+
+        Under Adam a batch k times as large wants a rate sqrt(k) times as large (Malladi et al. 2022, "On the SDEs and
+        Scaling Rules for Adaptive Gradient Algorithms").
+
+        Example:
+            >>> RECIPES["lora"].replace(accumulation=4).learning_rate
+            0.002
+        """
+        changed = dataclasses.replace(self, **changes)
+        if "learning_rate" not in changes and changed.batch_size != self.batch_size:
+            scaled = self.learning_rate * math.sqrt(changed.batch_size / self.batch_size)
+            changed = dataclasses.replace(changed, learning_rate=scaled)
+        return changed
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("base", "all", 1e-4, description="all parameters"),
+        Recipe("ga", "all", 1e-4, micro_batch=2, accumulation=4, description="all parameters, gradient accumulation"),
+        Recipe("gc", "all", 1e-4, checkpointing=True, description="all parameters, gradient checkpointing"),
+        Recipe("lora", "adapters", 1e-3, preset="all-linear", r=8, description="LoRA on every linear layer"),
+        Recipe(
+            "all",
+            "adapters",
+            1e-3,
+            micro_batch=2,
+            accumulation=4,
+            checkpointing=True,
+            preset="all-linear",
+            r=8,
+            description="LoRA, gradient accumulation and gradient checkpointing",
+        ),
+        Recipe("frozen", "head", 1e-3, description="the classification head alone"),
+    )
+}
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name; a `Recipe` is returned as it is.
+
+    Raises:
+        ConfigurationError: no recipe has that name.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ConfigurationError(f"no recipe is named {recipe!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[recipe]

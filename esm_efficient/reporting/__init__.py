@@ -1,0 +1,5 @@
+"""Results in, something to look at out."""
+
+from esm_efficient.reporting.tables import format_bytes, format_table
+
+__all__ = ["format_bytes", "format_table"]

@@ -1,0 +1,290 @@
+"""finetune(): the whole job in one call, and the pieces of it that a recipe decides."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+from esm_efficient import compat
+from esm_efficient.adapters.prepare import prepare_model
+from esm_efficient.adapters.resolve import lora_config
+from esm_efficient.data.encoding import tokenize_dataset
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.profiling.memory import peak_memory
+from esm_efficient.recipes import Recipe, get_recipe
+from esm_efficient.training.audit import AuditCallback
+from esm_efficient.training.metrics import compute_metrics_for
+from esm_efficient.training.trainer import WeightedTrainer
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "float32", "bf16"]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run of `finetune` gave and cost.
+
+    Attributes:
+        recipe: name of the recipe.
+        seed: of the run.
+        metrics: on the test split, or on the validation split if there is no other (`classification_metrics`, and
+            ``loss``).
+        evaluated_on: name of that split.
+        train_loss: mean loss of the optimizer steps.
+        steps: optimizer steps.
+        trainable_parameters: numbers that train.
+        total_parameters: numbers in the model, with adapters.
+        trained_layers: indices of the encoder layers in which a parameter trained and moved.
+        layers: encoder layers of the model.
+        residues_per_second: residues (no padding, no special tokens) trained on, per second of the training loop.
+        peak_memory_bytes: peak while training.
+        peak_memory_kind: what that peak counts.
+        seconds: of the training loop.
+        model_dir: folder of the model, or of the adapter, with tokenizer and config.
+        result_path: this record as JSON.
+        model: the trained model, in evaluation mode.
+    """
+
+    recipe: str
+    seed: int
+    metrics: Mapping[str, float]
+    evaluated_on: str
+    train_loss: float
+    steps: int
+    trainable_parameters: int
+    total_parameters: int
+    trained_layers: tuple[int, ...]
+    layers: int
+    residues_per_second: float
+    peak_memory_bytes: int
+    peak_memory_kind: str
+    seconds: float
+    model_dir: Path
+    result_path: Path
+    model: PreTrainedModel | PeftModel = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure, ready for JSON; a metric that is undefined (NaN) is None, which JSON can hold."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
+        record["metrics"] = {key: value if np.isfinite(value) else None for key, value in self.metrics.items()}
+        return record | {
+            "trained_layers": list(self.trained_layers),
+            "model_dir": str(self.model_dir),
+            "result_path": str(self.result_path),
+        }
+
+
+def recipe_arguments(
+    recipe: str | Recipe, output_dir: str | Path, *, precision: Precision = "auto", **overrides: Any
+) -> TrainingArguments:
+    """The `TrainingArguments` of a recipe.
+
+    Args:
+        recipe: a name or a `Recipe`.
+        output_dir: for checkpoints.
+        precision: ``"bf16"`` trains under bfloat16 autocast, ``"float32"`` does not, ``"auto"`` does on a CUDA device
+            that can.
+        **overrides: any option of `TrainingArguments`, which wins over the recipe's.
+
+    Example:
+        >>> recipe_arguments("all", "output").gradient_accumulation_steps
+        4
+    """
+    chosen = get_recipe(recipe)
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": chosen.micro_batch,
+        "gradient_accumulation_steps": chosen.accumulation,
+        "per_device_eval_batch_size": 16,
+        "learning_rate": chosen.learning_rate,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "logging_steps": 20,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": _uses_bf16(precision),
+        # The contact head is frozen, so every parameter that trains is used in every step.
+        "ddp_find_unused_parameters": False,
+        **compat.checkpointing_arguments(chosen.checkpointing),
+        **overrides,
+    }
+    return TrainingArguments(output_dir=str(output_dir), **options)
+
+
+def recipe_adapters(recipe: str | Recipe, model: PreTrainedModel, **options: Any) -> LoraConfig | None:
+    """The adapters of a recipe for a model: a peft `LoraConfig`, or None for a recipe without any.
+
+    Args:
+        recipe: a name or a `Recipe`.
+        model: the model that will get them.
+        **options: of `lora_config`, which win over the recipe's.
+    """
+    chosen = get_recipe(recipe)
+    if chosen.preset is None:
+        if options:
+            raise ConfigurationError(f"recipe {chosen.name!r} has no adapters, so it takes no {', '.join(options)}")
+        return None
+    return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, **options})
+
+
+def finetune(
+    model: str | Path | PreTrainedModel,
+    dataset: DatasetDict,
+    *,
+    recipe: str | Recipe = "all",
+    output_dir: str | Path = "output",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    class_weights: str | Mapping[str, float] | Sequence[float] | None = "balanced",
+    max_length: int = 1024,
+    seed: int = 0,
+    precision: Precision = "auto",
+    adapter_options: Mapping[str, Any] | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+    **training_options: Any,
+) -> FinetuneResult:
+    """Fine-tune ESM-2 to classify sequences: tokenise, prepare, train, audit, evaluate, save.
+
+    Args:
+        model: a folder or a Hub name of an ESM-2 model, or a loaded model with a sequence classification head.
+        dataset: splits ``train`` and ``test`` (or ``validation``), such as `load_deeploc` returns: ``sequence`` (str)
+            and ``label`` (ClassLabel).
+        recipe: ``"base"``, ``"ga"``, ``"gc"``, ``"lora"``, ``"all"``, ``"frozen"``, or a `Recipe` of your own.
+        output_dir: gets ``adapter/`` or ``model/``, and ``result.json``.
+        tokenizer: needed only with a loaded model.
+        class_weights: as `WeightedTrainer`.
+        max_length: the most tokens of a sequence.
+        seed: of the head, the adapters and the order of the batches.
+        precision: ``"auto"``, ``"float32"`` or ``"bf16"``; with bf16 the frozen parameters are held in it.
+        adapter_options: options of `lora_config` that win over the recipe's.
+        resume_from_checkpoint: as `transformers.Trainer.train`; checkpoints are written with ``save_strategy="steps"``.
+        **training_options: options of `TrainingArguments` that win over the recipe's, such as ``num_train_epochs``.
+
+    Returns:
+        Metrics, costs and paths.
+
+    Raises:
+        DataError: the dataset lacks a split or its labels have no names.
+        AuditError: a parameter that should train did not.
+
+    Example:
+        >>> from esm_efficient import finetune, load_deeploc
+        >>> result = finetune("facebook/esm2_t6_8M_UR50D", load_deeploc())  # doctest: +SKIP
+        >>> result.metrics["mcc"]  # doctest: +SKIP
+        0.73
+    """
+    chosen, output_dir = get_recipe(recipe), Path(output_dir)
+    label_names = _label_names(dataset)
+    evaluated_on = next((name for name in ("test", "validation") if name in dataset), None)
+    if "train" not in dataset or evaluated_on is None:
+        raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
+    args = recipe_arguments(chosen, output_dir, precision=precision, seed=seed, **training_options)
+    set_seed(seed)
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise ConfigurationError("a loaded model says nothing of its tokenizer: give tokenizer too")
+    else:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=len(label_names), dtype=torch.float32
+        )
+    tokenized, report = tokenize_dataset(dataset, tokenizer, max_length=max_length)
+
+    prepared = prepare_model(
+        model,
+        adapters=recipe_adapters(chosen, model, **(adapter_options or {})),
+        head_only=chosen.trains == "head",
+        gradient_checkpointing=compat.asks_for_checkpointing(args),
+        dtype=torch.bfloat16 if args.bf16 else None,
+        label_names=label_names,
+    )
+    audit = AuditCallback()
+    trainer = WeightedTrainer(
+        prepared,
+        args,
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized.get("validation"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics_for(label_names),
+        callbacks=[audit],
+        class_weights=class_weights,
+    )
+    trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in prepared.parameters())
+    with peak_memory() as peak:
+        output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    metrics = trainer.predict(tokenized[evaluated_on], metric_key_prefix="test").metrics or {}
+
+    model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
+    trainer.save_model(str(model_dir))
+    residues_per_sequence = report.splits["train"].residues / report.splits["train"].sequences
+    layers = {int(match[1]) for name in audit.report.moved if (match := re.search(r"\.layer\.(\d+)\.", name))}
+    result = FinetuneResult(
+        recipe=chosen.name,
+        seed=seed,
+        metrics={
+            key.removeprefix("test_"): value
+            for key, value in metrics.items()
+            if not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+        },
+        evaluated_on=evaluated_on,
+        train_loss=output.training_loss,
+        steps=output.global_step,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        trained_layers=tuple(sorted(layers)),
+        layers=prepared.config.num_hidden_layers,
+        residues_per_second=output.metrics["train_samples_per_second"] * residues_per_sequence,
+        peak_memory_bytes=peak.bytes,
+        peak_memory_kind=peak.kind,
+        seconds=output.metrics["train_runtime"],
+        model_dir=model_dir,
+        result_path=output_dir / "result.json",
+        model=prepared.eval(),
+    )
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(model_dir)
+        result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _uses_bf16(precision: Precision) -> bool:
+    if precision not in ("auto", "float32", "bf16"):
+        raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32" or "bf16"')
+    if precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def _label_names(dataset: DatasetDict) -> list[str]:
+    features = next(iter(dataset.values())).features
+    names = getattr(features.get("label"), "names", None)
+    if names is None:
+        raise DataError(
+            "the column 'label' must be a ClassLabel, which names the classes; cast it with "
+            f"dataset.class_encode_column('label'). Found {features.get('label')}"
+        )
+    return list(names)

@@ -1,0 +1,248 @@
+"""WeightedTrainer: a transformers Trainer whose weighted loss is right under gradient accumulation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from esm_efficient import compat
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.training.audit import AuditCallback
+from esm_efficient.training.losses import IGNORE, LOSSES, WeightedLoss
+from esm_efficient.training.weights import balanced_class_weights, check_class_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.trainer_utils import EvalLoopOutput
+
+logger = logging.getLogger(__name__)
+
+
+class WeightedTrainer(Trainer):
+    """A `transformers.Trainer` with class weights, exact under accumulation and over several ranks.
+
+    The loss of an optimizer step is the weighted sum over the accumulated batch, divided by the total weight of that
+    batch over all micro-batches and all ranks: the same number and the same gradient however the batch is cut up.
+    A mean of the micro-batches' weighted means is neither. Examples that a distributed sampler repeats to fill the
+    last batch weigh nothing. The evaluation loss is the weighted mean over the whole set, whatever the evaluation
+    batch size.
+
+    It takes what Trainer takes. A model or options that it has no loss for (``compute_loss_func``, regression,
+    multi-label) are left to Trainer, unless class weights are given, which is then an error.
+
+    Args:
+        *args: as `transformers.Trainer`.
+        class_weights: ``"balanced"`` for weights from the labels of ``train_dataset``; one number a class, as an
+            array, a sequence or a tensor in the order of the class ids; a mapping by label name; None for one each.
+        audit: whether a run fails when a parameter that should train gets no gradient or does not move
+            (`AuditCallback`).
+        **kwargs: as `transformers.Trainer`.
+
+    Attributes:
+        class_weights: float64 array of shape (classes,), or None.
+
+    Raises:
+        ConfigurationError: the weights do not fit the model's labels or the task.
+        DataError: a class has no example to weigh it by.
+
+    Example:
+        >>> trainer = WeightedTrainer(
+        ...     model, args, train_dataset=data["train"], class_weights={"non-membrane": 0.7, "membrane": 1.7}
+        ... )  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        class_weights: str | Mapping[str, float] | Sequence[float] | np.ndarray | Tensor | None = None,
+        audit: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.class_weights: np.ndarray | None = None
+        self._loss: WeightedLoss | None = None
+        self._evaluated: list[tuple[Tensor, Tensor]] | None = None
+        self._last_evaluated: tuple[Tensor, Tensor] | None = None
+        self._warned_of_repeats = False
+
+        problem_type = self._set_problem_type(self.model)
+        if self.compute_loss_func is None and problem_type in LOSSES:
+            if class_weights is not None:
+                self.class_weights = self._resolve_weights(class_weights)
+            self._loss = LOSSES[problem_type](
+                class_weights=None if self.class_weights is None else torch.from_numpy(self.class_weights).float(),
+                label_smoothing=self.args.label_smoothing_factor,
+            )
+            self._refuse_model_parallelism()
+            compat.declare_loss_normalised(self)
+        elif class_weights is not None:
+            task = "a compute_loss_func of your own" if self.compute_loss_func is not None else problem_type
+            raise ConfigurationError(f"class_weights do not go with {task}: leave one of the two out")
+        if audit and not any(isinstance(c, AuditCallback) for c in self.callback_handler.callbacks):
+            self.add_callback(AuditCallback())
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """A fresh model from ``model_init``, told its task like the first."""
+        model = super().call_model_init(trial)
+        self._set_problem_type(model)
+        return model
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and their total weight over all ranks."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._loss is None:
+            return batches, count
+        if batches:
+            self._silence_repeats(batches[-1])
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            total += self._loss.weights(_labels(batch)).sum().to(device)
+        return batches, self.accelerator.reduce(total, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted loss of a micro-batch, as its share of the accumulated batch when training."""
+        if self._loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = _labels(inputs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        losses, weights = self._loss(logits, labels)
+        if model.training and num_items_in_batch is not None:
+            # Data-parallel ranks average their gradients: the factor makes the average a sum.
+            loss = losses.sum() / _nonzero(num_items_in_batch) * self.accelerator.num_processes
+        else:
+            loss = losses.sum() / _nonzero(weights.sum())
+            self._last_evaluated = (losses.detach(), weights.detach())
+        if not return_outputs:
+            return loss
+        # Trainer drops the first item of a tuple, where a model that was given labels puts its loss.
+        return loss, (outputs if isinstance(outputs, dict) else (loss, *outputs))
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any, Any]:
+        """As Trainer's; keeps the parts of the loss of every example for the whole set's loss."""
+        self._last_evaluated = None
+        result = super().prediction_step(*args, **kwargs)
+        if self._evaluated is not None and self._last_evaluated is not None:
+            self._evaluated.append(self.accelerator.gather_for_metrics(self._last_evaluated))
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's; its loss is replaced by the weighted mean over the whole set."""
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            if self._evaluated:
+                total = sum(float(losses.double().sum()) for losses, _ in self._evaluated)
+                weight = sum(float(weights.double().sum()) for _, weights in self._evaluated)
+                prefix = kwargs.get("metric_key_prefix", "eval")
+                output.metrics[f"{prefix}_loss"] = total / weight if weight else float("nan")
+        finally:
+            self._evaluated = None
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; an adapter gets the model's config beside it, which holds the task and the label names."""
+        super().save_model(output_dir, _internal_call)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and hasattr(model, "peft_config"):
+            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _set_problem_type(self, model: nn.Module) -> str | None:
+        """The task; written into a classifier's config, since labels never reach the model, which would do it."""
+        config = getattr(model, "config", None)
+        if config is None or self.compute_loss_func is not None:
+            return None
+        task = config.problem_type
+        if task is None and config.num_labels == 1:
+            task = "regression"
+        elif task is None:
+            several = _has_float_labels(self.train_dataset if self.train_dataset is not None else self.eval_dataset)
+            task = "multi_label_classification" if several else "single_label_classification"
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if type(base).__name__.endswith("ForSequenceClassification"):
+            config.problem_type = task
+        return task
+
+    def _resolve_weights(self, class_weights: Any) -> np.ndarray:
+        config = self.model.config
+        names = [str(config.id2label[index]) for index in range(config.num_labels)]
+        if isinstance(class_weights, str) and class_weights == "balanced":
+            return balanced_class_weights(_dataset_labels(self.train_dataset), names)
+        return check_class_weights(class_weights, names)
+
+    def _refuse_model_parallelism(self) -> None:
+        """Ranks that share a batch would be counted as if each had its own."""
+        config = getattr(self.accelerator, "parallelism_config", None)
+        sizes = {name: getattr(config, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")}
+        if shared := [name for name, size in sizes.items() if size > 1]:
+            raise ConfigurationError(f"WeightedTrainer runs data-parallel ranks only; got {', '.join(shared)} > 1")
+
+    def _silence_repeats(self, batch: dict[str, Any]) -> None:
+        """Take the labels from examples that are repeated to give every rank a full last batch."""
+        accelerator, examples = self.accelerator, self.train_dataset
+        world = accelerator.num_processes
+        at_end = accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
+        if world == 1 or not at_end or self.args.dataloader_drop_last:
+            return
+        regular = not accelerator.split_batches and not accelerator.dispatch_batches
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        if not hasattr(examples, "__len__") or not regular or strategy == "batch_rebalance":
+            if not self._warned_of_repeats:
+                logger.warning("cannot tell which examples of the last batch are repeated: they count twice")
+                self._warned_of_repeats = True
+            return
+        size = self._train_batch_size
+        remainder = len(examples) % (size * world)
+        if remainder:
+            # The ranks' batches, one after another, are the rest of the data set and then repeats.
+            real = min(max(remainder - size * accelerator.process_index, 0), size)
+            batch["labels"][real:] = IGNORE
+
+
+def _labels(batch: Mapping[str, Any]) -> Tensor:
+    if batch.get("labels") is None:
+        raise DataError(f"a batch has no 'labels', only {', '.join(batch)}: the loss needs them")
+    return batch["labels"]
+
+
+def _has_float_labels(dataset: Any) -> bool:
+    """Whether the labels of a data set are numbers with a fraction, which makes several of them multi-label."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
+        return False
+    example = dataset[0]
+    value = example.get("labels", example.get("label")) if isinstance(example, Mapping) else None
+    return value is not None and np.issubdtype(np.asarray(value).dtype, np.floating)
+
+
+def _nonzero(weight: Any) -> Any:
+    """A total weight to divide by; a batch without any label has a sum of zero and stays so."""
+    return torch.where(weight > 0, weight, torch.ones_like(weight))
+
+
+def _dataset_labels(dataset: Any) -> list[int]:
+    """Every label of a data set, for its class weights."""
+    if dataset is None:
+        raise ConfigurationError('class_weights="balanced" needs a train_dataset to count labels in')
+    if not hasattr(dataset, "__len__"):
+        raise ConfigurationError('class_weights="balanced" cannot count the labels of a stream: give an array')
+    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    column = next((name for name in ("labels", "label") if name in names), None)
+    if column is None:
+        raise DataError(f"the training data have no column 'labels', only {', '.join(names)}")
+    if hasattr(dataset, "column_names"):
+        values = dataset[column][:]
+    else:
+        values = [dataset[index][column] for index in range(len(dataset))]
+    return [label for value in values for label in np.asarray(value).ravel().tolist()]

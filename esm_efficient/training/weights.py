@@ -1,0 +1,80 @@
+"""Class weights from labels; scikit-learn does the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from esm_efficient.errors import ConfigurationError, DataError
+
+
+def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequence[str]) -> np.ndarray:
+    """Weights inversely proportional to how often each class occurs, with a mean of one over the examples.
+
+    Args:
+        labels: class ids; -100 stands for no label and is left out.
+        label_names: names of the classes in the order of their ids; their number is the number of classes.
+
+    Returns:
+        float64 of shape (classes,): examples / (classes x examples of the class), as
+        `sklearn.utils.class_weight.compute_class_weight` defines "balanced".
+
+    Raises:
+        DataError: a class has no example, or a label is no class.
+
+    Example:
+        >>> balanced_class_weights([0, 0, 0, 1], ["no", "yes"]).round(3).tolist()
+        [0.667, 2.0]
+    """
+    from sklearn.utils.class_weight import compute_class_weight
+
+    flat = np.asarray(labels).ravel()
+    flat = flat[flat != -100]
+    classes = np.arange(len(label_names))
+    if strange := sorted(set(flat.tolist()) - set(classes.tolist())):
+        raise DataError(f"labels {strange} are no class: there are {len(classes)} ({', '.join(label_names)})")
+    if absent := [label_names[index] for index in classes if index not in flat]:
+        raise DataError(
+            f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
+            "weights as an array"
+        )
+    return np.asarray(compute_class_weight("balanced", classes=classes, y=flat), dtype=np.float64)
+
+
+def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
+    """Bring weights that a user gave into an array.
+
+    Args:
+        weights: one number a class, as a sequence, an array or a tensor in the order of the class ids; or a mapping
+            by label name that names every class.
+        label_names: names of the classes in the order of their ids.
+
+    Returns:
+        float64 of shape (classes,).
+
+    Raises:
+        ConfigurationError: names or numbers are missing, too many, negative, not finite, or all zero.
+
+    Example:
+        >>> check_class_weights({"yes": 2, "no": 1}, ["no", "yes"]).tolist()
+        [1.0, 2.0]
+    """
+    names = ", ".join(label_names)
+    if isinstance(weights, Mapping):
+        if wrong := set(weights) ^ set(label_names):
+            raise ConfigurationError(
+                f"class_weights must name every label once ({names}); wrong or missing: {', '.join(map(str, wrong))}"
+            )
+        weights = [weights[name] for name in label_names]
+    elif isinstance(weights, str):
+        raise ConfigurationError(f'class_weights={weights!r}: expected "balanced", an array, a mapping, or None')
+    elif hasattr(weights, "detach"):
+        weights = weights.detach().cpu()
+    array = np.asarray(weights, dtype=np.float64)
+    if array.shape != (len(label_names),):
+        raise ConfigurationError(f"class_weights has shape {array.shape}: expected one number for each of {names}")
+    if not np.isfinite(array).all() or (array < 0).any() or not array.any():
+        raise ConfigurationError(f"class_weights={array.tolist()}: expected finite numbers >= 0, not all of them 0")
+    return array
