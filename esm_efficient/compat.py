@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
 def checkpointing_arguments(enabled: bool, *, use_reentrant: bool = False) -> dict[str, Any]:
@@ -52,3 +52,18 @@ def declare_loss_normalised(trainer: Trainer) -> None:
         trainer.loss_is_scaled_for_ga = True
     else:
         trainer.model_accepts_loss_kwargs = True
+
+
+def save_under_own_names(model: PreTrainedModel) -> None:
+    """Make ``save_pretrained`` write a model's weights under the names that its modules have.
+
+    transformers 5 writes the weights of an ESM model that was built from a config, or loaded from a file with such
+    names, as LayerNorm's legacy ``gamma`` and ``beta``. ``from_pretrained`` reads them; resuming a Trainer does not,
+    and goes on with the LayerNorms that the model had, with no more than a warning.
+    """
+    model._weight_conversions = []
+
+
+def tied_weights(model: nn.Module) -> tuple[str, ...]:
+    """Names of the weights that a checkpoint may leave out because they are another weight too."""
+    return tuple(getattr(model, "_tied_weights_keys", None) or ())

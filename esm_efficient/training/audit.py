@@ -7,6 +7,7 @@ bfloat16 swallow small updates, a layer is not reached by the loss. The loss sti
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,10 +146,9 @@ class AuditCallback(TrainerCallback):
                 self._moved.append(name)
                 del self._pending[name]
                 continue
-            rate = rates.get(id(parameter))
-            if rate is None and id(parameter) not in rates and rates:
+            if rates and id(parameter) not in rates:
                 self._fail("is not in the optimizer", [name], state, unmoved=True)
-            if rate is not None and self._shows(rate, before):
+            if self._shows(rates.get(id(parameter), 0.0), optimizer.state.get(parameter, {}), parameter.grad, before):
                 self._steps[name] = self._steps.get(name, 0) + 1
                 if self._steps[name] >= self.patience:
                     overdue.append(name)
@@ -168,13 +168,16 @@ class AuditCallback(TrainerCallback):
         self._watched = {}
 
     @staticmethod
-    def _shows(rate: float, before: Tensor | None) -> bool:
-        """Whether a step of the size of the rate would show in a float32 of these values."""
+    def _shows(rate: float, state: Mapping[str, Any], gradient: Tensor | None, before: Tensor | None) -> bool:
+        """Whether the step was so large that float32 values of this size would show it."""
         if rate <= 0:
             return False
-        if before is None or before.numel() == 0:
+        if gradient is None or before is None or before.numel() == 0:
             return True
-        return rate > 4 * torch.finfo(torch.float32).eps * float(before.abs().max())
+        # Optimizers that divide by the gradient's second moment take steps of the size of the rate.
+        normalised = any(key.startswith("exp_avg_sq") for key in state)
+        step = rate if normalised else rate * min(1.0, float(_local(gradient).abs().max()))
+        return step > 4 * torch.finfo(torch.float32).eps * float(before.abs().max())
 
     def _judge(self, names: list[str], state: TrainerState) -> None:
         still = [name for name in names if name in self._had_gradient]

@@ -126,6 +126,7 @@ def recipe_arguments(
         "save_strategy": "no",
         "report_to": "none",
         "bf16": _uses_bf16(precision),
+        "dataloader_pin_memory": torch.cuda.is_available(),
         # The contact head is frozen, so every parameter that trains is used in every step.
         "ddp_find_unused_parameters": False,
         **compat.checkpointing_arguments(chosen.checkpointing),

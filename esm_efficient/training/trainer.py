@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from esm_efficient import compat
-from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.losses import IGNORE, LOSSES, WeightedLoss
 from esm_efficient.training.weights import balanced_class_weights, check_class_weights
@@ -57,6 +57,8 @@ class WeightedTrainer(Trainer):
         ... )  # doctest: +SKIP
     """
 
+    _loss: WeightedLoss | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -66,7 +68,6 @@ class WeightedTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.class_weights: np.ndarray | None = None
-        self._loss: WeightedLoss | None = None
         self._evaluated: list[tuple[Tensor, Tensor]] | None = None
         self._last_evaluated: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
@@ -90,7 +91,8 @@ class WeightedTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         """A fresh model from ``model_init``, told its task like the first."""
         model = super().call_model_init(trial)
-        self._set_problem_type(model)
+        if self._loss is not None:  # not yet while Trainer is being made; __init__ comes to it
+            self._set_problem_type(model)
         return model
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -154,10 +156,22 @@ class WeightedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; an adapter gets the model's config beside it, which holds the task and the label names."""
-        super().save_model(output_dir, _internal_call)
         model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "peft_config"):
+            compat.save_under_own_names(model)
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
             model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """What is missing from a checkpoint would silently keep its value: an error, where Trainer only warns."""
+        tied = compat.tied_weights(self.accelerator.unwrap_model(self.model))
+        if missing := [name for name in load_result.missing_keys if name not in tied]:
+            raise ConfigurationError(
+                f"the checkpoint lacks {len(missing)} weights of the model ({listing(missing)}), so it would not resume "
+                "where it stopped. Load it with from_pretrained() and train anew, or take another checkpoint"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _set_problem_type(self, model: nn.Module) -> str | None:
         """The task; written into a classifier's config, since labels never reach the model, which would do it."""

@@ -1,0 +1,165 @@
+"""Targets: every preset on every head, counted; what matches nothing is named with what was meant."""
+
+from __future__ import annotations
+
+import pytest
+from peft import get_peft_model
+from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
+
+from esm_efficient import lora_config, resolve_targets
+from esm_efficient.errors import ConfigurationError, TargetModuleError
+
+HEADS = [EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel]
+PER_LAYER = {
+    "qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
+    "attention": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
+    "mlp": ["intermediate.dense", "output.dense"],
+    "all-linear": [
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ],
+}
+TUTORIAL = [
+    "query",
+    "key",
+    "value",
+    "EsmSelfOutput.dense",
+    "EsmIntermediate.dense",
+    "EsmOutput.dense",
+    "EsmContactPredictionHead.regression",
+    "EsmClassificationHead.dense",
+    "EsmClassificationHead.out_proj",
+]
+
+
+def expected(head, preset):
+    prefix = "" if head is EsmModel else "esm."
+    return {f"{prefix}encoder.layer.{i}.{suffix}" for i in range(2) for suffix in PER_LAYER[preset]}
+
+
+def wrapped(model) -> set[str]:
+    """Paths of the layers that peft gave an adapter."""
+    marker = ".lora_A.default"
+    names = [name for name, _ in model.named_modules() if name.endswith(marker)]
+    return {name.removeprefix("base_model.model.").removesuffix(marker) for name in names}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("preset", PER_LAYER)
+def test_preset_matches_its_layers_and_peft_wraps_the_same(tiny_model, head, preset):
+    model = tiny_model(head)
+    report = resolve_targets(model, preset)
+    assert set(report.modules) == expected(head, preset)
+    assert [len(match.modules) for match in report.matches] == [2] * len(PER_LAYER[preset])
+    assert wrapped(get_peft_model(model, lora_config(model, preset=preset, r=2))) == expected(head, preset)
+
+
+def test_the_tutorials_list_names_the_six_that_match_nothing_and_what_was_meant(tiny_model):
+    with pytest.raises(TargetModuleError) as caught:
+        resolve_targets(tiny_model(), TUTORIAL)
+    message = str(caught.value)
+    assert message.startswith("6 of 9 target modules match no linear layer")
+    for target, advice in {
+        "EsmSelfOutput.dense": "use 'attention.output.dense'",
+        "EsmIntermediate.dense": "use 'intermediate.dense'",
+        "EsmOutput.dense": "use 'output.dense'",
+        "EsmContactPredictionHead.regression": "leave it out, training never reads it",
+        "EsmClassificationHead.dense": "leave it out, the head is trained in full",
+        "EsmClassificationHead.out_proj": "leave it out, the head is trained in full",
+    }.items():
+        line = next(line for line in message.splitlines() if line.strip().startswith(f"{target}:"))
+        assert advice in line
+    assert "query:" not in message
+
+
+@pytest.mark.parametrize(
+    ("targets", "advice"),
+    [
+        (["quary"], "did you mean 'query'"),
+        (["query", "attention.self.keys"], "attention.self.key"),
+        (["zzz"], "nothing in the model is named like it"),
+        (["EsmLayer"], "nothing in the model is named like it"),
+    ],
+)
+def test_a_target_without_a_match_raises_with_advice(tiny_model, targets, advice):
+    with pytest.raises(TargetModuleError, match=r"of \d target modules match no linear layer") as caught:
+        lora_config(tiny_model(), target_modules=targets)
+    assert advice in str(caught.value)
+
+
+def test_the_contact_head_is_no_target(tiny_model):
+    with pytest.raises(TargetModuleError, match="contact_head"):
+        resolve_targets(tiny_model(), ["regression"])
+
+
+def test_a_bare_dense_warns_that_it_reaches_the_classifier(tiny_model, caplog):
+    report = resolve_targets(tiny_model(), ["dense"])
+    assert "classifier.dense" in report.modules
+    assert "classifier.dense" in caplog.text
+
+
+def test_an_unknown_preset_and_an_empty_list_are_refused(tiny_model):
+    with pytest.raises(ConfigurationError, match="all-linear"):
+        resolve_targets(tiny_model(), "all_linear")
+    with pytest.raises(ConfigurationError, match="empty"):
+        resolve_targets(tiny_model(), [])
+
+
+def test_every_peft_option_is_passed_on(tiny_model):
+    config = lora_config(
+        tiny_model(),
+        preset="mlp",
+        r=4,
+        lora_alpha=3,
+        lora_dropout=0.25,
+        use_rslora=True,
+        use_dora=True,
+        bias="lora_only",
+        init_lora_weights="gaussian",
+        rank_pattern={"output.dense": 2},
+        exclude_modules=["layer.0.intermediate.dense"],
+    )
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 3, 0.25, "lora_only")
+    assert config.use_rslora
+    assert config.use_dora
+    assert config.init_lora_weights == "gaussian"
+    assert config.rank_pattern == {"output.dense": 2}
+    assert set(config.exclude_modules) == {"layer.0.intermediate.dense", "attention.output.dense"}
+
+
+def test_chosen_layers_work_with_every_preset(tiny_model):
+    for preset, suffixes in PER_LAYER.items():
+        model = tiny_model()
+        model = get_peft_model(model, lora_config(model, preset=preset, r=2, layers_to_transform=[1]))
+        assert wrapped(model) == {f"esm.encoder.layer.1.{suffix}" for suffix in suffixes}
+
+
+def test_the_head_is_trained_in_full_and_saved_with_the_adapter(tiny_model):
+    for head in (EsmForSequenceClassification, EsmForTokenClassification):
+        model = tiny_model(head)
+        model = get_peft_model(model, lora_config(model, r=2))
+        assert any("classifier" in name and p.requires_grad for name, p in model.named_parameters())
+        assert all("lora" in name or "classifier" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_an_unknown_architecture_lists_its_linear_layers():
+    from torch import nn
+
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    with pytest.raises(TargetModuleError, match="down, up"):
+        resolve_targets(Other())
+    assert resolve_targets(Other(), ["up"]).modules == ("up",)
+
+
+def test_the_report_counts_each_target(tiny_model):
+    text = str(resolve_targets(tiny_model(), "mlp"))
+    assert "intermediate.dense    2 layers" in text
+    assert text.endswith("4 layers in all")

@@ -1,0 +1,107 @@
+"""Fixtures that several tests share: a tiny model with the demo's architecture, the demo table, the real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
+
+from esm_efficient import demo_model_path, write_demo_table
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def from_environment(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def deeploc_csv() -> Path:
+    """The real DeepLoc-2.0 table."""
+    return from_environment("ESM_EFFICIENT_DEEPLOC_CSV")
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """A real ESM-2 backbone."""
+    return from_environment("ESM_EFFICIENT_CHECKPOINT")
+
+
+@pytest.fixture(scope="session")
+def demo_table(tmp_path_factory) -> Path:
+    return write_demo_table(tmp_path_factory.mktemp("demo") / "table.csv", proteins=300, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo_model_path())
+
+
+def tiny_config(**changes) -> EsmConfig:
+    options = {
+        "vocab_size": 33,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "position_embedding_type": "rotary",
+        "token_dropout": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "max_position_embeddings": 1026,
+        "num_labels": 2,
+    }
+    return EsmConfig(**(options | changes))
+
+
+def make_model(head=EsmForSequenceClassification, *, seed: int = 0, **changes):
+    """A freshly initialised two-layer ESM-2: ``make_model(num_labels=3)``."""
+    torch.manual_seed(seed)
+    return head(tiny_config(**changes))
+
+
+def make_dataset(size: int = 32, *, classes: int = 2, seed: int = 0) -> Dataset:
+    """Tokenised random sequences of uneven length with uneven labels."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 20, size=size)
+    ids = [[0, *rng.integers(4, 24, size=n).tolist(), 2] for n in lengths]
+    labels = rng.choice(classes, size=size, p=[0.8] + [0.2 / (classes - 1)] * (classes - 1))
+    labels[:classes] = np.arange(classes)
+    return Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels.tolist()},
+        features=Features(
+            {
+                "input_ids": List(Value("int64")),
+                "attention_mask": List(Value("int64")),
+                "labels": ClassLabel(names=[f"class{i}" for i in range(classes)]),
+            }
+        ),
+    )
+
+
+@pytest.fixture
+def tiny_model():
+    return make_model
+
+
+@pytest.fixture
+def tiny_dataset():
+    return make_dataset

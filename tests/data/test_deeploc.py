@@ -1,0 +1,217 @@
+"""load_deeploc: every quirk of the table, every way a table can be broken."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import lzma
+
+import pandas as pd
+import pytest
+
+from esm_efficient import load_deeploc, stratified_sample, write_demo_table
+from esm_efficient.data.deeploc import COLUMNS
+from esm_efficient.errors import ConfigurationError, DataError
+
+
+@pytest.fixture(scope="module")
+def frame(demo_table) -> pd.DataFrame:
+    return pd.read_csv(demo_table, dtype=str, keep_default_na=False)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(frame: pd.DataFrame, name: str = "table.csv"):
+        frame.to_csv(tmp_path / name, index=False)
+        return tmp_path / name
+
+    return write
+
+
+def rows_of(data) -> set[str]:
+    return {accession for split in data.values() for accession in split["accession"]}
+
+
+def test_features_and_labels(demo_table, frame):
+    data = load_deeploc(demo_table, min_length=None, max_length=None)
+    assert list(data) == ["train", "validation", "test"]
+    features = data["train"].features
+    assert list(features) == ["sequence", "label", "kingdom", "accession", "partition", "length"]
+    assert features["label"].names == ["non-membrane", "membrane"]
+    by_accession = frame.set_index("ACC")
+    seen = 0
+    for split in data.values():
+        for row in split:
+            source = by_accession.loc[row["accession"]]
+            assert row["label"] == float(source["Membrane"])
+            assert row["sequence"] == source["Sequence"]
+            assert row["length"] == len(source["Sequence"])
+            assert row["kingdom"] == source["Kingdom"]
+            assert row["partition"] == int(source["Partition"])
+            seen += 1
+    assert seen == len(frame)
+
+
+def test_the_label_is_membrane_and_not_cell_membrane(frame, write):
+    swapped = frame.copy()
+    swapped["Cell membrane"] = (swapped["Membrane"].astype(float) == 0).astype(float).astype(str)
+    data, original = load_deeploc(write(swapped)), load_deeploc(write(frame, "original.csv"))
+    assert data["test"]["label"][:] == original["test"]["label"][:]
+
+
+@pytest.mark.parametrize("compress", ["gz", "xz"])
+def test_compressed_tables_read_the_same(demo_table, tmp_path, compress):
+    opener = {"gz": gzip.open, "xz": lzma.open}[compress]
+    packed = tmp_path / f"table.csv.{compress}"
+    with opener(packed, "wb") as handle:
+        handle.write(demo_table.read_bytes())
+    assert load_deeploc(packed)["train"][:] == load_deeploc(demo_table)["train"][:]
+
+
+def test_residue_bounds_are_inclusive_and_can_be_lifted(demo_table, frame):
+    lengths = frame["Sequence"].str.len()
+    assert rows_of(load_deeploc(demo_table)) == set(frame["ACC"][lengths.between(100, 512)])
+    shortest = int(lengths[lengths >= 100].min())
+    data = load_deeploc(demo_table, min_length=shortest, max_length=None)
+    assert rows_of(data) == set(frame["ACC"][lengths >= shortest])
+    with pytest.raises(DataError, match="no protein"):
+        load_deeploc(demo_table, min_length=10**6, max_length=None)
+
+
+def test_partitions_make_the_splits(demo_table):
+    data = load_deeploc(demo_table, test_partitions=(0,), validation_partitions=(2, 3))
+    assert {name: set(split["partition"]) for name, split in data.items()} == {
+        "train": {1, 4},
+        "validation": {2, 3},
+        "test": {0},
+    }
+    assert list(load_deeploc(demo_table, validation_partitions=())) == ["train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_partitions": (3,)}, "for the test set and for the validation set"),
+        ({"test_partitions": (7,)}, r"\[7\] are not in the table"),
+        ({"test_partitions": ()}, "test_partitions is empty"),
+        ({"test_partitions": (0, 1, 2), "validation_partitions": (3, 4)}, "left to train on"),
+        ({"split": "both"}, '"partition" or "random"'),
+        ({"split": "random", "test_size": 0.9}, "something to train on"),
+    ],
+)
+def test_contradicting_split_options_are_refused(demo_table, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        load_deeploc(demo_table, **options)
+
+
+def test_rows_are_shuffled_by_seed(demo_table):
+    first, again, other = (load_deeploc(demo_table, seed=s)["train"]["sequence"][:] for s in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert first != sorted(first)
+    assert sorted(first) == sorted(other)
+
+
+def test_random_split_is_stratified_seeded_and_warns(demo_table):
+    with pytest.warns(UserWarning, match="homologous"):
+        data = load_deeploc(demo_table, split="random", test_size=0.25, validation_size=0.25, seed=3)
+    with pytest.warns(UserWarning, match="homologous"):
+        again = load_deeploc(demo_table, split="random", test_size=0.25, validation_size=0.25, seed=3)
+    total = sum(len(split) for split in data.values())
+    assert [round(len(data[name]) / total, 2) for name in data] == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
+    shares = [sum(split["label"]) / len(split) for split in data.values()]
+    assert max(shares) - min(shares) < 0.02
+    assert data["test"]["accession"][:] == again["test"]["accession"][:]
+    with pytest.warns(UserWarning, match="homologous"):
+        assert list(load_deeploc(demo_table, split="random", validation_size=0)) == ["train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.drop(columns="Membrane"), "no column 'Membrane'.*Cell membrane"),
+        (lambda f: f.rename(columns={"Sequence": "sequence"}), "no column 'Sequence'"),
+        (lambda f: put(f, 3, "Membrane", ""), r"label is missing.*line 5 \("),
+        (lambda f: put(f, 3, "Membrane", "nan"), r"label is missing.*line 5 \("),
+        (lambda f: put(f, 4, "Membrane", "0.5"), r"neither 0 nor 1 in 1 row.*line 6 \("),
+        (lambda f: put(f, 4, "Membrane", "2.0"), "neither 0 nor 1"),
+        (lambda f: put(f, 0, "Partition", "x"), r"Partition.*line 2 \("),
+        (lambda f: put(f, 0, "Sequence", "  "), r"Sequence is empty.*line 2 \("),
+        (lambda f: put(f, 0, "Sequence", "MK1V"), r"not letters.*line 2 \("),
+        (lambda f: put(f, 1, "ACC", f["ACC"][0]), r"more than once in 2 row.*line 2 .*line 3 "),
+        (lambda f: put(f, 1, "ACC", ""), "accession .* empty.*line 3 .no accession"),
+    ],
+)
+def test_a_broken_table_names_the_rows(frame, write, change, message):
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        load_deeploc(write(change(frame.copy())))
+
+
+def put(frame, row, column, value):
+    frame.loc[row, column] = value
+    return frame
+
+
+def test_many_broken_rows_are_counted(frame, write):
+    broken = frame.copy()
+    broken["Membrane"] = ""
+    with pytest.raises(DataError, match=f"in {len(frame)} row.*and {len(frame) - 5} more"):
+        load_deeploc(write(broken))
+
+
+def test_a_sequence_in_two_splits_is_refused_and_within_one_is_counted(frame, write, caplog):
+    usable = frame[frame["Sequence"].str.len().between(100, 512)]
+    copied = usable[usable["Partition"] == "0"].iloc[0].copy()
+    copied["ACC"] = "COPY"
+    twice = pd.concat([frame, copied.to_frame().T])
+    with caplog.at_level(logging.WARNING):
+        load_deeploc(write(twice))
+    assert "1 sequence(s) stand more than once" in caplog.text
+    copied["Partition"] = "4"
+    with pytest.raises(DataError, match=r"two splits.*COPY \(train and test\)"):
+        load_deeploc(write(pd.concat([frame, copied.to_frame().T])))
+
+
+def test_what_is_no_table_or_no_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no file at"):
+        load_deeploc(tmp_path / "absent.csv")
+    for name, content in {"empty.csv": b"", "binary.csv": b"\xff\xfe\x00\x01", "broken.csv.gz": b"no gzip"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError):
+            load_deeploc(tmp_path / name)
+
+
+def test_lower_case_and_white_space_in_a_sequence_are_folded(frame, write):
+    changed = frame.copy()
+    changed["Sequence"] = changed["Sequence"].str.lower() + " "
+    assert load_deeploc(write(changed))["test"][:] == load_deeploc(write(frame, "plain.csv"))["test"][:]
+
+
+def test_a_sample_keeps_the_label_frequencies(demo_table):
+    train = load_deeploc(demo_table)["train"]
+    share = sum(train["label"]) / len(train)
+    sample = stratified_sample(train, 60, seed=1)
+    assert len(sample) == 60
+    assert sum(sample["label"]) / 60 == pytest.approx(share, abs=1 / 60)
+    assert sample["accession"][:] == stratified_sample(train, 60, seed=1)["accession"][:]
+    assert sample["accession"][:] != stratified_sample(train, 60, seed=2)["accession"][:]
+    assert len(stratified_sample(train, 10**6)) == len(train)
+
+
+def test_the_real_table(deeploc_csv):
+    data = load_deeploc(deeploc_csv)
+    assert sum(len(split) for split in data.values()) == 15_876
+    assert sum(sum(split["label"]) for split in data.values()) == 4_701
+    assert len(data["test"]) == sum(p == 4 for split in data.values() for p in split["partition"])
+    whole = load_deeploc(deeploc_csv, min_length=None, max_length=None, validation_partitions=())
+    assert sum(len(split) for split in whole.values()) == 28_303
+    assert len(whole["test"]) == 5_462
+    assert {split.features["label"].names[1] for split in whole.values()} == {"membrane"}
+
+
+def test_the_demo_table_has_the_schema_of_the_real_one(deeploc_csv, tmp_path):
+    demo = write_demo_table(tmp_path / "demo.csv", proteins=100)
+    assert demo.read_bytes().count(b"\r\n") == 101
+    real, ours = pd.read_csv(deeploc_csv, nrows=100), pd.read_csv(demo)
+    assert list(ours.columns) == list(real.columns) == ["Unnamed: 0", *COLUMNS]
+    assert (ours.dtypes == real.dtypes).all()

@@ -1,0 +1,99 @@
+"""Token ids: EsmTokenizer's on every string of its letters, and no residue lost where it loses some."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from esm_efficient import demo_model_path, load_deeploc, tokenize_dataset
+from esm_efficient.data.encoding import encode, residue_table
+from esm_efficient.data.sequences import RESIDUES
+from esm_efficient.errors import ConfigurationError, DataError
+
+TOKENIZER = AutoTokenizer.from_pretrained(demo_model_path())
+TABLE = residue_table(TOKENIZER)
+
+
+def split(sequences, labels=None) -> Dataset:
+    labels = labels if labels is not None else [i % 2 for i in range(len(sequences))]
+    features = Features({"sequence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    return Dataset.from_dict({"sequence": sequences, "label": labels}, features=features)
+
+
+@given(st.text(alphabet=RESIDUES, min_size=1, max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_equal_to_the_tokenizer_on_every_string_of_its_letters(sequence):
+    expected = TOKENIZER(sequence, add_special_tokens=False)["input_ids"]
+    assert encode(sequence, TABLE).tolist() == expected
+
+
+@given(st.text(min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_one_character_is_one_token_whatever_it_is(text):
+    ids = encode(text, TABLE)
+    assert len(ids) == len(text)
+    for character, index in zip(text, ids.tolist(), strict=True):
+        assert index == TOKENIZER.get_vocab().get(character, TOKENIZER.unk_token_id)
+
+
+def test_lower_case_and_unknown_characters_shift_nothing():
+    data, report = tokenize_dataset(DatasetDict(test=split(["mktvMKTV", "MK1JTV"])), TOKENIZER)
+    upper = TOKENIZER("MKTVMKTV")["input_ids"]
+    assert data["test"][0]["input_ids"] == upper
+    unknown = TOKENIZER.unk_token_id
+    assert data["test"][1]["input_ids"] == [*upper[:3], unknown, unknown, *upper[3:5], upper[-1]]
+    assert report.splits["test"].unknown_residues == 2
+
+
+def test_columns_labels_and_counts():
+    sequences = ["MKTVAYIAKQ", "XBZMK", "MKTV"]
+    data, report = tokenize_dataset(DatasetDict(train=split(sequences), test=split(["MK"])), TOKENIZER, max_length=7)
+    assert set(data["train"].column_names) == {"input_ids", "attention_mask", "labels", "length"}
+    assert data["train"]["labels"][:] == [0, 1, 0]
+    assert data["train"].features["labels"].names == ["no", "yes"]
+    assert data["train"]["length"][:] == [7, 7, 6]
+    assert [len(row) for row in data["train"]["attention_mask"]] == [7, 7, 6]
+    assert all(set(row) == {1} for row in data["train"]["attention_mask"])
+    train = report.splits["train"]
+    assert (train.sequences, train.residues, train.sequences_cut, train.residues_cut) == (3, 14, 1, 5)
+    assert (train.unknown_residues, train.ambiguous_residues) == (0, 3)
+    assert report.total.sequences == 4
+    assert "5 residues cut from 1 sequences" in str(report)
+
+
+@pytest.mark.parametrize(("keep", "expected"), [("start", "MKTV"), ("end", "IAKQ"), ("both", "MKKQ")])
+def test_truncation_keeps_the_chosen_end_between_the_special_tokens(keep, expected):
+    data, _ = tokenize_dataset(DatasetDict(test=split(["MKTVAYIAKQ"])), TOKENIZER, max_length=6, keep=keep)
+    assert data["test"][0]["input_ids"] == TOKENIZER(expected)["input_ids"]
+
+
+def test_cuts_and_unknown_residues_are_logged_as_a_warning(caplog):
+    tokenize_dataset(DatasetDict(test=split(["MKTVJ"])), TOKENIZER)
+    assert "1 unknown" in caplog.text
+
+
+def test_what_cannot_be_tokenised_is_refused():
+    with pytest.raises(ConfigurationError, match="no room"):
+        tokenize_dataset(DatasetDict(test=split(["MK"])), TOKENIZER, max_length=2)
+    with pytest.raises(DataError, match="row 1 of test"):
+        tokenize_dataset(DatasetDict(test=split(["MK", " "])), TOKENIZER)
+    with pytest.raises(DataError, match="no column 'sequence'"):
+        tokenize_dataset(DatasetDict(test=split(["MK"]).rename_column("sequence", "text")), TOKENIZER)
+
+    class NoTokenizer:
+        def get_vocab(self):
+            return {"A": 0}
+
+    with pytest.raises(ConfigurationError, match="tokenizer of an ESM model"):
+        residue_table(NoTokenizer())
+
+
+def test_the_real_table_is_tokenised_as_by_the_tokenizer(deeploc_csv):
+    data = load_deeploc(deeploc_csv, min_length=None, max_length=None)
+    sample = DatasetDict(test=data["test"].select(range(40)))
+    tokenized, _ = tokenize_dataset(sample, TOKENIZER, max_length=10**6)
+    for row, source in zip(tokenized["test"], sample["test"], strict=True):
+        assert row["input_ids"] == TOKENIZER(source["sequence"])["input_ids"]

@@ -1,0 +1,469 @@
+"""WeightedTrainer: the same gradient however the accumulated batch is cut up, and Trainer in everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EsmForSequenceClassification,
+    EsmForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from conftest import make_dataset, make_model
+from esm_efficient import AuditCallback, WeightedTrainer, compat, lora_config, prepare_model
+from esm_efficient.errors import ConfigurationError, DataError
+
+WEIGHTS = [0.3, 2.5]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the whole gradient vector of every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        gradients = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]
+        self.steps.append(torch.cat(gradients).clone())
+
+
+class Losses(TrainerCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.values.append(logs["loss"])
+
+
+def arguments(folder, micro_batch=16, accumulation=1, **changes) -> TrainingArguments:
+    options = {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": 8,
+        "max_grad_norm": 0.0,
+        "learning_rate": 0.0,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **(options | changes))
+
+
+def weighted(model, args, data, tokenizer, **options) -> WeightedTrainer:
+    options = {"class_weights": WEIGHTS, "data_collator": DataCollatorWithPadding(tokenizer)} | options
+    return WeightedTrainer(model, args, train_dataset=data, **options)
+
+
+def reference_loss(model, rows, tokenizer, weights=WEIGHTS, label_smoothing=0.0) -> torch.Tensor:
+    """The weighted mean over all rows in one batch, written with torch alone."""
+    batch = DataCollatorWithPadding(tokenizer)([rows[i] for i in range(len(rows))])
+    labels = batch.pop("labels")
+    table = None if weights is None else torch.tensor(weights)
+    return F.cross_entropy(model(**batch).logits, labels, weight=table, label_smoothing=label_smoothing)
+
+
+def reference_gradient(model, rows, tokenizer, **options) -> torch.Tensor:
+    model.zero_grad()
+    reference_loss(model, rows, tokenizer, **options).backward()
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+CUTS = [(16, 1), (8, 2), (4, 4), (1, 16)]
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), CUTS)
+@pytest.mark.parametrize("size", [32, 37], ids=["even", "uneven"])
+def test_gradient_equals_the_one_batch_reference(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, micro_batch, accumulation, size
+):
+    data = tiny_dataset(size)
+    gradients, losses = Gradients(), Losses()
+    trainer = weighted(
+        tiny_model(),
+        arguments(tmp_path, micro_batch, accumulation),
+        data,
+        tokenizer,
+        callbacks=[gradients, losses],
+        audit=False,
+    )
+    trainer.train()
+    assert len(gradients.steps) == -(-size // 16)
+    for step, found in enumerate(gradients.steps):
+        rows = data.select(range(16 * step, min(16 * step + 16, size)))
+        expected = reference_gradient(tiny_model(), rows, tokenizer)
+        assert relative_error(found, expected) <= 1e-5
+        assert losses.values[step] == pytest.approx(reference_loss(tiny_model(), rows, tokenizer).item(), rel=1e-5)
+
+
+def test_mean_of_micro_batch_means_is_far_off(tiny_model, tiny_dataset, tokenizer):
+    """The mistake that the trainer avoids is large, so the tests above can tell it from rounding."""
+    data, model = tiny_dataset(32), tiny_model()
+    expected = reference_gradient(model, data, tokenizer)
+    parts = [reference_gradient(model, data.select(range(i, i + 4)), tokenizer) for i in range(0, 32, 4)]
+    assert relative_error(torch.stack(parts).mean(0), expected) > 0.02
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("checkpointing", ["off", "plain", "reentrant"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_exact_with_adapters_checkpointing_and_smoothing(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, adapters, checkpointing, smoothing
+):
+    data = tiny_dataset(13)
+
+    def make():
+        model = tiny_model()
+        torch.manual_seed(1)
+        config = lora_config(model, r=2, init_lora_weights=False) if adapters else None
+        return prepare_model(
+            model,
+            adapters=config,
+            gradient_checkpointing=checkpointing != "off",
+            use_reentrant=checkpointing == "reentrant",
+        )
+
+    gradients = Gradients()
+    args = arguments(
+        tmp_path,
+        4,
+        4,
+        label_smoothing_factor=smoothing,
+        **compat.checkpointing_arguments(checkpointing != "off", use_reentrant=checkpointing == "reentrant"),
+    )
+    weighted(make(), args, data, tokenizer, callbacks=[gradients], audit=False).train()
+    plain = make()
+    plain.train()
+    expected = reference_gradient(plain, data, tokenizer, label_smoothing=smoothing)
+    assert relative_error(gradients.steps[0], expected) <= 1e-5
+
+
+def test_token_labels_with_ignored_positions_are_exact(tmp_path, tiny_model, tokenizer):
+    from datasets import Dataset
+    from transformers import DataCollatorForTokenClassification
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in rng.integers(4, 12, size=9):
+        labels = rng.choice([0, 1, -100], size=length).tolist()
+        rows.append({"input_ids": [0, *rng.integers(4, 24, size=length).tolist(), 2], "labels": [-100, *labels, -100]})
+    data = Dataset.from_list([row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows])
+    collate, gradients = DataCollatorForTokenClassification(tokenizer), Gradients()
+    model = tiny_model(EsmForTokenClassification)
+    weighted(
+        model,
+        arguments(tmp_path, 2, 8),
+        data,
+        tokenizer,
+        data_collator=collate,
+        callbacks=[gradients],
+        audit=False,
+    ).train()
+    plain = tiny_model(EsmForTokenClassification)
+    batch = collate([data[i] for i in range(len(data))])
+    labels = batch.pop("labels")
+    logits = plain(**batch).logits
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=torch.tensor(WEIGHTS)).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in plain.parameters() if p.grad is not None])
+    assert relative_error(gradients.steps[0], expected) <= 1e-5
+
+
+# (examples, micro-batch of a rank, accumulation): 16 examples an optimizer step over both ranks. Of 37, the last step has
+# 5 real examples; of 17, a rank has none in the last step.
+TWO_RANKS = [(size, *cut) for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, tokenizer):
+    """Every case run by two real processes under torchrun with gloo."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    for size in {case[0] for case in TWO_RANKS}:
+        make_dataset(size).save_to_disk(folder / f"data{size}")
+    make_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(folder), json.dumps([WEIGHTS, TWO_RANKS])],
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(TWO_RANKS, torch.load(folder / "results.pt"), strict=True))
+
+
+@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer, case):
+    found, data = two_ranks[case], tiny_dataset(case[0])
+    assert len(found["gradients"]) == -(-case[0] // 16)
+    for step, gradient in enumerate(found["gradients"]):
+        rows = data.select(range(16 * step, min(16 * step + 16, case[0])))
+        plain = tiny_model()
+        expected = reference_gradient(plain, rows, tokenizer)
+        assert relative_error(gradient, expected) <= 1e-5
+        assert found["losses"][step] == pytest.approx(reference_loss(plain, rows, tokenizer).item(), rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(reference_loss(tiny_model(), data, tokenizer).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_without_weights_the_losses_are_trainers_step_by_step(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, accumulation
+):
+    losses = {}
+    for cls in (Trainer, WeightedTrainer):
+        seen = Losses()
+        cls(
+            model=tiny_model(),
+            args=arguments(
+                tmp_path, 4, accumulation, learning_rate=1e-2, num_train_epochs=2, train_sampling_strategy="random"
+            ),
+            train_dataset=tiny_dataset(32),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[seen],
+        ).train()
+        losses[cls] = seen.values
+    assert len(losses[Trainer]) == 2 * 8 // accumulation
+    assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5)
+    assert losses[Trainer][0] != pytest.approx(losses[Trainer][-1], rel=1e-3)
+
+
+def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    """Weights as a tensor, a peft model, accumulation and checkpointing in the arguments, one evaluation an epoch."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"])
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = WeightedTrainer(
+        class_weights=torch.tensor(WEIGHTS),
+        model=model,
+        args=arguments(
+            tmp_path, 4, 2, learning_rate=1e-2, eval_strategy="epoch", **compat.checkpointing_arguments(True)
+        ),
+        train_dataset=tiny_dataset(32),
+        eval_dataset=tiny_dataset(16, seed=1),
+        processing_class=tokenizer,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )
+    trainer.train()
+    stuck = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    assert stuck == []
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
+def test_evaluation_loss_does_not_depend_on_the_batch_size(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, batch_size
+):
+    data, model = tiny_dataset(21), tiny_model()
+    trainer = weighted(
+        model, arguments(tmp_path, per_device_eval_batch_size=batch_size), data, tokenizer, eval_dataset=data
+    )
+    expected = reference_loss(tiny_model(), data, tokenizer).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_during_training_leaves_the_training_loss_alone(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    runs = []
+    for strategy in ("no", "steps"):
+        seen = Losses()
+        args = arguments(tmp_path, 4, 2, learning_rate=1e-2, eval_strategy=strategy, eval_steps=1)
+        weighted(
+            tiny_model(), args, tiny_dataset(32), tokenizer, eval_dataset=tiny_dataset(9, seed=3), callbacks=[seen]
+        ).train()
+        runs.append(seen.values)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+
+
+def test_predict_works_without_labels_and_with_tuples(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(10)
+    trainer = weighted(tiny_model(), arguments(tmp_path), data, tokenizer)
+    unlabelled = trainer.predict(data.remove_columns("labels"))
+    assert unlabelled.predictions.shape == (10, 2)
+    assert "test_loss" not in unlabelled.metrics
+    assert np.allclose(trainer.predict(data).predictions, unlabelled.predictions, atol=1e-6)
+
+    class Tuples(EsmForSequenceClassification):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return super().forward(input_ids, attention_mask, labels=labels).to_tuple()
+
+    tuples = weighted(tiny_model(Tuples), arguments(tmp_path), data, tokenizer).predict(data)
+    assert np.allclose(tuples.predictions, unlabelled.predictions, atol=1e-6)
+
+
+def test_bf16_autocast_trains_close_to_float32(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    seen = {}
+    for bf16 in (False, True):
+        seen[bf16] = Losses()
+        args = arguments(tmp_path, 4, 2, learning_rate=1e-3, bf16=bf16)
+        weighted(tiny_model(), args, tiny_dataset(32), tokenizer, callbacks=[seen[bf16]]).train()
+    assert seen[True].values == pytest.approx(seen[False].values, rel=2e-2)
+    assert seen[True].values != seen[False].values
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters):
+    def run(folder, **train):
+        model = tiny_model()
+        torch.manual_seed(2)
+        model = prepare_model(model, adapters=lora_config(model, r=2) if adapters else None)
+        args = arguments(
+            folder, 4, 2, learning_rate=1e-2, num_train_epochs=2, save_strategy="steps", save_steps=3,
+            train_sampling_strategy="random",
+        )  # fmt: skip
+        weighted(model, args, tiny_dataset(29), tokenizer).train(**train)
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+
+    whole = run(tmp_path)
+    resumed = run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert relative_error(resumed, whole) <= 1e-6
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_saved_config_keeps_the_task_and_the_label_names(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters):
+    model = tiny_model()
+    names = ["non-membrane", "membrane"]
+    model = prepare_model(model, adapters=lora_config(model, r=2) if adapters else None, label_names=names)
+    trainer = weighted(model, arguments(tmp_path), tiny_dataset(8), tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["problem_type"] == "single_label_classification"
+    assert config["id2label"] == {"0": "non-membrane", "1": "membrane"}
+    assert config["label2id"] == {"non-membrane": 0, "membrane": 1}
+    if not adapters:
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+        assert loaded.config.id2label[1] == "membrane"
+
+
+def test_balanced_weights_come_from_scikit_learn(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    data = tiny_dataset(50)
+    trainer = weighted(tiny_model(), arguments(tmp_path), data, tokenizer, class_weights="balanced")
+    labels = data["labels"][:]
+    expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=np.array(labels))
+    assert trainer.class_weights == pytest.approx(expected)
+
+
+def test_weights_by_label_name_follow_the_config_and_not_the_mapping(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    model = prepare_model(tiny_model(), label_names=["non-membrane", "membrane"])
+    trainer = weighted(
+        model, arguments(tmp_path), tiny_dataset(8), tokenizer, class_weights={"membrane": 3.0, "non-membrane": 1.0}
+    )
+    assert trainer.class_weights.tolist() == [1.0, 3.0]
+
+
+def test_class_weights_are_keyword_only(tmp_path, tiny_model):
+    with pytest.raises(TypeError):
+        WeightedTrainer(tiny_model(), arguments(tmp_path), *[None] * 11, WEIGHTS, True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "one number for each"),
+        ([1.0, -1.0], ">= 0"),
+        ([0.0, 0.0], "not all of them 0"),
+        ([1.0, float("nan")], "finite"),
+        ({"LABEL_0": 1.0}, "LABEL_1"),
+        ("equal", '"balanced"'),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, tiny_model, tiny_dataset, tokenizer, weights, message):
+    with pytest.raises(ConfigurationError, match=message):
+        weighted(tiny_model(), arguments(tmp_path), tiny_dataset(8), tokenizer, class_weights=weights)
+
+
+def test_regression_is_left_to_trainer_and_takes_no_weights(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(8).cast_column("labels", __import__("datasets").Value("float32"))
+    with pytest.raises(ConfigurationError, match="regression"):
+        weighted(tiny_model(num_labels=1), arguments(tmp_path), data, tokenizer)
+    seen = Losses()
+    weighted(
+        tiny_model(num_labels=1), arguments(tmp_path, 8), data, tokenizer, class_weights=None, callbacks=[seen]
+    ).train()
+    plain = tiny_model(num_labels=1)
+    batch = DataCollatorWithPadding(tokenizer)([data[i] for i in range(8)])
+    assert seen.values[0] == pytest.approx(plain(**batch).loss.item(), rel=1e-5)
+
+
+def test_a_loss_function_of_the_users_own_is_used(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    def half(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch / 2
+
+    seen = Losses()
+    data = tiny_dataset(16)
+    options = {"class_weights": None, "compute_loss_func": half, "callbacks": [seen]}
+    weighted(tiny_model(), arguments(tmp_path, 4, 4), data, tokenizer, **options).train()
+    expected = reference_loss(tiny_model(), data, tokenizer, weights=None).item() / 2
+    assert seen.values[0] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigurationError, match="compute_loss_func"):
+        weighted(tiny_model(), arguments(tmp_path), data, tokenizer, compute_loss_func=half)
+
+
+def test_model_init_gives_every_run_a_model_that_knows_its_task(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    trainer = WeightedTrainer(
+        model_init=lambda: tiny_model(),
+        args=arguments(tmp_path, 8),
+        train_dataset=tiny_dataset(16),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        class_weights=WEIGHTS,
+        audit=False,
+    )
+    trainer.train()
+    assert trainer.model.config.problem_type == "single_label_classification"
+
+
+def test_a_batch_without_labels_is_named(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(8).remove_columns("labels")
+    with pytest.raises(DataError, match="no 'labels'"):
+        weighted(tiny_model(), arguments(tmp_path), data, tokenizer).train()
+
+
+def test_an_accumulated_batch_without_any_label_changes_nothing(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(8).cast_column("labels", __import__("datasets").Value("int64"))
+    data = data.map(lambda row: {"labels": -100})
+    model = tiny_model()
+    before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    args = arguments(tmp_path, 4, 2, learning_rate=1e-2, weight_decay=0.0)
+    weighted(model, args, data, tokenizer, audit=False).train()
+    assert torch.equal(torch.cat([p.detach().reshape(-1) for p in model.parameters()]), before)
+
+
+def test_the_audit_is_on_unless_it_is_switched_off(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    def audits(**options):
+        trainer = weighted(tiny_model(), arguments(tmp_path), tiny_dataset(8), tokenizer, **options)
+        return [c for c in trainer.callback_handler.callbacks if isinstance(c, AuditCallback)]
+
+    mine = AuditCallback(patience=9)
+    assert len(audits()) == 1
+    assert audits(callbacks=[mine]) == [mine]
+    assert audits(audit=False) == []

@@ -1,0 +1,50 @@
+"""Started by torchrun in test_trainer: one epoch on two ranks a case; rank 0 writes gradients, losses, evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from test_trainer import Gradients, Losses, arguments, weighted
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+def run(folder: Path, size: int, micro_batch: int, accumulation: int, weights: list[float]) -> dict:
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    # A parameter that no loss reads is an error under DistributedDataParallel.
+    model.esm.contact_head.requires_grad_(False)
+    data = load_from_disk(str(folder / f"data{size}"))
+    gradients, losses = Gradients(), Losses()
+    trainer = weighted(
+        model,
+        arguments(folder / "run", micro_batch, accumulation, ddp_backend="gloo"),
+        data,
+        AutoTokenizer.from_pretrained(folder / "model"),
+        class_weights=weights,
+        eval_dataset=data,
+        callbacks=[gradients, losses],
+        audit=False,
+    )
+    trainer.train()
+    return {"gradients": gradients.steps, "losses": losses.values, "eval_loss": trainer.evaluate()["eval_loss"]}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    weights, cases = json.loads(sys.argv[2])
+    results = [run(folder, *case, weights) for case in cases]
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    torch.distributed.barrier()
+    # Closing the group can deadlock: gloo's thread wants the interpreter's lock to free its last tensor while the
+    # main thread holds it and waits for that thread.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
