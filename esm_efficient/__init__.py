@@ -22,16 +22,8 @@ if TYPE_CHECKING:
     )
     from esm_efficient.profiling import peak_memory
     from esm_efficient.recipes import RECIPES, Recipe
-    from esm_efficient.training import (
-        AuditCallback,
-        FinetuneResult,
-        WeightedTrainer,
-        classification_metrics,
-        compute_metrics_for,
-        finetune,
-        recipe_adapters,
-        recipe_arguments,
-    )
+    from esm_efficient.training import AuditCallback, WeightedTrainer, classification_metrics, compute_metrics_for
+    from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_adapters, recipe_arguments
 
 __version__ = "0.1.0"
 
@@ -49,16 +41,8 @@ _HOME = {
     ),
     "profiling": ("peak_memory",),
     "recipes": ("RECIPES", "Recipe"),
-    "training": (
-        "AuditCallback",
-        "FinetuneResult",
-        "WeightedTrainer",
-        "classification_metrics",
-        "compute_metrics_for",
-        "finetune",
-        "recipe_adapters",
-        "recipe_arguments",
-    ),
+    "training": ("AuditCallback", "WeightedTrainer", "classification_metrics", "compute_metrics_for"),
+    "training.finetune": ("FinetuneResult", "finetune", "recipe_adapters", "recipe_arguments"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

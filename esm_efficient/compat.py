@@ -61,7 +61,8 @@ def save_under_own_names(model: PreTrainedModel) -> None:
     names, as LayerNorm's legacy ``gamma`` and ``beta``. ``from_pretrained`` reads them; resuming a Trainer does not,
     and goes on with the LayerNorms that the model had, with no more than a warning.
     """
-    model._weight_conversions = []
+    conversions: Any = []
+    model._weight_conversions = conversions
 
 
 def tied_weights(model: nn.Module) -> tuple[str, ...]:

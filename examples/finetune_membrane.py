@@ -170,7 +170,10 @@ def main() -> None:
     names = reloaded.config.id2label
     print(
         format_table(
-            [(n, names[int(p.argmax())], f"{float(p.max()):.2f}") for n, p in zip(KNOWN_PROTEINS, chances, strict=True)],
+            [
+                (n, names[int(p.argmax())], f"{float(p.max()):.2f}")
+                for n, p in zip(KNOWN_PROTEINS, chances, strict=True)
+            ],
             ("protein", "prediction", "probability"),
         )
     )

@@ -17,16 +17,18 @@ import gzip
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer, set_seed
 
-VOCABULARY = (
-    "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
-).split()
+from esm_efficient import compat
+
+VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
 CLS, PAD, EOS, UNK, MASK = (VOCABULARY.index(token) for token in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>"))
 FIRST_RESIDUE, N_STANDARD = VOCABULARY.index("L"), 20
 SHARED_RUN = 7  # residues; two shared runs of this length make two proteins relatives
@@ -95,7 +97,7 @@ def windows_of(proteins: list[np.ndarray], window: int, rng: np.random.Generator
     for protein in proteins:
         offset = int(rng.integers(window)) if len(protein) > window else 0
         cuts = [0, *range(offset or window, len(protein), window), len(protein)]
-        pieces += [protein[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b - a >= 16]
+        pieces += [protein[a:b] for a, b in pairwise(cuts) if b - a >= 16]
     return pieces
 
 
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32, help="windows a step")
     parser.add_argument("--window", type=int, default=254, help="residues a window")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -228,11 +230,10 @@ def main() -> None:
 
     figures = evaluate(model, test, train, options.window, options.batch, options.seed)
     output = Path(options.output)
+    compat.save_under_own_names(model)
     model.save_pretrained(output)
     (output / "vocab.txt").write_text("\n".join(VOCABULARY))
     EsmTokenizer(str(output / "vocab.txt"), model_max_length=1024).save_pretrained(output)
-    import transformers
-
     card = CARD.format(
         layers=options.layers,
         width=options.width,

@@ -111,7 +111,7 @@ def lora_config(
     preset: str = "all-linear",
     r: int = 8,
     target_modules: Sequence[str] | None = None,
-    lora_alpha: float | None = None,
+    lora_alpha: int | None = None,
     lora_dropout: float = 0.0,
     **peft_options: Any,
 ) -> LoraConfig:
@@ -225,9 +225,8 @@ def _in_head(architecture: Architecture, path: str) -> bool:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """peft's name for the task of a model class; it makes peft train and save the head in full."""
+    """Peft's name for the task of a model class; it makes peft train and save the head in full."""
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
     return "TOKEN_CLS" if name.endswith("ForTokenClassification") else None
-

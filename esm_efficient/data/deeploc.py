@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEEPLOC_URL = (
-    "https://services.healthtech.dtu.dk/services/DeepLoc-2.0/data/Swissprot_Train_Validation_dataset.csv"
-)
+DEEPLOC_URL = "https://services.healthtech.dtu.dk/services/DeepLoc-2.0/data/Swissprot_Train_Validation_dataset.csv"
 DEEPLOC_SHA256 = "29a07b293fed2994a966b70bdcd6bacc59915b8b01fa200cb2b07d8db18384a2"
 
 LABEL_NAMES = ("non-membrane", "membrane")

@@ -19,10 +19,10 @@ RESIDUES = STANDARD_RESIDUES + AMBIGUOUS_RESIDUES + "UO"
 
 
 def clean(sequence: str) -> str:
-    """Fold lower case to upper case and drop white space.
+    r"""Fold lower case to upper case and drop white space.
 
     Example:
-        >>> clean("mktv\\n AYI ")
+        >>> clean("mktv\n AYI ")
         'MKTVAYI'
     """
     return "".join(sequence.split()).upper()

@@ -9,6 +9,7 @@ column, CRLF line ends, labels as floats, proteins too short or too long to be k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ _PARTITIONS = 5
 _RARE = "XUB"
 
 
-def _draw(rng: np.random.Generator, weights: dict[str, float], size: int) -> str:
+def _draw(rng: np.random.Generator, weights: Mapping[str, float], size: int) -> str:
     values = np.array(list(weights.values()), dtype=float)
     return "".join(rng.choice(list(weights), size=size, p=values / values.sum()))
 

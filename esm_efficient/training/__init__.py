@@ -1,7 +1,6 @@
 """A dataset and a model in, a fine-tuned model out."""
 
 from esm_efficient.training.audit import AuditCallback, AuditReport
-from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_adapters, recipe_arguments
 from esm_efficient.training.metrics import classification_metrics, compute_metrics_for
 from esm_efficient.training.trainer import WeightedTrainer
 from esm_efficient.training.weights import balanced_class_weights
@@ -9,12 +8,8 @@ from esm_efficient.training.weights import balanced_class_weights
 __all__ = [
     "AuditCallback",
     "AuditReport",
-    "FinetuneResult",
     "WeightedTrainer",
     "balanced_class_weights",
     "classification_metrics",
     "compute_metrics_for",
-    "finetune",
-    "recipe_adapters",
-    "recipe_arguments",
 ]

@@ -49,9 +49,9 @@ class AuditCallback(TrainerCallback):
     """Fail a run in which a parameter that should train gets no gradient or does not move.
 
     A missing gradient fails at the first optimizer step. A gradient of exactly zero is right at first for LoRA's A,
-    since B is zero; and nothing moves while warm-up holds the rate at zero or so low that no float32 of that size
-    could change. So each parameter has `patience` steps with a rate that shows, after which it must have had a gradient and
-    moved; whatever is missing when training ends fails too. Once a parameter has passed it costs nothing.
+    since B is zero; and nothing moves while warm-up holds the rate at zero, or so low that no float32 of that size
+    could change. So each parameter has `patience` steps with a rate that shows, after which it must have had a
+    gradient and moved; whatever is missing when training ends fails too. Once a parameter has passed it costs nothing.
 
     Works for one process, DDP and FSDP. Under DeepSpeed, which keeps gradients to itself, it says so and looks away.
 

@@ -204,18 +204,19 @@ def finetune(
     args = recipe_arguments(chosen, output_dir, precision=precision, seed=seed, **training_options)
     set_seed(seed)
     if isinstance(model, PreTrainedModel):
+        loaded = model
         if tokenizer is None:
             raise ConfigurationError("a loaded model says nothing of its tokenizer: give tokenizer too")
     else:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        loaded = AutoModelForSequenceClassification.from_pretrained(
             model, num_labels=len(label_names), dtype=torch.float32
         )
     tokenized, report = tokenize_dataset(dataset, tokenizer, max_length=max_length)
 
     prepared = prepare_model(
-        model,
-        adapters=recipe_adapters(chosen, model, **(adapter_options or {})),
+        loaded,
+        adapters=recipe_adapters(chosen, loaded, **(adapter_options or {})),
         head_only=chosen.trains == "head",
         gradient_checkpointing=compat.asks_for_checkpointing(args),
         dtype=torch.bfloat16 if args.bf16 else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from esm_efficient.training.losses import IGNORE, LOSSES, WeightedLoss
 from esm_efficient.training.weights import balanced_class_weights, check_class_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class WeightedTrainer(Trainer):
         if audit and not any(isinstance(c, AuditCallback) for c in self.callback_handler.callbacks):
             self.add_callback(AuditCallback())
 
-    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from ``model_init``, told its task like the first."""
         model = super().call_model_init(trial)
         if self._loss is not None:  # not yet while Trainer is being made; __init__ comes to it
@@ -145,7 +144,7 @@ class WeightedTrainer(Trainer):
         self._evaluated = []
         try:
             output = super().evaluation_loop(*args, **kwargs)
-            if self._evaluated:
+            if self._evaluated and output.metrics is not None:
                 total = sum(float(losses.double().sum()) for losses, _ in self._evaluated)
                 weight = sum(float(weights.double().sum()) for _, weights in self._evaluated)
                 prefix = kwargs.get("metric_key_prefix", "eval")
@@ -168,12 +167,12 @@ class WeightedTrainer(Trainer):
         tied = compat.tied_weights(self.accelerator.unwrap_model(self.model))
         if missing := [name for name in load_result.missing_keys if name not in tied]:
             raise ConfigurationError(
-                f"the checkpoint lacks {len(missing)} weights of the model ({listing(missing)}), so it would not resume "
-                "where it stopped. Load it with from_pretrained() and train anew, or take another checkpoint"
+                f"the checkpoint lacks {len(missing)} weights of the model ({listing(missing)}), so it would not "
+                "resume where it stopped. Load it with from_pretrained() and train anew, or take another checkpoint"
             )
         super()._issue_warnings_after_load(load_result)
 
-    def _set_problem_type(self, model: nn.Module) -> str | None:
+    def _set_problem_type(self, model: Any) -> str | None:
         """The task; written into a classifier's config, since labels never reach the model, which would do it."""
         config = getattr(model, "config", None)
         if config is None or self.compute_loss_func is not None:
@@ -190,7 +189,8 @@ class WeightedTrainer(Trainer):
         return task
 
     def _resolve_weights(self, class_weights: Any) -> np.ndarray:
-        config = self.model.config
+        model: Any = self.model
+        config = model.config
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         if isinstance(class_weights, str) and class_weights == "balanced":
             return balanced_class_weights(_dataset_labels(self.train_dataset), names)
@@ -205,7 +205,7 @@ class WeightedTrainer(Trainer):
 
     def _silence_repeats(self, batch: dict[str, Any]) -> None:
         """Take the labels from examples that are repeated to give every rank a full last batch."""
-        accelerator, examples = self.accelerator, self.train_dataset
+        accelerator, examples = self.accelerator, cast(Any, self.train_dataset)
         world = accelerator.num_processes
         at_end = accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
         if world == 1 or not at_end or self.args.dataloader_drop_last:

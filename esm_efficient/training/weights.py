@@ -35,7 +35,7 @@ def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequ
     classes = np.arange(len(label_names))
     if strange := sorted(set(flat.tolist()) - set(classes.tolist())):
         raise DataError(f"labels {strange} are no class: there are {len(classes)} ({', '.join(label_names)})")
-    if absent := [label_names[index] for index in classes if index not in flat]:
+    if absent := [name for index, name in enumerate(label_names) if index not in flat]:
         raise DataError(
             f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
             "weights as an array"

@@ -93,9 +93,7 @@ def test_label_names_reach_the_config_and_survive_saving(tiny_model, tmp_path):
 def test_an_adapter_loads_in_plain_peft_with_the_same_logits(tiny_model, tmp_path):
     model = tiny_model()
     torch.manual_seed(3)
-    model = prepare_model(
-        model, adapters=lora_config(model, r=2, init_lora_weights=False), gradient_checkpointing=True
-    )
+    model = prepare_model(model, adapters=lora_config(model, r=2, init_lora_weights=False), gradient_checkpointing=True)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     assert torch.equal(model.eval()(**batch()).logits, again(**batch()).logits)

@@ -11,9 +11,7 @@ def test_batches_hold_every_protein_once_with_its_label(demo_table, tokenizer, t
     loaders = deeploc_dataloaders(tokenizer, demo_table, batch_size=7, seed=5)
     data = load_deeploc(demo_table, seed=5)
     for name in ("train", "validation", "test"):
-        expected = sorted(
-            (tuple(tokenizer(row["sequence"])["input_ids"]), row["label"]) for row in data[name]
-        )
+        expected = sorted((tuple(tokenizer(row["sequence"])["input_ids"]), row["label"]) for row in data[name])
         found = []
         for batch in getattr(loaders, name):
             assert set(batch) == {"input_ids", "attention_mask", "labels"}

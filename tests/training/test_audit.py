@@ -33,9 +33,7 @@ class CutOff(nn.Module):
 
 def test_adapters_cut_off_by_reentrant_checkpointing_are_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
     """The tutorial's failure: reentrant checkpointing over frozen embeddings, so that only the head trains."""
-    model = get_peft_model(
-        tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"])
-    )
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"]))
     base = model.get_base_model()
     compat.enable_checkpointing(base, use_reentrant=True)
     base.disable_input_require_grads()
@@ -61,9 +59,7 @@ def test_an_encoder_under_no_grad_is_caught(tmp_path, tiny_model, tiny_dataset, 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("preset", ["qkv", "all-linear"])
-def test_prepared_adapters_under_checkpointing_pass(
-    tmp_path, tiny_model, tiny_dataset, tokenizer, preset, reentrant
-):
+def test_prepared_adapters_under_checkpointing_pass(tmp_path, tiny_model, tiny_dataset, tokenizer, preset, reentrant):
     model = tiny_model()
     model = prepare_model(
         model, adapters=lora_config(model, preset=preset, r=2), gradient_checkpointing=True, use_reentrant=reentrant
@@ -147,16 +143,12 @@ def test_a_parameter_outside_the_optimizer_is_caught(tmp_path, tiny_model, tiny_
     model = prepare_model(tiny_model())
     chosen = [p for name, p in model.named_parameters() if p.requires_grad and name != "classifier.out_proj.bias"]
     optimizer = torch.optim.AdamW(chosen, lr=1e-2)
-    trainer = weighted(
-        model, arguments(tmp_path, 4, 2), tiny_dataset(32), tokenizer, optimizers=(optimizer, None)
-    )
+    trainer = weighted(model, arguments(tmp_path, 4, 2), tiny_dataset(32), tokenizer, optimizers=(optimizer, None))
     with pytest.raises(AuditError, match=r"classifier\.out_proj\.bias"):
         trainer.train()
 
 
-def test_the_unread_contact_head_of_a_plain_model_is_a_warning(
-    tmp_path, tiny_model, tiny_dataset, tokenizer, caplog
-):
+def test_the_unread_contact_head_of_a_plain_model_is_a_warning(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
     report = run(tiny_model(), tmp_path, tokenizer, tiny_dataset(32))
     assert sorted(report.exempt) == ["esm.contact_head.regression.bias", "esm.contact_head.regression.weight"]
     assert "contact_head" in caplog.text

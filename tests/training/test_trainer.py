@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_dataset, make_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from conftest import make_dataset, make_model
 from esm_efficient import AuditCallback, WeightedTrainer, compat, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError, DataError
 
@@ -191,8 +191,8 @@ def test_token_labels_with_ignored_positions_are_exact(tmp_path, tiny_model, tok
     assert relative_error(gradients.steps[0], expected) <= 1e-5
 
 
-# (examples, micro-batch of a rank, accumulation): 16 examples an optimizer step over both ranks. Of 37, the last step has
-# 5 real examples; of 17, a rank has none in the last step.
+# (examples, micro-batch of a rank, accumulation): 16 examples an optimizer step over both ranks. Of 37, the last step
+# has 5 real examples; of 17, a rank has none in the last step.
 TWO_RANKS = [(size, *cut) for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
 
 
@@ -256,9 +256,7 @@ def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_mod
     """Weights as a tensor, a peft model, accumulation and checkpointing in the arguments, one evaluation an epoch."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"])
-    )
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = WeightedTrainer(
         class_weights=torch.tensor(WEIGHTS),
@@ -278,9 +276,7 @@ def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_mod
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
-def test_evaluation_loss_does_not_depend_on_the_batch_size(
-    tmp_path, tiny_model, tiny_dataset, tokenizer, batch_size
-):
+def test_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path, tiny_model, tiny_dataset, tokenizer, batch_size):
     data, model = tiny_dataset(21), tiny_model()
     trainer = weighted(
         model, arguments(tmp_path, per_device_eval_batch_size=batch_size), data, tokenizer, eval_dataset=data

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from esm_efficient.reporting import format_bytes, format_table
+
+
+def test_columns_are_aligned_and_nothing_trails():
+    text = format_table([("a", 1, "x"), ("longer", 22, "")], ("name", "n", "note"))
+    assert text.splitlines() == ["name    n   note", "------  --  ----", "a       1   x", "longer  22"]
+
+
+def test_rows_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="do not make a table"):
+        format_table([("a",), ("b", "c")])
+    assert format_table([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (123_456_789, "118. MiB"),
+        (3_500_000_000, "3.26 GiB"),
+        (2**60, "1.05e+06 TiB"),
+    ],
+)
+def test_bytes_in_binary_units(count, text):
+    assert format_bytes(count) == text

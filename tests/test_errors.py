@@ -1,0 +1,27 @@
+"""Errors share one base class and the built-in class that a caller would expect."""
+
+from __future__ import annotations
+
+import pytest
+
+from esm_efficient import errors
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (errors.DataError, ValueError),
+        (errors.DownloadError, OSError),
+        (errors.TargetModuleError, ValueError),
+        (errors.ConfigurationError, ValueError),
+        (errors.AuditError, RuntimeError),
+    ],
+)
+def test_base_classes(error, builtin):
+    assert issubclass(error, errors.EsmEfficientError)
+    assert issubclass(error, builtin)
+
+
+def test_listing_says_how_many_are_left_out():
+    assert errors.listing(["a", "b"]) == "a, b"
+    assert errors.listing(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -1,0 +1,141 @@
+"""finetune(): each recipe end to end on a small part of the demo, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from esm_efficient import (
+    RECIPES,
+    compat,
+    demo_model_path,
+    finetune,
+    load_deeploc,
+    recipe_adapters,
+    recipe_arguments,
+    stratified_sample,
+)
+from esm_efficient.errors import ConfigurationError, DataError
+
+
+@pytest.fixture(scope="module")
+def data(demo_table):
+    splits = load_deeploc(demo_table, max_length=150, validation_partitions=())
+    return DatasetDict(train=stratified_sample(splits["train"], 32), test=stratified_sample(splits["test"], 16))
+
+
+def plain(result):
+    """The saved result, loaded with transformers and peft alone."""
+    if not (result.model_dir / "adapter_config.json").exists():
+        return AutoModelForSequenceClassification.from_pretrained(result.model_dir)
+    base = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
+    return PeftModel.from_pretrained(base, result.model_dir)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_what_it_says_and_reloads(tmp_path, data, recipe):
+    result = finetune(demo_model_path(), data, recipe=recipe, output_dir=tmp_path, disable_tqdm=True)
+    chosen = RECIPES[recipe]
+    assert result.steps == 4
+    assert result.recipe == recipe
+    trains = {name for name, p in result.model.named_parameters() if p.requires_grad}
+    if chosen.trains == "head":
+        assert result.trained_layers == ()
+        assert all(name.startswith("classifier") for name in trains)
+    else:
+        assert result.trained_layers == (0, 1, 2, 3)
+    assert result.trainable_parameters == sum(p.numel() for p in result.model.parameters() if p.requires_grad)
+    assert (result.trainable_parameters < 0.2 * result.total_parameters) == (chosen.trains != "all")
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in result.model.modules())
+    assert checkpointed == chosen.checkpointing
+
+    assert set(result.metrics) == {
+        "loss", "accuracy", "mcc", "auroc", "f1_non-membrane", "f1_membrane", "majority_accuracy"
+    }  # fmt: skip
+    assert result.residues_per_second > 0
+    assert result.peak_memory_bytes > 0
+    assert json.loads(result.result_path.read_text()) == result.to_dict()
+
+    config = json.loads((result.model_dir / "config.json").read_text())
+    assert config["id2label"] == {"0": "non-membrane", "1": "membrane"}
+    assert config["problem_type"] == "single_label_classification"
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    batch = tokenizer(data["test"][:4]["sequence"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert torch.allclose(plain(result).eval()(**batch).logits, result.model(**batch).logits, atol=1e-5)
+
+
+def test_it_learns_and_the_seed_decides(tmp_path, data):
+    options = {"recipe": "lora", "num_train_epochs": 6, "disable_tqdm": True}
+    first, again, other = (
+        finetune(demo_model_path(), data, output_dir=tmp_path / str(i), seed=seed, **options)
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert first.metrics == again.metrics
+    assert first.metrics != other.metrics
+    untrained = finetune(
+        demo_model_path(), data, recipe="lora", output_dir=tmp_path / "none", learning_rate=0.0, disable_tqdm=True
+    )
+    assert first.train_loss < 0.9 * untrained.train_loss
+    assert first.metrics["auroc"] > 0.7
+
+
+def test_options_win_over_the_recipe(tmp_path, data):
+    args = recipe_arguments("all", tmp_path, learning_rate=5e-5, gradient_accumulation_steps=2)
+    assert (args.learning_rate, args.gradient_accumulation_steps, args.per_device_train_batch_size) == (5e-5, 2, 2)
+    assert compat.asks_for_checkpointing(args)
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    assert recipe_adapters("all", model, r=3, preset="qkv").r == 3
+    assert recipe_adapters("base", model) is None
+    with pytest.raises(ConfigurationError, match="has no adapters"):
+        recipe_adapters("base", model, r=3)
+    with pytest.raises(ConfigurationError, match="precision"):
+        recipe_arguments("all", tmp_path, precision="fp8")
+
+
+def test_bf16_holds_the_frozen_weights_in_bfloat16_and_trains(tmp_path, data):
+    result = finetune(demo_model_path(), data, output_dir=tmp_path, precision="bf16", disable_tqdm=True)
+    assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in result.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert result.trained_layers == (0, 1, 2, 3)
+
+
+def test_resuming_ends_where_the_whole_run_ends(tmp_path, data):
+    options = {"recipe": "all", "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True}
+    whole = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
+    resumed = finetune(
+        demo_model_path(), data, output_dir=tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"), **options
+    )
+    assert resumed.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-6)
+
+
+def test_what_is_missing_is_named(tmp_path, data):
+    with pytest.raises(DataError, match="expected train, and test or validation"):
+        finetune(demo_model_path(), DatasetDict(train=data["train"]), output_dir=tmp_path)
+    unnamed = Dataset.from_dict({"sequence": ["MK"], "label": [0]})
+    with pytest.raises(DataError, match="class_encode_column"):
+        finetune(demo_model_path(), DatasetDict(train=unnamed, test=unnamed), output_dir=tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
+    with pytest.raises(ConfigurationError, match="give tokenizer too"):
+        finetune(model, data, output_dir=tmp_path)
+
+
+def test_a_real_backbone_trains_in_every_layer(tmp_path, checkpoint, deeploc_csv):
+    splits = load_deeploc(deeploc_csv, max_length=120, validation_partitions=())
+    small = DatasetDict(train=stratified_sample(splits["train"], 16), test=stratified_sample(splits["test"], 8))
+    result = finetune(checkpoint, small, recipe="all", output_dir=tmp_path, disable_tqdm=True)
+    assert result.trained_layers == (0, 1, 2, 3, 4, 5)
+    assert result.trainable_parameters == 6 * 8 * (4 * (320 + 320) + 2 * (320 + 1280)) + 320 * 321 + 321 * 2
+
+
+@pytest.mark.cuda
+def test_on_cuda_the_default_is_bf16(tmp_path, data):
+    result = finetune(demo_model_path(), data, output_dir=tmp_path, disable_tqdm=True)
+    assert result.peak_memory_kind == "CUDA tensors"
+    assert {p.dtype for p in result.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert result.trained_layers == (0, 1, 2, 3)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.training.weights import balanced_class_weights, check_class_weights
+
+NAMES = ["a", "b", "c"]
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=60))
+def test_balanced_weights_give_every_class_the_same_total(labels):
+    labels = [*labels, 0, 1, 2]
+    weights = balanced_class_weights(labels, NAMES)
+    totals = weights * np.bincount(labels, minlength=3)
+    assert totals == pytest.approx([len(labels) / 3] * 3)
+
+
+def test_labels_that_are_ignored_do_not_count():
+    assert balanced_class_weights([[0, -100], [1, 2]], NAMES).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_absent_classes_and_strange_labels_are_named():
+    with pytest.raises(DataError, match="label b, c"):
+        balanced_class_weights([0, 0], NAMES)
+    with pytest.raises(DataError, match=r"\[7\] are no class"):
+        balanced_class_weights([0, 7], NAMES)
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), {"c": 3, "a": 1, "b": 2}],
+    ids=["list", "tuple", "array", "tensor", "mapping"],
+)
+def test_every_form_of_weights_means_the_same(given_):
+    assert check_class_weights(given_, NAMES).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_mapping_must_name_every_label_once():
+    with pytest.raises(ConfigurationError, match="wrong or missing: c"):
+        check_class_weights({"a": 1, "b": 1}, NAMES)
+    with pytest.raises(ConfigurationError, match="wrong or missing: d"):
+        check_class_weights({"a": 1, "b": 1, "c": 1, "d": 1}, NAMES)
