@@ -179,6 +179,8 @@ def main() -> None:
     rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
     train, test, dropped = split(read_fasta(options.fasta), options.heldout, rng)
     residues = sum(map(len, train))
+    if not train:
+        raise SystemExit(f"all {len(test) + dropped:,} proteins are held out or relatives of those: hold out fewer")
     print(f"{len(train):,} proteins ({residues:,} residues) to train on, {len(test):,} held out, {dropped:,} dropped")
 
     config = EsmConfig(

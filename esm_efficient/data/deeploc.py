@@ -121,12 +121,23 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
 
     Args:
         dataset: rows with a ClassLabel ``label``.
-        size: rows to draw; the whole dataset, shuffled, if it has no more.
+        size: rows to draw, at least 1; the whole dataset, shuffled, if it has no more.
         seed: of the draw.
+
+    Raises:
+        ConfigurationError: `size` is below 1.
     """
-    if size >= len(dataset):
-        return dataset.shuffle(seed=seed)
-    return dataset.train_test_split(train_size=size, stratify_by_column="label", seed=seed)["train"]
+    if size < 1:
+        raise ConfigurationError(f"size={size}: a sample has at least one row")
+    labels = np.asarray(dataset["label"][:])
+    classes, counts = np.unique(labels, return_counts=True)
+    # Each class gets its share rounded down, and those with the largest remainders one more.
+    shares = min(size, len(labels)) * counts / len(labels)
+    wanted = np.floor(shares).astype(int)
+    wanted[np.argsort(wanted - shares, kind="stable")[: min(size, len(labels)) - wanted.sum()]] += 1
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, wanted, strict=True)]
+    return dataset.select(rng.permutation(np.concatenate(rows)))
 
 
 def _locate(source: str | Path | None, sha256: str | None) -> Path:

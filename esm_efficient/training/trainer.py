@@ -18,6 +18,7 @@ from esm_efficient.training.losses import IGNORE, LOSSES, WeightedLoss
 from esm_efficient.training.weights import balanced_class_weights, check_class_weights
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
     from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
@@ -139,16 +140,24 @@ class WeightedTrainer(Trainer):
             self._evaluated.append(self.accelerator.gather_for_metrics(self._last_evaluated))
         return result
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As Trainer's; its loss is replaced by the weighted mean over the whole set."""
         self._evaluated = []
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
             if self._evaluated and output.metrics is not None:
                 total = sum(float(losses.double().sum()) for losses, _ in self._evaluated)
                 weight = sum(float(weights.double().sum()) for _, weights in self._evaluated)
-                prefix = kwargs.get("metric_key_prefix", "eval")
-                output.metrics[f"{prefix}_loss"] = total / weight if weight else float("nan")
+                output.metrics[f"{metric_key_prefix}_loss"] = total / weight if weight else float("nan")
         finally:
             self._evaluated = None
         return output

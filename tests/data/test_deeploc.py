@@ -195,7 +195,10 @@ def test_a_sample_keeps_the_label_frequencies(demo_table):
     assert sum(sample["label"]) / 60 == pytest.approx(share, abs=1 / 60)
     assert sample["accession"][:] == stratified_sample(train, 60, seed=1)["accession"][:]
     assert sample["accession"][:] != stratified_sample(train, 60, seed=2)["accession"][:]
-    assert len(stratified_sample(train, 10**6)) == len(train)
+    for size in (len(train) - 1, len(train), 10**6):
+        assert len(set(stratified_sample(train, size)["accession"])) == min(size, len(train))
+    with pytest.raises(ConfigurationError, match="at least one row"):
+        stratified_sample(train, 0)
 
 
 def test_the_real_table(deeploc_csv):
@@ -206,7 +209,10 @@ def test_the_real_table(deeploc_csv):
     whole = load_deeploc(deeploc_csv, min_length=None, max_length=None, validation_partitions=())
     assert sum(len(split) for split in whole.values()) == 28_303
     assert len(whole["test"]) == 5_462
-    assert {split.features["label"].names[1] for split in whole.values()} == {"membrane"}
+    raw = pd.read_csv(deeploc_csv)
+    assert int((raw["Membrane"] != raw["Cell membrane"]).sum()) == 4_550
+    labels = {row["accession"]: row["label"] for split in whole.values() for row in split}
+    assert labels == dict(zip(raw["ACC"], raw["Membrane"].astype(int), strict=True))
 
 
 def test_the_demo_table_has_the_schema_of_the_real_one(deeploc_csv, tmp_path):

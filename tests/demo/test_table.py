@@ -62,7 +62,7 @@ def test_families_lie_within_one_partition(frame):
 def test_membrane_proteins_are_greasy_but_composition_alone_does_not_settle_it(frame):
     greasy = frame["Sequence"].map(lambda s: sum(s.count(r) for r in "AILVFGMW") / len(s))
     membrane, soluble = greasy[frame["Membrane"] == 1], greasy[frame["Membrane"] == 0]
-    assert membrane.mean() > soluble.mean() + 0.05
+    assert membrane.mean() > soluble.mean() + 0.03
     assert membrane.quantile(0.1) < soluble.quantile(0.9)
 
 
