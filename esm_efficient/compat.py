@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
@@ -52,6 +53,15 @@ def declare_loss_normalised(trainer: Trainer) -> None:
         trainer.loss_is_scaled_for_ga = True
     else:
         trainer.model_accepts_loss_kwargs = True
+
+
+def leave_division_to_trainer(accelerator: Accelerator) -> None:
+    """Keep accelerate from dividing a loss by the accumulation steps.
+
+    Trainer does that itself, or does not because its loss is normalised. transformers 5.3 nevertheless tells
+    accelerate the number of steps, so that under accumulation every gradient is too small by that factor.
+    """
+    accelerator.gradient_accumulation_steps = 1
 
 
 def save_under_own_names(model: PreTrainedModel) -> None:

@@ -59,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--data", help='a table in the DeepLoc-2.0 format, or "deeploc" to download it (default: the demo table)'
     )
     parser.add_argument("--recipe", default="all", choices=RECIPES, help="training method (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, help="passes over the training proteins (default: 1, demo: 3)")
+    parser.add_argument("--epochs", type=float, help="passes over the training proteins (default: 1, demo: 2)")
     parser.add_argument("--limit", type=int, help="train on this many proteins and test on a third as many")
     parser.add_argument("--seed", type=int, default=0, help="of the sample, the head and the order of the batches")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the result")
@@ -151,7 +151,7 @@ def main() -> None:
         output_dir=options.output,
         class_weights="balanced" if options.class_weights else None,
         seed=options.seed,
-        num_train_epochs=options.epochs or (3 if options.data is None else 1),
+        num_train_epochs=options.epochs or (2 if options.data is None else 1),
     )
 
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)

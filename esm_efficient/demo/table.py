@@ -48,11 +48,13 @@ def _ancestor(rng: np.random.Generator, membrane: bool, length: int) -> str:
     """The founding sequence of a family."""
     sequence = "M" + _draw(rng, _AVERAGE, length - 1)
     if membrane:
-        # Mostly several helices; a few proteins with one, which are the hard cases.
-        wanted = int(rng.choice([1, 2, 4, 7], p=[0.3, 0.25, 0.25, 0.2]))
-        starts = np.linspace(8, length - 40, num=min(wanted, max(1, (length - 48) // 40) + 1)).astype(int)
-        for start in starts:
-            helix = "RK" + _draw(rng, _HELIX, int(rng.integers(19, 25)))
+        # Mostly several helices; some proteins with one, which are the hard cases.
+        wanted = int(rng.choice([1, 2, 4, 7], p=[0.25, 0.2, 0.25, 0.3]))
+        starts = np.linspace(8, length - 34, num=min(wanted, max(1, (length - 12) // 32))).astype(int)
+        for number, start in enumerate(starts):
+            # Positive charge lies on the inner side: before every other helix, after the ones between.
+            helix = _draw(rng, _HELIX, int(rng.integers(19, 25)))
+            helix = "RK" + helix if number % 2 == 0 else helix + "KR"
             sequence = sequence[:start] + helix + sequence[start + len(helix) :]
     else:
         if rng.random() < 0.15:
@@ -83,7 +85,7 @@ def _relative(rng: np.random.Generator, ancestor: str, identity: float) -> str:
     return sequence
 
 
-def write_demo_table(path: str | Path, *, proteins: int = 1600, seed: int = 0) -> Path:
+def write_demo_table(path: str | Path, *, proteins: int = 1400, seed: int = 0) -> Path:
     """Write a synthetic table in the exact schema of the DeepLoc-2.0 CSV.
 
     Args:

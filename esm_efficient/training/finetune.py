@@ -126,6 +126,8 @@ def recipe_arguments(
         "save_strategy": "no",
         "report_to": "none",
         "bf16": _uses_bf16(precision),
+        # transformers 5.3 refuses bfloat16 on a CPU that it was not told to use.
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         # The contact head is frozen, so every parameter that trains is used in every step.
         "ddp_find_unused_parameters": False,

@@ -88,6 +88,11 @@ class WeightedTrainer(Trainer):
         if audit and not any(isinstance(c, AuditCallback) for c in self.callback_handler.callbacks):
             self.add_callback(AuditCallback())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; dividing by the accumulation steps stays with the trainer."""
+        super().create_accelerator_and_postprocess()
+        compat.leave_division_to_trainer(self.accelerator)
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from ``model_init``, told its task like the first."""
         model = super().call_model_init(trial)
