@@ -5,11 +5,12 @@ Each function hides one difference between transformers 5.3 and the newest relea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
     from accelerate import Accelerator
+    from torch import nn
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
@@ -25,6 +26,17 @@ def checkpointing_arguments(enabled: bool, *, use_reentrant: bool = False) -> di
     if enabled:
         arguments[f"{prefix}_checkpointing_kwargs"] = {"use_reentrant": use_reentrant}
     return arguments
+
+
+def installed_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``TrainingArguments`` with checkpointing under the name that the installed transformers takes.
+
+    Under both names at once the older one would be dropped without a word.
+    """
+    new, old = checkpointing_arguments(False).keys(), ("gradient_checkpointing", "activation_checkpointing")
+    name = next(iter(new))
+    renamed = {alias + suffix: name + suffix for alias in old for suffix in ("", "_kwargs")}
+    return {renamed.get(key, key): value for key, value in options.items()}
 
 
 def asks_for_checkpointing(args: TrainingArguments) -> bool:

@@ -1,8 +1,8 @@
 """The named training methods, as data: what each one does, not how.
 
 A recipe fixes the *accumulated batch*: accumulation splits it into smaller micro-batches and so lowers memory, and the
-number of optimizer steps stays what it was. That is what makes the recipes comparable, and what the tutorial's table
-lost when it accumulated four batches, took a quarter of the steps and left the learning rate alone.
+number of optimizer steps stays what it was. That is what makes the recipes comparable. Accumulating whole batches
+instead takes fewer steps, and at an unchanged learning rate it learns less.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class Recipe:
         preset: which layers get adapters (see `esm_efficient.adapters.resolve`); None without adapters.
         r: rank of the adapters; None without adapters.
         description: one line for a table.
+
+    Raises:
+        ConfigurationError: adapters without a preset and a rank or the other way round, or sizes below 1.
     """
 
     name: str

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from esm_efficient import compat
 from esm_efficient.adapters.registry import Architecture, ends_with, find_architecture, is_unread
 from esm_efficient.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
@@ -62,7 +63,6 @@ def prepare_model(
         >>> type(model).__name__
         'PeftModelForSequenceClassification'
     """
-    import torch
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
@@ -116,12 +116,15 @@ def _in_head(architecture: Architecture, path: str) -> bool:
 def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
     """Let a float32 head read a bfloat16 encoder outside autocast too."""
 
-    def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        dtype = next(parameter.dtype for parameter in module.parameters() if parameter.requires_grad)
-        return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+    def to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(value.float() if value.is_floating_point() else value for value in inputs)
 
-    encoder_dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
+        return
     for path, module in model.named_modules():
-        trains = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
-        if any(ends_with(path, head) for head in architecture.heads) and trains and encoder_dtypes - trains:
-            module.register_forward_pre_hook(cast)
+        if any(ends_with(path, head) for head in architecture.heads):
+            # peft trains a copy of the head inside a wrapper, and keeps the copy when adapters are merged.
+            copies = getattr(module, "modules_to_save", None)
+            for head in [module] if copies is None else copies.values():
+                if all(parameter.requires_grad for parameter in head.parameters()):
+                    head.register_forward_pre_hook(to_float32)

@@ -38,7 +38,7 @@ class Architecture:
         layers: path suffix of the list of layers.
         roles: role to the path suffix of its linear layer.
         unread: path suffixes of modules that training never reads; they are frozen.
-        heads: path suffixes of the heads that are trained in full beside adapters.
+        heads: path suffixes of the heads; beside adapters a classifier trains in full and a language-model head not.
     """
 
     name: str

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from esm_efficient.adapters.registry import (
+    ARCHITECTURES,
     PRESETS,
     Architecture,
     ends_with,
@@ -123,8 +124,8 @@ def lora_config(
         r: rank.
         target_modules: suffixes of your own, checked like a preset.
         lora_alpha: scale; 2 `r` if None.
-        lora_dropout: dropout on the input of every adapter. Above zero it costs a copy of each input, which at
-            all-linear is half of the memory that training needs.
+        lora_dropout: dropout on the input of every adapter. Above zero, a copy of each input is kept for the backward
+            pass.
         **peft_options: every other option of `peft.LoraConfig`, passed on as it is.
 
     Returns:
@@ -132,6 +133,8 @@ def lora_config(
 
     Raises:
         TargetModuleError: as `resolve_targets`.
+        ConfigurationError: no preset has that name, or ``exclude_modules`` is a pattern beside a preset that needs a
+            list.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -152,6 +155,8 @@ def lora_config(
             )
         peft_options["exclude_modules"] = [*given, *report.excluded]
     peft_options.setdefault("task_type", _task_type(model))
+    if peft_options["task_type"] is None and (heads := _other_heads(model)):
+        peft_options.setdefault("modules_to_save", heads)
     return LoraConfig(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
@@ -189,8 +194,8 @@ def _check(model: nn.Module, matches: tuple[TargetMatch, ...], layers: list[str]
             )
         if in_head := [path for path in match.modules if _in_head(architecture, path)]:
             logger.warning(
-                "target %r also matches %s: a head is trained in full and needs no adapter. A longer suffix, such as "
-                "'output.dense', leaves it out",
+                "target %r also matches %s: a head needs no adapter. A longer suffix, such as 'output.dense', leaves "
+                "it out",
                 match.target,
                 ", ".join(in_head),
             )
@@ -213,7 +218,7 @@ def _suggest(model: nn.Module, target: str, layers: list[str]) -> str:
         if is_unread(architecture, inside[0]):
             return what + "leave it out, training never reads it"
         if _in_head(architecture, inside[0]):
-            return what + "leave it out, the head is trained in full"
+            return what + "leave it out, a head needs no adapter"
         return what + f"use {_role_suffix(architecture, inside[0])!r}"
     suffixes = sorted({".".join(path.split(".")[-n:]) for path in layers for n in (1, 2, 3)})
     close = difflib.get_close_matches(target, suffixes, n=3)
@@ -226,7 +231,14 @@ def _in_head(architecture: Architecture, path: str) -> bool:
 
 def _task_type(model: nn.Module) -> str | None:
     """Peft's name for the task of a model class; it makes peft train and save the head in full."""
-    name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
+    names = [parent.__name__ for parent in type(model).__mro__]
+    if any(name.endswith("ForSequenceClassification") for name in names):
         return "SEQ_CLS"
-    return "TOKEN_CLS" if name.endswith("ForTokenClassification") else None
+    return "TOKEN_CLS" if any(name.endswith("ForTokenClassification") for name in names) else None
+
+
+def _other_heads(model: nn.Module) -> list[str]:
+    """Heads of a model class that peft does not know; a language-model head is pretrained and stays frozen."""
+    children = dict(model.named_children())
+    known = {head for architecture in ARCHITECTURES for head in architecture.heads}
+    return [name for name in children if name in known and name != "lm_head"]

@@ -49,6 +49,9 @@ def deeploc_dataloaders(
         Loaders for training (shuffled), validation and test. A batch is a dict of int64 tensors: ``input_ids`` and
         ``attention_mask`` of shape (batch, tokens of the longest), ``labels`` of shape (batch,).
 
+    Raises:
+        DownloadError, DataError, ConfigurationError: as `load_deeploc` and `tokenize_dataset`.
+
     Example:
         >>> from transformers import AutoTokenizer
         >>> from esm_efficient.demo import demo_model_path, write_demo_table

@@ -6,8 +6,11 @@ Nucleic Acids Research 50, W228-W234. The authors state no licence for the table
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import lzma
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +18,7 @@ from urllib.parse import unquote, urlparse
 
 import numpy as np
 
-from esm_efficient.data.download import cache_folder, fetch
+from esm_efficient.data.download import cache_folder, fetch, sha256_of
 from esm_efficient.data.sequences import clean
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
@@ -78,7 +81,7 @@ def load_deeploc(
         test_size: fraction of the proteins in the test set, with ``split="random"``.
         validation_size: likewise for the validation set; 0 for none.
         seed: of the shuffling and of the random split.
-        sha256: the expected SHA-256 of a downloaded file; the authors' file is always checked.
+        sha256: the expected SHA-256 of the file; the authors' own is always checked.
 
     Returns:
         Splits ``train``, ``validation`` (unless empty) and ``test``, with the features ``sequence`` (str), ``label``
@@ -124,6 +127,9 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
         size: rows to draw, at least 1; the whole dataset, shuffled, if it has no more.
         seed: of the draw.
 
+    Returns:
+        The sample, in random order.
+
     Raises:
         ConfigurationError: `size` is below 1.
     """
@@ -145,11 +151,14 @@ def _locate(source: str | Path | None, sha256: str | None) -> Path:
     if source is None:
         return fetch(DEEPLOC_URL, cache_folder() / Path(urlparse(DEEPLOC_URL).path).name, sha256=DEEPLOC_SHA256)
     if isinstance(source, str) and urlparse(source).scheme in ("http", "https"):
-        parts = urlparse(source)
-        return fetch(source, cache_folder() / f"{parts.netloc}_{Path(unquote(parts.path)).name}", sha256=sha256)
+        # Two addresses may end alike: the whole address makes the name.
+        name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}_{Path(unquote(urlparse(source).path)).name}"
+        return fetch(source, cache_folder() / name, sha256=sha256)
     path = Path(source).expanduser()
     if not path.is_file():
         raise DataError(f"no file at {path}. Give a path, an http(s) address, or nothing for the authors' own table")
+    if sha256 is not None and (found := sha256_of(path)) != sha256:
+        raise DataError(f"{path} has SHA-256 {found}, expected {sha256}")
     return path
 
 
@@ -158,15 +167,28 @@ def _read_table(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        header = pd.read_csv(path, nrows=0).columns.tolist()
+        compression = _compression(path)
+        header = pd.read_csv(path, nrows=0, compression=compression).columns.tolist()
         if missing := [name for name in _READ if name not in header]:
             raise DataError(
                 f"{path} has no column {listing([repr(name) for name in missing])}. A DeepLoc-2.0 table has "
                 f"{', '.join(COLUMNS)}; this one has {', '.join(header)}"
             )
-        return pd.read_csv(path, usecols=list(_READ), dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError) as error:
+        return pd.read_csv(path, usecols=list(_READ), dtype=str, keep_default_na=False, compression=compression)
+    except (
+        *(pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError),
+        *(OSError, EOFError, lzma.LZMAError, zlib.error),
+    ) as error:
         raise DataError(f"{path} cannot be read as a CSV table ({error})") from error
+
+
+def _compression(path: Path) -> Literal["gzip", "xz"] | None:
+    """How a file is packed, by its first bytes: the name of a downloaded file may not say."""
+    with open(path, "rb") as handle:
+        start = handle.read(6)
+    if start.startswith(b"\x1f\x8b"):
+        return "gzip"
+    return "xz" if start == b"\xfd7zXZ\x00" else None
 
 
 def _clean_table(raw: pd.DataFrame, path: Path) -> pd.DataFrame:

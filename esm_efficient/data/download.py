@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
 import tempfile
@@ -82,7 +83,7 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
                         output.write(chunk)
                         digest.update(chunk)
                         bar.update(len(chunk))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise DownloadError(f"cannot fetch {url} ({error}). {advice}") from error
         size = temporary.stat().st_size
         if expected is not None and size != expected:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from esm_efficient.data.deeploc import COLUMNS, LOCATIONS
+from esm_efficient.errors import ConfigurationError
 
 # Average composition of proteins in UniProtKB/Swiss-Prot, per cent.
 _AVERAGE = {
@@ -97,14 +98,16 @@ def write_demo_table(path: str | Path, *, proteins: int = 1400, seed: int = 0) -
         The path.
 
     Raises:
-        ValueError: fewer than 100 proteins, too few for five partitions of families.
+        ConfigurationError: fewer than 100 proteins, too few for five partitions of families.
 
     Example:
         >>> write_demo_table("/tmp/demo.csv", proteins=100).name  # doctest: +SKIP
         'demo.csv'
     """
     if proteins < 100:
-        raise ValueError(f"proteins={proteins}: at least 100 are needed for {_PARTITIONS} partitions of families")
+        raise ConfigurationError(
+            f"proteins={proteins}: at least 100 are needed for {_PARTITIONS} partitions of families"
+        )
     rng = np.random.default_rng(seed)
     rows: dict[str, dict[str, object]] = {}
     family = 0

@@ -73,7 +73,11 @@ def _resident_peak() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        import psutil  # accelerate needs it too
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from esm_efficient.errors import DataError
+
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
     """Lay rows out in aligned columns; the last column is not padded.
@@ -13,7 +15,7 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
         header: names of the columns, underlined.
 
     Raises:
-        ValueError: the rows have different numbers of cells.
+        DataError: the rows have different numbers of cells.
 
     Example:
         >>> print(format_table([("accuracy", "0.91"), ("MCC", "0.78")], ("metric", "value")))
@@ -26,7 +28,7 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
     if header is not None:
         cells.insert(0, list(header))
     if len({len(row) for row in cells}) > 1:
-        raise ValueError(f"rows of {sorted({len(row) for row in cells})} cells do not make a table")
+        raise DataError(f"rows of {sorted({len(row) for row in cells})} cells do not make a table")
     if not cells:
         return ""
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from esm_efficient.adapters.registry import find_architecture, is_unread
@@ -53,7 +55,8 @@ class AuditCallback(TrainerCallback):
     could change. So each parameter has `patience` steps with a rate that shows, after which it must have had a
     gradient and moved; whatever is missing when training ends fails too. Once a parameter has passed it costs nothing.
 
-    Works for one process, DDP and FSDP. Under DeepSpeed, which keeps gradients to itself, it says so and looks away.
+    Works for one process and under DDP. Where a rank has no whole gradient to look at (FSDP, DeepSpeed, optimizers that
+    step within the backward pass), it says so and looks away.
 
     Args:
         patience: optimizer steps at a rate that shows before a parameter must have moved.
@@ -71,6 +74,7 @@ class AuditCallback(TrainerCallback):
         self._reset()
 
     def _reset(self) -> None:
+        self._trainable: list[nn.Parameter] = []
         self._pending: dict[str, nn.Parameter] = {}
         self._watched: dict[str, tuple[Tensor, Tensor]] = {}
         self._steps: dict[str, int] = {}
@@ -89,8 +93,8 @@ class AuditCallback(TrainerCallback):
     ) -> None:
         """List what should train."""
         self._reset()
-        if getattr(args, "deepspeed", None):
-            logger.warning("DeepSpeed keeps gradients to itself: this run is not audited")
+        if reason := _hides_gradients(args):
+            logger.warning("%s: this run is not audited", reason)
             return
         model = kwargs["model"]
         try:
@@ -98,8 +102,9 @@ class AuditCallback(TrainerCallback):
         except TargetModuleError:
             architecture = None
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad or _local(parameter).numel() == 0:
+            if not parameter.requires_grad:
                 continue
+            self._trainable.append(parameter)
             if architecture is not None and is_unread(architecture, name):
                 self._exempt.append(name)
             else:
@@ -123,12 +128,12 @@ class AuditCallback(TrainerCallback):
         for name, parameter in self._pending.items():
             if parameter.grad is None:
                 continue
-            gradient = _local(parameter.grad).reshape(-1)
+            gradient = parameter.grad.detach().reshape(-1)
             where = gradient.abs().topk(min(_ELEMENTS, gradient.numel())).indices
             where = where[gradient[where] != 0]
             if where.numel():
                 self._had_gradient.add(name)
-            self._watched[name] = (where, _local(parameter).reshape(-1)[where].clone())
+            self._watched[name] = (where, parameter.detach().reshape(-1)[where].clone())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,18 +142,21 @@ class AuditCallback(TrainerCallback):
         optimizer = kwargs.get("optimizer")
         if not self._pending or optimizer is None or getattr(optimizer, "step_was_skipped", False):
             return
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        # A batch in which nothing weighs anything moves nothing, and says nothing.
+        if not any(parameter.grad is not None and parameter.grad.any() for parameter in self._trainable):
+            return
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         overdue = []
         for name, parameter in list(self._pending.items()):
             where, before = self._watched.get(name, (None, None))
-            now = None if where is None else _local(parameter).reshape(-1)[where]
+            now = None if where is None else parameter.detach().reshape(-1)[where]
             if now is not None and before is not None and not torch.equal(now, before):
                 self._moved.append(name)
                 del self._pending[name]
                 continue
-            if rates and id(parameter) not in rates:
+            if id(parameter) not in groups:
                 self._fail("is not in the optimizer", [name], state, unmoved=True)
-            if self._shows(rates.get(id(parameter), 0.0), optimizer.state.get(parameter, {}), parameter.grad, before):
+            if self._shows(groups[id(parameter)], optimizer.state.get(parameter, {}), parameter.grad, before):
                 self._steps[name] = self._steps.get(name, 0) + 1
                 if self._steps[name] >= self.patience:
                     overdue.append(name)
@@ -168,15 +176,22 @@ class AuditCallback(TrainerCallback):
         self._watched = {}
 
     @staticmethod
-    def _shows(rate: float, state: Mapping[str, Any], gradient: Tensor | None, before: Tensor | None) -> bool:
+    def _shows(
+        group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor | None, before: Tensor | None
+    ) -> bool:
         """Whether the step was so large that float32 values of this size would show it."""
+        rate = float(group["lr"] or 0.0)
         if rate <= 0:
             return False
         if gradient is None or before is None or before.numel() == 0:
             return True
-        # Optimizers that divide by the gradient's second moment take steps of the size of the rate.
+        largest = float(gradient.detach().abs().max())
+        # Optimizers that divide by the root of the gradient's second moment take steps of the size of the rate, as
+        # long as the gradient is large beside the epsilon that they add to it.
         normalised = any(key.startswith("exp_avg_sq") for key in state)
-        step = rate if normalised else rate * min(1.0, float(_local(gradient).abs().max()))
+        epsilon = group.get("eps", 1e-8)
+        epsilon = epsilon[0] if isinstance(epsilon, (tuple, list)) else epsilon
+        step = rate * largest / (largest + epsilon) if normalised else rate * min(1.0, largest)
         return step > 4 * torch.finfo(torch.float32).eps * float(before.abs().max())
 
     def _judge(self, names: list[str], state: TrainerState) -> None:
@@ -203,7 +218,11 @@ class AuditCallback(TrainerCallback):
         )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, detached."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _hides_gradients(args: TrainingArguments) -> str:
+    """Why a rank cannot see whole gradients before an optimizer step; empty if it can."""
+    kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else DistributedType.NO
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        return f"{kind.value} keeps gradients in parts"
+    if "lomo" in args.optim or args.optim.endswith("layerwise"):
+        return f"{args.optim} takes its steps within the backward pass"
+    return ""

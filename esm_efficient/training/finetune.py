@@ -62,7 +62,8 @@ class FinetuneResult:
         peak_memory_bytes: peak while training.
         peak_memory_kind: what that peak counts.
         seconds: of the training loop.
-        model_dir: folder of the model, or of the adapter, with tokenizer and config.
+        model_dir: folder of the model, or of the adapter, with the tokenizer. A model's config is in it, that of the
+            model under an adapter in ``base_config/``.
         result_path: this record as JSON.
         model: the trained model, in evaluation mode.
     """
@@ -108,6 +109,9 @@ def recipe_arguments(
             that can.
         **overrides: any option of `TrainingArguments`, which wins over the recipe's.
 
+    Raises:
+        ConfigurationError: no recipe has that name, or `precision` is none of the three.
+
     Example:
         >>> recipe_arguments("all", "output").gradient_accumulation_steps
         4
@@ -132,7 +136,7 @@ def recipe_arguments(
         # The contact head is frozen, so every parameter that trains is used in every step.
         "ddp_find_unused_parameters": False,
         **compat.checkpointing_arguments(chosen.checkpointing),
-        **overrides,
+        **compat.installed_names(overrides),
     }
     return TrainingArguments(output_dir=str(output_dir), **options)
 
@@ -144,6 +148,10 @@ def recipe_adapters(recipe: str | Recipe, model: PreTrainedModel, **options: Any
         recipe: a name or a `Recipe`.
         model: the model that will get them.
         **options: of `lora_config`, which win over the recipe's.
+
+    Raises:
+        ConfigurationError: no recipe has that name, or options are given to one without adapters.
+        TargetModuleError: as `lora_config`.
     """
     chosen = get_recipe(recipe)
     if chosen.preset is None:
@@ -190,13 +198,14 @@ def finetune(
 
     Raises:
         DataError: the dataset lacks a split or its labels have no names.
+        ConfigurationError: the options contradict each other or the model.
+        TargetModuleError: the adapters do not fit the model.
         AuditError: a parameter that should train did not.
 
     Example:
         >>> from esm_efficient import finetune, load_deeploc
         >>> result = finetune("facebook/esm2_t6_8M_UR50D", load_deeploc())  # doctest: +SKIP
-        >>> result.metrics["mcc"]  # doctest: +SKIP
-        0.73
+        >>> print(result.metrics["mcc"], result.model_dir)  # doctest: +SKIP
     """
     chosen, output_dir = get_recipe(recipe), Path(output_dir)
     label_names = _label_names(dataset)

@@ -71,8 +71,14 @@ class CrossEntropy:
         """Losses and weights of examples.
 
         Args:
-            logits: shape (batch, classes) or (batch, tokens, classes), of any float type; the loss is float32.
+            logits: shape (batch, classes) or (batch, tokens, classes), of any float type.
             labels: as in `weights`.
+
+        Returns:
+            The weighted loss summed over each example, and its weight: both float32 of shape (batch,).
+
+        Raises:
+            DataError: as `weights`.
         """
         table = self.class_weights
         values = F.cross_entropy(

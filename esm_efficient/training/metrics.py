@@ -65,7 +65,18 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
 
 
 def compute_metrics_for(label_names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A ``compute_metrics`` for a transformers Trainer that returns `classification_metrics`."""
+    """A ``compute_metrics`` for a transformers Trainer that returns `classification_metrics`.
+
+    Args:
+        label_names: names of the classes in the order of their ids.
+
+    Example:
+        >>> from transformers import EvalPrediction
+        >>> import numpy as np
+        >>> compute = compute_metrics_for(["no", "yes"])
+        >>> compute(EvalPrediction(predictions=np.eye(2), label_ids=np.array([0, 1])))["accuracy"]
+        1.0
+    """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions

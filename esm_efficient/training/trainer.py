@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BASE_CONFIG = "base_config"
+"""The folder beside an adapter that holds the config of the model it belongs to."""
+
 
 class WeightedTrainer(Trainer):
     """A `transformers.Trainer` with class weights, exact under accumulation and over several ranks.
@@ -33,8 +38,9 @@ class WeightedTrainer(Trainer):
     last batch weigh nothing. The evaluation loss is the weighted mean over the whole set, whatever the evaluation
     batch size.
 
-    It takes what Trainer takes. A model or options that it has no loss for (``compute_loss_func``, regression,
-    multi-label) are left to Trainer, unless class weights are given, which is then an error.
+    It takes what Trainer takes. Without class weights, what has a loss of its own (``compute_loss_func``, regression,
+    multi-label, a model class of yours, a causal language model) is left to Trainer. With class weights, the first
+    three are an error.
 
     Args:
         *args: as `transformers.Trainer`.
@@ -73,7 +79,8 @@ class WeightedTrainer(Trainer):
         self._warned_of_repeats = False
 
         problem_type = self._set_problem_type(self.model)
-        if self.compute_loss_func is None and problem_type in LOSSES:
+        known = class_weights is not None or self._has_known_loss(self.model)
+        if self.compute_loss_func is None and problem_type in LOSSES and known:
             if class_weights is not None:
                 self.class_weights = self._resolve_weights(class_weights)
             self._loss = LOSSES[problem_type](
@@ -168,13 +175,17 @@ class WeightedTrainer(Trainer):
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; an adapter gets the model's config beside it, which holds the task and the label names."""
+        """As Trainer's; beside an adapter, ``base_config/`` gets the model's config with the task and label names.
+
+        It has a folder of its own because transformers takes one with a ``config.json`` for a whole model.
+        """
         model = self.accelerator.unwrap_model(self.model)
         if not hasattr(model, "peft_config"):
             compat.save_under_own_names(model)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
-            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
+            model.get_base_model().config.save_pretrained(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """What is missing from a checkpoint would silently keep its value: an error, where Trainer only warns."""
@@ -197,10 +208,17 @@ class WeightedTrainer(Trainer):
         elif task is None:
             several = _has_float_labels(self.train_dataset if self.train_dataset is not None else self.eval_dataset)
             task = "multi_label_classification" if several else "single_label_classification"
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if type(base).__name__.endswith("ForSequenceClassification"):
+        if any(name.endswith("ForSequenceClassification") for name in _class_names(model)):
             config.problem_type = task
         return task
+
+    @staticmethod
+    def _has_known_loss(model: Any) -> bool:
+        """Whether the model's own loss is plain cross-entropy, which this class may stand in for unasked."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own_forward = type(base).forward.__module__.startswith("transformers.")
+        heads = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
+        return own_forward and any(name.endswith(heads) for name in _class_names(model))
 
     def _resolve_weights(self, class_weights: Any) -> np.ndarray:
         model: Any = self.model
@@ -219,20 +237,20 @@ class WeightedTrainer(Trainer):
 
     def _silence_repeats(self, batch: dict[str, Any]) -> None:
         """Take the labels from examples that are repeated to give every rank a full last batch."""
-        accelerator, examples = self.accelerator, cast(Any, self.train_dataset)
+        accelerator = self.accelerator
         world = accelerator.num_processes
         at_end = accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
         if world == 1 or not at_end or self.args.dataloader_drop_last:
             return
-        regular = not accelerator.split_batches and not accelerator.dispatch_batches
-        strategy = getattr(self.args, "train_sampling_strategy", "random")
-        if not hasattr(examples, "__len__") or not regular or strategy == "batch_rebalance":
+        shards = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
+        batches = getattr(shards, "batch_sampler", None)
+        sampler, size = getattr(batches, "sampler", None), getattr(batches, "batch_size", None)
+        if not (isinstance(shards, BatchSamplerShard) and isinstance(sampler, Sized) and size) or shards.split_batches:
             if not self._warned_of_repeats:
                 logger.warning("cannot tell which examples of the last batch are repeated: they count twice")
                 self._warned_of_repeats = True
             return
-        size = self._train_batch_size
-        remainder = len(examples) % (size * world)
+        remainder = len(sampler) % (size * world)
         if remainder:
             # The ranks' batches, one after another, are the rest of the data set and then repeats.
             real = min(max(remainder - size * accelerator.process_index, 0), size)
@@ -256,7 +274,14 @@ def _has_float_labels(dataset: Any) -> bool:
 
 def _nonzero(weight: Any) -> Any:
     """A total weight to divide by; a batch without any label has a sum of zero and stays so."""
+    weight = torch.as_tensor(weight)
     return torch.where(weight > 0, weight, torch.ones_like(weight))
+
+
+def _class_names(model: Any) -> list[str]:
+    """Names of a model's class and its parents; of the model under the adapters if there are any."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [parent.__name__ for parent in type(base).__mro__]
 
 
 def _dataset_labels(dataset: Any) -> list[int]:

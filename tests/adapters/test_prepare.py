@@ -77,6 +77,14 @@ def test_what_trains_is_float32_over_a_bfloat16_base(tiny_model, kind):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_a_bfloat16_base_still_runs_when_its_adapters_are_merged(tiny_model):
+    model = tiny_model()
+    model = prepare_model(model, adapters=lora_config(model, r=2), dtype=torch.bfloat16).eval()
+    expected = model(**batch()).logits
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(**batch()).logits, expected, atol=0.05)
+
+
 def test_a_model_loaded_in_bfloat16_trains_in_float32(tiny_model):
     model = prepare_model(tiny_model().to(torch.bfloat16))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from peft import get_peft_model
+from torch import nn
 from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
 from esm_efficient import lora_config, resolve_targets
@@ -68,8 +69,8 @@ def test_the_tutorials_list_names_the_six_that_match_nothing_and_what_was_meant(
         "EsmIntermediate.dense": "use 'intermediate.dense'",
         "EsmOutput.dense": "use 'output.dense'",
         "EsmContactPredictionHead.regression": "leave it out, training never reads it",
-        "EsmClassificationHead.dense": "leave it out, the head is trained in full",
-        "EsmClassificationHead.out_proj": "leave it out, the head is trained in full",
+        "EsmClassificationHead.dense": "leave it out, a head needs no adapter",
+        "EsmClassificationHead.out_proj": "leave it out, a head needs no adapter",
     }.items():
         line = next(line for line in message.splitlines() if line.strip().startswith(f"{target}:"))
         assert advice in line
@@ -146,9 +147,22 @@ def test_the_head_is_trained_in_full_and_saved_with_the_adapter(tiny_model):
         assert all("lora" in name or "classifier" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_an_unknown_architecture_lists_its_linear_layers():
-    from torch import nn
+def test_a_subclass_and_a_head_of_ones_own_are_trained_in_full_too(tiny_model):
+    class Mine(EsmForSequenceClassification):
+        pass
 
+    class Custom(EsmModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.classifier = nn.Linear(config.hidden_size, 2)
+
+    for head in (Mine, Custom):
+        model = tiny_model(head)
+        model = get_peft_model(model, lora_config(model, r=2))
+        assert any("classifier" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_an_unknown_architecture_lists_its_linear_layers():
     class Other(nn.Module):
         def __init__(self):
             super().__init__()

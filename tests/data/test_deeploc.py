@@ -175,10 +175,23 @@ def test_a_sequence_in_two_splits_is_refused_and_within_one_is_counted(frame, wr
 def test_what_is_no_table_or_no_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="no file at"):
         load_deeploc(tmp_path / "absent.csv")
-    for name, content in {"empty.csv": b"", "binary.csv": b"\xff\xfe\x00\x01", "broken.csv.gz": b"no gzip"}.items():
+    broken = {
+        "empty.csv": b"",
+        "binary.csv": b"\xff\xfe\x00\x01",
+        "text.csv.gz": b"no gzip",
+        "cut.csv.gz": gzip.compress(b"ACC,Sequence\n" * 1000)[:40],
+        "damaged.csv.xz": b"\xfd7zXZ\x00 and then nothing of the kind",
+        "cut.csv.xz": lzma.compress(b"ACC,Sequence\n" * 1000)[:60],
+    }
+    for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError):
             load_deeploc(tmp_path / name)
+
+
+def test_a_sum_is_checked_for_a_local_file_too(demo_table):
+    with pytest.raises(DataError, match="has SHA-256"):
+        load_deeploc(demo_table, sha256="0" * 64)
 
 
 def test_lower_case_and_white_space_in_a_sequence_are_folded(frame, write):

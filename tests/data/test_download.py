@@ -107,6 +107,13 @@ def test_an_address_loads_through_the_cache(server, tmp_path, monkeypatch, demo_
     assert data["test"][:] == load_deeploc(demo_table)["test"][:]
 
 
+def test_addresses_that_end_alike_are_kept_apart(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path))
+    load_deeploc(f"{server.url}/table.csv")
+    with pytest.raises(DownloadError, match="404"):
+        load_deeploc(f"{server.url}/other/table.csv")
+
+
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("ESM_EFFICIENT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esm_efficient import load_deeploc, write_demo_table
+from esm_efficient import ConfigurationError, load_deeploc, write_demo_table
 from esm_efficient.data.deeploc import COLUMNS, LOCATIONS
 
 
@@ -67,7 +67,7 @@ def test_membrane_proteins_are_greasy_but_composition_alone_does_not_settle_it(f
 
 
 def test_too_few_proteins_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 100"):
+    with pytest.raises(ConfigurationError, match="at least 100"):
         write_demo_table(tmp_path / "table.csv", proteins=99)
 
 

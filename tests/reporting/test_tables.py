@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from esm_efficient.errors import DataError
 from esm_efficient.reporting import format_bytes, format_table
 
 
@@ -11,7 +12,7 @@ def test_columns_are_aligned_and_nothing_trails():
 
 
 def test_rows_of_different_lengths_are_refused():
-    with pytest.raises(ValueError, match="do not make a table"):
+    with pytest.raises(DataError, match="do not make a table"):
         format_table([("a",), ("b", "c")])
     assert format_table([]) == ""
 

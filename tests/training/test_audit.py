@@ -97,6 +97,26 @@ def test_no_false_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters,
     assert all(options.get("optim") == "sgd" and "lora_A" in name for name in report.pending)
 
 
+def test_a_long_warm_up_over_tiny_gradients_is_no_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    """Gradients far below Adam's epsilon move a weight by less than the rate."""
+    model = tiny_model()
+    model = prepare_model(model, adapters=lora_config(model, r=2))
+    options = {"learning_rate": 1e-4, "warmup_steps": 10_000, "num_train_epochs": 4}
+    report = run(model, tmp_path, tokenizer, tiny_dataset(32), **options)
+    assert all("lora_B" not in name for name in report.pending)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_batches_that_weigh_nothing_are_no_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer, optim):
+    """The rare class has all the weight and is not in the first batches."""
+    data = tiny_dataset(64).sort("labels")
+    audit = AuditCallback()
+    args = arguments(tmp_path, 4, 1, learning_rate=1e-2, optim=optim)
+    trainer = weighted(prepare_model(tiny_model()), args, data, tokenizer, class_weights=[0, 1], callbacks=[audit])
+    trainer.train()
+    assert audit.report.pending == ()
+
+
 def test_a_single_step_is_no_alarm_for_lora_a(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = tiny_model()
     model = prepare_model(model, adapters=lora_config(model, r=2))

@@ -62,7 +62,8 @@ def test_every_recipe_trains_what_it_says_and_reloads(tmp_path, data, recipe):
     assert result.peak_memory_bytes > 0
     assert json.loads(result.result_path.read_text()) == result.to_dict()
 
-    config = json.loads((result.model_dir / "config.json").read_text())
+    beside = "base_config/config.json" if chosen.trains == "adapters" else "config.json"
+    config = json.loads((result.model_dir / beside).read_text())
     assert config["id2label"] == {"0": "non-membrane", "1": "membrane"}
     assert config["problem_type"] == "single_label_classification"
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
@@ -97,6 +98,9 @@ def test_options_win_over_the_recipe(tmp_path, data):
     args = recipe_arguments("all", tmp_path, learning_rate=5e-5, gradient_accumulation_steps=2)
     assert (args.learning_rate, args.gradient_accumulation_steps, args.per_device_train_batch_size) == (5e-5, 2, 2)
     assert compat.asks_for_checkpointing(args)
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        assert compat.asks_for_checkpointing(recipe_arguments("base", tmp_path, **{name: True}))
+        assert not compat.asks_for_checkpointing(recipe_arguments("all", tmp_path, **{name: False}))
     model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
     assert recipe_adapters("all", model, r=3, preset="qkv").r == 3
     assert recipe_adapters("base", model) is None
@@ -116,8 +120,12 @@ def test_bf16_holds_the_frozen_weights_in_bfloat16_and_trains(tmp_path, data):
 def test_resuming_ends_where_the_whole_run_ends(tmp_path, data):
     options = {"recipe": "all", "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True}
     whole = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
+    # Another head to begin with: only a checkpoint that is read makes the two ends the same.
+    torch.manual_seed(7)
+    other = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
+    options |= {"tokenizer": AutoTokenizer.from_pretrained(demo_model_path())}
     resumed = finetune(
-        demo_model_path(), data, output_dir=tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"), **options
+        other, data, output_dir=tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"), **options
     )
     assert resumed.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-6)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_model
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
@@ -135,17 +136,17 @@ def test_exact_with_adapters_checkpointing_and_smoothing(
 ):
     data = tiny_dataset(13)
 
-    def make():
-        model = tiny_model()
+    def adapters_of(model):
         torch.manual_seed(1)
-        config = lora_config(model, r=2, init_lora_weights=False) if adapters else None
-        return prepare_model(
-            model,
-            adapters=config,
-            gradient_checkpointing=checkpointing != "off",
-            use_reentrant=checkpointing == "reentrant",
-        )
+        return lora_config(model, r=2, init_lora_weights=False) if adapters else None
 
+    model = tiny_model()
+    model = prepare_model(
+        model,
+        adapters=adapters_of(model),
+        gradient_checkpointing=checkpointing != "off",
+        use_reentrant=checkpointing == "reentrant",
+    )
     gradients = Gradients()
     args = arguments(
         tmp_path,
@@ -154,9 +155,11 @@ def test_exact_with_adapters_checkpointing_and_smoothing(
         label_smoothing_factor=smoothing,
         **compat.checkpointing_arguments(checkpointing != "off", use_reentrant=checkpointing == "reentrant"),
     )
-    weighted(make(), args, data, tokenizer, callbacks=[gradients], audit=False).train()
-    plain = make()
-    plain.train()
+    weighted(model, args, data, tokenizer, callbacks=[gradients], audit=False).train()
+    # The reference knows neither prepare_model nor checkpointing.
+    plain = tiny_model()
+    config = adapters_of(plain)
+    plain = plain if config is None else get_peft_model(plain, config)
     expected = reference_gradient(plain, data, tokenizer, label_smoothing=smoothing)
     assert relative_error(gradients.steps[0], expected) <= 1e-5
 
@@ -193,7 +196,8 @@ def test_token_labels_with_ignored_positions_are_exact(tmp_path, tiny_model, tok
 
 # (examples, micro-batch of a rank, accumulation): 16 examples an optimizer step over both ranks. Of 37, the last step
 # has 5 real examples; of 17, a rank has none in the last step.
-TWO_RANKS = [(size, *cut) for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
+TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
+TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +206,9 @@ def two_ranks(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("two_ranks")
     for size in {case[0] for case in TWO_RANKS}:
         make_dataset(size).save_to_disk(folder / f"data{size}")
-    make_model().save_pretrained(folder / "model")
+    model = make_model()
+    compat.save_under_own_names(model)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -224,23 +230,38 @@ def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenize
     for step, gradient in enumerate(found["gradients"]):
         rows = data.select(range(16 * step, min(16 * step + 16, case[0])))
         plain = tiny_model()
+        if case[3] == "lora":
+            torch.manual_seed(1)
+            plain = get_peft_model(plain, lora_config(plain, r=2, init_lora_weights=False))
         expected = reference_gradient(plain, rows, tokenizer)
         assert relative_error(gradient, expected) <= 1e-5
         assert found["losses"][step] == pytest.approx(reference_loss(plain, rows, tokenizer).item(), rel=1e-5)
-    assert found["eval_loss"] == pytest.approx(reference_loss(tiny_model(), data, tokenizer).item(), rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(reference_loss(plain, data, tokenizer).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_without_weights_the_losses_are_trainers_step_by_step(
-    tmp_path, tiny_model, tiny_dataset, tokenizer, accumulation
+    tmp_path, tiny_model, tiny_dataset, tokenizer, accumulation, adapters, smoothing
 ):
     losses = {}
     for cls in (Trainer, WeightedTrainer):
         seen = Losses()
+        model = tiny_model()
+        if adapters:
+            torch.manual_seed(1)
+            model = get_peft_model(model, lora_config(model, r=2))
         cls(
-            model=tiny_model(),
+            model=model,
             args=arguments(
-                tmp_path, 4, accumulation, learning_rate=1e-2, num_train_epochs=2, train_sampling_strategy="random"
+                tmp_path,
+                4,
+                accumulation,
+                learning_rate=1e-2,
+                num_train_epochs=2,
+                train_sampling_strategy="random",
+                label_smoothing_factor=smoothing,
             ),
             train_dataset=tiny_dataset(32),
             data_collator=DataCollatorWithPadding(tokenizer),
@@ -252,10 +273,26 @@ def test_without_weights_the_losses_are_trainers_step_by_step(
     assert losses[Trainer][0] != pytest.approx(losses[Trainer][-1], rel=1e-3)
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_a_model_class_with_a_loss_of_its_own_keeps_it_unless_weights_are_given(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, weights
+):
+    class Own(EsmForSequenceClassification):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            output = super().forward(input_ids, attention_mask, labels=labels)
+            if labels is not None:
+                output.loss = output.loss * 0.0 + 5.0
+            return output
+
+    seen, data = Losses(), tiny_dataset(8)
+    options = {"class_weights": weights, "callbacks": [seen], "audit": False}
+    weighted(tiny_model(Own), arguments(tmp_path, 8), data, tokenizer, **options).train()
+    expected = 5.0 if weights is None else reference_loss(tiny_model(), data, tokenizer).item()
+    assert seen.values == pytest.approx([expected], rel=1e-5)
+
+
 def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_model, tiny_dataset, tokenizer):
     """Weights as a tensor, a peft model, accumulation and checkpointing in the arguments, one evaluation an epoch."""
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = WeightedTrainer(
@@ -272,7 +309,11 @@ def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_mod
     trainer.train()
     stuck = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert stuck == []
-    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    data = tiny_dataset(16, seed=1)
+    batch = DataCollatorWithPadding(tokenizer)([data[i] for i in range(16)])
+    with torch.no_grad():
+        right = model.eval()(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1) == batch["labels"]
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(right.float().mean().item())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
@@ -326,20 +367,44 @@ def test_bf16_autocast_trains_close_to_float32(tmp_path, tiny_model, tiny_datase
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters):
-    def run(folder, **train):
-        model = tiny_model()
-        torch.manual_seed(2)
-        model = prepare_model(model, adapters=lora_config(model, r=2) if adapters else None)
+    def run(seed, **train):
+        # What trains begins elsewhere with another seed: only a checkpoint that is read makes the two ends the same.
+        model = tiny_model(seed=0 if adapters else seed)
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.classifier.out_proj.weight)
+        model = prepare_model(model, adapters=lora_config(model, r=2, init_lora_weights=False) if adapters else None)
         args = arguments(
-            folder, 4, 2, learning_rate=1e-2, num_train_epochs=2, save_strategy="steps", save_steps=3,
+            tmp_path,
+            4,
+            2,
+            learning_rate=1e-2,
+            num_train_epochs=2,
+            save_strategy="steps",
+            save_steps=3,
             train_sampling_strategy="random",
-        )  # fmt: skip
+        )
         weighted(model, args, tiny_dataset(29), tokenizer).train(**train)
         return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
-    whole = run(tmp_path)
-    resumed = run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    whole = run(2)
+    resumed = run(3, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert relative_error(resumed, whole) <= 1e-6
+    assert relative_error(run(3), whole) > 0.1
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    from safetensors.torch import load_file, save_file
+
+    args = arguments(tmp_path, 4, 2, learning_rate=1e-2, save_strategy="steps", save_steps=2)
+    weighted(tiny_model(), args, tiny_dataset(32), tokenizer).train()
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights = load_file(path)
+    del weights["esm.encoder.layer.0.LayerNorm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"esm\.encoder\.layer\.0\.LayerNorm\.weight"):
+        weighted(tiny_model(), args, tiny_dataset(32), tokenizer).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
@@ -350,10 +415,14 @@ def test_saved_config_keeps_the_task_and_the_label_names(tmp_path, tiny_model, t
     trainer = weighted(model, arguments(tmp_path), tiny_dataset(8), tokenizer)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    folder = tmp_path / "saved" / ("base_config" if adapters else "")
+    config = json.loads((folder / "config.json").read_text())
     assert config["problem_type"] == "single_label_classification"
     assert config["id2label"] == {"0": "non-membrane", "1": "membrane"}
     assert config["label2id"] == {"non-membrane": 0, "membrane": 1}
+    assert (tmp_path / "saved" / "adapter_config.json").exists() == adapters
+    # transformers takes a folder with a config.json for a whole model.
+    assert (tmp_path / "saved" / "config.json").exists() != adapters
     if not adapters:
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
         assert loaded.config.id2label[1] == "membrane"
@@ -449,8 +518,8 @@ def test_an_accumulated_batch_without_any_label_changes_nothing(tmp_path, tiny_m
     data = data.map(lambda row: {"labels": -100})
     model = tiny_model()
     before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
-    args = arguments(tmp_path, 4, 2, learning_rate=1e-2, weight_decay=0.0)
-    weighted(model, args, data, tokenizer, audit=False).train()
+    args = arguments(tmp_path, 4, 2, learning_rate=1e-2, weight_decay=0.0, num_train_epochs=6)
+    weighted(model, args, data, tokenizer).train()
     assert torch.equal(torch.cat([p.detach().reshape(-1) for p in model.parameters()]), before)
 
 

@@ -12,22 +12,34 @@ from datasets import load_from_disk
 from test_trainer import Gradients, Losses, arguments, weighted
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from esm_efficient import compat, lora_config, prepare_model
 
-def run(folder: Path, size: int, micro_batch: int, accumulation: int, weights: list[float]) -> dict:
+
+def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str, weights: list[float]) -> dict:
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
-    # A parameter that no loss reads is an error under DistributedDataParallel.
-    model.esm.contact_head.requires_grad_(False)
+    torch.manual_seed(1)
+    model = prepare_model(
+        model,
+        adapters=lora_config(model, r=2, init_lora_weights=False) if kind == "lora" else None,
+        gradient_checkpointing=kind != "full",
+    )
     data = load_from_disk(str(folder / f"data{size}"))
     gradients, losses = Gradients(), Losses()
     trainer = weighted(
         model,
-        arguments(folder / "run", micro_batch, accumulation, ddp_backend="gloo"),
+        arguments(
+            folder / "run",
+            micro_batch,
+            accumulation,
+            ddp_backend="gloo",
+            ddp_find_unused_parameters=False,
+            **compat.checkpointing_arguments(kind != "full"),
+        ),
         data,
         AutoTokenizer.from_pretrained(folder / "model"),
         class_weights=weights,
         eval_dataset=data,
         callbacks=[gradients, losses],
-        audit=False,
     )
     trainer.train()
     return {"gradients": gradients.steps, "losses": losses.values, "eval_loss": trainer.evaluate()["eval_loss"]}
