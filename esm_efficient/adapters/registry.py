@@ -84,7 +84,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     Raises:
         TargetModuleError: no entry knows the model; the message lists its linear layers by suffix.
     """
-    classes = {type(module).__name__ for module in model.modules()}
+    classes = {parent.__name__ for module in model.modules() for parent in type(module).__mro__}
     for architecture in ARCHITECTURES:
         if architecture.encoder in classes:
             return architecture
