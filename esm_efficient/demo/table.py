@@ -101,7 +101,7 @@ def write_demo_table(path: str | Path, *, proteins: int = 1400, seed: int = 0) -
         ConfigurationError: fewer than 100 proteins, too few for five partitions of families.
 
     Example:
-        >>> write_demo_table("/tmp/demo.csv", proteins=100).name  # doctest: +SKIP
+        >>> write_demo_table("demo.csv", proteins=100).name  # doctest: +SKIP
         'demo.csv'
     """
     if proteins < 100:
