@@ -44,13 +44,13 @@ def asks_for_checkpointing(args: TrainingArguments) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
-def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> None:
+def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
     """Switch gradient checkpointing on for a transformers model (not a wrapper of one)."""
     options = {"use_reentrant": use_reentrant}
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def declare_loss_normalised(trainer: Trainer) -> None:
