@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esm_efficient.adapters import lora_config, prepare_model, resolve_targets
+    from esm_efficient.adapters import lora_config, prepare_model, recipe_adapters, resolve_targets
     from esm_efficient.data import deeploc_dataloaders, load_deeploc, stratified_sample, tokenize_dataset
     from esm_efficient.demo import demo_model_path, write_demo_table
     from esm_efficient.errors import (
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
         EsmEfficientError,
         TargetModuleError,
     )
-    from esm_efficient.profiling import peak_memory
+    from esm_efficient.profiling import DEVICES, Estimate, estimate, peak_memory
     from esm_efficient.recipes import RECIPES, Recipe
     from esm_efficient.training import AuditCallback, WeightedTrainer, classification_metrics, compute_metrics_for
-    from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_adapters, recipe_arguments
+    from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_arguments
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "adapters": ("lora_config", "prepare_model", "resolve_targets"),
+    "adapters": ("lora_config", "prepare_model", "recipe_adapters", "resolve_targets"),
     "data": ("deeploc_dataloaders", "load_deeploc", "stratified_sample", "tokenize_dataset"),
     "demo": ("demo_model_path", "write_demo_table"),
     "errors": (
@@ -39,14 +39,15 @@ _HOME = {
         "EsmEfficientError",
         "TargetModuleError",
     ),
-    "profiling": ("peak_memory",),
+    "profiling": ("DEVICES", "Estimate", "estimate", "peak_memory"),
     "recipes": ("RECIPES", "Recipe"),
     "training": ("AuditCallback", "WeightedTrainer", "classification_metrics", "compute_metrics_for"),
-    "training.finetune": ("FinetuneResult", "finetune", "recipe_adapters", "recipe_arguments"),
+    "training.finetune": ("FinetuneResult", "finetune", "recipe_arguments"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "DEVICES",
     "RECIPES",
     "AuditCallback",
     "AuditError",
@@ -54,6 +55,7 @@ __all__ = [
     "DataError",
     "DownloadError",
     "EsmEfficientError",
+    "Estimate",
     "FinetuneResult",
     "Recipe",
     "TargetModuleError",
@@ -62,6 +64,7 @@ __all__ = [
     "compute_metrics_for",
     "deeploc_dataloaders",
     "demo_model_path",
+    "estimate",
     "finetune",
     "load_deeploc",
     "lora_config",

@@ -5,7 +5,8 @@ Each function hides one difference between transformers 5.3 and the newest relea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,3 +91,20 @@ def save_under_own_names(model: PreTrainedModel) -> None:
 def tied_weights(model: nn.Module) -> tuple[str, ...]:
     """Names of the weights that a checkpoint may leave out because they are another weight too."""
     return tuple(getattr(model, "_tied_weights_keys", None) or ())
+
+
+@contextmanager
+def attention_masks(padded: bool) -> Iterator[None]:
+    """Decide whether transformers makes an attention mask, where it cannot look at the tokens.
+
+    It leaves the mask out if a batch holds no padding. Fake tensors have no values to tell that from.
+    """
+    from transformers import masking_utils
+
+    name = "_ignore_bidirectional_mask_sdpa"
+    original = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda *args, **kwargs: not padded)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, original)

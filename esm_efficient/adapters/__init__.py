@@ -2,6 +2,15 @@
 
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import PRESETS, ROLES
-from esm_efficient.adapters.resolve import TargetMatch, TargetReport, lora_config, resolve_targets
+from esm_efficient.adapters.resolve import TargetMatch, TargetReport, lora_config, recipe_adapters, resolve_targets
 
-__all__ = ["PRESETS", "ROLES", "TargetMatch", "TargetReport", "lora_config", "prepare_model", "resolve_targets"]
+__all__ = [
+    "PRESETS",
+    "ROLES",
+    "TargetMatch",
+    "TargetReport",
+    "lora_config",
+    "prepare_model",
+    "recipe_adapters",
+    "resolve_targets",
+]

@@ -22,6 +22,7 @@ from esm_efficient.adapters.registry import (
     linear_layers,
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
+from esm_efficient.recipes import Recipe, get_recipe
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -164,6 +165,26 @@ def lora_config(
         target_modules=[match.target for match in report.matches],
         **peft_options,
     )
+
+
+def recipe_adapters(recipe: str | Recipe, model: nn.Module, **options: Any) -> LoraConfig | None:
+    """The adapters of a recipe for a model: a peft `LoraConfig`, or None for a recipe without any.
+
+    Args:
+        recipe: a name or a `Recipe`.
+        model: the model that will get them.
+        **options: of `lora_config`, which win over the recipe's.
+
+    Raises:
+        ConfigurationError: no recipe has that name, or options are given to one without adapters.
+        TargetModuleError: as `lora_config`.
+    """
+    chosen = get_recipe(recipe)
+    if chosen.preset is None:
+        if options:
+            raise ConfigurationError(f"recipe {chosen.name!r} has no adapters, so it takes no {', '.join(options)}")
+        return None
+    return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, **options})
 
 
 def _shadowed(architecture: Architecture, chosen: list[str]) -> tuple[str, ...]:

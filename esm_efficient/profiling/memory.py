@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work, from what the device itself counts."""
+"""Memory by category, and the peak of a stretch of work from what the device itself counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+CATEGORIES = ("weights", "gradients", "optimizer", "activations", "other")
+"""What memory is held for, in the order of tables and plots."""
+
+PHASES = ("data", "forward", "backward", "optimizer", "evaluation")
+"""The parts of training that costs are told apart by; ``data`` is the wait between steps."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are held for.
+
+    Attributes:
+        weights: parameters and buffers of the model, adapters included.
+        gradients: of the parameters.
+        optimizer: state of the optimizer.
+        activations: what a forward pass computes, kept for the backward pass or about to be freed, and what the
+            backward pass recomputes of it.
+        other: the rest: gradients of activations, temporaries, inputs, workspaces.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, name) for name in CATEGORIES)
+
+    def to_dict(self) -> dict[str, int]:
+        """The categories and their ``total``."""
+        return {name: getattr(self, name) for name in CATEGORIES} | {"total": self.total}
 
 
 @dataclass

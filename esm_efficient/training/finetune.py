@@ -23,7 +23,7 @@ from transformers import (
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
-from esm_efficient.adapters.resolve import lora_config
+from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.data.encoding import tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.profiling.memory import peak_memory
@@ -34,7 +34,7 @@ from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -139,26 +139,6 @@ def recipe_arguments(
         **compat.installed_names(overrides),
     }
     return TrainingArguments(output_dir=str(output_dir), **options)
-
-
-def recipe_adapters(recipe: str | Recipe, model: PreTrainedModel, **options: Any) -> LoraConfig | None:
-    """The adapters of a recipe for a model: a peft `LoraConfig`, or None for a recipe without any.
-
-    Args:
-        recipe: a name or a `Recipe`.
-        model: the model that will get them.
-        **options: of `lora_config`, which win over the recipe's.
-
-    Raises:
-        ConfigurationError: no recipe has that name, or options are given to one without adapters.
-        TargetModuleError: as `lora_config`.
-    """
-    chosen = get_recipe(recipe)
-    if chosen.preset is None:
-        if options:
-            raise ConfigurationError(f"recipe {chosen.name!r} has no adapters, so it takes no {', '.join(options)}")
-        return None
-    return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, **options})
 
 
 def finetune(

@@ -1,0 +1,197 @@
+"""GPUs and the instance types that carry them, as data.
+
+Rates are the vendors' dense peak figures (no sparsity), from the data sheets that `Device.source` names. Instance types
+are EC2's; SageMaker's have ``ml.`` before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from esm_efficient.errors import ConfigurationError
+
+Backend = Literal["cuda", "mps", "cpu"]
+
+GIB = 1024**3
+"""Bytes in a GiB."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can hold and do.
+
+    Attributes:
+        name: the word it goes by.
+        backend: which of torch's kernels run on it: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+        memory: bytes that torch sees; 0 if unknown.
+        flops: matrix-multiply rate by dtype, FLOP/s, as torch uses the device by default: ``float32`` without TF32.
+        bandwidth: bytes/s between memory and chip; 0 if unknown.
+        instances: EC2 instance types to the number of these devices in each.
+        source: where the figures are from.
+    """
+
+    name: str
+    backend: Backend
+    memory: int = 0
+    flops: Mapping[str, float] = field(default_factory=dict, hash=False)
+    bandwidth: float = 0.0
+    instances: Mapping[str, int] = field(default_factory=dict, hash=False)
+    source: str = ""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it multiplies bfloat16 matrices in hardware."""
+        return "bfloat16" in self.flops
+
+
+def _gpu(
+    name: str,
+    gib: float,
+    gbps: float,
+    *,
+    fp32: float,
+    half: float,
+    bf16: bool = True,
+    backend: Backend = "cuda",
+    instances: Mapping[str, int] | None = None,
+    source: str,
+) -> Device:
+    """A device from the figures of a data sheet: GiB, GB/s and TFLOP/s."""
+    flops = {"float32": fp32 * 1e12, "float16": half * 1e12}
+    if bf16:
+        flops["bfloat16"] = half * 1e12
+    return Device(name, backend, int(gib * GIB), flops, gbps * 1e9, instances or {}, source)
+
+
+def _sizes(family: str, *sizes: str, devices: int = 1) -> dict[str, int]:
+    return {f"{family}.{size}": devices for size in sizes}
+
+
+_ONE = ("xlarge", "2xlarge", "4xlarge", "8xlarge", "16xlarge")
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        Device("cpu", "cpu", source="no figures: memory by category only"),
+        _gpu(
+            "T4",
+            14.6,
+            320,
+            fp32=8.1,
+            half=65,
+            bf16=False,
+            instances=_sizes("g4dn", *_ONE)
+            | _sizes("g4dn", "12xlarge", devices=4)
+            | _sizes("g4dn", "metal", devices=8),
+            source="NVIDIA T4 data sheet",
+        ),
+        _gpu(
+            "L4",
+            22.0,
+            300,
+            fp32=30.3,
+            half=121,
+            instances=_sizes("g6", *_ONE)
+            | _sizes("g6", "12xlarge", "24xlarge", devices=4)
+            | _sizes("g6", "48xlarge", devices=8),
+            source="NVIDIA L4 data sheet (its tensor rates are given with sparsity; halved here)",
+        ),
+        _gpu(
+            "A10G",
+            22.1,
+            600,
+            fp32=31.5,
+            half=70,
+            instances=_sizes("g5", *_ONE)
+            | _sizes("g5", "12xlarge", "24xlarge", devices=4)
+            | _sizes("g5", "48xlarge", devices=8),
+            source="NVIDIA A10G data sheet",
+        ),
+        _gpu(
+            "A100-40",
+            39.4,
+            1555,
+            fp32=19.5,
+            half=312,
+            instances=_sizes("p4d", "24xlarge", devices=8),
+            source="NVIDIA A100 data sheet",
+        ),
+        _gpu(
+            "A100-80",
+            79.2,
+            2039,
+            fp32=19.5,
+            half=312,
+            instances=_sizes("p4de", "24xlarge", devices=8),
+            source="NVIDIA A100 data sheet (SXM)",
+        ),
+        _gpu(
+            "H100",
+            79.1,
+            3350,
+            fp32=67,
+            half=989,
+            instances=_sizes("p5", "4xlarge") | _sizes("p5", "48xlarge", devices=8),
+            source="NVIDIA H100 data sheet (SXM; its tensor rates are given with sparsity; halved here)",
+        ),
+        _gpu(
+            "H200",
+            139.8,
+            4800,
+            fp32=67,
+            half=989,
+            instances=_sizes("p5e", "48xlarge", devices=8) | _sizes("p5en", "48xlarge", devices=8),
+            source="NVIDIA H200 data sheet (SXM; its tensor rates are given with sparsity; halved here)",
+        ),
+        _gpu(
+            "RTX-3090",
+            23.6,
+            936,
+            fp32=35.6,
+            half=71,
+            source="NVIDIA Ampere GA102 whitepaper (half precision with float32 accumulation)",
+        ),
+        _gpu(
+            "RTX-4090",
+            23.6,
+            1008,
+            fp32=82.6,
+            half=165.2,
+            source="NVIDIA Ada whitepaper (half precision with float32 accumulation)",
+        ),
+        # Apple states the shared memory and its bandwidth; the GPU may use about three quarters of the memory, and
+        # has no faster unit for half precision. Rates are those of float32 arithmetic.
+        _gpu("M1-Max-32", 21.3, 400, fp32=10.4, half=10.4, backend="mps", source="Apple specifications"),
+        _gpu("M2-Ultra-64", 48.0, 800, fp32=27.2, half=27.2, backend="mps", source="Apple specifications"),
+        _gpu("M3-Max-64", 48.0, 400, fp32=14.2, half=14.2, backend="mps", source="Apple specifications (40 cores)"),
+        _gpu("M4-Max-64", 48.0, 546, fp32=17.2, half=17.2, backend="mps", source="Apple specifications (40 cores)"),
+    )
+}
+"""Devices by name. Memory is what torch reports as total, which is less than the name says."""
+
+
+def get_device(device: str | Device) -> Device:
+    """The device of that name or on that instance type; a `Device` is returned as it is.
+
+    Args:
+        device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; capitals do not matter.
+
+    Raises:
+        ConfigurationError: nothing has that name.
+
+    Example:
+        >>> get_device("ml.g5.2xlarge").name
+        'A10G'
+    """
+    if isinstance(device, Device):
+        return device
+    wanted = device.lower().removeprefix("ml.")
+    for known in DEVICES.values():
+        if wanted == known.name.lower() or wanted in known.instances:
+            return known
+    raise ConfigurationError(
+        f"no device or instance type is named {device!r}; there are {', '.join(DEVICES)}, and the instance types "
+        f"{', '.join(instance for known in DEVICES.values() for instance in known.instances)}"
+    )
