@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esm_efficient.adapters import lora_config, prepare_model, recipe_adapters, resolve_targets
+    from esm_efficient.comparison import Comparison, compare
     from esm_efficient.data import deeploc_dataloaders, load_deeploc, stratified_sample, tokenize_dataset
     from esm_efficient.demo import demo_model_path, write_demo_table
     from esm_efficient.errors import (
@@ -18,9 +19,15 @@ if TYPE_CHECKING:
         DataError,
         DownloadError,
         EsmEfficientError,
+        OutOfMemoryError,
         TargetModuleError,
     )
-    from esm_efficient.profiling import DEVICES, Estimate, estimate, peak_memory
+    from esm_efficient.profiling import DEVICES, Device, peak_memory
+    from esm_efficient.profiling.callback import ProfilerCallback
+    from esm_efficient.profiling.estimate import Estimate, estimate
+    from esm_efficient.profiling.profiler import Profiler
+    from esm_efficient.profiling.recommend import Recommendation, recommend
+    from esm_efficient.profiling.report import ProfileReport
     from esm_efficient.recipes import RECIPES, Recipe
     from esm_efficient.training import AuditCallback, WeightedTrainer, classification_metrics, compute_metrics_for
     from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_arguments
@@ -29,6 +36,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapters": ("lora_config", "prepare_model", "recipe_adapters", "resolve_targets"),
+    "comparison": ("Comparison", "compare"),
     "data": ("deeploc_dataloaders", "load_deeploc", "stratified_sample", "tokenize_dataset"),
     "demo": ("demo_model_path", "write_demo_table"),
     "errors": (
@@ -37,9 +45,15 @@ _HOME = {
         "DataError",
         "DownloadError",
         "EsmEfficientError",
+        "OutOfMemoryError",
         "TargetModuleError",
     ),
-    "profiling": ("DEVICES", "Estimate", "estimate", "peak_memory"),
+    "profiling": ("DEVICES", "Device", "peak_memory"),
+    "profiling.callback": ("ProfilerCallback",),
+    "profiling.estimate": ("Estimate", "estimate"),
+    "profiling.profiler": ("Profiler",),
+    "profiling.recommend": ("Recommendation", "recommend"),
+    "profiling.report": ("ProfileReport",),
     "recipes": ("RECIPES", "Recipe"),
     "training": ("AuditCallback", "WeightedTrainer", "classification_metrics", "compute_metrics_for"),
     "training.finetune": ("FinetuneResult", "finetune", "recipe_arguments"),
@@ -51,16 +65,24 @@ __all__ = [
     "RECIPES",
     "AuditCallback",
     "AuditError",
+    "Comparison",
     "ConfigurationError",
     "DataError",
+    "Device",
     "DownloadError",
     "EsmEfficientError",
     "Estimate",
     "FinetuneResult",
+    "OutOfMemoryError",
+    "ProfileReport",
+    "Profiler",
+    "ProfilerCallback",
     "Recipe",
+    "Recommendation",
     "TargetModuleError",
     "WeightedTrainer",
     "classification_metrics",
+    "compare",
     "compute_metrics_for",
     "deeploc_dataloaders",
     "demo_model_path",
@@ -72,6 +94,7 @@ __all__ = [
     "prepare_model",
     "recipe_adapters",
     "recipe_arguments",
+    "recommend",
     "resolve_targets",
     "stratified_sample",
     "tokenize_dataset",

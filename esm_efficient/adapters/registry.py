@@ -95,6 +95,15 @@ def find_architecture(model: nn.Module) -> Architecture:
     )
 
 
+def encoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The encoder's layers, first to last; none if the architecture is not known."""
+    try:
+        suffix = find_architecture(model).layers
+    except TargetModuleError:
+        return []
+    return [layer for path, module in model.named_modules() if ends_with(path, suffix) for layer in module.children()]
+
+
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of every linear layer; adapters' own layers are left out."""
     from torch import nn

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,22 +15,13 @@ import numpy as np
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.devices import Device, get_device
 from esm_efficient.profiling.memory import CATEGORIES, Memory
+from esm_efficient.profiling.models import resolve_config
 from esm_efficient.profiling.simulate import Head, Padding, Precision, Segment, Simulation, Step, simulate
 from esm_efficient.recipes import Recipe, get_recipe
 from esm_efficient.reporting import format_bytes, format_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-ESM2_SIZES: dict[str, tuple[int, int, int]] = {
-    "8M": (6, 320, 20),
-    "35M": (12, 480, 20),
-    "150M": (30, 640, 20),
-    "650M": (33, 1280, 20),
-    "3B": (36, 2560, 40),
-    "15B": (48, 5120, 40),
-}
-"""The published ESM-2 models: layers, width, attention heads (Lin et al. 2023, "Evolutionary-scale prediction...")."""
 
 _DEPTHS = (2, 3)
 """Layers of the two models that all others are extrapolated from: a first and a last layer, and one between them."""
@@ -181,7 +172,8 @@ class Estimate:
         return (
             f"{self.model}, recipe {recipe.name}: micro-batch {recipe.micro_batch} x {recipe.accumulation}, "
             f"{self.tokens:,} tokens, {self.precision}, {self.optimizer}, {self.attention} attention, padding: "
-            f"{self.padding}\n{self.trainable_parameters:,} of {self.total_parameters:,} parameters train\n\n{table}\n\n"
+            f"{self.padding}\n"
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train\n\n{table}\n\n"
             f"peak: {format_bytes(self.peak.total)} in {self.peak_phase}{verdict}{speed}"
         )
 
@@ -246,6 +238,7 @@ def estimate(
         True
     """
     name, config = resolve_config(model)
+    kind: Any = type(config)
     changes = {"micro_batch": micro_batch, "accumulation": accumulation, "preset": preset}
     chosen = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})
     target = get_device(device)
@@ -271,7 +264,7 @@ def estimate(
             num_labels=num_labels,
             adapter_options=tuple(sorted(options.items())),
         )
-        return _run(config.to_json_string(use_diff=False), type(config), step, extrapolate)
+        return _run(config.to_json_string(use_diff=False), kind, step, extrapolate)
 
     memory = run(longest)
     time = memory if typical == longest else run(typical)
@@ -303,55 +296,6 @@ def estimate(
     )
 
 
-def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
-    """The name and the config of what a user calls a model; the six ESM-2 sizes need no file and no network.
-
-    Raises:
-        ConfigurationError: no size and no folder has that name.
-
-    Example:
-        >>> resolve_config("facebook/esm2_t12_35M_UR50D")[1].hidden_size
-        480
-    """
-    from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if isinstance(model, PreTrainedModel):
-        return type(model).__name__, model.config
-    if isinstance(model, PreTrainedConfig):
-        return type(model).__name__, model
-    if (Path(model) / "config.json").is_file():
-        return str(model), AutoConfig.from_pretrained(model)
-    published = re.fullmatch(r"(?:(?:facebook/)?esm2_t\d+_)?(\d+[MB])(?:_UR50D)?", str(model))
-    if published is None or published[1] not in ESM2_SIZES:
-        raise ConfigurationError(
-            f"{str(model)!r} is no folder with a config.json and no ESM-2 size; there are {', '.join(ESM2_SIZES)}"
-        )
-    return f"ESM-2 {published[1]}", _esm2_config(*ESM2_SIZES[published[1]])
-
-
-def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
-    from transformers import EsmConfig
-
-    return EsmConfig(
-        vocab_size=33,
-        mask_token_id=32,
-        pad_token_id=1,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        max_position_embeddings=1026,
-        layer_norm_eps=1e-5,
-        position_embedding_type="rotary",
-        emb_layer_norm_before=False,
-        token_dropout=True,
-    )
-
-
 @dataclass(frozen=True)
 class _Run:
     """The segments of a step at the model's own depth."""
@@ -362,9 +306,7 @@ class _Run:
 
 
 @lru_cache(maxsize=256)
-def _run(config_json: str, kind: type[PreTrainedConfig], step: Step, extrapolate: bool) -> _Run:
-    import json
-
+def _run(config_json: str, kind: Any, step: Step, extrapolate: bool) -> _Run:
     config = kind.from_dict(json.loads(config_json))
     layers = config.num_hidden_layers
     if not extrapolate or layers <= max(_DEPTHS):

@@ -84,15 +84,15 @@ def peak_memory() -> Iterator[PeakMemory]:
         finally:
             peak.bytes, peak.kind = torch.cuda.max_memory_allocated(), "CUDA tensors"
         return
-    within = _reset_resident_peak()
+    within = restart_resident_peak()
     try:
         yield peak
     finally:
-        peak.bytes = _resident_peak()
+        peak.bytes = resident_peak()
         peak.kind = "process" if within else "process since it started"
 
 
-def _reset_resident_peak() -> bool:
+def restart_resident_peak() -> bool:
     """Start the kernel's count of the resident peak anew; False where that cannot be done."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -101,7 +101,7 @@ def _reset_resident_peak() -> bool:
     return True
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """The resident peak in bytes."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -12,23 +12,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils import flop_counter
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
-from esm_efficient.adapters.registry import ends_with, find_architecture
+from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.allocations import AllocationTracker
-from esm_efficient.profiling.devices import Backend, Device
+from esm_efficient.profiling.devices import Device
+from esm_efficient.profiling.kernels import Kernels
 from esm_efficient.profiling.memory import CATEGORIES
+from esm_efficient.profiling.throughput import flops_of
 from esm_efficient.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
         recorder.watch(model)
 
         stack.enter_context(compat.attention_masks(step.padding == "padded"))
-        stack.enter_context(_Kernels(step))
+        stack.enter_context(Kernels(step.device.backend, packed=step.tokens if step.padding == "free" else 0))
         with tracker, _quiet("transformers.modeling_layers"):
             _train(model, trainable, optimizer, step, recorder)
         for segment in recorder.segments:
@@ -229,16 +229,14 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
             gradient_checkpointing=recipe.checkpointing,
             dtype=frozen,
         )
-    if step.precision == "pure-bf16":
-        model = model.to(torch.bfloat16)
-    return model.train()
+    return (model.bfloat16() if step.precision == "pure-bf16" else model).train()
 
 
 def _make_fake(model: nn.Module) -> None:
     """Put fake tensors on the CPU in the place of a model's parameters and buffers."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
             for name, old in tensors.items():
                 if old is None:
                     continue
@@ -264,7 +262,7 @@ def _train(
     loss = F.cross_entropy(logits.float().flatten(0, -2), batch["labels"].flatten())
     del logits
     recorder.mark("backward", "head")
-    # What loss.backward() calls in the end. It would itself take _Kernels away while the engine recomputes layers.
+    # What loss.backward() calls in the end. It would itself take Kernels away while the engine recomputes layers.
     torch.autograd.Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -338,9 +336,7 @@ class _Recorder:
 
     def watch(self, model: nn.Module) -> None:
         """Begin a segment whenever a layer begins its forward or its backward pass."""
-        suffix = find_architecture(model).layers
-        layers = next(m for name, m in model.named_modules() if ends_with(name, suffix))
-        assert isinstance(layers, nn.ModuleList)
+        layers = encoder_layers(model)
 
         def forward(index: int) -> Callable[..., None]:
             def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -376,7 +372,7 @@ class _Recorder:
         """Add an operation to the costs of the segment: a roofline of its FLOPs and the bytes it moves."""
         if func.is_view or func._overloadpacket is torch.ops.aten._unsafe_view:
             return
-        flops = _flops(func, args, kwargs, result)
+        flops = flops_of(func, args, kwargs, result)
         moved = sum(map(_size, _flat((args, tuple(kwargs.values()), result))))
         seconds = 0.0
         if self._device.flops:
@@ -405,87 +401,3 @@ def _size(tensor: Tensor) -> int:
 def _dtype_name(result: Any) -> str:
     first = next(_flat(result), None)
     return "" if first is None else str(first.dtype).removeprefix("torch.")
-
-
-def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    """FLOPs of an operation by torch's own formulas: two for a multiplication with its addition."""
-    packet, aten = func._overloadpacket, torch.ops.aten
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return flop_counter.sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return flop_counter.sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-    formula = flop_counter.flop_registry.get(packet)
-    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
-
-
-class _Kernels(TorchFunctionMode):
-    """Fake tensors live on a CPU here; this makes a step allocate as it would on the device.
-
-    CUDA differs from the CPU in two places that a training step of these models comes by: autocast there runs layer
-    norms and softmax in float32 (torch's list of CUDA operations that autocast to float32), and scaled dot-product
-    attention has kernels of its own, which save other tensors. Without a mask and in half precision it is the flash
-    kernel, otherwise the memory-efficient one. On Apple's GPUs attention is composed of matrix products.
-    """
-
-    def __init__(self, step: Step) -> None:
-        super().__init__()
-        self._backend: Backend = step.device.backend
-        self._packed = step.tokens if step.padding == "free" else 0
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if self._backend != "cpu":
-            if func is F.scaled_dot_product_attention:
-                return self._attention(*args, **kwargs)
-            if self._backend == "cuda" and func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-                args = tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-        return func(*args, **kwargs)
-
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **_: Any,
-    ) -> Tensor:
-        aten = torch.ops.aten
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if self._backend == "mps":
-            return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, scale=scale)[0]
-        if self._packed:
-            return self._packed_attention(query, key, value, dropout_p, scale)
-        if attn_mask is None and query.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, scale=scale)[0]
-        bias = None
-        if attn_mask is not None:
-            # The kernel adds a mask in the dtype of the scores, with rows aligned to 16 elements.
-            bias = torch.zeros(attn_mask.shape, dtype=query.dtype)
-            if bias.shape[-1] % 16:
-                bias = F.pad(bias, (0, 16 - bias.shape[-1] % 16))[..., : attn_mask.shape[-1]]
-            bias = bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
-        needs_gradient = any(tensor.requires_grad for tensor in (query, key, value))
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, needs_gradient, dropout_p, scale=scale
-        )[0]
-
-    def _packed_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None
-    ) -> Tensor:
-        """Attention over sequences that lie one after another: each sees itself alone.
-
-        In float32 it would be the memory-efficient kernel, which holds the same tensors as the flash kernel.
-        """
-        ends = torch.zeros(query.shape[2] // self._packed + 1, dtype=torch.int32)
-        query, key, value = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
-        options = (ends, ends, self._packed, self._packed, dropout_p, False, False)
-        out = torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]
-        return out[None].transpose(1, 2)
-
-
-_FLOAT32_ON_CUDA = frozenset({F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax})

@@ -1,7 +1,9 @@
-"""Plain-text tables."""
+"""Tables in plain text, Markdown and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 
 from esm_efficient.errors import DataError
@@ -27,16 +29,49 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
     cells = [[str(cell) for cell in row] for row in rows]
     if header is not None:
         cells.insert(0, list(header))
-    if len({len(row) for row in cells}) > 1:
-        raise DataError(f"rows of {sorted({len(row) for row in cells})} cells do not make a table")
     if not cells:
         return ""
+    _check_widths(cells[1:], cells[0])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     if header is not None:
         cells.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
     )
+
+
+def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Lay rows out as a Markdown table.
+
+    Raises:
+        DataError: the rows have not as many cells as the header.
+
+    Example:
+        >>> print(format_markdown([("MCC", "0.78")], ("metric", "value")))
+        | metric | value |
+        |---|---|
+        | MCC | 0.78 |
+    """
+    _check_widths(rows, header)
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in cells)
+
+
+def format_csv(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    r"""Lay rows out as CSV with a header line (RFC 4180, but for newlines alone as line ends).
+
+    Raises:
+        DataError: the rows have not as many cells as the header.
+
+    Example:
+        >>> format_csv([("a, b", 1)], ("name", "value"))
+        'name,value\n"a, b",1\n'
+    """
+    _check_widths(rows, header)
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue()
 
 
 def format_bytes(count: int) -> str:
@@ -50,4 +85,10 @@ def format_bytes(count: int) -> str:
     while size >= 1024 and len(units) > 1:
         size /= 1024
         units.pop(0)
-    return f"{count} B" if units[0] == "B" else f"{size:#.3g} {units[0]}"
+    return f"{count} B" if units[0] == "B" else f"{f'{size:#.3g}'.rstrip('.')} {units[0]}"
+
+
+def _check_widths(rows: Sequence[Sequence[object]], header: Sequence[object]) -> None:
+    widths = sorted({len(header), *(len(row) for row in rows)})
+    if len(widths) > 1:
+        raise DataError(f"rows of {widths} cells do not make a table")

@@ -26,6 +26,7 @@ from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.data.encoding import tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.profiling.memory import peak_memory
 from esm_efficient.recipes import Recipe, get_recipe
 from esm_efficient.training.audit import AuditCallback
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from esm_efficient.profiling.report import ProfileReport
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class FinetuneResult:
             model under an adapter in ``base_config/``.
         result_path: this record as JSON.
         model: the trained model, in evaluation mode.
+        profile: what the run has cost by phase; None unless it was profiled.
     """
 
     recipe: str
@@ -85,6 +89,7 @@ class FinetuneResult:
     model_dir: Path
     result_path: Path
     model: PreTrainedModel | PeftModel = field(repr=False, compare=False)
+    profile: ProfileReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure, ready for JSON; a metric that is undefined (NaN) is None, which JSON can hold."""
@@ -94,6 +99,7 @@ class FinetuneResult:
             "trained_layers": list(self.trained_layers),
             "model_dir": str(self.model_dir),
             "result_path": str(self.result_path),
+            "profile": None if self.profile is None else self.profile.to_dict(),
         }
 
 
@@ -154,6 +160,7 @@ def finetune(
     precision: Precision = "auto",
     adapter_options: Mapping[str, Any] | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    profile: bool = False,
     **training_options: Any,
 ) -> FinetuneResult:
     """Fine-tune ESM-2 to classify sequences: tokenise, prepare, train, audit, evaluate, save.
@@ -171,6 +178,7 @@ def finetune(
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; with bf16 the frozen parameters are held in it.
         adapter_options: options of `lora_config` that win over the recipe's.
         resume_from_checkpoint: as `transformers.Trainer.train`; checkpoints are written with ``save_strategy="steps"``.
+        profile: measure memory and time by phase (`ProfilerCallback`).
         **training_options: options of `TrainingArguments` that win over the recipe's, such as ``num_train_epochs``.
 
     Returns:
@@ -225,10 +233,15 @@ def finetune(
         callbacks=[audit],
         class_weights=class_weights,
     )
+    profiler = ProfilerCallback(trainer) if profile else None
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
     total = sum(p.numel() for p in prepared.parameters())
     with peak_memory() as peak:
         output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    report_of_run = None if profiler is None else profiler.report
+    if report_of_run is not None and torch.cuda.is_available():
+        # The profiler starts the allocator's peak anew at every phase.
+        peak.bytes = max(peak.bytes, report_of_run.peak.total)
     metrics = trainer.predict(tokenized[evaluated_on], metric_key_prefix="test").metrics or {}
 
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
@@ -257,6 +270,7 @@ def finetune(
         model_dir=model_dir,
         result_path=output_dir / "result.json",
         model=prepared.eval(),
+        profile=report_of_run,
     )
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(model_dir)

@@ -15,14 +15,11 @@ import argparse
 import gc
 import itertools
 import json
-import os
 import platform
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is loaded; the profiler says when it starts and stops
 
 import torch
 import transformers
@@ -32,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils import logging as transformers_logging
 
 from esm_efficient import RECIPES, WeightedTrainer, estimate, prepare_model, recipe_adapters, recipe_arguments
-from esm_efficient.profiling.estimate import resolve_config
+from esm_efficient.profiling.models import resolve_config
 from esm_efficient.reporting import format_bytes, format_table
 
 TOLERANCE = 0.05

@@ -1,0 +1,89 @@
+"""What another device's kernels allocate, played on a CPU under fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from esm_efficient.profiling.devices import Backend
+
+_FLOAT32_ON_CUDA = frozenset({F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax})
+
+
+class Kernels(TorchFunctionMode):
+    """Fake tensors live on a CPU here; this makes a step allocate as it would on the device.
+
+    CUDA differs from the CPU in two places that a training step of these models comes by: autocast there runs layer
+    norms and softmax in float32 (torch's list of CUDA operations that autocast to float32), and scaled dot-product
+    attention has kernels of its own, which save other tensors. Without a mask and in half precision it is the flash
+    kernel, otherwise the memory-efficient one. On Apple's GPUs attention is composed of matrix products.
+
+    Args:
+        backend: of the device.
+        packed: tokens of each sequence, if the batch is sequences one after another; 0 if it is padded.
+    """
+
+    def __init__(self, backend: Backend, *, packed: int = 0) -> None:
+        super().__init__()
+        self._backend = backend
+        self._packed = packed
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run a function as the device would."""
+        kwargs = kwargs or {}
+        if self._backend != "cpu":
+            if func is F.scaled_dot_product_attention:
+                return self._attention(*args, **kwargs)
+            if self._backend == "cuda" and func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+                args = tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        aten = torch.ops.aten
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if self._backend == "mps":
+            return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, scale=scale)[0]
+        if self._packed:
+            return self._packed_attention(query, key, value, dropout_p, scale)
+        if attn_mask is None and query.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, scale=scale)[0]
+        bias = None
+        if attn_mask is not None:
+            # The kernel adds a mask in the dtype of the scores, with rows aligned to 16 elements.
+            bias = torch.zeros(attn_mask.shape, dtype=query.dtype)
+            if bias.shape[-1] % 16:
+                bias = F.pad(bias, (0, 16 - bias.shape[-1] % 16))[..., : attn_mask.shape[-1]]
+            bias = bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
+        needs_gradient = any(tensor.requires_grad for tensor in (query, key, value))
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, needs_gradient, dropout_p, scale=scale
+        )[0]
+
+    def _packed_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None
+    ) -> Tensor:
+        """Attention over sequences that lie one after another: each sees itself alone.
+
+        In float32 it would be the memory-efficient kernel, which holds the same tensors as the flash kernel.
+        """
+        ends = torch.zeros(query.shape[2] // self._packed + 1, dtype=torch.int32)
+        query, key, value = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
+        options = (ends, ends, self._packed, self._packed, dropout_p, False, False)
+        out = torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]
+        return out[None].transpose(1, 2)

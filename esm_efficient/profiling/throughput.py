@@ -1,0 +1,165 @@
+"""How much work a model does: tokens, FLOPs, and the rate of a device to hold them against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esm_efficient.errors import ConfigurationError
+
+SPECIAL_TOKENS = 2
+"""Tokens of a sequence that are no residues: one before it and one after it."""
+
+
+def flops_of(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
+    """FLOPs of one operation by torch's own formulas: two for a multiplication with its addition."""
+    packet, aten = func._overloadpacket, torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return flop_counter.sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return flop_counter.sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    formula = flop_counter.flop_registry.get(packet)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
+
+
+class WorkCounter(TorchDispatchMode):
+    """Counts the FLOPs of the operations that run while it is entered, but for those of recomputation.
+
+    Args:
+        phase: says which phase of training runs.
+
+    Attributes:
+        flops: FLOPs so far.
+        by_dtype: the same by the dtype of the result.
+    """
+
+    def __init__(self, phase: Callable[[], str]) -> None:
+        super().__init__()
+        self.flops = 0
+        self.by_dtype: Counter[torch.dtype] = Counter()
+        self._phase = phase
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        phase = self._phase()
+        if phase == "forward" or (phase == "backward" and not torch.is_grad_enabled()):
+            flops = flops_of(func, args, kwargs, result)
+            if flops:
+                self.flops += flops
+                first = result if isinstance(result, Tensor) else result[0]
+                self.by_dtype[first.dtype] += flops
+        return result
+
+
+class TokenCounter:
+    """Counts what goes into a model, on the device and without waiting for it.
+
+    Attributes:
+        samples: sequences.
+        slots: tokens with padding.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.slots = 0
+        self._sums: Tensor | None = None
+
+    def add(self, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Count a batch by its ``input_ids`` and ``attention_mask``; its shape, or None if it has no tokens."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        rows, width = ids.shape
+        self.samples += rows
+        self.slots += rows * width
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            lengths = mask.sum(1, dtype=torch.float64 if mask.device.type != "mps" else torch.float32)
+        else:
+            lengths = torch.full((rows,), float(width), device=ids.device)
+        sums = torch.stack([lengths.sum(), lengths.square().sum()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        return rows, width
+
+    def totals(self) -> tuple[float, float]:
+        """Tokens without padding, and the sum of the squares of the sequences' lengths."""
+        if self._sums is None:
+            return 0.0, 0.0
+        tokens, squares = self._sums.tolist()
+        return tokens, squares
+
+
+def flops_per_token(batches: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """What a transformer needs for a sequence: a part in proportion to its length and, of attention, to its square.
+
+    Args:
+        batches: sequences, tokens a sequence (padding included) and FLOPs of each measured batch.
+
+    Returns:
+        FLOPs per token, and FLOPs per token and token of its sequence; zeros without batches.
+
+    Example:
+        >>> flops_per_token([(2, 10, 2 * (10 * 7 + 100 * 3)), (1, 20, 20 * 7 + 400 * 3)])
+        (7.0, 3.0)
+    """
+    if not batches:
+        return 0.0, 0.0
+    rows, tokens, flops = (np.array(column, dtype=np.float64) for column in zip(*batches, strict=True))
+    if np.unique(tokens).size > 1:
+        design = np.stack([rows * tokens, rows * tokens**2], axis=1)
+        scale = design.max(axis=0)
+        linear, square = np.linalg.lstsq(design / scale, flops, rcond=None)[0] / scale
+        if linear > 0 and square >= 0:
+            return round(float(linear), 6), round(float(square), 6)
+    return float(flops.sum() / (rows * tokens).sum()), 0.0
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, repeats: int = 5) -> float:
+    """Measure how fast a device multiplies large matrices, FLOP/s: the most that a model can hope for.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+        repeats: measurements; the median counts.
+
+    Raises:
+        ConfigurationError: `repeats` is below 1.
+
+    Example:
+        >>> matmul_rate("cpu", torch.float32) > 1e8
+        True
+    """
+    if repeats < 1:
+        raise ConfigurationError(f"repeats={repeats}: expected at least 1")
+    device = torch.device(device)
+    size = 1024 if device.type == "cpu" else 8192
+    with torch.no_grad():
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(repeats + 2):
+            synchronize(device)
+            began = time.perf_counter()
+            torch.mm(left, right)
+            synchronize(device)
+            times.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done everything that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,206 @@
+"""Plots as SVG text: memory by category, memory over one step, time against memory."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from esm_efficient.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GIB = 1024**3
+
+# Okabe and Ito's palette, which people who see fewer colours can tell apart.
+CATEGORY_COLOURS = {
+    "weights": "#0072b2",
+    "gradients": "#e69f00",
+    "optimizer": "#009e73",
+    "activations": "#d55e00",
+    "other": "#999999",
+}
+PHASE_COLOURS = {"forward": "#56b4e9", "backward": "#cc79a7", "optimizer": "#009e73"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One point of `pareto_plot`.
+
+    Attributes:
+        name: beside the point.
+        seconds: of the whole run.
+        memory: peak in bytes.
+        metric: how well the result predicts, or None.
+        low: lower end of the metric's confidence interval, or None.
+        high: upper end.
+    """
+
+    name: str
+    seconds: float
+    memory: int
+    metric: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, title: str = "") -> str:
+    """Peak memory by category, one stacked bar a method.
+
+    Args:
+        stacks: method to bytes by category.
+        capacity: bytes of the device, drawn as a line; 0 leaves it out.
+        title: above the plot.
+
+    Returns:
+        SVG.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    figure, axes = _figure(8, 0.45 * len(stacks) + 1.6)
+    names = list(stacks)
+    left = [0.0] * len(names)
+    for category, colour in CATEGORY_COLOURS.items():
+        sizes = [stacks[name].get(category, 0) / GIB for name in names]
+        axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for position, total in enumerate(left):
+        axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
+    widest = max(left, default=1.0)
+    if capacity and capacity / GIB < 3 * widest:
+        axes.axvline(capacity / GIB, color="black", linestyle="--", linewidth=1, label="memory of the device")
+        widest = max(widest, capacity / GIB)
+    axes.set_xlim(0, 1.12 * widest)
+    axes.invert_yaxis()
+    axes.set_xlabel("peak memory, GiB")
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return _svg(figure, title)
+
+
+def timeline_plot(
+    timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, title: str = "", unit: str = "seconds"
+) -> str:
+    """Memory over one step, one small plot a method, coloured by phase.
+
+    Args:
+        timelines: method to its points: phase, time, bytes.
+        title: above the plot.
+        unit: of the times.
+
+    Returns:
+        SVG.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    columns = min(3, len(timelines))
+    lines = -(-len(timelines) // columns)
+    figure, grid = _figure(9, 2.3 * lines + 0.6, lines, columns)
+    highest = max(size for points in timelines.values() for _, _, size in points) / GIB
+    for axes, (name, points) in zip(grid.flat, timelines.items(), strict=False):
+        for phase, colour in PHASE_COLOURS.items():
+            own = [i for i, point in enumerate(points) if point[0] == phase]
+            if own:
+                shown = points[own[0] : own[-1] + 2]  # up to the first point of the next phase, so that no gap is left
+                axes.fill_between(
+                    [x for _, x, _ in shown], [y / GIB for _, _, y in shown], color=colour, label=phase, linewidth=0
+                )
+        axes.set_title(name, fontsize=10)
+        axes.set_ylim(0, 1.05 * highest)
+        axes.set_xlim(points[0][1], max(points[-1][1], 1e-9))
+        axes.tick_params(labelsize=8)
+    for axes in list(grid.flat)[len(timelines) :]:
+        axes.set_axis_off()
+    figure.supxlabel(unit, fontsize=9)
+    figure.supylabel("GiB", fontsize=9)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
+    return _svg(figure, title)
+
+
+def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "") -> str:
+    """Time against peak memory; with a metric, how well each method predicts beside it.
+
+    Methods that no other one beats in both time and memory are joined by a line.
+
+    Args:
+        methods: the points.
+        metric: name of the metric.
+        title: above the plot.
+
+    Returns:
+        SVG.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    measured = [method for method in methods if method.metric is not None]
+    figure, grid = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
+    panels = list(grid.flat) if measured else [grid]
+    axes = panels[0]
+    front = sorted((m for m in methods if not any(_beats(other, m) for other in methods)), key=lambda m: m.seconds)
+    axes.plot([m.seconds for m in front], [m.memory / GIB for m in front], color="#999999", linewidth=1, zorder=1)
+    _points(axes, [(m.name, m.seconds, m.memory / GIB) for m in methods])
+    axes.set_ylabel("peak memory, GiB")
+    axes.set_xlabel("time of the run, s")
+    axes.set_ylim(bottom=0)
+    if measured:
+        axes = panels[1]
+        for m in measured:
+            assert m.metric is not None
+            if m.low is not None and m.high is not None:
+                axes.plot([m.memory / GIB] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
+        _points(axes, [(m.name, m.memory / GIB, m.metric or 0.0) for m in measured])
+        axes.set_xlabel("peak memory, GiB")
+        axes.set_ylabel(metric)
+    for axes in panels:
+        axes.set_xlim(left=0)
+        axes.margins(x=0.15)
+    return _svg(figure, title)
+
+
+def _beats(one: Method, other: Method) -> bool:
+    no_worse = one.seconds <= other.seconds and one.memory <= other.memory
+    return no_worse and (one.seconds < other.seconds or one.memory < other.memory)
+
+
+def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    axes.scatter([x for _, x, _ in points], [y for _, _, y in points], color="#0072b2", zorder=2)
+    labelled: list[tuple[float, float]] = []
+    spread = max((y for _, _, y in points), default=1.0) or 1.0
+    for name, x, y in sorted(points, key=lambda point: point[2]):
+        # Labels of points that lie on one another are stacked.
+        above = sum(abs(y - b) < 0.04 * spread and abs(x - a) < 0.15 * (abs(x) + 1e-9) for a, b in labelled)
+        axes.annotate(name, (x, y), (6, 4 + 11 * above), textcoords="offset points", fontsize=9)
+        labelled.append((x, y))
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid[0, 0] if rows == columns == 1 else grid
+
+
+def _svg(figure: Figure, title: str) -> str:
+    import matplotlib
+
+    if title:
+        figure.suptitle(title, fontsize=11)
+    buffer = io.StringIO()
+    # Text stays text, and the same figures give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,144 @@
+"""What the profiler costs a step: what it adds to a tiny one, as a share of a real one.
+
+    python examples/benchmarks/profiler_overhead.py --json overhead.json
+
+The profiler's work depends on the number of operations and not on the size of their tensors. So its seconds are
+measured where they show, on batches of one sequence of eight tokens, and set against a step of real size. Two copies
+of the model train in one process, one profiled and one not, step by step in turns. The seconds are those of an average
+step: operations are counted one by one in every tenth, so nine parts are the median difference of ordinary steps and
+one part that of the steps looked at closely. The same ratio from steps of real size is printed beside it; on a noisy
+machine that one is noise. The process leaves with status 1 if the profiler costs more than two percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification
+
+from esm_efficient import RECIPES, Profiler, prepare_model, recipe_adapters
+from esm_efficient.profiling.models import resolve_config
+from esm_efficient.reporting import format_table
+
+LIMIT = 0.02
+EVERY = 10
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="8M", help="an ESM-2 size, or a folder with a config.json")
+    parser.add_argument("--recipes", nargs="+", default=["base", "lora"], choices=RECIPES)
+    parser.add_argument("--steps", type=int, default=401, help="tiny steps of each side")
+    parser.add_argument("--real-steps", type=int, default=21, help="steps of real size of each side")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the longest sequence of a real batch of 8")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    return parser.parse_args()
+
+
+def make_side(config, recipe: str, device: str):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    model = prepare_model(model, adapters=recipe_adapters(recipe, model)).train().to(device)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+
+def make_batches(number: int, rows: int, shortest: int, longest: int, device: str) -> list:
+    batches = []
+    for _ in range(number):
+        lengths = torch.randint(shortest, longest + 1, (rows,))
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        ids = torch.where(mask.bool(), torch.randint(4, 24, mask.shape), 1)
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        batches.append((batch, torch.randint(0, 2, (rows,), device=device)))
+    # The largest batch first: a larger one than all before is looked at closely, which is rare in a long run.
+    largest = max(range(number), key=lambda i: batches[i][0]["input_ids"].numel())
+    return [batches.pop(largest), *batches]
+
+
+def step(model, optimizer, batch, labels, profiler=None) -> float:
+    """Seconds of one optimizer step."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    loss = torch.nn.functional.cross_entropy(model(**batch).logits, labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if profiler is not None:
+        profiler.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def take_turns(profiled, bare, batches) -> list[tuple[float, float]]:
+    """Seconds of each step with and without the profiler."""
+    pairs = []
+    with Profiler(*profiled, warmup_steps=0, every=EVERY) as profiler:
+        for number, batch in enumerate(batches):
+            if number % 4 in (0, 3):  # the steps looked at closely, every tenth, come first and second in turns too
+                with_it, without = step(*profiled, *batch, profiler), step(*bare, *batch)
+            else:
+                without, with_it = step(*bare, *batch), step(*profiled, *batch, profiler)
+            pairs.append((with_it, without))
+    return pairs[1:]
+
+
+def of_average_step(values: list[float]) -> float:
+    """Nine parts of the ordinary steps' median, one of that of the steps looked at closely."""
+    close = [value for number, value in enumerate(values, 1) if number % EVERY == 0]
+    ordinary = [value for number, value in enumerate(values, 1) if number % EVERY]
+    return (1 - 1 / EVERY) * statistics.median(ordinary) + statistics.median(close) / EVERY
+
+
+def compare(config, recipe: str, options: argparse.Namespace, device: str) -> dict:
+    sides = make_side(config, recipe, device), make_side(config, recipe, device)
+    tiny = take_turns(*sides, make_batches(options.steps, 1, 8, 8, device))
+    real = take_turns(*sides, make_batches(options.real_steps, 8, min(102, options.tokens), options.tokens, device))
+    cost = of_average_step([with_it - without for with_it, without in tiny])
+    step_seconds = statistics.median(without for _, without in real)
+    return {
+        "recipe": recipe,
+        "seconds_per_step": step_seconds,
+        "profiler_seconds_per_step": cost,
+        "overhead": cost / step_seconds,
+        "ratio_of_real_steps": of_average_step([with_it / without for with_it, without in real]) - 1,
+        "tiny_steps": tiny,
+        "real_steps": real,
+    }
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(2)
+    _, config = resolve_config(options.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [compare(config, recipe, options, device) for recipe in options.recipes]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, 2 threads"
+    cells = [
+        (
+            r["recipe"],
+            f"{r['seconds_per_step']:.3f} s",
+            f"{r['profiler_seconds_per_step']:.4f} s",
+            f"{r['overhead']:+.2%}",
+            f"{r['ratio_of_real_steps']:+.2%}",
+        )
+        for r in rows
+    ]
+    print(f"{options.model}, batches of 8 x 102-{options.tokens} tokens, {device} ({versions})\n")
+    print(format_table(cells, ("recipe", "step", "profiler", "overhead", "ratio of real steps")))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"versions": versions, "device": device, "rows": rows}, indent=2) + "\n")
+    if max(row["overhead"] for row in rows) > LIMIT:
+        raise SystemExit(f"the profiler costs more than {LIMIT:.0%} of a step")
+
+
+if __name__ == "__main__":
+    main()
