@@ -115,7 +115,11 @@ def _recommend(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
 
 
 def _compare(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
+    from transformers.utils import logging
+
     from esm_efficient.comparison import compare
+
+    logging.set_verbosity_error()
 
     dataset = None if options.data is None else _load(options.data, options.limit)
     result = compare(

@@ -93,7 +93,7 @@ class Comparison:
             ConfigurationError: `budget` is neither ``"steps"`` nor ``"epochs"``.
         """
         header = ["recipe", "micro-batch", "steps", "epochs", "time, s", "residues/s", "peak", *CATEGORIES]
-        header.append("parameters that train")
+        header.append("trained parameters")
         if self.seeds:
             header += [self.metric, "95 % interval"]
         rows: list[list[object]] = []
@@ -107,7 +107,7 @@ class Comparison:
                 _number(f.residues_per_second, "{:,.0f}"),
                 format_bytes(f.peak.total),
                 *(format_bytes(getattr(f.peak, category)) for category in CATEGORIES),
-                f"{f.trainable_parameters:,} ({f.trainable_parameters / f.total_parameters:.2%})",
+                f"{f.trainable_parameters:,}",
             ]
             if self.seeds:
                 row.append(_number(math.nan if f.score is None else f.score, "{:.3f}"))

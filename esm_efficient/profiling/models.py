@@ -40,7 +40,7 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
     if isinstance(model, PreTrainedConfig):
         return type(model).__name__, model
     if (Path(model) / "config.json").is_file():
-        return str(model), AutoConfig.from_pretrained(model)
+        return Path(model).resolve().name, AutoConfig.from_pretrained(model)
     published = re.fullmatch(r"(?:(?:facebook/)?esm2_t\d+_)?(\d+[MB])(?:_UR50D)?", str(model))
     if published is None or published[1] not in ESM2_SIZES:
         raise ConfigurationError(

@@ -23,7 +23,7 @@ CATEGORY_COLOURS = {
     "activations": "#d55e00",
     "other": "#999999",
 }
-PHASE_COLOURS = {"forward": "#56b4e9", "backward": "#cc79a7", "optimizer": "#009e73"}
+PHASE_COLOURS = {"forward": "#56b4e9", "backward": "#cc79a7", "optimizer": "#e69f00"}
 
 
 @dataclass(frozen=True)

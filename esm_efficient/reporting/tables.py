@@ -85,7 +85,9 @@ def format_bytes(count: int) -> str:
     while size >= 1024 and len(units) > 1:
         size /= 1024
         units.pop(0)
-    return f"{count} B" if units[0] == "B" else f"{f'{size:#.3g}'.rstrip('.')} {units[0]}"
+    if units[0] == "B":
+        return f"{count} B"
+    return f"{f'{size:,.0f}' if size >= 99.95 else f'{size:#.3g}'} {units[0]}"
 
 
 def _check_widths(rows: Sequence[Sequence[object]], header: Sequence[object]) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 
 from esm_efficient.errors import DataError
-from esm_efficient.reporting import format_bytes, format_table
+from esm_efficient.reporting import format_bytes, format_csv, format_markdown, format_table
 
 
 def test_columns_are_aligned_and_nothing_trails():
@@ -15,6 +18,18 @@ def test_rows_of_different_lengths_are_refused():
     with pytest.raises(DataError, match="do not make a table"):
         format_table([("a",), ("b", "c")])
     assert format_table([]) == ""
+    for layout in (format_markdown, format_csv):
+        with pytest.raises(DataError, match="do not make a table"):
+            layout([("a", "b")], ("one",))
+
+
+def test_csv_reads_back_as_it_was():
+    rows = [["a, b", 'say "x"'], ["two\nlines", ""]]
+    assert list(csv.reader(io.StringIO(format_csv(rows, ("n", "v"))))) == [["n", "v"], *rows]
+
+
+def test_markdown_escapes_what_would_end_a_cell():
+    assert format_markdown([("a|b", 1)], ("n", "v")).splitlines()[-1] == r"| a\|b | 1 |"
 
 
 @pytest.mark.parametrize(
@@ -25,7 +40,8 @@ def test_rows_of_different_lengths_are_refused():
         (1024, "1.00 KiB"),
         (123_456_789, "118 MiB"),
         (3_500_000_000, "3.26 GiB"),
-        (2**60, "1.05e+06 TiB"),
+        (1000 * 1024, "1,000 KiB"),
+        (2**60, "1,048,576 TiB"),
     ],
 )
 def test_bytes_in_binary_units(count, text):

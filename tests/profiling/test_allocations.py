@@ -1,0 +1,128 @@
+"""The counter of live storages: against arithmetic, against autograd, against torch's own profiler."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from esm_efficient.profiling.allocations import AllocationTracker
+from esm_efficient.profiling.memory import Memory
+
+
+def test_an_allocation_counts_from_its_operation_to_its_last_reference():
+    with AllocationTracker() as tracker:
+        kept = torch.zeros(100)
+        freed = torch.zeros(50)
+        assert tracker.current == Memory(other=600)
+        del freed
+        assert tracker.current == Memory(other=400)
+    del kept
+    assert tracker.current.total == 0
+    assert tracker.peak.total == 600
+
+
+def test_views_and_writes_in_place_allocate_nothing():
+    with AllocationTracker() as tracker:
+        x = torch.ones(4, 5)
+        views = [x.t(), x[1:], x.view(-1), x.add_(1), x.detach()]
+    assert tracker.current.total == 80
+    assert len(views) == 5
+
+
+def test_a_view_keeps_its_storage_alive():
+    with AllocationTracker() as tracker:
+        x = torch.ones(100)
+        view = x[:1]
+        del x
+    assert tracker.current.total == 400
+    del view
+    assert tracker.current.total == 0
+
+
+def test_what_autograd_saves_stays_until_the_backward_pass():
+    weight = torch.randn(8, 8, requires_grad=True)
+    tracker = AllocationTracker()
+    with tracker:
+        tracker.hold([weight], "weights")
+        tracker.category = "activations"
+        loss = (torch.randn(4, 8) @ weight).exp().sum()
+        gc.collect()
+        # The input of the product (4 x 8), the output of exp (4 x 8), and the loss.
+        assert tracker.current == Memory(weights=256, activations=128 + 128 + 4)
+        tracker.category = "other"
+        loss.backward()
+        tracker.hold([weight.grad], "gradients")
+        del loss
+    assert tracker.current == Memory(weights=256, gradients=256)
+
+
+def test_what_is_recomputed_counts_as_activations():
+    x = torch.randn(10, requires_grad=True)
+    tracker = AllocationTracker()
+    with tracker:
+        tracker.category = "activations"
+        loss = checkpoint(lambda y: y.exp().exp(), x, use_reentrant=False).sum()
+        tracker.category, tracker.recomputes = "other", True
+        before = tracker.current.activations
+        tracker.reset_peak()
+        loss.backward()
+    assert tracker.peak.activations >= before + 40
+
+
+def test_sizes_are_rounded_up_to_the_granularity():
+    with AllocationTracker(granularity=512) as tracker:
+        kept = [torch.zeros(1), torch.zeros(128), torch.zeros(129)]
+    assert tracker.current.total == 512 + 512 + 1024
+    assert len(kept) == 3
+
+
+def test_holding_moves_a_tensor_between_categories_once():
+    x = torch.zeros(10)
+    tracker = AllocationTracker()
+    tracker.hold([x, None, x.view(2, 5)], "weights")
+    assert tracker.current == Memory(weights=40)
+    tracker.hold([x], "gradients")
+    assert tracker.current == tracker.peak == Memory(gradients=40)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 500)), max_size=40))
+def test_held_and_peak_are_those_of_arithmetic(steps):
+    alive: list[torch.Tensor] = []
+    expected = peak = 0
+    tracker = AllocationTracker()
+    with tracker:
+        for add, size in steps:
+            if add or not alive:
+                alive.append(torch.empty(size, dtype=torch.uint8))
+                expected += size
+            else:
+                expected -= alive.pop(size % len(alive)).numel()
+            peak = max(peak, expected)
+            assert tracker.current.total == expected
+    assert tracker.peak.total == peak
+    assert sorted(tracker.live("other")) == sorted(t.numel() for t in alive)
+
+
+def test_the_peak_is_that_of_torchs_own_memory_records():
+    def work():
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
+        layers(torch.randn(32, 64)).square().sum().backward()
+
+    work()
+    with AllocationTracker() as tracker:
+        work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert tracker.peak.total == pytest.approx(peak, rel=0.02)

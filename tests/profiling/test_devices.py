@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.profiling.devices import DEVICES, GIB, get_device
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("a10g", "A10G"),
+        ("ml.g5.2xlarge", "A10G"),
+        ("g4dn.xlarge", "T4"),
+        ("ml.g6.12xlarge", "L4"),
+        ("p4d.24xlarge", "A100-40"),
+        ("ml.p4de.24xlarge", "A100-80"),
+        ("p5.48xlarge", "H100"),
+        ("ml.p5en.48xlarge", "H200"),
+        ("rtx-4090", "RTX-4090"),
+    ],
+)
+def test_devices_go_by_their_own_names_and_those_of_instances(name, device):
+    assert get_device(name).name == device
+    assert get_device(get_device(name)) is DEVICES[device]
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ConfigurationError, match=r"(?s)'V100'.*A100-80.*g5\.2xlarge"):
+        get_device("V100")
+
+
+def test_figures_are_in_the_units_they_claim():
+    for device in DEVICES.values():
+        if device.backend == "cpu":
+            continue
+        assert 8 * GIB < device.memory < 200 * GIB
+        assert 1e11 < device.bandwidth < 1e13
+        assert all(1e12 < rate < 2e15 for rate in device.flops.values())
+        assert device.flops["float32"] <= device.flops["float16"]
+        assert device.source
+    instances = [name for device in DEVICES.values() for name in device.instances]
+    assert len(instances) == len(set(instances))
+    assert not DEVICES["T4"].has_bf16
+    assert DEVICES["A10G"].has_bf16

@@ -1,0 +1,226 @@
+"""estimate(): the extrapolation is exact, the categories add up, and what costs more is said to cost more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import make_model, tiny_config
+from transformers import EsmForTokenClassification
+
+from esm_efficient import RECIPES, Device, demo_model_path, estimate, lora_config, peak_memory, prepare_model
+from esm_efficient.errors import ConfigurationError, TargetModuleError
+from esm_efficient.profiling.estimate import _batch_lengths
+from esm_efficient.profiling.models import ESM2_SIZES, resolve_config
+
+CASES = [
+    ("8M", {"recipe": "base", "device": "cpu"}),
+    ("8M", {"recipe": "ga", "device": "cpu", "optimizer": "adamw"}),
+    ("8M", {"recipe": "gc", "device": "A10G", "attention": "eager", "precision": "pure-bf16"}),
+    ("8M", {"recipe": "lora", "device": "A10G", "padding": "none"}),
+    ("8M", {"recipe": "lora", "device": "T4", "precision": "fp16", "preset": "qkv"}),
+    ("8M", {"recipe": "all", "device": "A10G"}),
+    ("8M", {"recipe": "all", "device": "cpu", "adapter_options": {"lora_dropout": 0.1, "use_rslora": True}}),
+    ("8M", {"recipe": "frozen", "device": "M4-Max-64"}),
+    ("8M", {"recipe": "base", "device": "L4", "padding": "free", "optimizer": "adamw_foreach"}),
+    ("8M", {"recipe": "base", "device": "L4", "head": "masked-lm", "micro_batch": 3}),
+    ("8M", {"recipe": "lora", "device": "cpu", "head": "token-classification", "num_labels": 5}),
+    ("35M", {"recipe": "all", "device": "H100", "accumulation": 1}),
+    ("35M", {"recipe": "base", "device": "T4", "precision": "float32"}),
+]
+
+
+@pytest.mark.parametrize(("size", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_two_depths_give_the_figures_of_the_full_depth(size, options):
+    short = estimate(size, length=100, **options)
+    full = estimate(size, length=100, extrapolate=False, **options)
+    for phase, cost in full.phases.items():
+        assert short.phases[phase].peak == cost.peak
+        assert short.phases[phase].flops == cost.flops
+        assert short.phases[phase].bytes_moved == cost.bytes_moved
+        assert short.phases[phase].seconds == pytest.approx(cost.seconds, rel=1e-9, nan_ok=True)
+    assert (short.peak, short.peak_phase) == (full.peak, full.peak_phase)
+    assert [point.memory for point in short.timeline] == [point.memory for point in full.timeline]
+    assert [point.part for point in short.timeline] == [point.part for point in full.timeline]
+    assert short.trainable_parameters == full.trainable_parameters
+    assert short.total_parameters == full.total_parameters
+
+
+def test_parameters_are_those_of_the_real_model():
+    model = make_model(num_hidden_layers=5)
+    prepared = prepare_model(model, adapters=lora_config(model))
+    result = estimate(tiny_config(num_hidden_layers=5), recipe="lora", length=16)
+    assert result.trainable_parameters == sum(p.numel() for p in prepared.parameters() if p.requires_grad)
+    assert result.total_parameters == sum(p.numel() for p in prepared.parameters())
+    weights = sum(t.numel() * t.element_size() for t in [*prepared.parameters(), *prepared.buffers()])
+    assert result.peak.weights == weights
+
+
+@pytest.mark.parametrize("size", ESM2_SIZES)
+def test_known_sizes_have_the_parameters_that_their_names_promise(size):
+    result = estimate(size, recipe="frozen", length=8, micro_batch=1)
+    promised = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+    assert result.total_parameters == pytest.approx(promised, rel=0.07)
+    layers, width, heads = ESM2_SIZES[size]
+    assert (width % heads, len({p.part for p in result.timeline if p.part.startswith("layer")})) == (0, layers)
+
+
+def test_fifteen_billion_parameters_take_no_memory():
+    with peak_memory() as resident:
+        result = estimate("15B", recipe="base", device="A100-80", length=1024)
+    assert result.peak.weights > 60e9
+    assert resident.bytes < 6e9
+    assert not result.fits()
+
+
+def test_the_same_model_by_every_name_it_goes_by(tmp_path):
+    names = ["8M", "esm2_t6_8M", "esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D", resolve_config("8M")[1]]
+    resolve_config("8M")[1].save_pretrained(tmp_path)
+    peaks = {estimate(name, recipe="lora", length=32).peak for name in [*names, tmp_path]}
+    assert len(peaks) == 1
+    wrapped = make_model()
+    wrapped = prepare_model(wrapped, adapters=lora_config(wrapped))
+    assert resolve_config(wrapped)[1].hidden_size == 16
+    assert estimate(demo_model_path(), length=32).total_parameters > 800_000
+
+
+def test_categories_sum_to_every_peak():
+    for recipe in RECIPES:
+        result = estimate("8M", recipe=recipe, device="A10G", length=64)
+        for cost in result.phases.values():
+            assert sum(dataclasses.astuple(cost.peak)) == cost.peak.total
+        assert result.peak.total == max(point.memory.total for point in result.timeline)
+
+
+def test_what_saves_memory_is_said_to_save_it():
+    def peak(**options):
+        return estimate("35M", device="A10G", length=256, **({"recipe": "base"} | options)).peak
+
+    base = peak()
+    assert peak(recipe="gc").activations < 0.2 * base.activations
+    assert peak(recipe="ga").total < base.total
+    assert peak(recipe="lora").optimizer < 0.2 * base.optimizer
+    assert peak(micro_batch=16).activations == pytest.approx(2 * base.activations, rel=0.02)
+    assert peak(attention="eager").activations > base.activations
+    assert peak(precision="float32").activations > 1.3 * base.activations
+    assert peak(padding="free").activations <= base.activations
+    assert peak(recipe="frozen").total < peak(recipe="lora").total
+
+
+def test_accumulated_gradients_are_held_throughout():
+    once, twice = (estimate("8M", recipe="base", length=32, accumulation=n) for n in (1, 2))
+    assert once.phases["forward"].peak.gradients == 0
+    assert twice.phases["forward"].peak.gradients == twice.phases["optimizer"].peak.gradients > 7e6 * 4
+    assert twice.phases["forward"].flops == 2 * once.phases["forward"].flops
+    assert twice.phases["optimizer"].flops == once.phases["optimizer"].flops
+
+
+def test_time_is_a_roofline_of_the_device():
+    options = {"recipe": "base", "length": 256, "precision": "float32"}
+    slow = Device("slow", "cuda", 2**34, {"float32": 1e12}, 1e11)
+    fast = Device("fast", "cuda", 2**34, {"float32": 2e12}, 2e11)
+    one, two = (estimate("150M", device=device, **options) for device in (slow, fast))
+    assert one.seconds == pytest.approx(2 * two.seconds, rel=0.02)  # but for the time to launch what is small
+    flops = sum(cost.flops for cost in one.phases.values())
+    moved = sum(cost.bytes_moved for cost in one.phases.values())
+    assert max(flops / 1e12, moved / 1e11) <= one.seconds <= flops / 1e12 + moved / 1e11 + 0.1
+    assert one.residues_per_second == pytest.approx(8 * 254 / one.seconds)
+    assert math.isnan(estimate("8M", **options).seconds)
+
+
+def test_flops_are_six_for_each_weight_and_token():
+    result = estimate("150M", recipe="base", length=128, micro_batch=4, padding="none")
+    linear = 30 * 12 * 640 * 640
+    attention = 30 * 2 * 128 * 640
+    forward = 2 * 4 * 128 * (linear + attention)
+    assert result.phases["forward"].flops == pytest.approx(forward, rel=0.01)
+    assert result.phases["backward"].flops == pytest.approx(2 * forward, rel=0.03)
+
+
+def test_a_data_sets_lengths_decide_memory_and_time():
+    lengths = [100] * 50 + [400] * 2
+    mixed = estimate("8M", device="A10G", recipe="lora", length=lengths)
+    longest = estimate("8M", device="A10G", recipe="lora", length=400)
+    assert mixed.peak == longest.peak
+    assert mixed.seconds < longest.seconds
+    assert mixed.residues == pytest.approx(8 * np.mean(np.array(lengths) - 2))
+    packed = estimate("8M", device="A10G", recipe="lora", length=lengths, padding="free")
+    assert packed.peak.total < mixed.peak.total
+
+
+def test_lengths_of_batches():
+    assert _batch_lengths([10], 4, "padded") == (10, 10, 8.0)
+    longest, typical, residues = _batch_lengths([10, 30], 2, "padded")
+    assert (longest, residues) == (30, 18.0)
+    assert typical == pytest.approx(25, abs=1)  # three of four pairs hold a long one
+    assert _batch_lengths([10, 30], 2, "free") == (20, 20, 18.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("9M", {}, "there are 8M, 35M"),
+        ("/nowhere", {}, "no folder with a config.json"),
+        ("8M", {"recipe": "al"}, "no recipe is named 'al'"),
+        ("8M", {"device": "A11"}, "no device or instance type"),
+        ("8M", {"precision": "int4"}, "precision='int4': expected one of float32"),
+        ("8M", {"device": "T4", "precision": "bf16"}, "multiplies no bfloat16"),
+        ("8M", {"optimizer": "lion"}, "optimizer='lion'"),
+        ("8M", {"attention": "flash"}, "attention='flash'"),
+        ("8M", {"padding": "some"}, "padding='some'"),
+        ("8M", {"padding": "free"}, "padding-free attention needs a CUDA device"),
+        ("8M", {"head": "regression"}, "head='regression'"),
+        ("8M", {"length": 0}, "0 tokens"),
+        ("8M", {"length": []}, "without any sequence"),
+        ("8M", {"micro_batch": 0}, "at least 1"),
+        ("8M", {"recipe": "base", "adapter_options": {"r": 4}}, "takes no r"),
+        ("8M", {"recipe": "base", "preset": "qkv"}, "a preset and a rank go with"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(model, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        estimate(model, **options)
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(TargetModuleError, match="query_projection"):
+        estimate("8M", adapter_options={"target_modules": ["query_projection"]})
+
+
+def test_memory_of_an_unknown_device_cannot_fit():
+    with pytest.raises(ConfigurationError, match="name a GPU"):
+        estimate("8M", length=16).fits()
+
+
+def test_figures_go_to_json_and_back():
+    for device in ("cpu", "A10G"):
+        result = estimate("8M", device=device, length=64)
+        record = json.loads(json.dumps(result.to_dict()))
+        assert record["peak_bytes"] == result.peak.total == sum(record["peak"].values()) - record["peak"]["total"]
+        assert record["seconds"] == (None if device == "cpu" else result.seconds)
+        assert ("fits A10G" in str(result)) == (device == "A10G")
+        assert f"{result.total_parameters:,}" in str(result)
+
+
+def test_a_live_model_is_estimated_by_its_config():
+    model = make_model(EsmForTokenClassification, num_hidden_layers=3)
+    name, config = resolve_config(model)
+    assert (name, config.num_hidden_layers) == ("EsmForTokenClassification", 3)
+
+
+def test_the_8_bit_optimizer_is_bitsandbytes():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    full, eight = (
+        estimate("35M", recipe="base", device="A10G", length=64, optimizer=name)
+        for name in ("adamw_fused", "adamw_8bit")
+    )
+    assert 0.25 <= eight.peak.optimizer / full.peak.optimizer < 0.27
+
+
+def test_without_bitsandbytes_the_8_bit_optimizer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigurationError, match="pip install bitsandbytes"):
+        estimate("8M", recipe="base", device="A10G", length=24, optimizer="adamw_8bit")
