@@ -31,8 +31,8 @@ class CudaCounter:
     """The counters of torch's CUDA allocator. Taking a peak resets the allocator's own."""
 
     counted = (
-        "bytes that torch's CUDA allocator had handed out; activations are what was held beyond weights, gradients and "
-        "optimizer state when the highest layer of the phase began (forward: ended), other is the rest"
+        "bytes that torch's CUDA allocator had handed out; activations are, in a forward pass, all beyond weights, "
+        "gradients and optimizer state, and in a backward pass what was held of it when the highest layer began"
     )
 
     def __init__(self, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.errors import ConfigurationError, OutOfMemoryError
 from esm_efficient.profiling.allocations import AllocationTracker
 from esm_efficient.profiling.counters import (
+    Counter,
     CpuCounter,
     CudaCounter,
     MpsCounter,
@@ -120,15 +121,9 @@ class Profiler:
         self._counts_operations, self._largest = False, dict.fromkeys(("forward", "evaluation"), 0)
         restart_resident_peak()
 
-        self._tracker: AllocationTracker | None = None
-        self._counter: CudaCounter | MpsCounter | CpuCounter
-        if self.device.type == "cuda":
-            self._counter = CudaCounter(self.device)
-        elif self.device.type == "mps":
-            self._counter = MpsCounter()
-        else:
-            self._tracker = AllocationTracker()
-            self._counter = CpuCounter(self._tracker)
+        self._counter = self._make_counter()
+        self._tracker = self._counter.tracker if isinstance(self._counter, CpuCounter) else None
+        if self._tracker is not None:
             self._tracker.hold(model_tensors(self.model), "weights")
         self._weights = storage_bytes(model_tensors(self.model), self.device)
         self._state_bytes = self._gradients = 0
@@ -205,6 +200,11 @@ class Profiler:
             resident_bytes=resident_peak() if self._hooks else self._resident,
             growth=self._growth,
         )
+
+    def _make_counter(self) -> Counter:
+        if self.device.type == "cuda":
+            return CudaCounter(self.device)
+        return MpsCounter() if self.device.type == "mps" else CpuCounter(AllocationTracker())
 
     def _install(self) -> None:
         model, optimizer = self.model, self.optimizer
@@ -283,7 +283,9 @@ class Profiler:
 
     def _layer_ends(self, layer: nn.Module, args: tuple, output: Any) -> None:
         tensor = next(_outputs(output), None)
-        if self._phase == "forward" and tensor is not None and tensor.grad_fn is not None:
+        if self._phase == "backward" and self._looks_closely:
+            self._close_segment("backward", computes=True)  # the layer was recomputed
+        elif self._phase == "forward" and tensor is not None and tensor.grad_fn is not None:
             tensor.grad_fn.register_prehook(lambda _: self._layer_begins("backward"))
 
     def _switch(self, phase: str) -> None:
@@ -303,8 +305,8 @@ class Profiler:
             self._tracker.category = "activations" if phase in ("forward", "evaluation") else "other"
             self._tracker.recomputes = phase == "backward"
 
-    def _close_segment(self, phase: str) -> None:
-        """Note the peak since the last call under a phase."""
+    def _close_segment(self, phase: str, *, computes: bool = False) -> None:
+        """Note the peak since the last call under a phase; whether layers were computed in it."""
         if self._tracker is not None:
             if not self._counts_operations:
                 return
@@ -313,8 +315,8 @@ class Profiler:
         else:
             now = self._counter.current()
             peak, reserved = self._counter.take_peak()
-            # What a forward pass keeps is there when it ends, what a backward pass frees when it begins.
-            held = now if phase in ("forward", "evaluation") else self._held
+            # What a forward pass allocates are activations. What a backward pass frees of them is there when it begins.
+            held = peak if computes or phase in ("forward", "evaluation") else self._held
             memory = split(peak, held, weights=self._weights, gradients=self._gradients, optimizer=self._state_bytes)
             self._held = now
             self._gradients = storage_bytes((p.grad for p in self.model.parameters()), self.device)

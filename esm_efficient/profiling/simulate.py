@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
-from esm_efficient.adapters.registry import encoder_layers
+from esm_efficient.adapters.registry import encoder_layers, ends_with, find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.allocations import AllocationTracker
@@ -163,9 +163,9 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
     many there are.
 
     Args:
-        config: of the model; its number of layers is replaced.
+        config: of the model.
         step: what to simulate.
-        layers: encoder layers to build, at least 1.
+        layers: how many of the encoder's layers to keep, at least 1.
 
     Returns:
         Segments in the order of time.
@@ -243,11 +243,16 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
         "token-classification": transformers.AutoModelForTokenClassification,
         "masked-lm": transformers.AutoModelForMaskedLM,
     }
-    changed = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "num_labels": step.num_labels})
+    changed = type(config).from_dict(config.to_dict() | {"num_labels": step.num_labels})
     recipe = step.recipe
     frozen = None if step.precision in ("float32", "pure-bf16") else _AUTOCAST[step.precision]
     with torch.device("meta"), _quiet("esm_efficient.adapters.prepare", "esm_efficient.adapters.resolve"):
         model = classes[step.head].from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
+        # What lies around the layers may depend on their number, as the contact head does: it stays as it is.
+        suffix = find_architecture(model).layers
+        for path, module in model.named_modules():
+            if ends_with(path, suffix):
+                del cast(nn.ModuleList, module)[layers:]
         model = prepare_model(
             model,
             adapters=recipe_adapters(recipe, model, **dict(step.adapter_options)),
