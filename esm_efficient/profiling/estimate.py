@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -251,11 +252,14 @@ def estimate(
 
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in (adapter_options or {}).items()}
 
+    # What a step does hangs on the device's kernels and rates alone, and devices of any memory share it.
+    rates = Device("", target.backend, flops=target.flops, bandwidth=target.bandwidth)
+
     def run(tokens: int) -> _Run:
         step = Step(
-            recipe=chosen,
+            recipe=dataclasses.replace(chosen, name="", learning_rate=0.0, description=""),
             tokens=tokens,
-            device=target,
+            device=rates,
             precision=precision,
             optimizer=optimizer,
             attention=attention,

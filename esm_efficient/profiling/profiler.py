@@ -227,6 +227,9 @@ class Profiler:
                 layer.register_forward_pre_hook(lambda *_: self._layer_begins("forward")),
                 layer.register_forward_hook(self._layer_ends),
             ]
+            # Recomputation need not come by the layer's own hooks, but it comes by those of its parts, and stops with
+            # an exception as soon as it has what it needs.
+            self._hooks += [part.register_forward_hook(self._part_ends, always_call=True) for part in layer.children()]
 
     def _forward_begins(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         phase = "forward" if model.training and torch.is_grad_enabled() else "evaluation"
@@ -283,10 +286,12 @@ class Profiler:
 
     def _layer_ends(self, layer: nn.Module, args: tuple, output: Any) -> None:
         tensor = next(_outputs(output), None)
-        if self._phase == "backward" and self._looks_closely:
-            self._close_segment("backward", computes=True)  # the layer was recomputed
-        elif self._phase == "forward" and tensor is not None and tensor.grad_fn is not None:
+        if self._phase == "forward" and tensor is not None and tensor.grad_fn is not None:
             tensor.grad_fn.register_prehook(lambda _: self._layer_begins("backward"))
+
+    def _part_ends(self, part: nn.Module, args: tuple, output: Any) -> None:
+        if self._phase == "backward" and self._looks_closely:
+            self._close_segment("backward", computes=True)
 
     def _switch(self, phase: str) -> None:
         """End the phase that runs and begin another."""

@@ -229,7 +229,7 @@ def _check(step: Step) -> None:
     wanted = {"float32": "float32", "fp16": "float16"}.get(step.precision, "bfloat16")
     if step.device.flops and wanted not in step.device.flops:
         raise ConfigurationError(
-            f"{step.device.name} multiplies no {wanted} matrices: take precision="
+            f"the device multiplies no {wanted} matrices: take precision="
             f"{' or '.join(repr({'float16': 'fp16'}.get(name, name)) for name in step.device.flops)}"
         )
 

@@ -259,7 +259,7 @@ def test_totals_alone_are_split_much_as_exact_counts_are(recipe):
         ours, theirs = split_up.phases[phase].peak, exact.phases[phase].peak
         assert ours.total == pytest.approx(theirs.total, rel=0.01)
         for category in CATEGORIES:
-            assert abs(getattr(ours, category) - getattr(theirs, category)) <= 0.15 * theirs.total
+            assert abs(getattr(ours, category) - getattr(theirs, category)) <= 0.25 * theirs.total
 
 
 def test_a_split_sums_to_the_peak_whatever_it_is_given():

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.profiling.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
+
+
+@given(
+    st.floats(1e3, 1e9),
+    st.floats(0, 1e5),
+    st.lists(st.tuples(st.integers(1, 64), st.integers(10, 1024)), min_size=2, max_size=8),
+)
+def test_the_parts_of_the_work_are_found_from_any_batches(linear, square, shapes):
+    batches = [(rows, n, rows * (linear * n + square * n * n)) for rows, n in shapes]
+    found, found_square = flops_per_token(batches)
+    total = sum(rows * (found * n + found_square * n * n) for rows, n in shapes)
+    assert total == pytest.approx(sum(flops for *_, flops in batches), rel=1e-3)
+    if max(n for _, n in shapes) > 2 * min(n for _, n in shapes):
+        assert found == pytest.approx(linear, rel=0.01, abs=0.01 * square * 1024)
+
+
+def test_without_batches_there_is_no_work():
+    assert flops_per_token([]) == (0.0, 0.0)
+
+
+def test_batches_without_a_mask_hold_no_padding():
+    counter = TokenCounter()
+    assert counter.add({"input_ids": torch.zeros(2, 7)}) == (2, 7)
+    assert counter.add({"inputs_embeds": torch.zeros(2, 7, 3)}) is None
+    assert counter.add({"input_ids": torch.zeros(1, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])}) == (1, 4)
+    assert (counter.samples, counter.slots) == (3, 18)
+    assert counter.totals() == (17.0, 2 * 49.0 + 9.0)
+
+
+@pytest.mark.parametrize(("phase", "counted"), [("forward", True), ("backward", False), ("optimizer", False)])
+def test_work_is_counted_forward_and_backward_but_not_recomputed(phase, counted):
+    counter = WorkCounter(lambda: phase)
+    with counter:
+        torch.ones(2, 3) @ torch.ones(3, 5)
+    assert counter.flops == (60 if counted else 0)
+    with counter, torch.no_grad():
+        torch.ones(2, 3) @ torch.ones(3, 5)
+    assert counter.flops == {"forward": 120, "backward": 60, "optimizer": 0}[phase]
+
+
+def test_the_rate_is_that_of_a_product_that_anyone_can_time():
+    rate = matmul_rate("cpu", torch.float32)
+    assert 1e9 < rate < 1e14
+    with pytest.raises(ConfigurationError, match="repeats=0"):
+        matmul_rate("cpu", torch.float32, repeats=0)
