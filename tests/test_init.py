@@ -53,7 +53,7 @@ def test_the_package_is_typed():
 
 ORDER = (
     *("errors", "compat", "recipes", "data", "demo", "reporting", "adapters", "encoder"),
-    *("profiling", "training", "inference", "compare", "cli"),
+    *("profiling", "training", "inference", "comparison", "cli", "__main__"),
 )
 
 

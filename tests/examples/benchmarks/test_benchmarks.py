@@ -1,0 +1,62 @@
+"""The benchmarks' scripts, as a user runs them, on their smallest settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = ["base", "all"]
+FOLDER = Path(__file__).parents[3] / "examples" / "benchmarks"
+
+
+def run(script, *options, timeout=240):
+    command = [sys.executable, str(FOLDER / script), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
+    file = tmp_path / "accuracy.json"
+    options = [
+        "--sizes",
+        "8M",
+        "--recipes",
+        "base",
+        "ga",
+        "gc",
+        "lora",
+        "all",
+        "--precisions",
+        "float32",
+        "--lengths",
+        "40",
+        "--batches",
+        "2",
+    ]
+    result = run("estimate_accuracy.py", *arguments, "--json", file)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert [row["what"].split()[1] for row in record["rows"]] == RECIPES
+    for row in record["rows"]:
+        assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)
+        assert row["predicted_bytes"] == row["predicted"]["total"]
+    assert len(record["published"]) == 9
+    for row in record["published"]:
+        assert row["source"]
+        assert row["explanation"] or abs(row["difference"]) <= 0.15
+        assert abs(row["difference"]) <= 0.15 or row["explanation"] in result.stdout
+
+
+def test_the_profilers_overhead_is_printed_and_written(tmp_path):
+    file = tmp_path / "overhead.json"
+    options = ["--recipes", "lora", "--steps", "41", "--real-steps", "11", "--tokens", "16"]
+    result = run("profiler_overhead.py", *options, "--json", file)
+    # On batches this small the profiler may well cost more than two percent: then it says so, and nothing else.
+    assert result.returncode == 0 or "costs more than 2%" in result.stderr, result.stderr[-2000:]
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["overhead"] == pytest.approx(row["profiler_seconds_per_step"] / row["seconds_per_step"])
+    assert (row["overhead"] > 0.02) == (result.returncode == 1)
+    assert "lora" in result.stdout

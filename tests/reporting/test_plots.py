@@ -1,0 +1,46 @@
+"""The plots, read back from their SVG."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting.plots import CATEGORY_COLOURS, Method, memory_plot, pareto_plot, timeline_plot
+
+GIB = 2**30
+
+
+def texts(svg):
+    return [element.text for element in ET.fromstring(svg).iter() if element.tag.endswith("text")]
+
+
+def test_memory_bars_name_methods_categories_and_totals():
+    stacks = {"base": {"weights": 2 * GIB, "activations": 3 * GIB}, "all": {"weights": GIB}}
+    svg = memory_plot(stacks, capacity=6 * GIB)
+    found = " ".join(texts(svg))
+    for wanted in ("base", "all", *CATEGORY_COLOURS, "memory of the device", "peak memory, GiB"):
+        assert wanted in found
+    assert {text.strip() for text in texts(svg)} >= {"5", "1"}
+    assert memory_plot(stacks, capacity=6 * GIB) == svg
+    assert "memory of the device" not in " ".join(texts(memory_plot(stacks, capacity=600 * GIB)))
+
+
+def test_timelines_have_a_plot_a_method_and_a_colour_a_phase():
+    points = [("forward", 0.0, 0), ("forward", 1.0, GIB), ("backward", 2.0, GIB), ("optimizer", 3.0, 0)]
+    found = texts(timeline_plot({"one": points, "two": points, "three": points, "four": points}))
+    assert {"one", "two", "three", "four", "forward", "backward", "optimizer", "seconds"} <= set(found)
+
+
+def test_the_front_joins_what_nothing_beats():
+    methods = [Method("fast", 1, 9 * GIB), Method("small", 9, GIB), Method("worse", 9.5, 9.5 * GIB)]
+    assert {"fast", "small", "worse", "time of the run, s"} <= set(texts(pareto_plot(methods)))
+    scored = [Method("a", 1, GIB, 0.7, 0.6, 0.8), Method("b", 2, GIB, 0.75)]
+    assert "MCC" in texts(pareto_plot(scored, metric="MCC"))
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigurationError, match=r"esm-efficient-finetuning\[plot\]"):
+        memory_plot({"base": {"weights": 1}})

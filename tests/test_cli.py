@@ -1,0 +1,105 @@
+"""The command line, as a process and in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from esm_efficient import compare, estimate
+from esm_efficient.cli import main
+
+
+def test_the_largest_model_is_estimated_offline(tmp_path):
+    command = "estimate --model 15B --recipe all --batch 1 --length 1024 --device A100-80 --json"
+    run = subprocess.run(
+        [sys.executable, "-m", "esm_efficient", *command.split(), str(tmp_path / "sub" / "e.json")],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "sub" / "e.json").read_text())
+    assert record["total_parameters"] > 15e9
+    assert record["peak_bytes"] == sum(record["peak"].values()) - record["peak"]["total"]
+    assert record["fits"] is True
+    assert "fits A100-80" in run.stdout
+    assert run.stderr == ""
+
+
+def test_options_reach_the_function(capsys, tmp_path):
+    options = "--recipe lora --preset qkv --batch 3 --accumulation 2 --length 40 --device L4 --attention eager"
+    file = tmp_path / "e.json"
+    assert main(["estimate", "--model", "8M", *options.split(), "--padding", "none", "--json", str(file)]) == 0
+    expected = estimate(
+        "8M",
+        recipe="lora",
+        preset="qkv",
+        micro_batch=3,
+        accumulation=2,
+        length=40,
+        device="L4",
+        attention="eager",
+        padding="none",
+    )
+    assert json.loads(file.read_text()) == json.loads(json.dumps(expected.to_dict()))
+    assert str(expected) in capsys.readouterr().out
+
+
+def test_recommend_prints_what_it_tried(capsys):
+    assert (
+        main(
+            ["recommend", "--model", "8M", "--device", "T4", "--length", "40", "--batch", "2", "--precision", "float32"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "ESM-2 8M on T4" in out
+    assert out.count("taken") == 1
+
+
+def test_compare_writes_the_page(capsys, tmp_path):
+    command = f"compare --model 8M --device L4 --length 40 --recipes base all --steps 7 --output {tmp_path}"
+    assert main(command.split()) == 0
+    expected = compare("8M", device="L4", length=40, recipes=["base", "all"], steps=7)
+    assert str(expected) in capsys.readouterr().out
+    assert (tmp_path / "comparison.html").read_text() == expected.to_html()
+
+
+def test_compare_trains_on_the_demo(capsys, tmp_path):
+    from esm_efficient import demo_model_path
+
+    command = f"compare --model {demo_model_path()} --data demo --limit 16 --recipes frozen --steps 2 --epochs 1"
+    assert main([*command.split(), "--device", "cpu", "--json", str(tmp_path / "c.json")]) == 0
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert [row["steps"] for row in record["rows"]] == [2, 2]
+    assert "16 sequences to train on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("estimate --model 9M", "no ESM-2 size"),
+        ("estimate --model 8M --device A11", "no device"),
+        ("recommend --model 15B --device T4 --precision float32 --batch 1 --length 30", "nothing that was tried fits"),
+        ("compare --model 8M --data /nowhere.csv", "nowhere.csv"),
+    ],
+)
+def test_errors_are_one_line_of_advice_and_a_status(command, message, capsys):
+    assert main(command.split()) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_arguments_that_make_no_sense_end_with_2():
+    with pytest.raises(SystemExit) as caught:
+        main(["estimate", "--recipe", "best"])
+    assert caught.value.code == 2

@@ -1,0 +1,153 @@
+"""compare(): estimates and runs side by side, in every form, and the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from datasets import DatasetDict
+
+from esm_efficient import RECIPES, compare, demo_model_path, load_deeploc, stratified_sample
+from esm_efficient.comparison import confidence_interval
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.profiling.memory import CATEGORIES
+
+
+@pytest.fixture(scope="module")
+def estimated():
+    return compare("8M", device="A10G", length=100, steps=50, epochs=2, sequences=1000)
+
+
+@pytest.fixture(scope="module")
+def data(demo_table):
+    splits = load_deeploc(demo_table, max_length=220, validation_partitions=())
+    return DatasetDict(train=stratified_sample(splits["train"], 24), test=stratified_sample(splits["test"], 24))
+
+
+@pytest.fixture(scope="module")
+def measured(data, tmp_path_factory):
+    return compare(
+        demo_model_path(),
+        data,
+        recipes=["base", RECIPES["lora"].replace(micro_batch=4)],
+        steps=3,
+        epochs=1,
+        seeds=(0, 1),
+        output_dir=tmp_path_factory.mktemp("runs"),
+    )
+
+
+def at(comparison, budget):
+    return {f.recipe.name: f for f in comparison.figures if f.budget == budget}
+
+
+def test_all_recipes_are_estimated_at_both_budgets(estimated):
+    for budget, steps in (("steps", 50), ("epochs", 250)):
+        figures = at(estimated, budget)
+        assert list(figures) == list(RECIPES)
+        for f in figures.values():
+            assert (f.steps, f.epochs) == (steps, steps * 8 / 1000)
+            assert f.seconds == pytest.approx(estimated.timelines[f.recipe.name].seconds * steps)
+            assert (f.score, f.interval) == (None, None)
+    assert figures["all"].peak.total < figures["base"].peak.total
+
+
+def test_runs_are_measured_with_their_metric(measured, data):
+    steps, epochs = at(measured, "steps"), at(measured, "epochs")
+    # At a batch of 8, an epoch of 24 is the three steps of the other budget, and the run is shared; at a batch of 4 it
+    # is six.
+    assert steps["base"].scores == epochs["base"].scores
+    assert (steps["base"].steps, epochs["base"].steps) == (3, 3)
+    assert (steps["lora"].steps, epochs["lora"].steps) == (3, 6)
+    assert (steps["lora"].epochs, epochs["lora"].epochs) == (0.5, 1.0)
+    for f in measured.figures:
+        assert len(f.scores) == 2
+        assert f.seconds > 0
+        assert f.residues_per_second > 0
+        assert f.interval[0] <= f.score <= f.interval[1]
+        assert sum(getattr(f.peak, category) for category in CATEGORIES) == f.peak.total > 0
+    assert steps["base"].trainable_parameters > 5 * steps["lora"].trainable_parameters
+    assert "24 sequences" in measured.note
+
+
+@pytest.mark.parametrize("kind", ["estimated", "measured"])
+def test_every_form_says_the_same(kind, request, tmp_path):
+    comparison = request.getfixturevalue(kind)
+    files = comparison.save(tmp_path / "out")
+    assert [file.suffix for file in files] == [".txt", ".md", ".csv", ".json", ".html"]
+    records = list(csv.DictReader(io.StringIO(files[2].read_text())))
+    rows = json.loads(files[3].read_text())["rows"]
+    assert len(records) == len(rows) == len(comparison.figures)
+    for record, row, f in zip(records, rows, comparison.figures, strict=True):
+        assert record["recipe"] == row["recipe"] == f.recipe.name
+        assert int(record["peak_bytes"]) == row["peak_bytes"] == f.peak.total
+        assert float(record["seconds"]) == row["seconds"] == f.seconds
+    header, cells = comparison.rows("steps")
+    for text in (files[0].read_text(), files[1].read_text(), files[4].read_text()):
+        for value in [*header, *map(str, cells[0])]:
+            assert value in text
+
+
+def test_the_page_needs_nothing_from_anywhere(estimated):
+    page = estimated.to_html()
+    assert "<script" not in page
+    loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"'#][^"']*)|url\(([^#)][^)]*)\)|@import""", page)
+    assert not loaded
+    assert page.count("<svg") == 4
+
+
+def test_the_page_opens_in_a_browser_without_a_network(measured, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    [*_, page] = measured.save(tmp_path)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    run = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    dom = run.stdout
+    assert dom.count("<figure>") == dom.count("</svg>") == 4
+    assert dom.count("<tbody>") == 2
+    assert "<h2>Memory over one step</h2>" in dom
+    for f in measured.figures:
+        assert f"<td>{f.recipe.name}</td>" in dom
+    shot = tmp_path / "page.png"
+    options[-1] = f"--screenshot={shot}"
+    subprocess.run([browser, *options, page.as_uri()], capture_output=True, check=True, timeout=120)
+    assert shot.stat().st_size > 10_000
+
+
+def test_an_interval_is_that_of_student():
+    assert confidence_interval([0.5]) is None
+    low, high = confidence_interval([1.0, 2.0, 3.0, 4.0])
+    assert (low, high) == pytest.approx((2.5 - 2.0542, 2.5 + 2.0542), abs=1e-3)  # t = 3.1824, s = 1.2910
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipes": []}, "at least one"),
+        ({"steps": 0}, "at least one"),
+        ({"epochs": 0}, "at least one"),
+        ({"precision": "bf16"}, "without a dataset nothing is trained"),
+        ({"recipes": ["best"]}, "no recipe is named"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        compare("8M", **options)
+
+
+def test_an_unknown_metric_lists_the_known_ones(data):
+    with pytest.raises(ConfigurationError, match=r"metric='mc': expected one of .*mcc"):
+        compare(demo_model_path(), data, recipes=["frozen"], steps=1, epochs=0.1, metric="mc")
+
+
+def test_an_unknown_budget_is_refused(estimated):
+    with pytest.raises(ConfigurationError, match="budget='hours'"):
+        estimated.rows("hours")
