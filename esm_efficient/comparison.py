@@ -400,7 +400,7 @@ def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> tupl
 
     if len(values) < 2:
         return None
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - half, mean + half
 

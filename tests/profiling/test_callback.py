@@ -148,7 +148,7 @@ def test_a_trainer_is_profiled_once(tokenizer, tmp_path):
 
 
 def test_two_ranks_are_reported_one_by_one_and_summed(tmp_path):
-    script = Path(__file__).with_name("two_ranks.py")
+    script = Path(__file__).with_name("profiled_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
     run = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]

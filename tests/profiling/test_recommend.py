@@ -20,12 +20,12 @@ def gpu(mib, **changes):
     return Device("test GPU", "cuda", mib * MIB, {"float32": 1e13, "bfloat16": 1e14}, 1e12, **changes)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(30, 300), st.sampled_from([0.0, 0.1, 0.3]))
+@settings(max_examples=25, deadline=None)
+@given(st.integers(30, 200), st.sampled_from([0.0, 0.1, 0.3]))
 def test_nothing_is_recommended_that_does_not_fit(mib, margin):
     limit = (1 - margin) * mib * MIB
     try:
-        result = recommend("8M", gpu(mib), 200, batch_size=4, margin=margin, progress=False)
+        result = recommend("8M", gpu(mib), 100, batch_size=2, margin=margin, progress=False)
     except ConfigurationError as error:
         refusal = str(error)
         result = None
@@ -34,7 +34,7 @@ def test_nothing_is_recommended_that_does_not_fit(mib, margin):
         assert limit < 60 * MIB  # which the leanest setting fits
         return
     assert result.chosen.peak.total <= limit
-    assert result.recipe.batch_size == 4
+    assert result.recipe.batch_size == 2
     fitting = [a.estimate for a in result.attempts if a.estimate.peak.total <= limit]
     assert result.chosen.seconds <= 1.01 * min(e.seconds for e in fitting)
     for attempt in result.attempts:
@@ -43,18 +43,18 @@ def test_nothing_is_recommended_that_does_not_fit(mib, margin):
 
 
 def test_a_smaller_device_gets_a_leaner_setting():
-    options = {"batch_size": 4, "progress": False}
-    peaks = [recommend("8M", gpu(mib), 200, **options).chosen.peak.total for mib in (1000, 130, 50)]
+    options = {"batch_size": 2, "progress": False}
+    peaks = [recommend("8M", gpu(mib), 100, **options).chosen.peak.total for mib in (1000, 120, 40)]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 3
 
 
 def test_the_accumulated_batch_is_the_wanted_one_and_the_rate_follows_it():
-    result = recommend("8M", gpu(4000), 50, batch_size=6, recipes=["lora"], presets=["qkv", "mlp"], progress=False)
-    assert {a.estimate.recipe.batch_size for a in result.attempts} == {6}
+    result = recommend("8M", gpu(4000), 50, batch_size=2, recipes=["lora"], presets=["qkv", "mlp"], progress=False)
+    assert {a.estimate.recipe.batch_size for a in result.attempts} == {2}
     assert {a.estimate.recipe.preset for a in result.attempts} == {"qkv", "mlp"}
-    assert {a.estimate.recipe.micro_batch for a in result.attempts} == {1, 2, 3, 6}
-    assert result.recipe.learning_rate == pytest.approx(RECIPES["lora"].learning_rate * 0.75**0.5)
+    assert {a.estimate.recipe.micro_batch for a in result.attempts} == {1, 2}
+    assert result.recipe.learning_rate == pytest.approx(RECIPES["lora"].learning_rate * 0.25**0.5)
     record = json.loads(json.dumps(result.to_dict()))
     assert (record["micro_batch"], record["chosen"]["fits"]) == (result.recipe.micro_batch, True)
     assert "taken" in str(result)

@@ -110,6 +110,13 @@ def test_options_win_over_the_recipe(tmp_path, data):
         recipe_arguments("all", tmp_path, precision="fp8")
 
 
+def test_a_profile_of_the_run_comes_with_the_result(tmp_path, data):
+    result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, profile=True, disable_tqdm=True)
+    assert result.profile.steps == result.steps
+    assert result.profile.peak.total > result.profile.peak.weights > 3e6
+    assert json.loads(result.result_path.read_text())["profile"]["peak_bytes"] == result.profile.peak.total
+
+
 def test_bf16_holds_the_frozen_weights_in_bfloat16_and_trains(tmp_path, data):
     result = finetune(demo_model_path(), data, output_dir=tmp_path, precision="bf16", disable_tqdm=True)
     assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}

@@ -20,22 +20,8 @@ def run(script, *options, timeout=240):
 
 def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
     file = tmp_path / "accuracy.json"
-    options = [
-        "--sizes",
-        "8M",
-        "--recipes",
-        "base",
-        "ga",
-        "gc",
-        "lora",
-        "all",
-        "--precisions",
-        "float32",
-        "--lengths",
-        "40",
-        "--batches",
-        "2",
-    ]
+    options = {"sizes": ["8M"], "recipes": RECIPES, "precisions": ["float32"], "lengths": [40], "batches": [2]}
+    arguments = [word for name, values in options.items() for word in (f"--{name}", *values)]
     result = run("estimate_accuracy.py", *arguments, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
