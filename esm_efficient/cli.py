@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from esm_efficient.errors import EsmEfficientError
+from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.recipes import RECIPES
 
 
@@ -122,6 +122,13 @@ def _compare(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
     logging.set_verbosity_error()
 
     dataset = None if options.data is None else _load(options.data, options.limit)
+    trained: dict[str, Any] = {}
+    if dataset is not None and options.precision is not None:
+        if options.precision not in ("float32", "bf16"):
+            raise ConfigurationError(f"--precision {options.precision} is for estimates: train in float32 or bf16")
+        trained["precision"] = options.precision
+    if dataset is None and options.limit is not None:
+        raise ConfigurationError("--limit goes with --data: without a table nothing is trained")
     result = compare(
         options.model,
         dataset,
@@ -132,6 +139,7 @@ def _compare(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
         device=options.device,
         length=options.length,
         estimate_options=_common(options),
+        **trained,
     )
     if options.output is not None:
         result.save(options.output)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.devices import Device
-from esm_efficient.profiling.estimate import Estimate, estimate
+from esm_efficient.profiling.estimate import Estimate, estimate, token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.models import resolve_config
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
@@ -135,7 +137,10 @@ class Comparison:
             "metric": self.metric,
             "seeds": list(self.seeds),
             "note": self.note,
-            "rows": [self._record(f) | {"scores": list(f.scores)} for f in self.figures],
+            "rows": [
+                self._record(f) | {"scores": [None if math.isnan(score) else score for score in f.scores]}
+                for f in self.figures
+            ],
         }
 
     def to_html(self) -> str:
@@ -158,7 +163,8 @@ class Comparison:
                 parts.append(Plot(pareto_plot(methods, metric=self.metric), caption))
             sections.append(Section(f"At {name}", parts))
         stacks = {f.recipe.name: f.peak.to_dict() for f in self._at("steps")}
-        capacity = next(iter(self.timelines.values())).device.memory
+        first = next(iter(self.timelines.values()))
+        capacity = 0 if self.seeds else first.device.memory
         memory = Plot(memory_plot(stacks, capacity=capacity), "Memory at the highest moment, by what it is held for.")
         timed = not any(math.isnan(e.seconds) for e in self.timelines.values())
         points = {
@@ -167,7 +173,8 @@ class Comparison:
         }
         timeline = Plot(
             timeline_plot(points, unit="seconds of the roofline" if timed else "moments, in order"),
-            "Estimated memory over one micro-batch and the optimizer's step.",
+            f"Memory over one micro-batch and the optimizer's step, estimated for {first.device.name} and "
+            f"{first.precision}.",
         )
         sections.append(Section("Memory by category", [memory]))
         sections.append(Section("Memory over one step", [timeline]))
@@ -222,7 +229,7 @@ class Comparison:
             **{f"{category}_bytes": getattr(f.peak, category) for category in CATEGORIES},
             "trainable_parameters": f.trainable_parameters,
             "total_parameters": f.total_parameters,
-            self.metric: f.score,
+            self.metric: None if f.score is None or math.isnan(f.score) else f.score,
             f"{self.metric}_low": low,
             f"{self.metric}_high": high,
         }
@@ -238,7 +245,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     metric: str = "mcc",
     device: str | Device = "cpu",
-    length: int | Iterable[int] = 512,
+    length: Any = 512,
     sequences: int = 15_876,
     output_dir: str | Path | None = None,
     estimate_options: Mapping[str, Any] | None = None,
@@ -283,9 +290,14 @@ def compare(
             f"recipes={[r.name for r in chosen]}, steps={steps}, epochs={epochs}, seeds={list(seeds)}: expected at "
             "least one of each"
         )
+    names = [recipe.name for recipe in chosen]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(
+            f"recipes share a name ({', '.join(names)}): give each its own with recipe.replace(name=...)"
+        )
     if dataset is None and finetune_options:
         raise ConfigurationError(f"without a dataset nothing is trained: {', '.join(finetune_options)} go with one")
-    lengths = length if isinstance(length, int) else [int(n) for n in length]
+    lengths = token_lengths(length)
     if dataset is not None:
         lengths = [min(len(s) + 2, finetune_options.get("max_length", 1024)) for s in dataset["train"]["sequence"]]
     options = dict(estimate_options or {})
@@ -338,7 +350,7 @@ class _Runs:
         if key not in self._done:
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch if self._folder is None else self._folder) / f"{recipe.name}-{steps}-{seed}"
-                self._done[key] = finetune(
+                result = finetune(
                     self._model,
                     self._dataset,
                     recipe=recipe,
@@ -348,6 +360,10 @@ class _Runs:
                     max_steps=steps,
                     **self._options,
                 )
+            # The figures stay; the model goes before the next one takes its place on the device.
+            self._done[key] = dataclasses.replace(result, model=None)  # type: ignore[arg-type]
+            del result
+            gc.collect()
         return self._done[key]
 
 
@@ -389,7 +405,7 @@ def _measured(
 
 
 def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval of a mean; None with fewer than two values.
+    """Student's t interval of a mean; None with fewer than two, or an undefined one.
 
     Example:
         >>> low, high = confidence_interval([0.70, 0.71, 0.72])
@@ -398,7 +414,7 @@ def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> tupl
     """
     from scipy import stats  # scikit-learn needs it too
 
-    if len(values) < 2:
+    if len(values) < 2 or any(math.isnan(value) for value in values):
         return None
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)

@@ -52,12 +52,8 @@ def test_options_reach_the_function(capsys, tmp_path):
 
 
 def test_recommend_prints_what_it_tried(capsys):
-    assert (
-        main(
-            ["recommend", "--model", "8M", "--device", "T4", "--length", "40", "--batch", "2", "--precision", "float32"]
-        )
-        == 0
-    )
+    command = "recommend --model 8M --device T4 --length 40 --batch 1 --precision float32 --recipes lora"
+    assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "ESM-2 8M on T4" in out
     assert out.count("taken") == 1

@@ -135,6 +135,7 @@ def test_an_interval_is_that_of_student():
         ({"steps": 0}, "at least one"),
         ({"epochs": 0}, "at least one"),
         ({"precision": "bf16"}, "without a dataset nothing is trained"),
+        ({"recipes": ["lora", RECIPES["lora"].replace(r=64)]}, "share a name"),
         ({"recipes": ["best"]}, "no recipe is named"),
     ],
 )

@@ -7,7 +7,7 @@ such count itself, it measures a real one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -85,10 +85,6 @@ class AllocationTracker(TorchDispatchMode):
                 allocation.category = category
                 if self._total >= self._peak_total:
                     self._peak = dict(self.held)
-
-    def live(self, category: str) -> Iterator[int]:
-        """Sizes in bytes of the live storages of a category, oldest first."""
-        return (a.bytes for a in list(self._live.values()) if a.category == category)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -43,13 +43,15 @@ class ProfilerCallback(TrainerCallback):
         trainer: the Trainer to profile, which the callback adds itself to: there is nothing else to do.
         warmup_steps: optimizer steps that no rate includes.
         compare_with_matmul: measure the device's rate of matrix products at the end of the warm-up.
+        every: as `Profiler`.
 
     Attributes:
         report: figures of this rank; None before the first run.
         reports: figures of every rank; None before the end of the first run.
 
     Raises:
-        ConfigurationError: the Trainer is profiled already.
+        ConfigurationError: the Trainer is profiled already, or from within ``trainer.train()`` under torch's
+            DataParallel.
         OutOfMemoryError: from within ``trainer.train()``.
 
     Example:
@@ -58,13 +60,15 @@ class ProfilerCallback(TrainerCallback):
         >>> print(profiler.report)  # doctest: +SKIP
     """
 
-    def __init__(self, trainer: Trainer, *, warmup_steps: int = 2, compare_with_matmul: bool = True) -> None:
+    def __init__(
+        self, trainer: Trainer, *, warmup_steps: int = 2, compare_with_matmul: bool = True, every: int = 10
+    ) -> None:
         if any(isinstance(callback, ProfilerCallback) for callback in trainer.callback_handler.callbacks):
             raise ConfigurationError("this Trainer has a ProfilerCallback already")
         self.report: ProfileReport | None = None
         self.reports: RankReports | None = None
         self._trainer = trainer
-        self._options = {"warmup_steps": warmup_steps, "compare_with_matmul": compare_with_matmul}
+        self._options = {"warmup_steps": warmup_steps, "compare_with_matmul": compare_with_matmul, "every": every}
         self._profiler: Profiler | None = None
         # A callback is not told of errors, and the profiler must end with the run however it ends.
         trainer.train = self._guard(trainer.train)  # type: ignore[method-assign]
@@ -74,6 +78,13 @@ class ProfilerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start."""
+        if args.n_gpu > 1:
+            raise ConfigurationError(
+                f"this process drives {args.n_gpu} GPUs (torch's DataParallel), which cannot be told apart: start one "
+                "process a GPU with torchrun, or name one in CUDA_VISIBLE_DEVICES"
+            )
+        if self._profiler is not None:  # a run that auto_find_batch_size gave up and starts again
+            self._profiler.__exit__(None, None, None)
         self._profiler = Profiler(
             kwargs["model"],
             kwargs["optimizer"],
@@ -89,6 +100,7 @@ class ProfilerCallback(TrainerCallback):
         self._profiler.step()
         if control.should_log and not control.should_training_stop:
             self._trainer.log(self._profiler.report().metrics())
+            control.should_log = self._trainer.control.should_log = True  # the Trainer's own figures are still to come
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

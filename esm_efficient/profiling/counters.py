@@ -93,7 +93,7 @@ class CpuCounter:
         return peak, 0
 
 
-def split(peak: int, held: int, *, weights: int, gradients: int, optimizer: int) -> Memory:
+def split(peak: int, held: int, *, weights: int, gradients: int, optimizer: int, before: int = 0) -> Memory:
     """Split a peak of which only the sum is known.
 
     Args:
@@ -102,6 +102,7 @@ def split(peak: int, held: int, *, weights: int, gradients: int, optimizer: int)
         weights: bytes of parameters and buffers.
         gradients: bytes of gradients when what led to the peak began.
         optimizer: bytes of optimizer state.
+        before: bytes of other things that were there before training began.
 
     Returns:
         Categories that sum to `peak`: activations are what was held beyond the known ones, other is the rest.
@@ -114,7 +115,7 @@ def split(peak: int, held: int, *, weights: int, gradients: int, optimizer: int)
     rest -= (weights_part := min(weights, rest))
     rest -= (gradients_part := min(gradients, rest))
     rest -= (optimizer_part := min(optimizer, rest))
-    activations = min(max(held - weights - gradients - optimizer, 0), rest)
+    activations = min(max(held - weights - gradients - optimizer - before, 0), max(rest - before, 0))
     return Memory(weights_part, gradients_part, optimizer_part, activations, rest - activations)
 
 
@@ -142,6 +143,6 @@ def driver_bytes(device: torch.device) -> tuple[int | None, str]:
         return None, ""
     try:
         return torch.cuda.device_memory_used(device), "NVML"
-    except (ImportError, ModuleNotFoundError, AttributeError):
+    except Exception as error:  # NVML may be missing, or refuse, in many ways, and none of them may end a training
         free, total = torch.cuda.mem_get_info(device)
-        return total - free, "CUDA driver; install nvidia-ml-py for NVML's figure"
+        return total - free, f"CUDA driver; NVML gave none: {error}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from esm_efficient.profiling.devices import Device, get_device
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.models import resolve_config
 from esm_efficient.profiling.simulate import Head, Padding, Precision, Segment, Simulation, Step, simulate
+from esm_efficient.profiling.throughput import SPECIAL_TOKENS
 from esm_efficient.recipes import Recipe, get_recipe
 from esm_efficient.reporting import format_bytes, format_table
 
@@ -186,7 +188,7 @@ def estimate(
     device: str | Device = "cpu",
     micro_batch: int | None = None,
     accumulation: int | None = None,
-    length: int | Iterable[int] = 512,
+    length: Any = 512,
     preset: str | None = None,
     precision: Precision | None = None,
     optimizer: str = "adamw_fused",
@@ -213,8 +215,9 @@ def estimate(
         device: a name in `DEVICES` or an instance type; ``"cpu"`` gives memory and no time.
         micro_batch: sequences in one forward pass; the recipe's if None.
         accumulation: micro-batches an optimizer step; the recipe's if None.
-        length: tokens of every sequence, special tokens included; or the lengths of a data set's sequences, of which
-            the longest decide the memory and the average batch the time.
+        length: tokens of every sequence, special tokens included; or those of many, as numbers or as a data set with
+            a column ``length`` (of tokens) or ``sequence`` (of residues; of a DatasetDict the split ``train``). The
+            longest then decide the memory and the average batch the time.
         preset: adapters; the recipe's if None.
         precision: ``"float32"``, ``"bf16"``, ``"fp16"`` (autocast, frozen weights in that type), ``"pure-bf16"``
             (everything held in bfloat16). If None, what recipes do: bf16 on a CUDA device that has it.
@@ -245,12 +248,11 @@ def estimate(
     target = get_device(device)
     if precision is None:
         precision = "bf16" if target.backend == "cuda" and target.has_bf16 else "float32"
-    lengths = [length] if isinstance(length, int) else [int(n) for n in length]
-    if not lengths:
-        raise ConfigurationError("a data set without any sequence has no lengths to estimate from")
+    given = token_lengths(length)
+    lengths = [given] if isinstance(given, int) else given
     longest, typical, residues = _batch_lengths(lengths, chosen.micro_batch, padding)
 
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in (adapter_options or {}).items()}
+    options = {k: tuple(sorted(v)) if isinstance(v, (list, set)) else v for k, v in (adapter_options or {}).items()}
 
     # What a step does hangs on the device's kernels and rates alone, and devices of any memory share it.
     rates = Device("", target.backend, flops=target.flops, bandwidth=target.bandwidth)
@@ -298,6 +300,33 @@ def estimate(
         trainable_parameters=memory.trainable_parameters,
         total_parameters=memory.total_parameters,
     )
+
+
+def token_lengths(length: Any) -> int | list[int]:
+    """The tokens of one sequence or of many, from what `estimate` takes as a length.
+
+    Raises:
+        ConfigurationError: there is no sequence, or a data set has neither of the columns.
+
+    Example:
+        >>> token_lengths(512), token_lengths([100, 200])
+        (512, [100, 200])
+    """
+    if isinstance(length, numbers.Integral):
+        return int(length)
+    data = length["train"] if isinstance(length, dict) and "train" in length else length
+    columns = getattr(data, "column_names", None)
+    if columns is None:
+        lengths = [int(n) for n in data]
+    elif "length" in columns:
+        lengths = [int(n) for n in data["length"]]
+    elif "sequence" in columns:
+        lengths = [len(sequence) + SPECIAL_TOKENS for sequence in data["sequence"]]
+    else:
+        raise ConfigurationError(f"the data set has the columns {columns}: expected 'length' or 'sequence'")
+    if not lengths:
+        raise ConfigurationError("a data set without any sequence has no lengths to estimate from")
+    return lengths
 
 
 @dataclass(frozen=True)

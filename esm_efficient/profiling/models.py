@@ -26,7 +26,7 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
     """The name and the config of what a user calls a model; the six ESM-2 sizes need no file and no network.
 
     Raises:
-        ConfigurationError: no size and no folder has that name.
+        ConfigurationError: no size and no folder has that name, or the config of a model id cannot be loaded.
 
     Example:
         >>> resolve_config("facebook/esm2_t12_35M_UR50D")[1].hidden_size
@@ -42,6 +42,11 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
     if (Path(model) / "config.json").is_file():
         return Path(model).resolve().name, AutoConfig.from_pretrained(model)
     published = re.fullmatch(r"(?:(?:facebook/)?esm2_t\d+_)?(\d+[MB])(?:_UR50D)?", str(model))
+    if published is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        try:
+            return str(model), AutoConfig.from_pretrained(model)
+        except OSError as error:
+            raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {error}") from error
     if published is None or published[1] not in ESM2_SIZES:
         raise ConfigurationError(
             f"{str(model)!r} is no folder with a config.json and no ESM-2 size; there are {', '.join(ESM2_SIZES)}"

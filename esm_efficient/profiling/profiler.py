@@ -52,7 +52,8 @@ class Profiler:
 
     On CUDA, memory comes from the allocator's own counters, which the profiler resets at every phase. On a CPU every
     operation of a step is counted, in the warm-up, in every tenth step, and whenever a batch is larger than those
-    counted before, so that no peak is missed. On MPS there is no peak, only what is held when a phase begins or ends.
+    counted before. What the other steps leave behind is not seen: look at every step (``every=1``) to size a leak. On
+    MPS there is no peak, only what is held when a phase begins or ends.
 
     Args:
         model: what is trained; its forward pass takes ``input_ids`` and ``attention_mask`` by keyword.
@@ -117,7 +118,8 @@ class Profiler:
         self._tokens = TokenCounter()
         self._batches: list[tuple[int, int, float]] = []
         self._matmul = math.nan
-        self._phase, self._states = "between", -1
+        self._phase, self._states, self._gradients_wait = "between", -1, False
+        self._dtype: torch.dtype | None = None
         self._counts_operations, self._largest = False, dict.fromkeys(("forward", "evaluation"), 0)
         restart_resident_peak()
 
@@ -135,6 +137,7 @@ class Profiler:
             self._work.__enter__()
         synchronize(self.device)
         self._held = self._counter.current()
+        self._before = max(self._held - self._weights - self._state_bytes, 0)
         self._began = self._now()
         return self
 
@@ -255,6 +258,7 @@ class Profiler:
                 if tensor.grad_fn is not None:
                     tensor.grad_fn.register_prehook(lambda _: self._backward_begins())
         elif self._phase == "evaluation":
+            self._switch("evaluation")
             self._stop_counting_operations()
 
     @property
@@ -299,8 +303,10 @@ class Profiler:
         if ended == "between":
             # Clipping belongs to the optimizer's step that follows; what comes before a batch is the wait for it.
             ended = phase if phase in ("optimizer", "evaluation") else "data"
-        elif ended == "evaluation" and phase == "between":
-            return
+        elif ended == "backward":
+            self._gradients_wait = True
+        elif ended == "optimizer" and phase == "between":
+            self._gradients_wait = False
         now = self._now()
         self._pending.append((ended, self._began, now))
         self._began = now
@@ -322,7 +328,7 @@ class Profiler:
             peak, reserved = self._counter.take_peak()
             # What a forward pass allocates are activations. What a backward pass frees of them is there when it begins.
             held = peak if computes or phase in ("forward", "evaluation") else self._held
-            memory = split(peak, held, weights=self._weights, gradients=self._gradients, optimizer=self._state_bytes)
+            memory = self._split(peak, held, self._gradients)
             self._held = now
             self._gradients = storage_bytes((p.grad for p in self.model.parameters()), self.device)
         if phase not in self._peaks or memory.total >= self._peaks[phase].total:
@@ -344,7 +350,17 @@ class Profiler:
             return self._tracker.current
         gradients = storage_bytes((p.grad for p in self.model.parameters()), self.device)
         now = self._counter.current()
-        return split(now, now, weights=self._weights, gradients=gradients, optimizer=self._state_bytes)
+        return self._split(now, now, gradients)
+
+    def _split(self, peak: int, held: int, gradients: int) -> Memory:
+        return split(
+            peak,
+            held,
+            weights=self._weights,
+            gradients=gradients,
+            optimizer=self._state_bytes,
+            before=self._before,
+        )
 
     def _close_batch(self) -> None:
         """Note the FLOPs of the micro-batch that has ended, while they are counted."""
@@ -355,16 +371,19 @@ class Profiler:
 
     def _stop_counting_work(self) -> None:
         if self._work is not None:
+            self._dtype = next((dtype for dtype, _ in self._work.by_dtype.most_common(1)), None)
             self._work.__exit__(None, None, None)
             self._work = None
 
     def _end_warmup(self) -> None:
         """Start the clocks."""
-        dtypes = self._work.by_dtype.most_common(1) if self._work is not None else []
         self._stop_counting_work()
         self._ends.clear()
-        if self._compare and dtypes:
-            self._matmul = matmul_rate(self.device, dtypes[0][0])
+        if self._compare and self._dtype is not None:
+            try:
+                self._matmul = matmul_rate(self.device, self._dtype)
+            except torch.OutOfMemoryError:
+                logger.warning("no memory is left to measure the device's rate of matrix products")
         synchronize(self.device)
         self._switch_clock()
 
@@ -410,7 +429,9 @@ class Profiler:
     def _explain(self, error: torch.OutOfMemoryError) -> OutOfMemoryError:
         from esm_efficient.profiling.recommend import explain_out_of_memory
 
-        phase = "optimizer" if self._phase == "between" else self._phase
+        phase = self._phase
+        if phase == "between":
+            phase = "optimizer" if self._gradients_wait else "data"
         return explain_out_of_memory(
             error,
             phase=phase,
@@ -419,6 +440,7 @@ class Profiler:
             optimizer=self.optimizer,
             batch=self.batch,
             accumulation=self._accumulation,
+            dtype=self._dtype,
             memory=torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0,
         )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from esm_efficient.adapters.registry import PRESETS
+from esm_efficient.adapters.registry import PRESETS, find_architecture
 from esm_efficient.errors import ConfigurationError, EsmEfficientError, OutOfMemoryError
 from esm_efficient.profiling.devices import Device, get_device
-from esm_efficient.profiling.estimate import Estimate, estimate
+from esm_efficient.profiling.estimate import Estimate, estimate, token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
-from esm_efficient.profiling.simulate import Precision
+from esm_efficient.profiling.simulate import Head, Precision
 from esm_efficient.recipes import RECIPES, Recipe, Trains, get_recipe
 from esm_efficient.reporting import format_bytes, format_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Recommendation:
 def recommend(
     model: str | Path | PreTrainedConfig | PreTrainedModel,
     device: str | Device,
-    length: int | Iterable[int] = 512,
+    length: Any = 512,
     *,
     batch_size: int = 8,
     recipes: Sequence[str | Recipe] = ("base", "gc", "lora", "all"),
@@ -102,8 +105,7 @@ def recommend(
     Args:
         model: as `estimate`.
         device: a name in `DEVICES`, an instance type, or a `Device`, with known memory and rates.
-        length: tokens of every sequence, or the lengths of a data set's sequences; for a tokenised data set,
-            ``dataset["length"]``.
+        length: as `estimate`.
         batch_size: sequences an optimizer step, whatever it is cut into.
         recipes: the methods to try. Head-only training is not among them unless it is named: it is the cheapest, and
             it learns less.
@@ -132,7 +134,7 @@ def recommend(
         raise ConfigurationError(
             f"batch_size={batch_size}, margin={margin}: expected at least 1, and from 0 to below 1"
         )
-    lengths = length if isinstance(length, int) else [int(n) for n in length]
+    lengths = token_lengths(length)
     candidates = list(_candidates(recipes, presets, batch_size))
     estimates = [
         estimate(model, recipe=recipe, device=target, length=lengths, precision=precision, **options)
@@ -169,6 +171,7 @@ def nearest_fit(
     accumulation: int,
     tokens: int,
     optimizer: torch.optim.Optimizer | None = None,
+    dtype: torch.dtype | None = None,
     margin: float = 0.1,
 ) -> Estimate | None:
     """The setting nearest to that of a model in training that would fit a CUDA device's memory.
@@ -183,25 +186,49 @@ def nearest_fit(
         accumulation: micro-batches an optimizer step.
         tokens: of the longest sequence.
         optimizer: the one that trains it; only its kind is asked for.
+        dtype: that most of its matrix products are in, if that is known.
         margin: share of the memory that must stay free.
 
     Returns:
         The first setting that fits, or None.
     """
-    recipe = _recipe_of(model).replace(micro_batch=micro_batch, accumulation=accumulation)
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    precision: Precision = "float32"
-    if torch.bfloat16 in dtypes or torch.is_autocast_enabled("cuda"):
-        precision = "bf16" if torch.float32 in dtypes else "pure-bf16"
-    if torch.float16 in dtypes:
-        precision = "fp16"
-    name = "adamw_8bit" if "8bit" in type(optimizer).__name__ else "adamw_fused"
-    device = Device("this GPU", "cuda", memory)
+    try:
+        recipe, adapter_options = _recipe_of(model)
+    except EsmEfficientError as error:
+        logger.info("no advice: %s", error)
+        return None
+    recipe = recipe.replace(micro_batch=micro_batch, accumulation=accumulation)
+    base = getattr(model, "get_base_model", lambda: model)()
+    heads: dict[str, Head] = {
+        "ForSequenceClassification": "sequence-classification",
+        "ForTokenClassification": "token-classification",
+        "ForMaskedLM": "masked-lm",
+    }
+    parents = [parent.__name__ for parent in type(base).__mro__]
+    known = [head for suffix, head in heads.items() if any(name.endswith(suffix) for name in parents)]
+    if not known:
+        return None  # a class of the user's own: what it would hold is not known
+    half: dict[torch.dtype | None, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    precision: Precision = half.get(dtype, "float32")
+    if {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}:
+        precision = "pure-bf16"
     for changed in _nearer_to_farther(recipe):
         try:
-            found = estimate(model, recipe=changed, device=device, length=tokens, precision=precision, optimizer=name)
-        except EsmEfficientError:
-            continue  # such as adapters for an architecture that is not known: no advice then
+            found = estimate(
+                base.config,
+                recipe=changed,
+                device=Device("this GPU", "cuda", memory),
+                length=tokens,
+                precision=precision,
+                optimizer="adamw_8bit" if "8bit" in type(optimizer).__name__ else "adamw_foreach",
+                attention=getattr(base.config, "_attn_implementation", None) or "sdpa",
+                head=known[0],
+                num_labels=base.config.num_labels,
+                adapter_options=adapter_options if changed.preset == recipe.preset else None,
+            )
+        except EsmEfficientError as error:
+            logger.info("no advice for %s: %s", describe_setting(changed), error)
+            continue
         if found.fits(margin=margin):
             return found
     return None
@@ -217,6 +244,7 @@ def explain_out_of_memory(
     memory: int,
     accumulation: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
+    dtype: torch.dtype | None = None,
 ) -> OutOfMemoryError:
     """The error to raise in place of torch's: what was held, and what would fit.
 
@@ -229,9 +257,13 @@ def explain_out_of_memory(
         memory: bytes of the CUDA device; 0 for another device, which gets no advice.
         accumulation: micro-batches an optimizer step.
         optimizer: the one that trains the model.
+        dtype: as `nearest_fit`.
     """
     parts = ", ".join(f"{name} {format_bytes(getattr(held, name))}" for name in CATEGORIES)
     message = f"out of memory in the phase {phase!r}: held were {parts}"
+    if phase == "evaluation":
+        message += ". Take a smaller per_device_eval_batch_size"
+        batch = None
     if batch is not None:
         message += f", with a micro-batch of {batch[0]} x {batch[1]:,} tokens"
     if batch is not None and memory:
@@ -242,6 +274,7 @@ def explain_out_of_memory(
             accumulation=accumulation,
             tokens=batch[1],
             optimizer=optimizer,
+            dtype=dtype,
         )
         message += (
             ". By the estimator nothing that was tried would fit (smaller micro-batches, checkpointing, adapters): "
@@ -292,21 +325,25 @@ def _nearer_to_farther(recipe: Recipe) -> Iterator[Recipe]:
             micro_batch //= 2
 
 
-def _recipe_of(model: Any) -> Recipe:
-    """The recipe that a model in training follows, as far as it can be seen."""
+def _recipe_of(model: Any) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe that a model in training follows, as far as it can be seen, and the options of its adapters."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     checkpointing = bool(getattr(base, "is_gradient_checkpointing", False))
     if configs:
         config = next(iter(configs.values()))
+        targets = config.target_modules
+        options: dict[str, Any] = {"lora_dropout": getattr(config, "lora_dropout", 0.0)}
+        words = "all-linear"
+        if not isinstance(targets, str):
+            roles = find_architecture(base).roles
+            presets = {frozenset(roles[role] for role in members): name for name, members in PRESETS.items()}
+            words = presets.get(frozenset(targets), ", ".join(sorted(targets)))
+            options["target_modules"] = sorted(targets)
         r = getattr(config, "r", 8)
-        targets = set(getattr(config, "target_modules", None) or ())
-        preset = next(
-            (name for name in ("qkv", "attention", "mlp") if len(PRESETS[name]) == len(targets)), "all-linear"
-        )
-        return Recipe("this run", "adapters", 1e-3, checkpointing=checkpointing, preset=preset, r=r)
+        return Recipe("this run", "adapters", 1e-3, checkpointing=checkpointing, preset=words, r=r), options
     trains: Trains = "all" if all(p.requires_grad for n, p in base.named_parameters() if ".layer.0." in n) else "head"
-    return Recipe("this run", trains, 1e-4, checkpointing=checkpointing)
+    return Recipe("this run", trains, 1e-4, checkpointing=checkpointing), None
 
 
 def _too_large(e: Estimate, margin: float) -> str:

@@ -104,6 +104,8 @@ def test_the_six_metrics_are_found_in_a_real_log(tokenizer, tmp_path, capsys):
     assert [float(value) for value in found["eval_accuracy"]] == pytest.approx(expected, rel=1e-3)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert [float(value) for value in found["train_loss"]] == pytest.approx(losses, rel=1e-3)
+    assert len(losses) == 3  # every second step: the profiler's own figures are logged beside them
+    assert all(found.values())
     assert len(found["eval_loss"]) == len(expected) == 2
     assert len(found["train_samples_per_second"]) == 1
     assert len(found["epoch"]) >= 6
@@ -138,6 +140,17 @@ def test_a_run_that_fails_leaves_nothing_installed(tokenizer, tmp_path):
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
     trainer.train()
     assert profiler.report.steps == 6
+
+
+def test_a_run_that_is_given_up_and_begun_again_is_profiled_anew(tokenizer, tmp_path):
+    trainer, _ = make_trainer(WeightedTrainer, tokenizer, tmp_path)
+    profiler = ProfilerCallback(trainer)
+    optimizer = torch.optim.AdamW(trainer.model.parameters())
+    profiler.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=optimizer)
+    trainer.train()
+    assert profiler.report.steps == 6
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
 def test_a_trainer_is_profiled_once(tokenizer, tmp_path):

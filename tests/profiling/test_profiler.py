@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 
 import pytest
 import torch
@@ -144,6 +145,36 @@ def test_training_is_the_same_with_and_without():
             train(model, optimizer, batches)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
     assert torch.equal(*weights)
+
+
+def test_the_random_numbers_of_training_are_left_alone():
+    model, optimizer = make_run()
+    batches = [make_batch()] * 4
+    state = torch.get_rng_state()
+    with Profiler(model, optimizer) as profiler:
+        train(model, optimizer, batches, profiler)
+    assert not math.isnan(profiler.report().matmul_flops_per_second)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_time_and_memory_of_the_last_evaluation_count():
+    model, optimizer = make_run()
+    with Profiler(model, optimizer, warmup_steps=1) as profiler:
+        train(model, optimizer, [make_batch()] * 3, profiler)
+        model.eval()
+        with torch.no_grad():
+            model(**make_batch(64, 100))
+            time.sleep(0.2)
+    report = profiler.report()
+    assert report.phases["evaluation"].seconds > 0.2
+    assert report.phases["evaluation"].peak.activations > 64 * 100 * 64 * 4
+
+
+def test_a_leak_is_found_at_the_default_interval_too():
+    model, optimizer = make_run()
+    with Profiler(model, optimizer) as profiler:
+        train(model, optimizer, [make_batch(8, 60)] * 75, profiler, keep=[])
+    assert profiler.report().growth.category == "activations"
 
 
 def test_a_list_that_keeps_activations_is_found_and_named(caplog):

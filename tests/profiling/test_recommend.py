@@ -7,8 +7,9 @@ import torch
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 
-from esm_efficient import RECIPES, Device, estimate, lora_config, prepare_model, recommend
+from esm_efficient import RECIPES, Device, Recipe, estimate, lora_config, prepare_model, recommend
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.memory import Memory
 from esm_efficient.profiling.recommend import explain_out_of_memory, nearest_fit
@@ -103,9 +104,31 @@ def test_the_nearest_setting_changes_as_little_as_it_must():
 def test_adapters_stay_what_they_are():
     model = make_model(hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     prepared = prepare_model(model, adapters=lora_config(model, preset="qkv", r=3), dtype=torch.bfloat16)
-    found = nearest_fit(prepared, memory=40 * MIB, micro_batch=8, accumulation=2, tokens=200)
+    options = {"micro_batch": 8, "accumulation": 2, "tokens": 200, "dtype": torch.bfloat16}
+    found = nearest_fit(prepared, memory=40 * MIB, **options)
     assert (found.recipe.preset, found.recipe.r, found.precision) == ("qkv", 3, "bf16")
     assert found.recipe.batch_size == 16
+
+
+def test_the_advice_is_for_the_run_as_it_is():
+    model = make_model(hidden_size=128, intermediate_size=512, num_attention_heads=8)
+    model.set_attn_implementation("eager")
+    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], lora_dropout=0.1)
+    prepared = prepare_model(model, adapters=config)
+    found = nearest_fit(prepared, memory=10**12, micro_batch=4, accumulation=1, tokens=100, dtype=torch.bfloat16)
+    expected = estimate(
+        model,
+        recipe=Recipe("own", "adapters", 1e-3, micro_batch=2, accumulation=2, preset="qkv", r=4),
+        device=gpu(1),
+        length=100,
+        precision="bf16",
+        optimizer="adamw_foreach",
+        attention="eager",
+        adapter_options={"target_modules": ["query", "value"], "lora_dropout": 0.1},
+    )
+    assert found.peak == expected.peak
+    assert found.recipe.preset == "query, value"
+    assert nearest_fit(torch.nn.Linear(2, 2), memory=1, micro_batch=1, accumulation=1, tokens=1) is None
 
 
 def test_an_out_of_memory_error_names_a_setting_that_fits():
