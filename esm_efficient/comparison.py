@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.devices import Device
-from esm_efficient.profiling.estimate import Estimate, estimate, token_lengths
+from esm_efficient.profiling.estimate import Estimate, estimate
+from esm_efficient.profiling.lengths import token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.models import resolve_config
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe

@@ -82,7 +82,10 @@ def test_compare_trains_on_the_demo(capsys, tmp_path):
     [
         ("estimate --model 9M", "no ESM-2 size"),
         ("estimate --model 8M --device A11", "no device"),
-        ("recommend --model 15B --device T4 --precision float32 --batch 1 --length 30", "nothing that was tried fits"),
+        (
+            "recommend --model 15B --device T4 --precision float32 --batch 1 --length 30 --recipes base",
+            "nothing that was tried fits",
+        ),
         ("compare --model 8M --data /nowhere.csv", "nowhere.csv"),
     ],
 )

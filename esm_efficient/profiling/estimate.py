@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +15,10 @@ import numpy as np
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.devices import Device, get_device
+from esm_efficient.profiling.lengths import batch_lengths, token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.models import resolve_config
 from esm_efficient.profiling.simulate import Head, Padding, Precision, Segment, Simulation, Step, simulate
-from esm_efficient.profiling.throughput import SPECIAL_TOKENS
 from esm_efficient.recipes import Recipe, get_recipe
 from esm_efficient.reporting import format_bytes, format_table
 
@@ -250,7 +249,7 @@ def estimate(
         precision = "bf16" if target.backend == "cuda" and target.has_bf16 else "float32"
     given = token_lengths(length)
     lengths = [given] if isinstance(given, int) else given
-    longest, typical, residues = _batch_lengths(lengths, chosen.micro_batch, padding)
+    longest, typical, residues = batch_lengths(lengths, chosen.micro_batch, padding)
 
     options = {k: tuple(sorted(v)) if isinstance(v, (list, set)) else v for k, v in (adapter_options or {}).items()}
 
@@ -300,33 +299,6 @@ def estimate(
         trainable_parameters=memory.trainable_parameters,
         total_parameters=memory.total_parameters,
     )
-
-
-def token_lengths(length: Any) -> int | list[int]:
-    """The tokens of one sequence or of many, from what `estimate` takes as a length.
-
-    Raises:
-        ConfigurationError: there is no sequence, or a data set has neither of the columns.
-
-    Example:
-        >>> token_lengths(512), token_lengths([100, 200])
-        (512, [100, 200])
-    """
-    if isinstance(length, numbers.Integral):
-        return int(length)
-    data = length["train"] if isinstance(length, dict) and "train" in length else length
-    columns = getattr(data, "column_names", None)
-    if columns is None:
-        lengths = [int(n) for n in data]
-    elif "length" in columns:
-        lengths = [int(n) for n in data["length"]]
-    elif "sequence" in columns:
-        lengths = [len(sequence) + SPECIAL_TOKENS for sequence in data["sequence"]]
-    else:
-        raise ConfigurationError(f"the data set has the columns {columns}: expected 'length' or 'sequence'")
-    if not lengths:
-        raise ConfigurationError("a data set without any sequence has no lengths to estimate from")
-    return lengths
 
 
 @dataclass(frozen=True)
@@ -389,20 +361,6 @@ def _extend(short: Simulation, long: Simulation, layers: int) -> tuple[Segment, 
         part = f"layer {layers - 1}" if segment.part == last_long else segment.part
         add(part, peak, change, segment.phase, cost)
     return tuple(extended)
-
-
-def _batch_lengths(lengths: Sequence[int], micro_batch: int, padding: str) -> tuple[int, int, float]:
-    """Tokens a sequence takes in the largest and in the average micro-batch, and the mean residues of a sequence.
-
-    The largest micro-batch is that of the longest sequences. In random micro-batches the average sequence is padded to
-    the mean of the batches' longest.
-    """
-    ordered = np.sort(np.asarray(lengths))[::-1]
-    residues = float(np.mean(np.maximum(ordered - 2, 0)))
-    if padding == "free":
-        return math.ceil(ordered[:micro_batch].mean()), round(ordered.mean()), residues
-    drawn = np.random.default_rng(0).choice(ordered, size=(1000, micro_batch))
-    return int(ordered[0]), round(drawn.max(axis=1).mean()), residues
 
 
 def _timeline(segments: Sequence[Segment], accumulation: int) -> tuple[TimelinePoint, ...]:

@@ -15,7 +15,8 @@ from torch import nn
 from esm_efficient.adapters.registry import PRESETS, find_architecture
 from esm_efficient.errors import ConfigurationError, EsmEfficientError, OutOfMemoryError
 from esm_efficient.profiling.devices import Device, get_device
-from esm_efficient.profiling.estimate import Estimate, estimate, token_lengths
+from esm_efficient.profiling.estimate import Estimate, estimate
+from esm_efficient.profiling.lengths import token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.simulate import Head, Precision
 from esm_efficient.recipes import RECIPES, Recipe, Trains, get_recipe

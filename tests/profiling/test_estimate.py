@@ -14,14 +14,13 @@ from transformers import EsmForTokenClassification
 
 from esm_efficient import RECIPES, Device, demo_model_path, estimate, lora_config, peak_memory, prepare_model
 from esm_efficient.errors import ConfigurationError, TargetModuleError
-from esm_efficient.profiling.estimate import _batch_lengths, token_lengths
+from esm_efficient.profiling.lengths import batch_lengths, token_lengths
 from esm_efficient.profiling.models import ESM2_SIZES, resolve_config
 
 CASES = [
     ("8M", {"recipe": "base", "device": "cpu"}),
     ("8M", {"recipe": "ga", "device": "cpu", "optimizer": "adamw"}),
     ("8M", {"recipe": "gc", "device": "A10G", "attention": "eager", "precision": "pure-bf16"}),
-    ("8M", {"recipe": "lora", "device": "A10G", "padding": "none"}),
     ("8M", {"recipe": "lora", "device": "T4", "precision": "fp16", "preset": "qkv"}),
     ("8M", {"recipe": "all", "device": "A10G"}),
     ("8M", {"recipe": "all", "device": "cpu", "adapter_options": {"lora_dropout": 0.1, "use_rslora": True}}),
@@ -30,7 +29,6 @@ CASES = [
     ("8M", {"recipe": "base", "device": "L4", "head": "masked-lm", "micro_batch": 3}),
     ("8M", {"recipe": "lora", "device": "cpu", "head": "token-classification", "num_labels": 5}),
     ("35M", {"recipe": "all", "device": "H100", "accumulation": 1}),
-    ("35M", {"recipe": "base", "device": "T4", "precision": "float32"}),
 ]
 
 
@@ -70,7 +68,7 @@ def test_parameters_are_those_of_the_real_model():
     assert result.peak.weights == weights
 
 
-@pytest.mark.parametrize("size", ESM2_SIZES)
+@pytest.mark.parametrize("size", ["8M", "650M", "15B"])
 def test_known_sizes_have_the_parameters_that_their_names_promise(size):
     result = estimate(size, recipe="frozen", length=8, micro_batch=1)
     promised = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
@@ -170,11 +168,11 @@ def test_a_data_set_is_as_good_as_its_lengths():
 
 
 def test_lengths_of_batches():
-    assert _batch_lengths([10], 4, "padded") == (10, 10, 8.0)
-    longest, typical, residues = _batch_lengths([10, 30], 2, "padded")
+    assert batch_lengths([10], 4, "padded") == (10, 10, 8.0)
+    longest, typical, residues = batch_lengths([10, 30], 2, "padded")
     assert (longest, residues) == (30, 18.0)
     assert typical == pytest.approx(25, abs=1)  # three of four pairs hold a long one
-    assert _batch_lengths([10, 30], 2, "free") == (20, 20, 18.0)
+    assert batch_lengths([10, 30], 2, "free") == (20, 20, 18.0)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
 
 def test_the_profilers_overhead_is_printed_and_written(tmp_path):
     file = tmp_path / "overhead.json"
-    options = ["--recipes", "lora", "--steps", "21", "--real-steps", "11", "--tokens", "16"]
+    options = ["--recipes", "lora", "--steps", "11", "--real-steps", "11", "--tokens", "16"]
     result = run("profiler_overhead.py", *options, "--json", file)
     # On batches this small the profiler may well cost more than two percent: then it says so, and nothing else.
     assert result.returncode == 0 or "costs more than 2%" in result.stderr, result.stderr[-2000:]
