@@ -385,6 +385,8 @@ def _estimated(e: Estimate, budget: str, steps: int, epochs: float) -> MethodFig
 def _measured(
     recipe: Recipe, budget: str, results: Sequence[FinetuneResult], metric: str, sequences: int
 ) -> MethodFigures:
+    from esm_efficient.training.metrics import confidence_interval
+
     first = results[0]
     if metric not in first.metrics:
         raise ConfigurationError(f"metric={metric!r}: expected one of {', '.join(first.metrics)}")
@@ -403,23 +405,6 @@ def _measured(
         scores=scores,
         interval=confidence_interval(scores),
     )
-
-
-def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval of a mean; None with fewer than two, or an undefined one.
-
-    Example:
-        >>> low, high = confidence_interval([0.70, 0.71, 0.72])
-        >>> round(low, 3), round(high, 3)
-        (0.685, 0.735)
-    """
-    from scipy import stats  # scikit-learn needs it too
-
-    if len(values) < 2 or any(math.isnan(value) for value in values):
-        return None
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
 
 
 def _number(value: float, form: str) -> str:

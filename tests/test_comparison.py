@@ -13,7 +13,6 @@ import pytest
 from datasets import DatasetDict
 
 from esm_efficient import RECIPES, compare, demo_model_path, load_deeploc, stratified_sample
-from esm_efficient.comparison import confidence_interval
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.memory import CATEGORIES
 
@@ -120,12 +119,6 @@ def test_the_page_opens_in_a_browser_without_a_network(measured, tmp_path):
     options[-1] = f"--screenshot={shot}"
     subprocess.run([browser, *options, page.as_uri()], capture_output=True, check=True, timeout=120)
     assert shot.stat().st_size > 10_000
-
-
-def test_an_interval_is_that_of_student():
-    assert confidence_interval([0.5]) is None
-    low, high = confidence_interval([1.0, 2.0, 3.0, 4.0])
-    assert (low, high) == pytest.approx((2.5 - 2.0542, 2.5 + 2.0542), abs=1e-3)  # t = 3.1824, s = 1.2910
 
 
 @pytest.mark.parametrize(

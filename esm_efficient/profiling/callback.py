@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,9 @@ class ProfilerCallback(TrainerCallback):
         self.report: ProfileReport | None = None
         self.reports: RankReports | None = None
         self._trainer = trainer
-        self._options = {"warmup_steps": warmup_steps, "compare_with_matmul": compare_with_matmul, "every": every}
+        self._make_profiler = functools.partial(
+            Profiler, warmup_steps=warmup_steps, compare_with_matmul=compare_with_matmul, every=every
+        )
         self._profiler: Profiler | None = None
         # A callback is not told of errors, and the profiler must end with the run however it ends.
         trainer.train = self._guard(trainer.train)  # type: ignore[method-assign]
@@ -85,11 +88,8 @@ class ProfilerCallback(TrainerCallback):
             )
         if self._profiler is not None:  # a run that auto_find_batch_size gave up and starts again
             self._profiler.__exit__(None, None, None)
-        self._profiler = Profiler(
-            kwargs["model"],
-            kwargs["optimizer"],
-            accumulation=args.gradient_accumulation_steps,
-            **self._options,  # type: ignore[arg-type]
+        self._profiler = self._make_profiler(
+            kwargs["model"], kwargs["optimizer"], accumulation=args.gradient_accumulation_steps
         )
         self._profiler.__enter__()
 
@@ -134,8 +134,6 @@ class ProfilerCallback(TrainerCallback):
 
 def _gather(report: ProfileReport) -> RankReports:
     """The reports of all ranks, in order."""
-    import dataclasses
-
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return RankReports((report,))
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()

@@ -25,6 +25,9 @@ from esm_efficient.reporting import format_bytes, format_table
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+MARGIN = 0.1
+"""Share of a device's memory that stays free: for the CUDA context, kernels' workspaces and fragmentation."""
+
 _DEPTHS = (2, 3)
 """Layers of the two models that all others are extrapolated from: a first and a last layer, and one between them."""
 
@@ -101,11 +104,11 @@ class Estimate:
         """Residues trained on per second; NaN without a device's figures."""
         return self.residues / self.seconds if self.seconds else math.nan
 
-    def fits(self, *, margin: float = 0.1) -> bool:
+    def fits(self, *, margin: float = MARGIN) -> bool:
         """Whether the peak leaves a share of the device's memory free.
 
         Args:
-            margin: share that must stay free, for the CUDA context, workspaces and fragmentation.
+            margin: share that must stay free.
 
         Raises:
             ConfigurationError: the device's memory is not known.
@@ -164,7 +167,9 @@ class Estimate:
         verdict = ""
         if self.device.memory:
             verdict = "fits" if self.fits() else "does not fit"
-            verdict = f" ({verdict} {self.device.name} with {format_bytes(self.device.memory)}, 10 % of them kept free)"
+            verdict = (
+                f" ({verdict} {self.device.name} with {format_bytes(self.device.memory)}, {MARGIN:.0%} of it kept free)"
+            )
         speed = ""
         if not math.isnan(self.seconds):
             speed = (

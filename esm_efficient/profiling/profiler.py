@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.errors import ConfigurationError, OutOfMemoryError
 from esm_efficient.profiling.allocations import AllocationTracker
+from esm_efficient.profiling.clock import PhaseClock
 from esm_efficient.profiling.counters import (
     Counter,
     CpuCounter,
@@ -34,7 +34,6 @@ from esm_efficient.profiling.throughput import (
     WorkCounter,
     flops_per_token,
     matmul_rate,
-    synchronize,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Profiler:
         accumulation: micro-batches an optimizer step, for the advice when memory runs out.
 
     Raises:
-        ConfigurationError: the model has no parameters, or `warmup_steps` is negative.
+        ConfigurationError: the model has no parameters, `warmup_steps` is negative, or `every` is below 1.
         OutOfMemoryError: from the block, in place of torch's own, with what was held and what would fit.
 
     Example:
@@ -111,8 +110,6 @@ class Profiler:
         self.batch: tuple[int, int] | None = None
         self._peaks: dict[str, Memory] = {}
         self._reserved: dict[str, int] = {}
-        self._seconds: dict[str, float] = {}
-        self._pending: deque[tuple[str, Any, Any]] = deque()
         self._ends: deque[Memory] = deque(maxlen=_WINDOW)
         self._growth: Growth | None = None
         self._tokens = TokenCounter()
@@ -135,10 +132,9 @@ class Profiler:
         if self._warmup:
             self._work = WorkCounter(lambda: self._phase)
             self._work.__enter__()
-        synchronize(self.device)
         self._held = self._counter.current()
         self._before = max(self._held - self._weights - self._state_bytes, 0)
-        self._began = self._now()
+        self._clock = PhaseClock(self.device)
         return self
 
     def __exit__(
@@ -147,8 +143,6 @@ class Profiler:
         """Take the hooks off; explain an out-of-memory error."""
         if error is None:
             self._switch("between")
-            synchronize(self.device)
-            self._resolve_times()
         self._resident = resident_peak()
         self._stop_counting_operations()
         self._stop_counting_work()
@@ -168,16 +162,14 @@ class Profiler:
         self._stop_counting_operations()
         if self.steps == self._warmup:
             self._end_warmup()
-        self._resolve_times(wait=False)
+        self._clock.seconds(wait=False)  # so that what is waited for does not pile up
 
     def report(self) -> ProfileReport:
         """What was measured so far."""
-        if self._hooks:
-            synchronize(self.device)
-        self._resolve_times()
-        measured = self.steps - self._warmup
-        seconds = sum(s for name, s in self._seconds.items() if name != "evaluation") if measured > 0 else 0.0
-        seconds = seconds or math.nan
+        by_phase = self._clock.seconds()
+        seconds = math.nan
+        if self.steps > self._warmup:
+            seconds = sum(s for name, s in by_phase.items() if name != "evaluation") or math.nan
         tokens, squares = self._tokens.totals()
         linear, square = flops_per_token(self._batches)
         in_use, driver = driver_bytes(self.device)
@@ -185,7 +177,7 @@ class Profiler:
             device=str(self.device),
             counted=self._counter.counted,
             phases={
-                name: PhaseFigures(self._peaks[name], self._reserved[name], self._seconds.get(name, 0.0))
+                name: PhaseFigures(self._peaks[name], self._reserved[name], by_phase.get(name, 0.0))
                 for name in PHASES
                 if name in self._peaks
             },
@@ -307,9 +299,7 @@ class Profiler:
             self._gradients_wait = True
         elif ended == "optimizer" and phase == "between":
             self._gradients_wait = False
-        now = self._now()
-        self._pending.append((ended, self._began, now))
-        self._began = now
+        self._clock.lap(ended)
         self._close_segment(ended)
         self._phase = phase
         if self._tracker is not None:
@@ -384,40 +374,9 @@ class Profiler:
                 self._matmul = matmul_rate(self.device, self._dtype)
             except torch.OutOfMemoryError:
                 logger.warning("no memory is left to measure the device's rate of matrix products")
-        synchronize(self.device)
-        self._switch_clock()
-
-    def _switch_clock(self) -> None:
-        self._pending.clear()
-        self._seconds.clear()
         self._tokens = TokenCounter()
-        if self._tracker is not None:
-            self._tracker.reset_peak()
-        else:
-            self._counter.take_peak()
-        self._began = self._now()
-
-    def _now(self) -> Any:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            return event
-        synchronize(self.device)
-        return time.perf_counter()
-
-    def _resolve_times(self, *, wait: bool = True) -> None:
-        """Add up the intervals whose end the device has reached."""
-        while self._pending:
-            name, began, ended = self._pending[0]
-            if isinstance(ended, float):
-                seconds = ended - began
-            elif wait or ended.query():
-                ended.synchronize()
-                seconds = began.elapsed_time(ended) / 1000
-            else:
-                return
-            self._pending.popleft()
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self._counter.take_peak()  # that of the products is nobody's
+        self._clock.restart()
 
     def _look_for_growth(self) -> None:
         """Look for memory that steps leave behind; the first finding is logged, the last one reported."""

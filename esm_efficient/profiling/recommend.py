@@ -15,7 +15,7 @@ from torch import nn
 from esm_efficient.adapters.registry import PRESETS, find_architecture
 from esm_efficient.errors import ConfigurationError, EsmEfficientError, OutOfMemoryError
 from esm_efficient.profiling.devices import Device, get_device
-from esm_efficient.profiling.estimate import Estimate, estimate
+from esm_efficient.profiling.estimate import MARGIN, Estimate, estimate
 from esm_efficient.profiling.lengths import token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.simulate import Head, Precision
@@ -93,7 +93,7 @@ def recommend(
     recipes: Sequence[str | Recipe] = ("base", "gc", "lora", "all"),
     presets: Sequence[str] = ("all-linear",),
     precision: Precision | None = None,
-    margin: float = 0.1,
+    margin: float = MARGIN,
     progress: bool = True,
     **options: Any,
 ) -> Recommendation:
@@ -173,7 +173,7 @@ def nearest_fit(
     tokens: int,
     optimizer: torch.optim.Optimizer | None = None,
     dtype: torch.dtype | None = None,
-    margin: float = 0.1,
+    margin: float = MARGIN,
 ) -> Estimate | None:
     """The setting nearest to that of a model in training that would fit a CUDA device's memory.
 
@@ -221,6 +221,7 @@ def nearest_fit(
                 device=Device("this GPU", "cuda", memory),
                 length=tokens,
                 precision=precision,
+                # Which of torch's is in use is not told here: foreach needs the most.
                 optimizer="adamw_8bit" if "8bit" in type(optimizer).__name__ else "adamw_foreach",
                 attention=getattr(base.config, "_attn_implementation", None) or "sdpa",
                 head=known[0],

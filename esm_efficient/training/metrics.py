@@ -1,7 +1,9 @@
-"""Metrics of classification, computed by scikit-learn."""
+"""Metrics of classification, computed by scikit-learn, and the interval of their mean."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -87,3 +89,20 @@ def compute_metrics_for(label_names: Sequence[str]) -> Callable[[EvalPrediction]
         )
 
     return compute
+
+
+def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of a mean; None with fewer than two, or an undefined one.
+
+    Example:
+        >>> low, high = confidence_interval([0.70, 0.71, 0.72])
+        >>> round(low, 3), round(high, 3)
+        (0.685, 0.735)
+    """
+    from scipy import stats  # scikit-learn needs it too
+
+    if len(values) < 2 or any(math.isnan(value) for value in values):
+        return None
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half

@@ -8,6 +8,7 @@ from transformers import EvalPrediction
 
 from esm_efficient import classification_metrics, compute_metrics_for
 from esm_efficient.errors import DataError
+from esm_efficient.training.metrics import confidence_interval
 
 
 def test_against_counts_by_hand():
@@ -53,3 +54,9 @@ def test_a_trainers_predictions_are_taken_alone_or_first_of_a_tuple():
     compute = compute_metrics_for(["no", "yes"])
     for predictions in (logits, (logits, np.zeros(5))):
         assert compute(EvalPrediction(predictions=predictions, label_ids=labels))["accuracy"] == 1.0
+
+
+def test_an_interval_is_that_of_student():
+    assert confidence_interval([0.5]) is None
+    low, high = confidence_interval([1.0, 2.0, 3.0, 4.0])
+    assert (low, high) == pytest.approx((2.5 - 2.0542, 2.5 + 2.0542), abs=1e-3)  # t = 3.1824, s = 1.2910
