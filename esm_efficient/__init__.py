@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esm_efficient.comparison import Comparison, compare
     from esm_efficient.data import deeploc_dataloaders, load_deeploc, stratified_sample, tokenize_dataset
     from esm_efficient.demo import demo_model_path, write_demo_table
+    from esm_efficient.encoder import apply_lean_encoder, remove_lean_encoder
     from esm_efficient.errors import (
         AuditError,
         ConfigurationError,
@@ -39,6 +40,7 @@ _HOME = {
     "comparison": ("Comparison", "compare"),
     "data": ("deeploc_dataloaders", "load_deeploc", "stratified_sample", "tokenize_dataset"),
     "demo": ("demo_model_path", "write_demo_table"),
+    "encoder": ("apply_lean_encoder", "remove_lean_encoder"),
     "errors": (
         "AuditError",
         "ConfigurationError",
@@ -81,6 +83,7 @@ __all__ = [
     "Recommendation",
     "TargetModuleError",
     "WeightedTrainer",
+    "apply_lean_encoder",
     "classification_metrics",
     "compare",
     "compute_metrics_for",
@@ -95,6 +98,7 @@ __all__ = [
     "recipe_adapters",
     "recipe_arguments",
     "recommend",
+    "remove_lean_encoder",
     "resolve_targets",
     "stratified_sample",
     "tokenize_dataset",

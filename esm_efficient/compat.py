@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 
@@ -108,3 +109,47 @@ def attention_masks(padded: bool) -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, original)
+
+
+def rotary_table(
+    esm: Any, position_ids: Tensor | None, states: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Cosine and sine of the angles of an ``EsmModel``'s positions, or None if its positions are not rotary.
+
+    transformers 5.23 computes them once for the model, by position ids if they are given; before, every layer computes
+    its own, by column.
+
+    Args:
+        esm: the model.
+        position_ids: what it was called with.
+        states: hidden states of shape (rows, columns, width).
+        dtype: wanted.
+
+    Returns:
+        Two tensors of shape (1 or rows, columns, head width).
+    """
+    import torch
+
+    columns = torch.arange(states.shape[1], device=states.device)[None]
+    own = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
+    if own is not None:
+        angles = columns[..., None].to(own.inv_freq.dtype) * own.inv_freq
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+    shared = getattr(esm, "rotary_embeddings", None)
+    if shared is None:
+        return None
+    return shared(states.new_empty(0, dtype=dtype), columns if position_ids is None else position_ids)
+
+
+def reads_first_token(model: nn.Module) -> bool:
+    """Whether a model is a sequence classifier whose head reads the first token and nothing else."""
+    from transformers import EsmForSequenceClassification
+    from transformers.models.esm.modeling_esm import EsmClassificationHead
+
+    if not isinstance(model, EsmForSequenceClassification):
+        return False
+    head = getattr(model.classifier, "modules_to_save", None)
+    heads = [model.classifier] if head is None else list(head.values())
+    known = EsmForSequenceClassification.forward, EsmClassificationHead.forward
+    return type(model).forward is known[0] and all(type(h).forward is known[1] for h in heads)

@@ -1,0 +1,242 @@
+"""Attention within each of many sequences that lie one after another, through the best kernel that is present."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from esm_efficient.encoder.functions import refuse_double_backward
+from esm_efficient.encoder.packing import Packing, runs_of
+from esm_efficient.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Ends", float], Tensor]
+
+BACKENDS = ("auto", "flash", "varlen", "flex", "sequences")
+"""What computes attention.
+
+- ``"flash"``: ``flash_attn_varlen_func`` of the package flash-attn (Dao 2023), on CUDA in half precision.
+- ``"varlen"``: torch's own ``torch.nn.attention.varlen``, on CUDA in half precision.
+- ``"flex"``: torch's ``flex_attention`` with a block mask by sequence, compiled, on CUDA in any precision.
+- ``"sequences"``: torch's fused attention, once for every length in the batch; on any device.
+- ``"auto"``: the first of these that can be had.
+"""
+
+
+class Ends:
+    """Where queries and keys of each sequence end, as kernels of variable length take them.
+
+    Args:
+        packing: of the batch.
+        first_only: there is one query a sequence, its first token.
+        device: of the tensors.
+    """
+
+    def __init__(self, packing: Packing, first_only: bool, device: torch.device) -> None:
+        self.key_lengths = packing.lengths
+        self.query_lengths = tuple(min(n, 1) for n in packing.lengths) if first_only else packing.lengths
+        self.device = device
+
+    @property
+    def queries(self) -> Tensor:
+        """int32 of shape (sequences + 1,): where each sequence's queries begin, and the end of the last."""
+        return self._cumulative(self.query_lengths)
+
+    @property
+    def keys(self) -> Tensor:
+        """The same of the keys."""
+        return self._cumulative(self.key_lengths)
+
+    def _cumulative(self, lengths: tuple[int, ...]) -> Tensor:
+        return F.pad(torch.tensor(lengths, dtype=torch.int32), (1, 0)).cumsum(0, dtype=torch.int32).to(self.device)
+
+
+def attend(
+    states: Tensor, query: Tensor | None, packing: Packing, *, backend: str = "auto", dropout: float = 0.0
+) -> Tensor:
+    """Attention of every token to the tokens of its own sequence.
+
+    Args:
+        states: (tokens, 3, heads, head width), queries, keys and values; or (tokens, 2, heads, head width), keys and
+            values.
+        query: (sequences, 1, heads, head width), the query of each sequence's first token, if `states` has none.
+        packing: of the batch.
+        backend: one of `BACKENDS`.
+        dropout: probability with which an attention weight is dropped.
+
+    Returns:
+        (queries, width): each token's, or each first token's.
+    """
+    scale = states.shape[-1] ** -0.5
+    chosen = choose_backend(backend, states.device.type, states.dtype) if not dropout else "sequences"
+    if chosen == "sequences" and states.device.type == "cpu" and not dropout:
+        return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)
+    ends = Ends(packing, query is not None, states.device)
+    q = states[:, 0] if query is None else query[:, 0]
+    if chosen == "sequences":
+        return _sequences(q, states[:, -2], states[:, -1], ends, scale, dropout).flatten(1)
+    return _kernel(chosen)(q, states[:, -2], states[:, -1], ends, scale).flatten(1)
+
+
+@lru_cache
+def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that `attend` uses; said once in the log.
+
+    Raises:
+        ConfigurationError: no backend has that name, or it cannot be had for this device and type.
+    """
+    if backend not in BACKENDS:
+        raise ConfigurationError(f"attention={backend!r}: expected one of {', '.join(BACKENDS)}")
+    half = dtype in (torch.float16, torch.bfloat16)
+    possible = {
+        "flash": device == "cuda" and half and importlib.util.find_spec("flash_attn") is not None,
+        "varlen": device == "cuda" and half and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flex": device == "cuda" and importlib.util.find_spec("triton") is not None,
+        "sequences": True,
+    }
+    if backend == "auto":
+        chosen = next(name for name, can in possible.items() if can)
+        logger.info("padding-free attention on %s in %s: %s", device, dtype, chosen)
+        return chosen
+    if backend == "flex" and device == "cpu":
+        return backend  # uncompiled and slow, but right: for tests of what is asked of it
+    if not possible[backend]:
+        raise ConfigurationError(f"attention={backend!r} cannot be had on {device} in {dtype}: take 'auto'")
+    return backend
+
+
+class SequenceAttention(Function):
+    """Torch's fused attention on a CPU, once for every length in the batch.
+
+    It reads queries, keys and values where a single matrix product has left them, and writes their gradients so that
+    the next one can read them there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, query: Tensor | None, lengths: tuple[int, ...], scale: float) -> Tensor:
+        """(queries, heads, head width)."""
+        ctx.lengths, ctx.scale = lengths, scale
+        runs = runs_of(lengths)
+        queries = states if query is None else query
+        result = states.new_empty(queries.shape[0], *states.shape[2:])
+        sums = []
+        for run, (q, k, v, out) in zip(runs, _views(runs, states, query, result), strict=True):
+            part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+            if len(runs) == 1:
+                result = part.transpose(1, 2).reshape(run.sequences * q.shape[2], *states.shape[2:])
+            else:
+                out.copy_(part)
+            sums.append(total)
+        ctx.save_for_backward(states, query, result, *sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        """Of the states, where the forward pass has read them."""
+        refuse_double_backward()
+        states, query, result, *sums = ctx.saved_tensors
+        runs = runs_of(ctx.lengths)
+        d_states, d_query = torch.empty_like(states), None if query is None else torch.empty_like(query)
+        inputs, outputs = _views(runs, states, query, result), _views(runs, d_states, d_query, gradient)
+        for (q, k, v, out), (dq, dk, dv, d_out), total in zip(inputs, outputs, sums, strict=True):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                d_out, q, k, v, out, total, 0.0, False, scale=ctx.scale
+            )
+            for target, grad in zip((dq, dk, dv), grads, strict=True):
+                target.copy_(grad)
+        return d_states, d_query, None, None
+
+
+def _views(
+    runs: list[Any], states: Tensor, query: Tensor | None, result: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Query, key, value and result of each run, as (sequences, heads, tokens, head width)."""
+    views, sequence = [], 0
+    for start, count, length in runs:
+        tokens = states[start : start + count * length].unflatten(0, (count, length)).transpose(1, 3)
+        if query is None:
+            q, out = tokens[:, :, 0], result[start : start + count * length].unflatten(0, (count, length))
+        else:
+            q = query[sequence : sequence + count].transpose(1, 2)
+            out = result[sequence : sequence + count].unflatten(0, (count, 1))
+        views.append((q, tokens[:, :, -2], tokens[:, :, -1], out.transpose(1, 2)))
+        sequence += count
+    return views
+
+
+def _sequences(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float, dropout: float) -> Tensor:
+    """The same through autograd, for any device."""
+    parts, q_start, k_start = [], 0, 0
+    for (_, count, length), (_, _, queries) in zip(runs_of(ends.key_lengths), _query_runs(ends), strict=True):
+        q = query[q_start : q_start + count * queries].unflatten(0, (count, queries)).transpose(1, 2)
+        k, v = (
+            t[k_start : k_start + count * length].unflatten(0, (count, length)).transpose(1, 2) for t in (key, value)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+        q_start, k_start = q_start + count * queries, k_start + count * length
+    return torch.cat(parts)
+
+
+def _query_runs(ends: Ends) -> list[Any]:
+    """The runs of the keys, with the number of queries of their sequences."""
+    if ends.query_lengths == ends.key_lengths:
+        return list(runs_of(ends.key_lengths))
+    return [run._replace(length=1) for run in runs_of(ends.key_lengths)]
+
+
+@lru_cache
+def _kernel(name: str) -> Kernel:
+    """The function of a backend for sequences of any length."""
+    if name == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        def flash(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+            longest = max(ends.query_lengths), max(ends.key_lengths)
+            return flash_attn_varlen_func(query, key, value, ends.queries, ends.keys, *longest, softmax_scale=scale)
+
+        return flash
+    if name == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        def varlen(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+            longest = max(ends.query_lengths), max(ends.key_lengths)
+            return cast(Tensor, varlen_attn(query, key, value, ends.queries, ends.keys, *longest, scale=scale))
+
+        return varlen
+    return _flex
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    compiled = query.device.type == "cuda"
+    of_query, of_key = (
+        torch.repeat_interleave(torch.tensor(lengths, device=ends.device))
+        for lengths in (ends.query_lengths, ends.key_lengths)
+    )
+
+    def same_sequence(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return of_query[q] == of_key[k]
+
+    mask = create_block_mask(
+        same_sequence, None, None, len(of_query), len(of_key), device=str(ends.device), _compile=compiled
+    )
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    return _flex_attention(compiled)(q, k, v, block_mask=mask, scale=scale)[0].transpose(0, 1)
+
+
+@lru_cache
+def _flex_attention(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast(Any, torch.compile(flex_attention, dynamic=True) if compiled else flex_attention)

@@ -1,0 +1,313 @@
+"""apply_lean_encoder(): the same model, computed without padding and with less memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from esm_efficient import compat
+from esm_efficient.encoder.attention import BACKENDS
+from esm_efficient.encoder.layer import RECOMPUTES, Recompute, run_layer
+from esm_efficient.encoder.packing import Packing, make_packing
+from esm_efficient.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PASSIVE = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
+"""Whose hooks may see packed tokens, or nothing at all."""
+
+
+def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention: str = "auto") -> Model:
+    """Make an ESM-2 model compute without padding and keep less for the backward pass; loss and gradient stay the same.
+
+    Padding is dropped behind the embeddings and comes back, as zeros, behind the last layer norm. In between, layer
+    norm, query, key, value, rotary positions and LoRA are one autograd Function, the layer behind attention is a second
+    and the MLP a third; they keep about ten times the width per token and layer and recompute the rest. Nothing is
+    computed that nobody reads: no gradient goes below the lowest layer that trains, and where the classification head
+    reads only the first token, the last layer computes only that.
+
+    Parameters, state dict and `save_pretrained` stay as they are, and so do peft's adapters: they can be added, merged
+    and removed before and after. Gradient checkpointing, asked for in any way, becomes ``recompute="layer"``. Adapters
+    other than LoRA's original kind, and quantised layers, run through their own forward on the packed tokens; the log
+    says so. A call that asks for hidden states or attentions, or a model with hooks inside its layers, computes as if
+    nothing had been applied.
+
+    Args:
+        model: a transformers ESM-2 model with any head, with or without peft adapters. It is changed in place, and may
+            be changed again to other options.
+        recompute: ``"none"`` keeps the MLP's pre-activation, ``"mlp"`` recomputes it (6 times the width stay),
+            ``"layer"`` keeps only each layer's input.
+        attention: what computes attention within the sequences, one of `BACKENDS`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigurationError: the model holds no ``EsmModel``, is a decoder, or an option is unknown.
+
+    Example:
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from esm_efficient import apply_lean_encoder, demo_model_path
+        >>> model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+        >>> model = apply_lean_encoder(model, recompute="mlp")
+        >>> type(model).__name__
+        'EsmForSequenceClassification'
+    """
+    if recompute not in RECOMPUTES:
+        raise ConfigurationError(f"recompute={recompute!r}: expected one of {', '.join(RECOMPUTES)}")
+    if attention not in BACKENDS:
+        raise ConfigurationError(f"attention={attention!r}: expected one of {', '.join(BACKENDS)}")
+    found = list(_encoders(model))
+    if not found:
+        raise ConfigurationError(f"{type(model).__name__} holds no EsmModel of transformers")
+    for esm in found:
+        if esm.config.is_decoder or esm.config.add_cross_attention:
+            raise ConfigurationError("a decoder or a model with cross-attention has no padding-free encoder")
+    remove_lean_encoder(model)
+    for esm in found:
+        state = _State(recompute, attention)
+        for module in (esm, esm.encoder, *_layers(esm)):
+            module._lean = state
+        esm.forward = partial(_model_forward, esm)
+        esm._create_attention_masks = partial(_no_masks, esm)
+        esm.encoder.forward = partial(_encoder_forward, esm.encoder)
+        for layer in _layers(esm):
+            layer.forward = partial(_layer_forward, layer)
+    for module in model.modules():
+        if compat.reads_first_token(module):
+            of_head: _State = cast(Any, module).esm._lean
+            of_head.handles = [
+                module.register_forward_pre_hook(_head_begins),
+                module.register_forward_hook(_head_ends, always_call=True),
+            ]
+    return model
+
+
+def remove_lean_encoder(model: Model) -> Model:
+    """Undo `apply_lean_encoder`; a model that it was not applied to stays as it is.
+
+    Returns:
+        The model, changed in place.
+    """
+    for esm in _encoders(model):
+        state = esm.__dict__.get("_lean")
+        if state is None:
+            continue
+        for handle in state.handles:
+            handle.remove()
+        for layer in _layers(esm):
+            if layer.__dict__.get("_lean_checkpoint") is not None:
+                layer._gradient_checkpointing_func = layer._lean_checkpoint
+                del layer._lean_checkpoint
+        for module in (esm, esm.encoder, *_layers(esm)):
+            for name in ("_lean", "forward", "_create_attention_masks"):
+                module.__dict__.pop(name, None)
+    return model
+
+
+def has_lean_encoder(model: nn.Module) -> bool:
+    """Whether `apply_lean_encoder` is in effect."""
+    return any("_lean" in esm.__dict__ for esm in _encoders(model))
+
+
+@dataclass
+class _Call:
+    """One forward pass through the encoder."""
+
+    esm: Any
+    mask: Tensor | None
+    position_ids: Tensor | None
+    detach: bool
+
+
+@dataclass
+class _State:
+    """What has been applied to a model, and the call that is under way."""
+
+    recompute: Recompute
+    attention: str
+    first_only: bool = False
+    call: _Call | None = None
+    said: set[str] = field(default_factory=set)
+    handles: list[Any] = field(default_factory=list)
+
+    def say(self, message: str, *args: Any) -> None:
+        """Log something once a model."""
+        text = message % args
+        if text not in self.said:
+            self.said.add(text)
+            logger.info(text)
+
+
+def _encoders(model: nn.Module) -> Iterator[Any]:
+    from transformers import EsmModel
+
+    return (module for module in model.modules() if isinstance(module, EsmModel))
+
+
+def _layers(esm: Any) -> list[Any]:
+    """The layers, also where each is wrapped."""
+    from transformers.models.esm.modeling_esm import EsmLayer
+
+    return [module for module in esm.encoder.layer.modules() if isinstance(module, EsmLayer)]
+
+
+def _head_begins(model: Any, inputs: Any) -> None:
+    model.esm._lean.first_only = True
+
+
+def _head_ends(model: Any, inputs: Any, output: Any) -> None:
+    model.esm._lean.first_only = False
+
+
+def _model_forward(
+    esm: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """EsmModel.forward, with what its encoder needs to know laid out for it."""
+    state = esm._lean
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds,
+        "encoder_hidden_states": encoder_hidden_states,
+        "encoder_attention_mask": encoder_attention_mask,
+        **kwargs,
+    }
+    reason = _why_plain(esm, given)
+    if reason:
+        state.say("the encoder computes with padding and keeps everything: %s", reason)
+        return type(esm).forward(esm, **given)
+    state.call = _Call(esm, attention_mask, position_ids, inputs_embeds is None and not _reads_gradient(esm.embeddings))
+    try:
+        return type(esm).forward(esm, **given)
+    finally:
+        state.call = None
+
+
+def _why_plain(esm: Any, given: dict[str, Any]) -> str:
+    """Why a call must compute as if nothing had been applied; empty if it need not."""
+    for name in ("output_hidden_states", "output_attentions"):
+        wanted = given.get(name)
+        if getattr(esm.config, name, False) if wanted is None else wanted is not False:
+            return f"{name} was asked for"
+    if given["encoder_hidden_states"] is not None:
+        return "encoder_hidden_states were given"
+    mask = given["attention_mask"]
+    if mask is not None and mask.dim() != 2:
+        return f"the attention mask has {mask.dim()} dimensions"
+    if esm._lean.first_only and mask is not None and not bool(mask[:, 0].all()):
+        return "a sequence does not begin at the first column"
+    for path, module in esm.encoder.layer.named_modules():
+        if _is_hooked(module):
+            return f"layer {path} has hooks"
+    return "the last layer norm has hooks" if _is_hooked(esm.encoder.emb_layer_norm_after) else ""
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether something hangs on a module that would not see what it expects."""
+    members = module.__dict__
+    if "forward" in members and "_lean" not in members:
+        return True
+    return any(
+        not getattr(hook, "__module__", "").startswith(_PASSIVE)
+        for kind in _HOOKS
+        for hook in (members.get(kind) or {}).values()
+    )
+
+
+def _reads_gradient(embeddings: Any) -> bool:
+    """Whether a gradient that goes as far as the embeddings is read by anyone.
+
+    Reentrant checkpointing needs embeddings whose output requires a gradient, and transformers puts a hook on them for
+    that; the lean encoder does not need it.
+    """
+    if any(parameter.requires_grad for parameter in embeddings.parameters()):
+        return True
+    return any(
+        getattr(hook, "__name__", "") != "make_inputs_require_grads"
+        for module in embeddings.modules()
+        for kind in _HOOKS
+        for hook in (module.__dict__.get(kind) or {}).values()
+    )
+
+
+def _no_masks(esm: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Keep transformers from making a quadratic mask that nobody reads."""
+    if esm._lean.call is None:
+        return type(esm)._create_attention_masks(esm, attention_mask=attention_mask, **kwargs)
+    return None, None
+
+
+@torch.compiler.disable
+def _encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+    """EsmEncoder.forward on packed tokens."""
+    from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
+
+    state = cast(_State, encoder._lean)
+    call = state.call
+    if call is None:
+        return type(encoder).forward(encoder, hidden_states, **kwargs)
+    if call.detach and hidden_states.requires_grad:
+        hidden_states = hidden_states.detach()
+    rows, columns, _ = hidden_states.shape
+    exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    table = compat.rotary_table(call.esm, call.position_ids, hidden_states, exact)
+    packing = make_packing(call.mask, (rows, columns), table, exact)
+    states = packing.pack(hidden_states)
+    del hidden_states
+    last = len(encoder.layer) - 1
+    for number, layer in enumerate(encoder.layer):
+        _route_checkpointing(layer)
+        states = layer(states, packing=packing, first_only=state.first_only and number == last)
+    if encoder.emb_layer_norm_after:
+        states = encoder.emb_layer_norm_after(states)
+    padded = packing.unpack(states, first_only=state.first_only)
+    return BaseModelOutputWithCrossAttentions(last_hidden_state=padded)
+
+
+def _layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = None, **kwargs: Any) -> Tensor:
+    """EsmLayer.forward on packed tokens; as transformers has it when none are given."""
+    state = layer._lean
+    if packing is None:
+        return type(layer).forward(layer, hidden_states, **kwargs)
+    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    states, reasons = run_layer(
+        layer,
+        hidden_states,
+        packing,
+        recompute="layer" if checkpointed else state.recompute,
+        backend=state.attention,
+        first_only=kwargs["first_only"],
+    )
+    for reason in reasons:
+        state.say("runs through its own forward, without padding: %s", reason)
+    return states
+
+
+def _route_checkpointing(layer: Any) -> None:
+    """Keep transformers' own checkpointing from wrapping a layer that recomputes by itself."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if function is not None and function is not _call:
+        layer._lean_checkpoint = function
+        layer._gradient_checkpointing_func = _call
+
+
+def _call(function: Any, *args: Any) -> Any:
+    return function(*args)

@@ -1,0 +1,131 @@
+"""A padded batch without its padding: where each token lies, and what its position rotates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    """Sequences of one length that lie one after another."""
+
+    start: int
+    sequences: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a padded batch lie once the padding is gone.
+
+    Sequences are ordered by length, so that those of one length lie together and can be computed together.
+
+    Attributes:
+        shape: rows and columns of the padded batch.
+        lengths: tokens of each sequence, in the order in which they are packed.
+        index: int64 of shape (tokens,): the place of each token in the flattened padded batch; None if the batch holds
+            no padding.
+        rotation: complex of shape (tokens, 1, head width / 2): what the position of a token rotates queries and keys
+            by; None without rotary positions.
+    """
+
+    shape: tuple[int, int]
+    lengths: tuple[int, ...]
+    index: Tensor | None = None
+    rotation: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the batch."""
+        return sum(self.lengths)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Sequences of equal length, together."""
+        return runs_of(self.lengths)
+
+    @property
+    def first(self) -> list[int]:
+        """Where each sequence begins among the packed tokens."""
+        starts, start = [], 0
+        for length in self.lengths:
+            starts.append(start)
+            start += length
+        return starts
+
+    def pack(self, states: Tensor) -> Tensor:
+        """(rows, columns, width) to (tokens, width)."""
+        flat = states.reshape(-1, states.shape[-1])
+        return flat if self.index is None else flat.index_select(0, self.index)
+
+    def unpack(self, states: Tensor, *, first_only: bool = False) -> Tensor:
+        """(tokens, width) to (rows, columns, width), with zeros for padding.
+
+        Args:
+            states: the packed tokens.
+            first_only: they are the first tokens of the sequences, and all others become zero.
+        """
+        rows, columns = self.shape
+        if self.index is None and not first_only:
+            return states.view(rows, columns, -1)
+        index = torch.arange(rows * columns, device=states.device) if self.index is None else self.index
+        if first_only:
+            index = index[self.first]
+        padded = states.new_zeros(rows * columns, states.shape[-1])
+        return padded.index_copy(0, index, states).view(rows, columns, -1)
+
+
+def runs_of(lengths: Sequence[int]) -> list[Run]:
+    """Neighbouring sequences of equal length, together.
+
+    Example:
+        >>> runs_of([3, 3, 5])
+        [Run(start=0, sequences=2, length=3), Run(start=6, sequences=1, length=5)]
+    """
+    runs: list[Run] = []
+    start = 0
+    for length in lengths:
+        if length and runs and runs[-1].length == length:
+            runs[-1] = runs[-1]._replace(sequences=runs[-1].sequences + 1)
+        elif length:
+            runs.append(Run(start, 1, length))
+        start += length
+    return runs
+
+
+def make_packing(
+    mask: Tensor | None, shape: tuple[int, int], table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Packing:
+    """Find the tokens of a batch.
+
+    Args:
+        mask: nonzero for tokens and zero for padding, of shape (rows, columns), with the tokens of a row anywhere in
+            it; None if there is no padding.
+        shape: rows and columns.
+        table: cosine and sine of every position's angles, of shape (1 or rows, columns, head width); None without
+            rotary positions.
+        dtype: of the rotation's real and imaginary parts.
+    """
+    rows, columns = shape
+    lengths = [columns] * rows
+    index = None
+    if mask is not None:
+        mask = mask.bool()
+        counts = mask.sum(1).tolist()
+        if counts != lengths:
+            order = sorted(range(rows), key=lambda row: counts[row])
+            lengths = [counts[row] for row in order]
+            by_length = torch.tensor(order, device=mask.device)
+            row, column = mask[by_length].nonzero(as_tuple=True)
+            index = by_length[row] * columns + column
+    rotation = None
+    if table is not None:
+        half = table[0].shape[-1] // 2
+        angles = torch.complex(*(part[..., :half].to(dtype) for part in table))
+        rotation = angles.expand(rows, columns, half).reshape(-1, 1, half)
+        rotation = rotation if index is None else rotation.index_select(0, index)
+    return Packing(shape, tuple(lengths), index, rotation)

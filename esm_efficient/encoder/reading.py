@@ -1,0 +1,95 @@
+"""From a model's modules to the tensors that the lean encoder computes with, as long as it knows what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esm_efficient.encoder.linear import Adapter, Group, Linear
+
+
+def read_group(modules: Iterable[nn.Module], **options: Any) -> Group | str:
+    """The linear layers as a group, or why one of them must run through its own forward."""
+    linears = []
+    for module in modules:
+        linear = read_linear(module)
+        if isinstance(linear, str):
+            return linear
+        linears.append(linear)
+    return Group(linears, autocast=autocast_dtype(linears[0].weight.device.type), **options)
+
+
+def read_linear(module: nn.Module) -> Linear | str:
+    """A linear layer with its active LoRA adapters, or why its forward is not known to be just that."""
+    if type(module) is nn.Linear:
+        return _read_plain(module)
+    try:
+        from peft.tuners.lora.layer import Linear as LoraLinear
+    except ImportError:  # pragma: no cover
+        return type(module).__name__
+    if type(module) is not LoraLinear:
+        return _name(module)
+    base = module.get_base_layer()
+    plain = _read_plain(base) if type(base) is nn.Linear else _name(base)
+    if isinstance(plain, str):
+        return plain
+    if module.disable_adapters and module.merged:
+        module.unmerge()  # as its own forward does
+    if module.disable_adapters or module.merged:
+        return plain
+    adapters = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        adapter = _read_adapter(module, name)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    return plain._replace(adapters=tuple(adapters))
+
+
+def _read_plain(module: nn.Linear) -> Linear | str:
+    for tensor in (module.weight, module.bias):
+        if tensor is not None and not _is_plain(tensor):
+            return f"a weight of {type(tensor).__name__}"
+    return Linear(module.weight, module.bias)
+
+
+def _read_adapter(module: Any, name: str) -> Adapter | str:
+    """One adapter of peft's ``lora.Linear``, or its kind if it is none of the original."""
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is not None or getattr(module, "use_dora", {}).get(name):
+        return type(variant).__name__ if variant is not None else "DoRA"
+    if module.fan_in_fan_out or getattr(module, "lora_bias", {}).get(name):
+        return "LoRA with a bias or transposed weights"
+    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
+        return f"LoRA of {type(a).__name__}"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return type(dropout).__name__
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    seed = int(torch.randint(2**62, ())) if p else 0
+    return Adapter(a.weight, b.weight, float(module.scaling[name]), p, seed)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is torch's layer norm over one axis and nothing besides."""
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What torch.autocast computes matrix products in on a device; None outside of it."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
