@@ -75,7 +75,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=["float32", "bf16", "fp16", "pure-bf16"], help="default: the recipe's")
     command.add_argument("--optimizer", default="adamw_fused", help="default: %(default)s")
     command.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
-    command.add_argument("--padding", default="padded", choices=["padded", "none", "free"])
+    command.add_argument("--padding", choices=["padded", "none", "free"])
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
 
 

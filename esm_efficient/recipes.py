@@ -15,6 +15,7 @@ from typing import Any, Literal
 from esm_efficient.errors import ConfigurationError
 
 Trains = Literal["all", "adapters", "head"]
+Encoder = Literal["lean", "plain"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,13 @@ class Recipe:
         checkpointing: whether activations are recomputed in the backward pass.
         preset: which layers get adapters (see `esm_efficient.adapters.resolve`); None without adapters.
         r: rank of the adapters; None without adapters.
+        encoder: ``"lean"`` computes without padding and keeps less (`esm_efficient.encoder`); ``"plain"`` as
+            transformers does. Loss and gradient are the same.
         description: one line for a table.
 
     Raises:
-        ConfigurationError: adapters without a preset and a rank or the other way round, or sizes below 1.
+        ConfigurationError: adapters without a preset and a rank or the other way round, sizes below 1, or an unknown
+            encoder.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Recipe:
     checkpointing: bool = False
     preset: str | None = None
     r: int | None = None
+    encoder: Encoder = "lean"
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -52,6 +57,8 @@ class Recipe:
                 f"recipe {self.name!r}: a preset and a rank go with trains='adapters' and with nothing else; got "
                 f"trains={self.trains!r}, preset={self.preset!r}, r={self.r!r}"
             )
+        if self.encoder not in ("lean", "plain"):
+            raise ConfigurationError(f"recipe {self.name!r}: encoder={self.encoder!r}: expected 'lean' or 'plain'")
         if self.micro_batch < 1 or self.accumulation < 1:
             raise ConfigurationError(
                 f"recipe {self.name!r}: micro_batch and accumulation must be at least 1; got {self.micro_batch} and "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
 
@@ -77,14 +78,37 @@ def attend(
         (queries, width): each token's, or each first token's.
     """
     scale = states.shape[-1] ** -0.5
+    if _played is not None:
+        ends = Ends(packing, query is not None, states.device)
+        q = states[:, 0] if query is None else query[:, 0]
+        return _played(q, states[:, -2], states[:, -1], ends, scale).flatten(1)
     chosen = choose_backend(backend, states.device.type, states.dtype) if not dropout else "sequences"
     if chosen == "sequences" and states.device.type == "cpu" and not dropout:
         return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)
     ends = Ends(packing, query is not None, states.device)
     q = states[:, 0] if query is None else query[:, 0]
     if chosen == "sequences":
-        return _sequences(q, states[:, -2], states[:, -1], ends, scale, dropout).flatten(1)
+        return by_sequence(q, states[:, -2], states[:, -1], ends, scale, dropout).flatten(1)
     return _kernel(chosen)(q, states[:, -2], states[:, -1], ends, scale).flatten(1)
+
+
+_played: Kernel | None = None
+
+
+@contextmanager
+def played_by(kernel: Kernel) -> Iterator[None]:
+    """Let another function compute attention, such as one that allocates as another device's kernel would.
+
+    Args:
+        kernel: takes queries, keys and values of shape (tokens, heads, head width), `Ends` and the scale of the
+            scores, and returns the shape of the queries.
+    """
+    global _played
+    before, _played = _played, kernel
+    try:
+        yield
+    finally:
+        _played = before
 
 
 @lru_cache
@@ -173,8 +197,8 @@ def _views(
     return views
 
 
-def _sequences(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float, dropout: float) -> Tensor:
-    """The same through autograd, for any device."""
+def by_sequence(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float, dropout: float = 0.0) -> Tensor:
+    """Attention by torch's fused function, once for every length in the batch; for any device, through autograd."""
     parts, q_start, k_start = [], 0, 0
     for (_, count, length), (_, _, queries) in zip(runs_of(ends.key_lengths), _query_runs(ends), strict=True):
         q = query[q_start : q_start + count * queries].unflatten(0, (count, queries)).transpose(1, 2)

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from esm_efficient.encoder.linear import Group, Ready
 from esm_efficient.errors import ConfigurationError
 
-_CHUNK = 1 << 22
-"""Numbers in a piece of the MLP's inner states that is computed at a time."""
+_ROWS, _PIECES = 512, 4
+"""The MLP runs in at most so many pieces of the batch, each of at least so many tokens."""
 
 Norm = tuple[Tensor, Tensor | None, Tensor | None, float]
 
@@ -160,7 +160,7 @@ class NormMLP(Function):
         with _without_autocast(x):
             computes = not without_output or mode == "kept"
             ready_up, ready_down = (group.ready(x.shape[0]) if computes else None for group in (up, down))
-            for rows in _chunks(x, up) if computes else ():
+            for rows in _chunks(x) if computes else ():
                 inner = up.forward(_norm(x[rows], weight, bias, eps)[0], ready=ready_up)
                 if mode == "kept":
                     kept.append(inner)
@@ -189,7 +189,7 @@ class NormMLP(Function):
         total = torch.empty_like(x) if needs[0] else None
         grads_norm: list[Tensor | None] = [None, None]
         ready_up, ready_down = (group.ready(x.shape[0]) for group in (up, down))
-        for number, rows in enumerate(_chunks(x, up)):
+        for number, rows in enumerate(_chunks(x)):
             normed = mean = deviation = None
             if to_norm or any(needs_up) or not kept:
                 normed, mean, deviation = _norm(x[rows], weight, bias, ctx.eps)
@@ -277,8 +277,9 @@ def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
     return states
 
 
-def _chunks(x: Tensor, up: Group) -> list[slice]:
-    size = max(1, _CHUNK // up.linears[0].weight.shape[0])
+def _chunks(x: Tensor) -> list[slice]:
+    """Pieces of a batch, so that the MLP's inner states of all tokens are never there at once beyond what is kept."""
+    size = max(_ROWS, -(-x.shape[0] // _PIECES))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 

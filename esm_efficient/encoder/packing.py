@@ -76,7 +76,7 @@ class Packing:
         if first_only:
             index = index[self.first]
         padded = states.new_zeros(rows * columns, states.shape[-1])
-        return padded.index_copy(0, index, states).view(rows, columns, -1)
+        return padded.index_copy_(0, index, states).view(rows, columns, -1)
 
 
 def runs_of(lengths: Sequence[int]) -> list[Run]:

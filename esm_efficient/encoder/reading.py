@@ -71,7 +71,8 @@ def _read_adapter(module: Any, name: str) -> Adapter | str:
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return type(dropout).__name__
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    seed = int(torch.randint(2**62, ())) if p else 0
+    # Fake tensors have no numbers to draw.
+    seed = int(torch.randint(2**62, ())) if p and not _is_fake(a.weight) else 0
     return Adapter(a.weight, b.weight, float(module.scaling[name]), p, seed)
 
 
@@ -90,6 +91,10 @@ def _name(module: nn.Module) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) or _is_fake(tensor)
+
+
+def _is_fake(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
+    return isinstance(tensor, FakeTensor)

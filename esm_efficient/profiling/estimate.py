@@ -197,7 +197,7 @@ def estimate(
     precision: Precision | None = None,
     optimizer: str = "adamw_fused",
     attention: str = "sdpa",
-    padding: Padding = "padded",
+    padding: Padding | None = None,
     head: Head = "sequence-classification",
     num_labels: int = 2,
     adapter_options: Mapping[str, Any] | None = None,
@@ -227,7 +227,8 @@ def estimate(
             (everything held in bfloat16). If None, what recipes do: bf16 on a CUDA device that has it.
         optimizer: ``"adamw_fused"`` (Trainer's default), ``"adamw_foreach"``, ``"adamw"``, ``"adamw_8bit"``.
         attention: ``"sdpa"`` or ``"eager"``.
-        padding: ``"padded"``, ``"none"`` for batches of one length, ``"free"`` for sequences packed one after another.
+        padding: ``"padded"``, or ``"none"`` for batches of one length, with transformers' own encoder; ``"free"`` with
+            the lean encoder. If None, what the recipe's encoder does.
         head: ``"sequence-classification"``, ``"token-classification"`` or ``"masked-lm"``.
         num_labels: of a classification head.
         adapter_options: options of `lora_config` that win over the recipe's.
@@ -252,6 +253,8 @@ def estimate(
     target = get_device(device)
     if precision is None:
         precision = "bf16" if target.backend == "cuda" and target.has_bf16 else "float32"
+    if padding is None:
+        padding = "free" if chosen.encoder == "lean" and attention == "sdpa" else "padded"
     given = token_lengths(length)
     lengths = [given] if isinstance(given, int) else given
     longest, typical, residues = batch_lengths(lengths, chosen.micro_batch, padding)

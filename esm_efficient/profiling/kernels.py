@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from esm_efficient.encoder.attention import Ends
 from esm_efficient.profiling.devices import Backend
 
 _FLOAT32_ON_CUDA = frozenset({F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax})
@@ -24,13 +25,11 @@ class Kernels(TorchFunctionMode):
 
     Args:
         backend: of the device.
-        packed: tokens of each sequence, if the batch is sequences one after another; 0 if it is padded.
     """
 
-    def __init__(self, backend: Backend, *, packed: int = 0) -> None:
+    def __init__(self, backend: Backend) -> None:
         super().__init__()
         self._backend = backend
-        self._packed = packed
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run a function as the device would."""
@@ -59,8 +58,6 @@ class Kernels(TorchFunctionMode):
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self._backend == "mps":
             return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, scale=scale)[0]
-        if self._packed:
-            return self._packed_attention(query, key, value, dropout_p, scale)
         if attn_mask is None and query.dtype != torch.float32:
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, scale=scale)[0]
         bias = None
@@ -75,15 +72,12 @@ class Kernels(TorchFunctionMode):
             query, key, value, bias, needs_gradient, dropout_p, scale=scale
         )[0]
 
-    def _packed_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float | None
-    ) -> Tensor:
-        """Attention over sequences that lie one after another: each sees itself alone.
 
-        In float32 it would be the memory-efficient kernel, which holds the same tensors as the flash kernel.
-        """
-        ends = torch.zeros(query.shape[2] // self._packed + 1, dtype=torch.int32)
-        query, key, value = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
-        options = (ends, ends, self._packed, self._packed, dropout_p, False, False)
-        out = torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]
-        return out[None].transpose(1, 2)
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+    """Attention within sequences that lie one after another, as CUDA's kernels of variable length allocate.
+
+    In float32 it would be flex attention, which holds the same tensors as the flash kernel.
+    """
+    longest = max(ends.query_lengths), max(ends.key_lengths)
+    options = (ends.queries, ends.keys, *longest, 0.0, False, False)
+    return torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]

@@ -23,10 +23,12 @@ from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import encoder_layers, ends_with, find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
+from esm_efficient.encoder import apply_lean_encoder
+from esm_efficient.encoder.attention import by_sequence, played_by
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.allocations import AllocationTracker
 from esm_efficient.profiling.devices import Device
-from esm_efficient.profiling.kernels import Kernels
+from esm_efficient.profiling.kernels import Kernels, packed_attention
 from esm_efficient.profiling.memory import CATEGORIES
 from esm_efficient.profiling.optimizers import OPTIMIZERS
 from esm_efficient.profiling.throughput import flops_of
@@ -59,7 +61,7 @@ class Step:
         optimizer: a name in `OPTIMIZERS`.
         attention: transformers' name of the attention implementation, ``"sdpa"`` or ``"eager"``.
         padding: ``"padded"`` if the batch holds padding, ``"none"`` if all its sequences have the same length,
-            ``"free"`` if they are packed one after another.
+            ``"free"`` if the lean encoder computes without padding.
         head: what the model predicts.
         num_labels: labels of a classification head.
         adapter_options: options of `lora_config` that win over the recipe's, as pairs.
@@ -150,8 +152,10 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
         recorder.watch(model)
 
         stack.enter_context(compat.attention_masks(step.padding == "padded"))
-        stack.enter_context(Kernels(step.device.backend, packed=step.tokens if step.padding == "free" else 0))
-        with tracker, _quiet("transformers.modeling_layers"):
+        stack.enter_context(Kernels(step.device.backend))
+        if step.device.backend != "cpu":
+            stack.enter_context(played_by(packed_attention if step.device.backend == "cuda" else by_sequence))
+        with tracker, _quiet("transformers.modeling_layers", "esm_efficient.encoder"):
             _train(model, trainable, optimizer, step, recorder)
         for segment in recorder.segments:
             if segment.phase != "optimizer":
@@ -176,8 +180,8 @@ def _check(step: Step) -> None:
             raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(known)}")
     if step.tokens < 1:
         raise ConfigurationError(f"a sequence of {step.tokens} tokens: expected at least 1")
-    if step.padding == "free" and (step.device.backend != "cuda" or step.attention != "sdpa"):
-        raise ConfigurationError("padding-free attention needs a CUDA device's fused kernels: attention='sdpa'")
+    if step.padding == "free" and step.attention != "sdpa":
+        raise ConfigurationError(f"attention={step.attention!r} goes with padding: the lean encoder has its own")
     wanted = {"float32": "float32", "fp16": "float16"}.get(step.precision, "bfloat16")
     if step.device.flops and wanted not in step.device.flops:
         raise ConfigurationError(
@@ -212,6 +216,8 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
             gradient_checkpointing=recipe.checkpointing,
             dtype=frozen,
         )
+        if step.padding == "free":
+            apply_lean_encoder(model)
     return (model.bfloat16() if step.precision == "pure-bf16" else model).train()
 
 
@@ -257,12 +263,9 @@ def _train(
 
 
 def _batch(step: Step) -> dict[str, Tensor]:
-    rows, tokens = step.recipe.micro_batch, step.tokens
-    shape = (1, rows * tokens) if step.padding == "free" else (rows, tokens)
+    shape = step.recipe.micro_batch, step.tokens
     batch = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
-    if step.padding == "free":
-        batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-    else:
+    if step.padding != "free":  # where all sequences have the average length, and nothing is left to drop
         batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     labels = shape[:1] if step.head == "sequence-classification" else shape
     return batch | {"labels": torch.zeros(labels, dtype=torch.int64)}

@@ -25,6 +25,7 @@ from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.data.encoding import tokenize_dataset
+from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.profiling.memory import peak_memory
@@ -221,6 +222,8 @@ def finetune(
         dtype=torch.bfloat16 if args.bf16 else None,
         label_names=label_names,
     )
+    if chosen.encoder == "lean":
+        apply_lean_encoder(prepared)
     audit = AuditCallback()
     trainer = WeightedTrainer(
         prepared,

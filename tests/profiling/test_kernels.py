@@ -8,7 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esm_efficient.profiling.kernels import Kernels
+from esm_efficient.encoder.attention import attend as lean_attend
+from esm_efficient.encoder.attention import played_by
+from esm_efficient.encoder.packing import Packing
+from esm_efficient.profiling.kernels import Kernels, packed_attention
 
 
 class Names(TorchDispatchMode):
@@ -21,9 +24,9 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def attend(backend, dtype, *, masked=False, packed=0):
-    shape = (1, 4, 3 * packed, 16) if packed else (2, 4, 24, 16)
-    with FakeTensorMode(), Names() as names, Kernels(backend, packed=packed):
+def attend(backend, dtype, *, masked=False):
+    shape = (2, 4, 24, 16)
+    with FakeTensorMode(), Names() as names, Kernels(backend):
         query, key, value = (torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(3))
         mask = torch.ones(2, 1, 24, 24, dtype=torch.bool) if masked else None
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -39,8 +42,6 @@ def attend(backend, dtype, *, masked=False, packed=0):
         ("cuda", torch.float16, {}, "_scaled_dot_product_flash_attention"),
         ("cuda", torch.float32, {}, "_scaled_dot_product_efficient_attention"),
         ("cuda", torch.bfloat16, {"masked": True}, "_scaled_dot_product_efficient_attention"),
-        ("cuda", torch.bfloat16, {"packed": 8}, "_flash_attention_forward"),
-        ("cuda", torch.float32, {"packed": 8}, "_flash_attention_forward"),
         ("cpu", torch.float32, {"masked": True}, "_scaled_dot_product_flash_attention_for_cpu"),
         ("mps", torch.float32, {"masked": True}, "bmm"),
     ],
@@ -49,6 +50,18 @@ def test_attention_runs_the_kernel_of_the_device(backend, dtype, options, kernel
     kernels = attend(backend, dtype, **options)
     assert kernel in kernels
     assert ("bmm" in kernels) == (backend == "mps")
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_packed_attention_runs_a_kernel_of_variable_length(first_only):
+    packing = Packing((3, 8), (5, 8, 8))
+    with FakeTensorMode(), Names() as names, played_by(packed_attention):
+        states = torch.empty(21, 2 if first_only else 3, 4, 16, requires_grad=True)
+        query = torch.empty(3, 1, 4, 16, requires_grad=True) if first_only else None
+        out = lean_attend(states, query, packing)
+        assert out.shape == (3 if first_only else 21, 64)
+        torch.autograd.grad(out.sum(), states)
+    assert {"_flash_attention_forward", "_flash_attention_backward"} <= set(names.seen)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])

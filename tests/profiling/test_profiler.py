@@ -11,7 +11,7 @@ from conftest import make_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from esm_efficient import RECIPES, Profiler, estimate, lora_config, prepare_model
+from esm_efficient import RECIPES, Profiler, apply_lean_encoder, estimate, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError, EsmEfficientError, OutOfMemoryError
 from esm_efficient.profiling.allocations import AllocationTracker
 from esm_efficient.profiling.clock import PhaseClock
@@ -27,11 +27,13 @@ def make_batch(rows=4, tokens=20, padding=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def make_run(recipe="base", **changes):
+def make_run(recipe="base", *, lean=False, **changes):
     model = make_model(hidden_size=64, intermediate_size=256, num_attention_heads=4, **changes)
     settings = RECIPES[recipe]
     adapters = lora_config(model) if settings.preset else None
     model = prepare_model(model, adapters=adapters, gradient_checkpointing=settings.checkpointing).train()
+    if lean:
+        apply_lean_encoder(model)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
 
@@ -56,15 +58,17 @@ def hooks_of(model, optimizer):
     return modules, parameters, len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("recipe", ["base", "gc", "lora", "all"])
-def test_the_peak_is_the_one_that_is_estimated(recipe):
-    model, optimizer = make_run(recipe)
+def test_the_peak_is_the_one_that_is_estimated(recipe, lean):
+    model, optimizer = make_run(recipe, lean=lean)
     batches = [make_batch(4, 60, padding=1) for _ in range(4)]
     with Profiler(model, optimizer, compare_with_matmul=False) as profiler:
         train(model, optimizer, batches, profiler)
     report = profiler.report()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    expected = estimate(base.config, recipe=recipe, micro_batch=4, accumulation=1, length=60)
+    options = {"length": 59} if lean else {"length": 60, "padding": "padded"}
+    expected = estimate(base.config, recipe=recipe, micro_batch=4, accumulation=1, **options)
     assert report.peak.total == pytest.approx(expected.peak.total, rel=0.01)
     assert report.peak_phase == expected.peak_phase
     for category in CATEGORIES:
@@ -207,7 +211,7 @@ def test_a_larger_batch_is_not_missed_between_the_steps_that_are_looked_at():
     lengths = [20, 20, 20, 20, 90, 20, 20]
     with Profiler(model, optimizer, warmup_steps=2, every=100, compare_with_matmul=False) as profiler:
         train(model, optimizer, [make_batch(4, n, padding=1) for n in lengths], profiler)
-    expected = estimate(model.config, recipe="base", micro_batch=4, length=90)
+    expected = estimate(model.config, recipe="base", micro_batch=4, length=90, padding="padded")
     assert profiler.report().peak.total == pytest.approx(expected.peak.total, rel=0.01)
 
 

@@ -1,0 +1,131 @@
+"""Attention within sequences: every backend against attention computed one sequence at a time."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from esm_efficient.encoder import attention
+from esm_efficient.encoder.attention import attend, choose_backend
+from esm_efficient.encoder.packing import Packing
+from esm_efficient.errors import ConfigurationError
+
+LENGTHS = (1, 2, 2, 7)
+HEADS, WIDTH = 2, 16
+
+
+def reference(states, query=None):
+    parts, start = [], 0
+    for number, length in enumerate(LENGTHS):
+        tokens = states[start : start + length].transpose(0, 2)
+        q = tokens[:, 0] if query is None else query[number].transpose(0, 1)
+        scores = q @ tokens[:, -2].transpose(1, 2) * WIDTH**-0.5
+        parts.append((scores.softmax(-1) @ tokens[:, -1]).transpose(0, 1))
+        start += length
+    return torch.cat(parts).flatten(1)
+
+
+def of_ends(query, key, value, query_ends, key_ends, longest_query, longest_key, scale):
+    """What a kernel of variable length is documented to do."""
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    assert longest_query == int(query_ends.diff().max())
+    assert longest_key == int(key_ends.diff().max())
+    parts = []
+    for (a, b), (c, d) in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends), strict=True):
+        q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
+        parts.append(F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def fake_kernels(monkeypatch):
+    """flash-attn and torch's varlen_attn played on a CPU, by their documented signatures."""
+    flash = types.ModuleType("flash_attn")
+    flash.flash_attn_varlen_func = lambda q, k, v, qe, ke, ql, kl, softmax_scale: of_ends(
+        q, k, v, qe, ke, ql, kl, softmax_scale
+    )
+    varlen = types.ModuleType("torch.nn.attention.varlen")
+    varlen.varlen_attn = lambda q, k, v, qe, ke, ql, kl, *, scale: of_ends(q, k, v, qe, ke, ql, kl, scale)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    monkeypatch.setattr(attention, "choose_backend", lambda backend, device, dtype: backend)
+    attention._kernel.cache_clear()
+    yield
+    attention._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["sequences", "flash", "varlen", "flex"])
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_backend_attends_within_sequences_alone(backend, first_only, fake_kernels):
+    torch.manual_seed(0)
+    states = torch.randn(sum(LENGTHS), 2 if first_only else 3, HEADS, WIDTH, requires_grad=backend != "flex")
+    query = torch.randn(len(LENGTHS), 1, HEADS, WIDTH).requires_grad_(backend != "flex") if first_only else None
+    inputs = [states] if query is None else [states, query]
+    expected = reference(states, query)
+    trains = backend != "flex"  # which has no backward pass on a CPU
+    with torch.set_grad_enabled(trains):
+        found = attend(states, query, Packing((4, 7), LENGTHS), backend=backend)
+    assert torch.allclose(found, expected, atol=1e-6)
+    if not trains:
+        return
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_attention_with_dropout_goes_sequence_by_sequence():
+    states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH)
+    packing = Packing((4, 7), LENGTHS)
+    kept = torch.stack([attend(states, None, packing, dropout=0.5) for _ in range(300)])
+    assert torch.allclose(kept.mean(0), reference(states), atol=0.35)
+    assert not torch.allclose(kept[0], kept[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "present", "expected"),
+    [
+        ("cpu", torch.float32, {"flash_attn", "triton"}, "sequences"),
+        ("mps", torch.float32, {"flash_attn"}, "sequences"),
+        ("cuda", torch.bfloat16, {"flash_attn", "torch.nn.attention.varlen", "triton"}, "flash"),
+        ("cuda", torch.float16, {"torch.nn.attention.varlen", "triton"}, "varlen"),
+        ("cuda", torch.float32, {"flash_attn", "torch.nn.attention.varlen", "triton"}, "flex"),
+        ("cuda", torch.float32, set(), "sequences"),
+    ],
+)
+def test_the_best_backend_is_chosen_once_and_said(device, dtype, present, expected, monkeypatch, caplog):
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in present else None)
+    choose_backend.cache_clear()
+    with caplog.at_level(logging.INFO, "esm_efficient"):
+        assert [choose_backend("auto", device, dtype) for _ in range(3)] == [expected] * 3
+    assert len(caplog.messages) == 1
+    assert expected in caplog.messages[0]
+    choose_backend.cache_clear()
+
+
+def test_a_backend_that_cannot_be_had_is_an_error():
+    with pytest.raises(ConfigurationError, match="cannot be had on cpu"):
+        choose_backend("flash", "cpu", torch.float32)
+    with pytest.raises(ConfigurationError, match="expected one of"):
+        choose_backend("fast", "cpu", torch.float32)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", ["auto", "flash", "varlen", "flex", "sequences"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_backends_on_a_gpu(backend, dtype):
+    try:
+        choose_backend(backend, "cuda", dtype)
+    except ConfigurationError as error:
+        pytest.skip(str(error))
+    states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH, device="cuda", dtype=dtype)
+    found = attend(states, None, Packing((4, 7), LENGTHS), backend=backend)
+    assert torch.allclose(found.float(), reference(states.float()), atol=3e-2 if dtype == torch.bfloat16 else 1e-4)

@@ -1,0 +1,126 @@
+"""The autograd Functions: gradcheck, what they keep, and that they refuse to be differentiated twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from esm_efficient.encoder import functions
+from esm_efficient.encoder.attention import SequenceAttention
+from esm_efficient.encoder.functions import LinearResidual, NormLinears, NormMLP, mlp_residual
+from esm_efficient.encoder.layer import RecomputedLayer
+from esm_efficient.encoder.linear import Adapter, Group, Linear
+from esm_efficient.errors import ConfigurationError
+
+TOKENS, WIDTH, HEADS = 5, 4, 1
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def make_group(shapes, *, adapters=1, rotated=0, dropout=0.0):
+    linears = [
+        Linear(
+            draw(outputs, inputs),
+            draw(outputs),
+            tuple(Adapter(draw(2, inputs), draw(outputs, 2), 0.5, dropout, 7) for _ in range(adapters)),
+        )
+        for outputs, inputs in shapes
+    ]
+    return Group(linears, heads=HEADS, rotated=rotated)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("rotates", [True, False])
+def test_norm_linears(dropout, rotates):
+    group = make_group([(WIDTH, WIDTH)] * 3, rotated=2, dropout=dropout)
+    rotation = torch.polar(torch.ones(TOKENS, 1, 2), torch.randn(TOKENS, 1, 2)).to(torch.complex128)
+
+    def run(x, weight, bias, *tensors):
+        turned = rotation if rotates else None
+        return NormLinears.apply(x, weight, bias, 1e-5, turned, False, group, *tensors)
+
+    assert gradcheck(run, (draw(TOKENS, WIDTH), draw(WIDTH), draw(WIDTH), *group.tensors))
+
+
+def test_linear_residual():
+    group = make_group([(WIDTH, WIDTH)])
+    assert gradcheck(
+        lambda inputs, residual, *tensors: LinearResidual.apply(inputs, residual, group, *tensors),
+        (draw(TOKENS, WIDTH), draw(TOKENS, WIDTH), *group.tensors),
+    )
+
+
+@pytest.mark.parametrize("mode", ["kept", "recomputed"])
+def test_norm_mlp_in_pieces(mode, monkeypatch):
+    monkeypatch.setattr(functions, "_ROWS", 2)  # two tokens at a time
+    up, down = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)])
+
+    def run(x, weight, bias, *tensors):
+        return NormMLP.apply(x, weight, bias, 1e-5, mode, False, up, down, *tensors)
+
+    assert gradcheck(run, (draw(TOKENS, WIDTH), draw(WIDTH), draw(WIDTH), *up.tensors, *down.tensors))
+
+
+@pytest.mark.parametrize("lengths", [(5,), (2, 3), (1, 2, 2)])
+def test_sequence_attention(lengths):
+    assert gradcheck(
+        lambda states: SequenceAttention.apply(states, None, lengths, 0.5), (draw(TOKENS, 3, HEADS, WIDTH),)
+    )
+    assert gradcheck(
+        lambda states, query: SequenceAttention.apply(states, query, lengths, 0.5),
+        (draw(TOKENS, 2, HEADS, WIDTH), draw(len(lengths), 1, HEADS, WIDTH)),
+    )
+
+
+def test_a_recomputed_layer():
+    weight = draw(WIDTH, WIDTH)
+    assert gradcheck(
+        lambda x, w: RecomputedLayer.apply(x, lambda states, *_: (states @ w).tanh(), True, w),
+        (draw(TOKENS, WIDTH), weight),
+    )
+
+
+def test_an_mlp_without_output_has_the_same_gradient():
+    up, down, norm = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)]), nn.LayerNorm(WIDTH, dtype=torch.float64)
+    x, upstream = draw(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH, dtype=torch.float64)
+    tensors = [x, *up.tensors, *down.tensors, *norm.parameters()]
+    expected = torch.autograd.grad(mlp_residual(x, norm, up, down), tensors, upstream)
+    states = mlp_residual(x, norm, up, down, keep=False, without_output=True)
+    assert states.untyped_storage().nbytes() == 8
+    for a, b in zip(torch.autograd.grad(states, tensors, upstream), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gelu_is_the_models_own():
+    from transformers.models.esm.modeling_esm import gelu
+
+    x = torch.linspace(-6, 6, 10001)
+    truth, rounding = gelu(x.double()), 3 * torch.finfo(torch.float32).eps * x.abs().clamp(min=1)
+    for values in (gelu(x), nn.functional.gelu(x)):
+        assert ((values - truth).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("function", ["norm", "residual", "mlp", "attention", "layer"])
+def test_differentiating_twice_is_refused(function):
+    group, x = make_group([(WIDTH, WIDTH)]), draw(TOKENS, WIDTH)
+    norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
+    result = {
+        "norm": lambda: functions.norm_linears(x, norm, make_group([(WIDTH, WIDTH)])),
+        "residual": lambda: functions.linear_residual(x, x, group),
+        "mlp": lambda: mlp_residual(x, norm, group, make_group([(WIDTH, WIDTH)])),
+        "attention": lambda: SequenceAttention.apply(
+            x.view(TOKENS, 1, 1, WIDTH).expand(-1, 3, -1, -1), None, (5,), 1.0
+        ),
+        "layer": lambda: RecomputedLayer.apply(x, lambda states, *_: states.tanh(), True),
+    }[function]()
+    with pytest.raises(ConfigurationError, match="differentiated twice"):
+        torch.autograd.grad(result.sum(), x, create_graph=True)

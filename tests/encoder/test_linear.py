@@ -1,0 +1,93 @@
+"""Groups of linear layers against peft's own layers, and their written-out gradients against autograd's."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from esm_efficient.encoder.linear import Adapter, Group, Linear, dropout_mask
+
+HEADS, WIDTH = 2, 8
+
+
+def make_linear(*, outputs=WIDTH, bias=True, adapters=0, dropout=0.0, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype, requires_grad=True)
+
+    loras = tuple(Adapter(draw(3, WIDTH), draw(outputs, 3), 0.7, dropout, seed + n) for n in range(adapters))
+    return Linear(draw(outputs, WIDTH), draw(outputs) if bias else None, loras)
+
+
+def reference(linear, inputs):
+    result = nn.functional.linear(inputs, linear.weight, linear.bias)
+    for adapter in linear.adapters:
+        mask = dropout_mask(inputs.shape, adapter, "cpu", inputs.dtype) if adapter.dropout else 1.0
+        result = result + adapter.scale * (inputs * mask) @ adapter.a.t() @ adapter.b.t()
+    return result
+
+
+def in_group_order(states, rotated):
+    """What a group does to the outputs of its rotated layers: halves of each head interleaved."""
+    if not rotated:
+        return states
+    return states.view(-1, HEADS, 2, WIDTH // HEADS // 2).transpose(2, 3).reshape(states.shape)
+
+
+# Two tokens are too few to add the adapters to the weights, sixty are enough.
+@pytest.mark.parametrize("tokens", [2, 60])
+@pytest.mark.parametrize(("adapters", "dropout"), [(0, 0.0), (1, 0.0), (2, 0.0), (1, 0.5)])
+@pytest.mark.parametrize(("layers", "rotated", "bias"), [(1, 0, True), (3, 2, True), (2, 1, False)])
+def test_a_group_computes_what_its_layers_do(tokens, adapters, dropout, layers, rotated, bias):
+    linears = [make_linear(adapters=adapters, dropout=dropout, bias=bias, seed=10 * n) for n in range(layers)]
+    group = Group(linears, heads=HEADS, rotated=rotated)
+    inputs = torch.randn(tokens, WIDTH, dtype=torch.float64, requires_grad=True)
+    expected = torch.cat([in_group_order(reference(lin, inputs), n < rotated) for n, lin in enumerate(linears)], 1)
+    with torch.no_grad():
+        found = group.forward(inputs)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+    gradient = torch.randn_like(expected)
+    tensors = group.tensors
+    wanted = torch.autograd.grad(expected, [inputs, *tensors], gradient)
+    grads = [None] * len(tensors)
+    with torch.no_grad():
+        to_inputs = group.backward(gradient, inputs, [True] * len(tensors), grads)
+    for name, a, b in zip(itertools.count(), [to_inputs, *grads], wanted, strict=False):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-11), name
+    with torch.no_grad():  # a second piece of a batch adds to what the first has left
+        group.backward(gradient, inputs, [True] * len(tensors), grads)
+    for a, b in zip(grads, wanted[1:], strict=True):
+        assert torch.allclose(a, 2 * b, rtol=1e-11, atol=1e-11)
+
+
+def test_adapters_are_added_to_the_weights_only_where_that_is_exact_and_less_work():
+    def merges(tokens, **options):
+        return Group([make_linear(adapters=1, **options)]).ready(tokens).merged
+
+    assert merges(60, dtype=torch.float32)
+    assert not merges(2, dtype=torch.float32)
+    assert not merges(60, dtype=torch.bfloat16)
+    assert not merges(60, dropout=0.1)
+
+
+def test_dropout_keeps_the_mean_and_draws_the_same_again():
+    adapter = make_linear(adapters=1, dropout=0.25).adapters[0]
+    mask = dropout_mask((100, 100), adapter, "cpu", torch.float32)
+    assert torch.equal(mask, dropout_mask((100, 100), adapter, "cpu", torch.float32))
+    assert mask.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert mask.mean().item() == pytest.approx(1, abs=0.03)
+    assert not torch.equal(mask, dropout_mask((100, 100), adapter._replace(seed=99), "cpu", torch.float32))
+
+
+def test_a_gradient_is_computed_only_where_it_is_needed():
+    group = Group([make_linear(adapters=1)])
+    grads = [None] * 4
+    inputs, gradient = torch.randn(4, WIDTH, dtype=torch.float64), torch.randn(4, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        assert group.backward(gradient, inputs, [False, True, False, True], grads, to_inputs=False) is None
+    assert [grad is not None for grad in grads] == [False, True, False, True]

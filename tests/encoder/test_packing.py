@@ -1,0 +1,64 @@
+"""Packing: every token once, in its place, and equal lengths together."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esm_efficient.encoder.packing import make_packing, runs_of
+
+masks = st.integers(1, 6).flatmap(
+    lambda columns: st.lists(st.lists(st.integers(0, 1), min_size=columns, max_size=columns), min_size=1, max_size=5)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks)
+def test_packing_keeps_tokens_and_puts_zeros_where_padding_was(rows):
+    mask = torch.tensor(rows)
+    states = torch.randn(*mask.shape, 3)
+    packing = make_packing(mask, tuple(mask.shape), None, torch.float32)
+    packed = packing.pack(states)
+    assert packed.shape[0] == packing.tokens == int(mask.sum())
+    assert torch.equal(packing.unpack(packed), states * mask[..., None])
+    assert list(packing.lengths) == sorted(packing.lengths) or packing.index is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=8))
+def test_runs_cover_every_token_once(lengths):
+    runs = runs_of(lengths)
+    assert [length for run in runs for length in [run.length] * run.sequences] == [n for n in lengths if n]
+    ends = [run.start + run.sequences * run.length for run in runs]
+    assert [run.start for run in runs] == [0, *ends[:-1]][: len(runs)]
+    assert all(a.length != b.length for a, b in itertools.pairwise(runs))
+
+
+def test_the_rotation_of_a_token_is_that_of_its_column():
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1]])
+    angles = torch.arange(4.0)[None, :, None].repeat(1, 1, 2)
+    packing = make_packing(mask, (2, 4), (angles.cos(), angles.sin()), torch.float32)
+    # The shorter sequence comes first.
+    columns = torch.tensor([1.0, 3.0, 0.0, 1.0, 2.0, 3.0])
+    assert torch.allclose(packing.rotation.flatten(), torch.polar(torch.ones(6), columns))
+
+
+def test_the_first_tokens_come_back_to_their_rows():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    packing = make_packing(mask, (3, 3), None, torch.float32)
+    states = torch.arange(1.0, 10.0).view(3, 3, 1)
+    padded = packing.unpack(packing.pack(states)[packing.first], first_only=True)
+    assert padded[..., 0].tolist() == [[1, 0, 0], [4, 0, 0], [7, 0, 0]]
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 3)])
+def test_a_batch_without_padding_is_not_gathered(mask):
+    packing = make_packing(mask, (2, 3), None, torch.float32)
+    assert packing.index is None
+    assert packing.lengths == (3, 3)
+    states = torch.randn(2, 3, 4)
+    assert packing.pack(states).data_ptr() == states.data_ptr()
