@@ -68,6 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, help="proteins in one forward pass (default: the recipe's)")
     parser.add_argument("--accumulation", type=int, help="micro-batches an optimizer step (default: the recipe's)")
     parser.add_argument("--learning-rate", type=float, help="peak rate (default: the recipe's)")
+    parser.add_argument("--encoder", choices=["lean", "plain"], help="how the encoder computes (default: the recipe's)")
     parser.add_argument(
         "--class-weights",
         action=argparse.BooleanOptionalAction,
@@ -146,7 +147,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for peft's sake, not the user's
     base = options.model or demo_model_path()
     recipe = get_recipe(options.recipe)
-    changes = {"micro_batch": options.micro_batch, "accumulation": options.accumulation}
+    changes = {"micro_batch": options.micro_batch, "accumulation": options.accumulation, "encoder": options.encoder}
     if options.learning_rate is not None:
         changes["learning_rate"] = options.learning_rate
     recipe = recipe.replace(**{name: value for name, value in changes.items() if value is not None})

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from esm_efficient.encoder.functions import refuse_double_backward
-from esm_efficient.encoder.packing import Packing, runs_of
+from esm_efficient.encoder.functions import PIECES, refuse_double_backward
+from esm_efficient.encoder.packing import Packing, Run, runs_of
 from esm_efficient.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -149,16 +149,13 @@ class SequenceAttention(Function):
     def forward(ctx: Any, states: Tensor, query: Tensor | None, lengths: tuple[int, ...], scale: float) -> Tensor:
         """(queries, heads, head width)."""
         ctx.lengths, ctx.scale = lengths, scale
-        runs = runs_of(lengths)
+        runs = _pieces(lengths)
         queries = states if query is None else query
         result = states.new_empty(queries.shape[0], *states.shape[2:])
         sums = []
-        for run, (q, k, v, out) in zip(runs, _views(runs, states, query, result), strict=True):
+        for q, k, v, out in _views(runs, states, query, result):
             part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
-            if len(runs) == 1:
-                result = part.transpose(1, 2).reshape(run.sequences * q.shape[2], *states.shape[2:])
-            else:
-                out.copy_(part)
+            out.copy_(part)
             sums.append(total)
         ctx.save_for_backward(states, query, result, *sums)
         return result
@@ -168,7 +165,7 @@ class SequenceAttention(Function):
         """Of the states, where the forward pass has read them."""
         refuse_double_backward()
         states, query, result, *sums = ctx.saved_tensors
-        runs = runs_of(ctx.lengths)
+        runs = _pieces(ctx.lengths)
         d_states, d_query = torch.empty_like(states), None if query is None else torch.empty_like(query)
         inputs, outputs = _views(runs, states, query, result), _views(runs, d_states, d_query, gradient)
         for (q, k, v, out), (dq, dk, dv, d_out), total in zip(inputs, outputs, sums, strict=True):
@@ -180,8 +177,13 @@ class SequenceAttention(Function):
         return d_states, d_query, None, None
 
 
+def _pieces(lengths: tuple[int, ...]) -> list[Run]:
+    """The runs, in pieces of the batch, because a kernel returns in new memory what then goes to its place."""
+    return runs_of(lengths, most=sum(lengths) / PIECES)
+
+
 def _views(
-    runs: list[Any], states: Tensor, query: Tensor | None, result: Tensor
+    runs: list[Run], states: Tensor, query: Tensor | None, result: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Query, key, value and result of each run, as (sequences, heads, tokens, head width)."""
     views, sequence = [], 0
@@ -211,7 +213,7 @@ def by_sequence(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: fl
     return torch.cat(parts)
 
 
-def _query_runs(ends: Ends) -> list[Any]:
+def _query_runs(ends: Ends) -> list[Run]:
     """The runs of the keys, with the number of queries of their sequences."""
     if ends.query_lengths == ends.key_lengths:
         return list(runs_of(ends.key_lengths))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from esm_efficient.encoder.linear import Group, Ready
 from esm_efficient.errors import ConfigurationError
 
-_ROWS, _PIECES = 512, 4
+_ROWS, PIECES = 512, 8
 """The MLP runs in at most so many pieces of the batch, each of at least so many tokens."""
 
 Norm = tuple[Tensor, Tensor | None, Tensor | None, float]
@@ -279,7 +279,7 @@ def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
 
 def _chunks(x: Tensor) -> list[slice]:
     """Pieces of a batch, so that the MLP's inner states of all tokens are never there at once beyond what is kept."""
-    size = max(_ROWS, -(-x.shape[0] // _PIECES))
+    size = max(_ROWS, -(-x.shape[0] // PIECES))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 

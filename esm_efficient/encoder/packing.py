@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,8 +80,12 @@ class Packing:
         return padded.index_copy_(0, index, states).view(rows, columns, -1)
 
 
-def runs_of(lengths: Sequence[int]) -> list[Run]:
+def runs_of(lengths: Sequence[int], *, most: float = math.inf) -> list[Run]:
     """Neighbouring sequences of equal length, together.
+
+    Args:
+        lengths: tokens of each sequence.
+        most: tokens of a run, beyond which it takes no further sequence.
 
     Example:
         >>> runs_of([3, 3, 5])
@@ -89,7 +94,7 @@ def runs_of(lengths: Sequence[int]) -> list[Run]:
     runs: list[Run] = []
     start = 0
     for length in lengths:
-        if length and runs and runs[-1].length == length:
+        if length and runs and runs[-1].length == length and (runs[-1].sequences + 1) * length <= most:
             runs[-1] = runs[-1]._replace(sequences=runs[-1].sequences + 1)
         elif length:
             runs.append(Run(start, 1, length))

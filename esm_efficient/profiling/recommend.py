@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from esm_efficient.adapters.registry import PRESETS, find_architecture
+from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import ConfigurationError, EsmEfficientError, OutOfMemoryError
 from esm_efficient.profiling.devices import Device, get_device
 from esm_efficient.profiling.estimate import MARGIN, Estimate, estimate
 from esm_efficient.profiling.lengths import token_lengths
 from esm_efficient.profiling.memory import CATEGORIES, Memory
 from esm_efficient.profiling.simulate import Head, Precision
-from esm_efficient.recipes import RECIPES, Recipe, Trains, get_recipe
+from esm_efficient.recipes import RECIPES, Encoder, Recipe, Trains, get_recipe
 from esm_efficient.reporting import format_bytes, format_table
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ def _recipe_of(model: Any) -> tuple[Recipe, dict[str, Any] | None]:
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     checkpointing = bool(getattr(base, "is_gradient_checkpointing", False))
+    encoder: Encoder = "lean" if has_lean_encoder(base) else "plain"
     if configs:
         config = next(iter(configs.values()))
         targets = config.target_modules
@@ -343,9 +345,10 @@ def _recipe_of(model: Any) -> tuple[Recipe, dict[str, Any] | None]:
             words = presets.get(frozenset(targets), ", ".join(sorted(targets)))
             options["target_modules"] = sorted(targets)
         r = getattr(config, "r", 8)
-        return Recipe("this run", "adapters", 1e-3, checkpointing=checkpointing, preset=words, r=r), options
+        settings: dict[str, Any] = {"checkpointing": checkpointing, "preset": words, "r": r, "encoder": encoder}
+        return Recipe("this run", "adapters", 1e-3, **settings), options
     trains: Trains = "all" if all(p.requires_grad for n, p in base.named_parameters() if ".layer.0." in n) else "head"
-    return Recipe("this run", trains, 1e-4, checkpointing=checkpointing), None
+    return Recipe("this run", trains, 1e-4, checkpointing=checkpointing, encoder=encoder), None
 
 
 def _too_large(e: Estimate, margin: float) -> str:

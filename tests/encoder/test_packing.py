@@ -36,6 +36,8 @@ def test_runs_cover_every_token_once(lengths):
     ends = [run.start + run.sequences * run.length for run in runs]
     assert [run.start for run in runs] == [0, *ends[:-1]][: len(runs)]
     assert all(a.length != b.length for a, b in itertools.pairwise(runs))
+    for run in runs_of(lengths, most=5):
+        assert run.sequences == 1 or run.sequences * run.length <= 5
 
 
 def test_the_rotation_of_a_token_is_that_of_its_column():
