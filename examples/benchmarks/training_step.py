@@ -14,9 +14,9 @@ weights and the same batches:
 - ``checkpointing``: random batches with gradient checkpointing, against ``recompute="layer"``.
 - ``prediction``: random batches without gradients.
 
-Ratios are medians over the batches of a step's residues per second. Activation bytes are the highest sum of what a
-forward and a backward pass hold beyond weights, gradients and optimizer state, from the allocator's own events. The
-gradient's error is that of the whole vector. ``matmul_share`` is the rate of the FLOPs that the mathematics needs, as a
+Ratios are medians over the batches: of a step's residues per second, and of its activation bytes, the highest sum of
+what a forward and a backward pass hold beyond weights, gradients and optimizer state, from the allocator's own events.
+The gradient's error is that of the whole vector. ``matmul_share`` is the rate of the FLOPs that the mathematics needs, as a
 share of the measured rate of a float32 matrix product of the MLP's shape. With ``--others``, other packages' encoders
 run beside it, as far as they are installed.
 """
@@ -246,8 +246,11 @@ def compare_sides(name: str, baseline: Side, lean: Side, batches: list[Batch], s
             shares.append(need / lean.seconds[-1] / rate)
         else:
             shares.append(float("nan"))
-    held = {what: side.activation_bytes(longest) for what, side in (("baseline", baseline), ("lean", lean))}
+    held = {
+        what: [side.activation_bytes(b) for b in batches] for what, side in (("baseline", baseline), ("lean", lean))
+    }
     ratios = [b / a for b, a in zip(baseline.seconds, lean.seconds, strict=True)]
+    held_ratios = [a / b for b, a in zip(held["baseline"], held["lean"], strict=True)]
     raw = {
         what: {
             "seconds": side.seconds,
@@ -261,7 +264,7 @@ def compare_sides(name: str, baseline: Side, lean: Side, batches: list[Batch], s
         "baseline": name,
         **note,
         "residues_per_s_ratio": statistics.median(ratios),
-        "activation_ratio": held["lean"] / held["baseline"],
+        "activation_ratio": statistics.median(held_ratios),
         "gradient_error": error if lean.trains else None,
         "output_error": None if lean.trains else error,
         "matmul_share": statistics.median(shares) if lean.trains else None,
@@ -357,7 +360,7 @@ def main() -> None:
                 f"{row['baseline']} ({row['trains']})",
                 f"{row['residues_per_s_ratio']:.2f} (goal {speed})",
                 f"{row['activation_ratio']:.2f}" + (f" (goal {memory})" if memory else ""),
-                format_bytes(row["sides"]["lean"]["activation_bytes"]),
+                format_bytes(max(row["sides"]["lean"]["activation_bytes"])),
                 "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}",
                 "" if row["matmul_share"] is None else f"{row['matmul_share']:.2f}",
                 f"{row['non_padding']:.2f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ def run(script, *options, timeout=240):
 def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
     file = tmp_path / "accuracy.json"
     options = {"sizes": ["8M"], "recipes": RECIPES, "precisions": ["float32"], "lengths": [40], "batches": [2]}
+    encoders = ["lean", "plain"]
     arguments = [word for name, values in options.items() for word in (f"--{name}", *values)]
     result = run("estimate_accuracy.py", *arguments, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
-    assert [row["what"].split()[1] for row in record["rows"]] == RECIPES
+    rows = [row["what"].split()[1:3] for row in record["rows"]]
+    assert rows == [[recipe, encoder] for recipe in RECIPES for encoder in encoders]
     for row in record["rows"]:
         assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.05)
         assert row["predicted_bytes"] == row["predicted"]["total"]
@@ -46,3 +49,29 @@ def test_the_profilers_overhead_is_printed_and_written(tmp_path):
     assert row["overhead"] == pytest.approx(row["profiler_seconds_per_step"] / row["seconds_per_step"])
     assert (row["overhead"] > 0.02) == (result.returncode == 1)
     assert "lora" in result.stdout
+
+
+def test_the_lean_encoder_is_set_against_every_baseline(tmp_path):
+    file = tmp_path / "step.json"
+    baselines = ["default", "grouped", "tutorial", "checkpointing", "prediction"]
+    options = ["--model", "demo", "--batches", "2", "--longest", "150", "--others", "esme", "flex"]
+    result = run("training_step.py", *options, "--baselines", *baselines, "--json", file)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert [row["baseline"] for row in record["rows"]] == ["default", "grouped", "tutorial", *baselines[2:]]
+    for row in record["rows"]:
+        sides = row["sides"]
+        ratios = [
+            a / b for a, b in zip(*(sides[name]["activation_bytes"] for name in ("lean", "baseline")), strict=True)
+        ]
+        assert row["activation_ratio"] == pytest.approx(statistics.median(ratios))
+        assert 0 < row["activation_ratio"] < 1
+        assert row["residues_per_s_ratio"] > 0
+        if row["baseline"] == "prediction":
+            assert row["output_error"] < 1e-5
+        elif row["baseline"] != "tutorial" or row["trains"] == "all":
+            assert row["gradient_error"] < 1e-5
+            assert row["matmul_share"] > 0
+    assert {row["package"] for row in record["others"]} == {"esme", "flex"}
+    for row in record["others"]:
+        assert row.get("reason") or row["output_error"] < 1e-4
