@@ -151,5 +151,15 @@ def reads_first_token(model: nn.Module) -> bool:
         return False
     head = getattr(model.classifier, "modules_to_save", None)
     heads = [model.classifier] if head is None else list(head.values())
+    if any("forward" in module.__dict__ for module in (model, *heads)):
+        return False
     known = EsmForSequenceClassification.forward, EsmClassificationHead.forward
     return type(model).forward is known[0] and all(type(h).forward is known[1] for h in heads)
+
+
+def has_flex_attention() -> bool:
+    """Whether torch's flex attention can be trained with under torch.compile; that of torch 2.6 cannot."""
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 7)

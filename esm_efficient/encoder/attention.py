@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from esm_efficient import compat
 from esm_efficient.encoder.functions import PIECES, refuse_double_backward
 from esm_efficient.encoder.packing import Packing, Run, runs_of
 from esm_efficient.errors import ConfigurationError
@@ -82,7 +83,8 @@ def attend(
         ends = Ends(packing, query is not None, states.device)
         q = states[:, 0] if query is None else query[:, 0]
         return _played(q, states[:, -2], states[:, -1], ends, scale).flatten(1)
-    chosen = choose_backend(backend, states.device.type, states.dtype) if not dropout else "sequences"
+    device = states.device
+    chosen = "sequences" if dropout else choose_backend(backend, device, states.dtype, states.shape[-1])
     if chosen == "sequences" and states.device.type == "cpu" and not dropout:
         return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)
     ends = Ends(packing, query is not None, states.device)
@@ -112,29 +114,36 @@ def played_by(kernel: Kernel) -> Iterator[None]:
 
 
 @lru_cache
-def choose_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that `attend` uses; said once in the log.
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """The backend that `attend` uses for heads of some width; said once in the log.
 
     Raises:
         ConfigurationError: no backend has that name, or it cannot be had for this device and type.
     """
     if backend not in BACKENDS:
         raise ConfigurationError(f"attention={backend!r}: expected one of {', '.join(BACKENDS)}")
-    half = dtype in (torch.float16, torch.bfloat16)
+    cuda = device.type == "cuda"
+    # FlashAttention-2 wants half precision, heads of a multiple of 8 up to 256, and an Ampere GPU or a later one.
+    half = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
+    flash = cuda and half and torch.cuda.get_device_capability(device) >= (8, 0)
+    # Flex attention wants heads of a power of two, at least 16.
+    flex = cuda and width >= 16 and width & (width - 1) == 0 and compat.has_flex_attention()
     possible = {
-        "flash": device == "cuda" and half and importlib.util.find_spec("flash_attn") is not None,
-        "varlen": device == "cuda" and half and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "flex": device == "cuda" and importlib.util.find_spec("triton") is not None,
+        "flash": flash and importlib.util.find_spec("flash_attn") is not None,
+        "varlen": flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flex": flex and importlib.util.find_spec("triton") is not None,
         "sequences": True,
     }
     if backend == "auto":
         chosen = next(name for name, can in possible.items() if can)
-        logger.info("padding-free attention on %s in %s: %s", device, dtype, chosen)
+        logger.info("padding-free attention on %s in %s: %s", device.type, dtype, chosen)
         return chosen
-    if backend == "flex" and device == "cpu":
+    if backend == "flex" and device.type == "cpu":
         return backend  # uncompiled and slow, but right: for tests of what is asked of it
     if not possible[backend]:
-        raise ConfigurationError(f"attention={backend!r} cannot be had on {device} in {dtype}: take 'auto'")
+        raise ConfigurationError(
+            f"attention={backend!r} cannot be had on {device.type} in {dtype} for heads of {width}: take 'auto'"
+        )
     return backend
 
 

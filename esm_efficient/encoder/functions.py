@@ -8,7 +8,7 @@ kept: ten times the width. None of them can be differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,26 @@ from esm_efficient.errors import ConfigurationError
 _ROWS, PIECES = 512, 8
 """The MLP runs in at most so many pieces of the batch, each of at least so many tokens."""
 
-Norm = tuple[Tensor, Tensor | None, Tensor | None, float]
+
+class Norm(NamedTuple):
+    """What a ``torch.nn.LayerNorm`` over the last axis computes with."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        """The tensors of a module."""
+        return cls(module.weight, module.bias, module.eps)
 
 
-def norm_linears(x: Tensor, norm: Any, group: Group, *, rotation: Tensor | None = None) -> Tensor:
+def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None = None) -> Tensor:
     """Layer norm, linear layers in one product, rotary positions.
 
     Args:
         x: shape (tokens, width).
-        norm: a ``torch.nn.LayerNorm``.
+        norm: the layer norm.
         group: the linear layers; `Group.rotated` of them are rotated.
         rotation: complex of shape (tokens, 1, head width / 2).
 
@@ -45,13 +56,13 @@ def linear_residual(inputs: Tensor, residual: Tensor, group: Group) -> Tensor:
 
 
 def mlp_residual(
-    x: Tensor, norm: Any, up: Group, down: Group, *, keep: bool = True, without_output: bool = False
+    x: Tensor, norm: Norm, up: Group, down: Group, *, keep: bool = True, without_output: bool = False
 ) -> Tensor:
     """``x + down(gelu(up(norm(x))))`` of shape (tokens, width).
 
     Args:
         x: shape (tokens, width).
-        norm: a ``torch.nn.LayerNorm``.
+        norm: the layer norm.
         up: the layer that widens.
         down: the layer that narrows.
         keep: keep the pre-activation for the backward pass, or compute it again there.
@@ -161,12 +172,12 @@ class NormMLP(Function):
             computes = not without_output or mode == "kept"
             ready_up, ready_down = (group.ready(x.shape[0]) if computes else None for group in (up, down))
             for rows in _chunks(x) if computes else ():
-                inner = up.forward(_norm(x[rows], weight, bias, eps)[0], ready=ready_up)
+                inner = up.at(rows.start).forward(_norm(x[rows], weight, bias, eps)[0], ready=ready_up)
                 if mode == "kept":
                     kept.append(inner)
                 if not without_output:
                     inner = F.gelu(inner) if mode == "kept" else torch.ops.aten.gelu_(inner)
-                    _add_into(result[rows], down, ready_down, inner.to(down.dtype), x[rows])
+                    _add_into(result[rows], down.at(rows.start), ready_down, inner.to(down.dtype), x[rows])
                 del inner
         ctx.kept = len(kept)
         ctx.save_for_backward(x, weight, bias, *tensors, *kept)
@@ -193,17 +204,18 @@ class NormMLP(Function):
             normed = mean = deviation = None
             if to_norm or any(needs_up) or not kept:
                 normed, mean, deviation = _norm(x[rows], weight, bias, ctx.eps)
-            inner = kept[number] if kept else up.forward(normed, ready=ready_up)
+            of_up, of_down = up.at(rows.start), down.at(rows.start)
+            inner = kept[number] if kept else of_up.forward(normed, ready=ready_up)
             outer = gradient[rows].to(down.dtype)
             active = F.gelu(inner) if any(needs_down) else None
-            d_inner = down.backward(outer, active, needs_down, grads_down, to_inputs=to_up, ready=ready_down)
+            d_inner = of_down.backward(outer, active, needs_down, grads_down, to_inputs=to_up, ready=ready_down)
             del active
             if d_inner is None:
                 continue
             d_inner = d_inner.to(inner.dtype)
             torch.ops.aten.gelu_backward.grad_input(d_inner, inner, grad_input=d_inner)
             del inner
-            d_normed = up.backward(d_inner, normed, needs_up, grads_up, to_inputs=to_norm, ready=ready_up)
+            d_normed = of_up.backward(d_inner, normed, needs_up, grads_up, to_inputs=to_norm, ready=ready_up)
             del d_inner, normed
             if d_normed is None:
                 continue

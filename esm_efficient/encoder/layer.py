@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from esm_efficient.encoder.attention import attend
-from esm_efficient.encoder.functions import linear_residual, mlp_residual, norm_linears, refuse_double_backward
+from esm_efficient.encoder.functions import Norm, linear_residual, mlp_residual, norm_linears, refuse_double_backward
 from esm_efficient.encoder.linear import Group
 from esm_efficient.encoder.packing import Packing
-from esm_efficient.encoder.reading import autocast_dtype, is_norm, read_group
+from esm_efficient.encoder.reading import autocast_dtype, is_norm, read_group, trainable_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ class Parts:
         attention_output: the layer after attention.
         up: the MLP's first layer.
         down: its second.
+        norms: the layer norms before attention and before the MLP.
+        trainable: the tensors that train.
+        draws: whether something draws random numbers that no seed was noted for.
     """
 
     layer: Any
@@ -40,11 +43,9 @@ class Parts:
     attention_output: Group | None
     up: Group | None
     down: Group | None
-
-    @property
-    def lean(self) -> bool:
-        """Whether every part is known."""
-        return None not in (self.qkv, self.attention_output, self.up)
+    norms: tuple[Norm | None, Norm | None]
+    trainable: tuple[Tensor, ...]
+    draws: bool
 
 
 def read_parts(layer: Any) -> tuple[Parts, list[str]]:
@@ -73,7 +74,16 @@ def read_parts(layer: Any) -> tuple[Parts, list[str]]:
     down = known([layer.output.dense], None, layer.output.dropout)
     if up is None or down is None:
         up = down = None
-    return Parts(layer, qkv, after, up, down), reasons
+    norms = tuple(Norm.of(norm) if is_norm(norm) else None for norm in (attention.LayerNorm, layer.LayerNorm))
+    draws = layer.training and (bool(inner.dropout) or None in (qkv, after, up))
+
+    # What is computed with and nothing besides: FSDP hides a flat parameter in the layer, of which these are views.
+    tensors = [tensor for norm in norms if norm is not None for tensor in (norm.weight, norm.bias)]
+    own = {attention: qkv, attention.output: after, layer.intermediate: up, layer.output: down, layer.LayerNorm: up}
+    for module, group in own.items():
+        tensors += trainable_tensors(module) if group is None else group.tensors
+    trainable = {id(tensor): tensor for tensor in tensors if tensor is not None and tensor.requires_grad}
+    return Parts(layer, qkv, after, up, down, cast(Any, norms), tuple(trainable.values()), draws), reasons
 
 
 def run_layer(
@@ -91,8 +101,7 @@ def run_layer(
 
     if recompute != "layer" or not torch.is_grad_enabled():
         return run(x, recompute == "none", False), reasons
-    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    return RecomputedLayer.apply(x, run, parts.lean, *trainable), reasons
+    return RecomputedLayer.apply(x, run, parts.draws, *parts.trainable), reasons
 
 
 class RecomputedLayer(Function):
@@ -103,14 +112,14 @@ class RecomputedLayer(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor, bool, bool], Tensor], lean: bool, *trainable: Tensor
+        ctx: Any, x: Tensor, run: Callable[[Tensor, bool, bool], Tensor], draws: bool, *trainable: Tensor
     ) -> Tensor:
-        """Whatever draws random numbers in a layer that is not all known draws the same ones again."""
+        """`draws` says that the layer draws random numbers, which must be the same again."""
         ctx.save_for_backward(x)
         ctx.run, ctx.trainable = run, trainable
         device = x.device.type
         ctx.autocast = autocast_dtype(device)
-        ctx.random = None if lean else _random_state(x.device)
+        ctx.random = _random_state(x.device) if draws else None
         return run(x, False, False)
 
     @staticmethod
@@ -126,6 +135,8 @@ class RecomputedLayer(Function):
             inputs = x.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.autocast(device, ctx.autocast, enabled=ctx.autocast is not None):
                 states = ctx.run(inputs, False, True)
+        if not states.requires_grad:  # what trains in this layer is in no use
+            return (None,) * (3 + len(ctx.trainable))
         wanted = [tensor for tensor in (inputs, *ctx.trainable) if tensor.requires_grad]
         found = iter(torch.autograd.grad(states, wanted, gradient, allow_unused=True))
         grads = [next(found) if tensor.requires_grad else None for tensor in (inputs, *ctx.trainable)]
@@ -148,15 +159,16 @@ def _run(
     first = torch.tensor(packing.first, device=x.device) if first_only else None
     residual = x if first is None else x.index_select(0, first)
     query = None
-    if parts.qkv is None:
+    norm, norm_mlp = parts.norms
+    if parts.qkv is None or norm is None:
         states = _own_queries(attention, x, packing)
     elif first is None:
-        states = norm_linears(x, attention.LayerNorm, parts.qkv, rotation=packing.rotation)
+        states = norm_linears(x, norm, parts.qkv, rotation=packing.rotation)
     else:
         q, *rest = parts.qkv.linears
         rotation = None if packing.rotation is None else packing.rotation.index_select(0, first)
-        states = norm_linears(x, attention.LayerNorm, parts.qkv.take(rest, rotated=1), rotation=packing.rotation)
-        query = norm_linears(residual, attention.LayerNorm, parts.qkv.take([q], rotated=1), rotation=rotation)
+        states = norm_linears(x, norm, parts.qkv.take(rest, rotated=1), rotation=packing.rotation)
+        query = norm_linears(residual, norm, parts.qkv.take([q], rotated=1), rotation=rotation)
     if first is not None and query is None:
         query, states = states[:, :1].index_select(0, first), states[:, 1:]
     mixed = attend(states, query, packing, backend=backend, dropout=dropout)
@@ -166,9 +178,9 @@ def _run(
     else:
         after = linear_residual(mixed, residual, parts.attention_output)
     del mixed, residual
-    if parts.up is None or parts.down is None:
+    if parts.up is None or parts.down is None or norm_mlp is None:
         return layer.output(layer.intermediate(layer.LayerNorm(after[None])), after[None])[0]
-    return mlp_residual(after, layer.LayerNorm, parts.up, parts.down, keep=keep, without_output=without_output)
+    return mlp_residual(after, norm_mlp, parts.up, parts.down, keep=keep, without_output=without_output)
 
 
 def _own_queries(attention: Any, x: Tensor, packing: Packing) -> Tensor:

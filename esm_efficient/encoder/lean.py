@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +16,15 @@ from esm_efficient import compat
 from esm_efficient.encoder.attention import BACKENDS
 from esm_efficient.encoder.layer import RECOMPUTES, Recompute, run_layer
 from esm_efficient.encoder.packing import Packing, make_packing
+from esm_efficient.encoder.reading import trainable_tensors
 from esm_efficient.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "return_dict", "use_cache")
+"""What a call may be given and the lean encoder reads, or nobody does."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PASSIVE = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
 """Whose hooks may see packed tokens, or nothing at all."""
@@ -62,6 +66,8 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         >>> type(model).__name__
         'EsmForSequenceClassification'
     """
+    from transformers import EsmForSequenceClassification
+
     if recompute not in RECOMPUTES:
         raise ConfigurationError(f"recompute={recompute!r}: expected one of {', '.join(RECOMPUTES)}")
     if attention not in BACKENDS:
@@ -74,6 +80,13 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
             raise ConfigurationError("a decoder or a model with cross-attention has no padding-free encoder")
     remove_lean_encoder(model)
     for esm in found:
+        for module in (esm, esm.encoder, *_layers(esm)):
+            if "forward" in module.__dict__:
+                raise ConfigurationError(
+                    f"the forward of {type(module).__name__} has been replaced already, by accelerate's hooks or by "
+                    "another library, and would be lost"
+                )
+    for esm in found:
         state = _State(recompute, attention)
         for module in (esm, esm.encoder, *_layers(esm)):
             module._lean = state
@@ -83,7 +96,7 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         for layer in _layers(esm):
             layer.forward = partial(_layer_forward, layer)
     for module in model.modules():
-        if compat.reads_first_token(module):
+        if isinstance(module, EsmForSequenceClassification):
             of_head: _State = cast(Any, module).esm._lean
             of_head.handles = [
                 module.register_forward_pre_hook(_head_begins),
@@ -104,10 +117,7 @@ def remove_lean_encoder(model: Model) -> Model:
             continue
         for handle in state.handles:
             handle.remove()
-        for layer in _layers(esm):
-            if layer.__dict__.get("_lean_checkpoint") is not None:
-                layer._gradient_checkpointing_func = layer._lean_checkpoint
-                del layer._lean_checkpoint
+        _restore_checkpointing(esm)
         for module in (esm, esm.encoder, *_layers(esm)):
             for name in ("_lean", "forward", "_create_attention_masks"):
                 module.__dict__.pop(name, None)
@@ -127,16 +137,25 @@ class _Call:
     mask: Tensor | None
     position_ids: Tensor | None
     detach: bool
+    first_only: bool
+
+
+class _UnderWay(threading.local):
+    """The forward pass that is under way in a thread, and the encoder of which only first tokens will be read."""
+
+    call: _Call | None = None
+    first_only_of: Any = None
+
+
+_under_way = _UnderWay()
 
 
 @dataclass
 class _State:
-    """What has been applied to a model, and the call that is under way."""
+    """What has been applied to a model."""
 
     recompute: Recompute
     attention: str
-    first_only: bool = False
-    call: _Call | None = None
     said: set[str] = field(default_factory=set)
     handles: list[Any] = field(default_factory=list)
 
@@ -161,14 +180,20 @@ def _layers(esm: Any) -> list[Any]:
     return [module for module in esm.encoder.layer.modules() if isinstance(module, EsmLayer)]
 
 
+@torch.compiler.disable
 def _head_begins(model: Any, inputs: Any) -> None:
-    model.esm._lean.first_only = True
+    """Say that the head behind the encoder reads first tokens alone, if that is so and nobody else looks on."""
+    watched = (model.esm, model.esm.encoder, *model.classifier.modules())
+    if compat.reads_first_token(model) and not any(map(_is_hooked, watched)):
+        _under_way.first_only_of = model.esm
 
 
+@torch.compiler.disable
 def _head_ends(model: Any, inputs: Any, output: Any) -> None:
-    model.esm._lean.first_only = False
+    _under_way.first_only_of = None
 
 
+@torch.compiler.disable
 def _model_forward(
     esm: Any,
     input_ids: Tensor | None = None,
@@ -181,6 +206,15 @@ def _model_forward(
 ) -> Any:
     """EsmModel.forward, with what its encoder needs to know laid out for it."""
     state = esm._lean
+    first_only = _under_way.first_only_of is esm
+    _under_way.first_only_of = None  # so that no call after one that was interrupted finds it
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    home = getattr(next(esm.parameters(), None), "device", None)
+    if tokens is not None and home is not None and tokens.is_cuda and home.type == "cuda" and tokens.device != home:
+        raise ConfigurationError(
+            f"tokens on {tokens.device} for a model on {home}: torch.nn.DataParallel cannot copy a lean encoder; start "
+            "one process for each GPU (torchrun), or call remove_lean_encoder(model) first"
+        )
     given = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -190,29 +224,32 @@ def _model_forward(
         "encoder_attention_mask": encoder_attention_mask,
         **kwargs,
     }
-    reason = _why_plain(esm, given)
+    reason = _why_plain(esm, given, first_only)
     if reason:
         state.say("the encoder computes with padding and keeps everything: %s", reason)
+        _restore_checkpointing(esm)
         return type(esm).forward(esm, **given)
-    state.call = _Call(esm, attention_mask, position_ids, inputs_embeds is None and not _reads_gradient(esm.embeddings))
+    reads_gradient = inputs_embeds is not None or _reads_gradient(esm.embeddings)
+    _under_way.call = _Call(esm, attention_mask, position_ids, not reads_gradient, first_only)
     try:
         return type(esm).forward(esm, **given)
     finally:
-        state.call = None
+        _under_way.call = None
 
 
-def _why_plain(esm: Any, given: dict[str, Any]) -> str:
+def _why_plain(esm: Any, given: dict[str, Any], first_only: bool) -> str:
     """Why a call must compute as if nothing had been applied; empty if it need not."""
     for name in ("output_hidden_states", "output_attentions"):
         wanted = given.get(name)
         if getattr(esm.config, name, False) if wanted is None else wanted is not False:
             return f"{name} was asked for"
-    if given["encoder_hidden_states"] is not None:
-        return "encoder_hidden_states were given"
+    for name, value in given.items():
+        if value is not None and value is not False and name not in _READ:
+            return f"{name} was given"
     mask = given["attention_mask"]
     if mask is not None and mask.dim() != 2:
         return f"the attention mask has {mask.dim()} dimensions"
-    if esm._lean.first_only and mask is not None and not bool(mask[:, 0].all()):
+    if (first_only or esm.pooler is not None) and mask is not None and not bool(mask[:, 0].all()):
         return "a sequence does not begin at the first column"
     for path, module in esm.encoder.layer.named_modules():
         if _is_hooked(module):
@@ -238,7 +275,7 @@ def _reads_gradient(embeddings: Any) -> bool:
     Reentrant checkpointing needs embeddings whose output requires a gradient, and transformers puts a hook on them for
     that; the lean encoder does not need it.
     """
-    if any(parameter.requires_grad for parameter in embeddings.parameters()):
+    if trainable_tensors(embeddings):
         return True
     return any(
         getattr(hook, "__name__", "") != "make_inputs_require_grads"
@@ -250,19 +287,17 @@ def _reads_gradient(embeddings: Any) -> bool:
 
 def _no_masks(esm: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """Keep transformers from making a quadratic mask that nobody reads."""
-    if esm._lean.call is None:
+    if _under_way.call is None:
         return type(esm)._create_attention_masks(esm, attention_mask=attention_mask, **kwargs)
     return None, None
 
 
-@torch.compiler.disable
 def _encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     """EsmEncoder.forward on packed tokens."""
     from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 
-    state = cast(_State, encoder._lean)
-    call = state.call
-    if call is None:
+    call = _under_way.call
+    if call is None or call.esm.encoder is not encoder:
         return type(encoder).forward(encoder, hidden_states, **kwargs)
     if call.detach and hidden_states.requires_grad:
         hidden_states = hidden_states.detach()
@@ -273,12 +308,12 @@ def _encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     states = packing.pack(hidden_states)
     del hidden_states
     last = len(encoder.layer) - 1
+    _route_checkpointing(call.esm)
     for number, layer in enumerate(encoder.layer):
-        _route_checkpointing(layer)
-        states = layer(states, packing=packing, first_only=state.first_only and number == last)
+        states = layer(states, packing=packing, first_only=call.first_only and number == last)
     if encoder.emb_layer_norm_after:
         states = encoder.emb_layer_norm_after(states)
-    padded = packing.unpack(states, first_only=state.first_only)
+    padded = packing.unpack(states, first_only=call.first_only)
     return BaseModelOutputWithCrossAttentions(last_hidden_state=padded)
 
 
@@ -301,12 +336,21 @@ def _layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = 
     return states
 
 
-def _route_checkpointing(layer: Any) -> None:
-    """Keep transformers' own checkpointing from wrapping a layer that recomputes by itself."""
-    function = getattr(layer, "_gradient_checkpointing_func", None)
-    if function is not None and function is not _call:
-        layer._lean_checkpoint = function
-        layer._gradient_checkpointing_func = _call
+def _route_checkpointing(esm: Any) -> None:
+    """Keep transformers' own checkpointing from wrapping layers that recompute by themselves."""
+    for layer in _layers(esm):
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if function is not None and function is not _call:
+            layer._lean_checkpoint = function
+            layer._gradient_checkpointing_func = _call
+
+
+def _restore_checkpointing(esm: Any) -> None:
+    """Undo that."""
+    for layer in _layers(esm):
+        if layer.__dict__.get("_lean_checkpoint") is not None:
+            layer._gradient_checkpointing_func = layer._lean_checkpoint
+            del layer._lean_checkpoint
 
 
 def _call(function: Any, *args: Any) -> Any:

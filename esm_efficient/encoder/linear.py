@@ -93,6 +93,16 @@ class Group:
             linears.append(Linear(weight, bias, adapters))
         return Group(linears, heads=self.heads, rotated=self.rotated, autocast=self.autocast)
 
+    def at(self, start: int) -> Group:
+        """The group for a piece of a batch that begins at some token: its dropout draws other numbers there."""
+        if not start or not any(adapter.dropout for linear in self.linears for adapter in linear.adapters):
+            return self
+        shifted = [
+            linear._replace(adapters=tuple(a._replace(seed=a.seed + start) for a in linear.adapters))
+            for linear in self.linears
+        ]
+        return self.take(shifted, rotated=self.rotated)
+
     def take(self, linears: Sequence[Linear], *, rotated: int) -> Group:
         """A group of some of the layers."""
         return Group(linears, heads=self.heads, rotated=rotated, autocast=self.autocast)

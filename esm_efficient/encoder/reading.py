@@ -76,6 +76,17 @@ def _read_adapter(module: Any, name: str) -> Adapter | str:
     return Adapter(a.weight, b.weight, float(module.scaling[name]), p, seed)
 
 
+def trainable_tensors(module: nn.Module) -> list[Tensor]:
+    """The weights that train, also where FSDP has put views of its own in the place of parameters."""
+    found = {
+        id(value): value
+        for part in module.modules()
+        for value in (*part._parameters.values(), *part.__dict__.values())
+        if isinstance(value, Tensor) and value.requires_grad
+    }
+    return list(found.values())
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is torch's layer norm over one axis and nothing besides."""
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1

@@ -16,9 +16,9 @@ weights and the same batches:
 
 Ratios are medians over the batches: of a step's residues per second, and of its activation bytes, the highest sum of
 what a forward and a backward pass hold beyond weights, gradients and optimizer state, from the allocator's own events.
-The gradient's error is that of the whole vector. ``matmul_share`` is the rate of the FLOPs that the mathematics needs, as a
-share of the measured rate of a float32 matrix product of the MLP's shape. With ``--others``, other packages' encoders
-run beside it, as far as they are installed.
+The gradient's error is that of the whole vector. ``matmul_share`` is the rate of the FLOPs that the mathematics needs,
+as a share of the measured rate of a float32 matrix product of the MLP's shape. With ``--others``, other packages'
+encoders run beside it, as far as they are installed.
 """
 
 from __future__ import annotations

@@ -1,20 +1,56 @@
-"""Run by torchrun: the lean encoder under DDP and FSDP, each rank with its own part of a batch."""
+"""Run by torchrun: the lean encoder under DDP and both kinds of FSDP, each rank with its own part of a batch."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 
-def main(kind: str, folder: Path) -> None:
+def wrap(kind, model):
+    """The model under a wrapper, and how to get its whole gradient by name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = base.esm.encoder.layer
+    if kind == "ddp":
+        return DistributedDataParallel(model), lambda: {n: p.grad for n, p in model.named_parameters()}
+    if kind == "fsdp2":
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, lambda: {n: p.grad.full_tensor() for n, p in grads_of(model)}
+    trains_all = all(p.requires_grad for n, p in model.named_parameters() if "contact_head" not in n)
+    options = {"use_orig_params": not trains_all, "device_id": torch.device("cpu")}
+    for number, layer in enumerate(layers):
+        layers[number] = FullyShardedDataParallel(layer, **options)
+    wrapped = FullyShardedDataParallel(model, ignored_modules=[base.esm.contact_head], **options)
+
+    def whole():
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in wrapped.named_parameters()]
+            return {n: p.detach().clone() for n, p in named if p.requires_grad}
+
+    def gradients():  # what a step of gradient descent takes off: flat parameters hand out no gradient by name
+        before = whole()
+        torch.optim.SGD(wrapped.parameters(), lr=1000.0).step()
+        return {n: (before[n] - p) / 1000 for n, p in whole().items()}
+
+    return wrapped, gradients
+
+
+def grads_of(model):
+    return [(n, p) for n, p in model.named_parameters() if p.grad is not None]
+
+
+def main(folder: Path) -> None:
     from conftest import make_model
     from test_lean import make_batch
 
@@ -25,40 +61,29 @@ def main(kind: str, folder: Path) -> None:
     parts = [make_batch([9, 5, 12], seed=seed) for seed in range(2)]
 
     def build(full):
+        torch.manual_seed(0)
         model = make_model(num_hidden_layers=2)
         return prepare_model(model, adapters=None if full else lora_config(model, preset="all-linear", r=2)).train()
 
     def loss_of(model, batch):
         return model(**batch).logits.square().sum()
 
-    errors = []
-    for full in (True, False):
-        for recompute in ("none", "layer"):
-            torch.manual_seed(0)
-            alone = build(full)
-            torch.manual_seed(0)
-            model = apply_lean_encoder(build(full), recompute=recompute)
-            expected = {}
-            (sum(loss_of(alone, part) for part in parts) / 2).backward()
-            expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
-            if kind == "ddp":
-                wrapped = DistributedDataParallel(model)
-            else:
-                base = model if full else model.get_base_model()
-                mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-                for layer in base.esm.encoder.layer:
-                    fully_shard(layer, mesh=mesh)
-                wrapped = fully_shard(model, mesh=mesh)
-            loss_of(wrapped, parts[rank]).backward()
-            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            full_grads = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
-            assert full_grads.keys() == expected.keys()
-            difference = sum((full_grads[n] - expected[n]).square().sum() for n in expected)
-            errors.append(float((difference / sum(g.square().sum() for g in expected.values())).sqrt()))
-    (folder / f"rank{rank}.txt").write_text("\n".join(map(str, errors)))
+    lines = []
+    for kind, full, recompute in itertools.product(("ddp", "fsdp1", "fsdp2"), (True, False), ("none", "layer")):
+        alone = build(full)
+        (sum(loss_of(alone, part) for part in parts) / 2).backward()
+        expected = {n: p.grad for n, p in grads_of(alone)}
+        wrapped, gradients = wrap(kind, apply_lean_encoder(build(full), recompute=recompute))
+        loss_of(wrapped, parts[rank]).backward()
+        found = {n: g for n, g in gradients().items() if g is not None}
+        assert expected.keys() <= found.keys(), (kind, full, expected.keys() ^ found.keys())
+        difference = sum((found[n] - expected[n]).square().sum() for n in expected)
+        error = float((difference / sum(g.square().sum() for g in expected.values())).sqrt())
+        lines.append(f"{kind} {full} {recompute} {error}")
+    (folder / f"rank{rank}.txt").write_text("\n".join(lines))
     dist.barrier()
     os._exit(0)  # tearing gloo down may hang
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

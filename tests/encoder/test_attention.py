@@ -16,6 +16,7 @@ from esm_efficient.encoder.attention import attend, choose_backend
 from esm_efficient.encoder.packing import Packing
 from esm_efficient.errors import ConfigurationError
 
+ALL = {"flash_attn", "torch.nn.attention.varlen", "triton"}
 LENGTHS = (1, 2, 2, 7)
 HEADS, WIDTH = 2, 16
 
@@ -25,7 +26,7 @@ def reference(states, query=None):
     for number, length in enumerate(LENGTHS):
         tokens = states[start : start + length].transpose(0, 2)
         q = tokens[:, 0] if query is None else query[number].transpose(0, 1)
-        scores = q @ tokens[:, -2].transpose(1, 2) * WIDTH**-0.5
+        scores = q @ tokens[:, -2].transpose(1, 2) * states.shape[-1] ** -0.5
         parts.append((scores.softmax(-1) @ tokens[:, -1]).transpose(0, 1))
         start += length
     return torch.cat(parts).flatten(1)
@@ -54,7 +55,7 @@ def fake_kernels(monkeypatch):
     varlen.varlen_attn = lambda q, k, v, qe, ke, ql, kl, *, scale: of_ends(q, k, v, qe, ke, ql, kl, scale)
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
-    monkeypatch.setattr(attention, "choose_backend", lambda backend, device, dtype: backend)
+    monkeypatch.setattr(attention, "choose_backend", lambda backend, device, dtype, width: backend)
     attention._kernel.cache_clear()
     yield
     attention._kernel.cache_clear()
@@ -91,21 +92,27 @@ def test_attention_with_dropout_goes_sequence_by_sequence():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "present", "expected"),
+    ("device", "dtype", "width", "capability", "present", "expected"),
     [
-        ("cpu", torch.float32, {"flash_attn", "triton"}, "sequences"),
-        ("mps", torch.float32, {"flash_attn"}, "sequences"),
-        ("cuda", torch.bfloat16, {"flash_attn", "torch.nn.attention.varlen", "triton"}, "flash"),
-        ("cuda", torch.float16, {"torch.nn.attention.varlen", "triton"}, "varlen"),
-        ("cuda", torch.float32, {"flash_attn", "torch.nn.attention.varlen", "triton"}, "flex"),
-        ("cuda", torch.float32, set(), "sequences"),
+        ("cpu", torch.float32, 64, None, ALL, "sequences"),
+        ("mps", torch.float32, 64, None, ALL, "sequences"),
+        ("cuda", torch.bfloat16, 64, (8, 0), ALL, "flash"),
+        ("cuda", torch.float16, 24, (9, 0), ALL - {"flash_attn"}, "varlen"),
+        ("cuda", torch.float16, 64, (7, 5), ALL, "flex"),
+        ("cuda", torch.float16, 24, (7, 5), ALL, "sequences"),
+        ("cuda", torch.float32, 64, (8, 0), ALL, "flex"),
+        ("cuda", torch.float32, 24, (8, 0), ALL, "sequences"),
+        ("cuda", torch.float32, 64, (8, 0), ALL - {"triton"}, "sequences"),
     ],
 )
-def test_the_best_backend_is_chosen_once_and_said(device, dtype, present, expected, monkeypatch, caplog):
+def test_the_best_backend_is_chosen_once_and_said(
+    device, dtype, width, capability, present, expected, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in present else None)
     choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, "esm_efficient"):
-        assert [choose_backend("auto", device, dtype) for _ in range(3)] == [expected] * 3
+        assert [choose_backend("auto", torch.device(device), dtype, width) for _ in range(3)] == [expected] * 3
     assert len(caplog.messages) == 1
     assert expected in caplog.messages[0]
     choose_backend.cache_clear()
@@ -113,19 +120,32 @@ def test_the_best_backend_is_chosen_once_and_said(device, dtype, present, expect
 
 def test_a_backend_that_cannot_be_had_is_an_error():
     with pytest.raises(ConfigurationError, match="cannot be had on cpu"):
-        choose_backend("flash", "cpu", torch.float32)
+        choose_backend("flash", torch.device("cpu"), torch.float32, 64)
     with pytest.raises(ConfigurationError, match="expected one of"):
-        choose_backend("fast", "cpu", torch.float32)
+        choose_backend("fast", torch.device("cpu"), torch.float32, 64)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["auto", "flash", "varlen", "flex", "sequences"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_backends_on_a_gpu(backend, dtype):
+@pytest.mark.parametrize("width", [16, 24, 64])
+@pytest.mark.parametrize("first_only", [False, True])
+def test_backends_on_a_gpu(backend, dtype, width, first_only):
     try:
-        choose_backend(backend, "cuda", dtype)
+        choose_backend(backend, torch.device("cuda"), dtype, width)
     except ConfigurationError as error:
         pytest.skip(str(error))
-    states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH, device="cuda", dtype=dtype)
-    found = attend(states, None, Packing((4, 7), LENGTHS), backend=backend)
-    assert torch.allclose(found.float(), reference(states.float()), atol=3e-2 if dtype == torch.bfloat16 else 1e-4)
+
+    def draw(*shape):
+        return torch.randn(*shape, HEADS, width, device="cuda", dtype=dtype, requires_grad=True)
+
+    states, query = draw(sum(LENGTHS), 2 if first_only else 3), draw(len(LENGTHS), 1) if first_only else None
+    inputs = [states] if query is None else [states, query]
+    found = attend(states, query, Packing((4, 7), LENGTHS), backend=backend)
+    expected = reference(states.float(), None if query is None else query.float())
+    limit = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    assert torch.allclose(found.float(), expected, atol=limit)
+    upstream = torch.randn_like(expected)
+    grads = torch.autograd.grad(found, inputs, upstream.to(dtype))
+    for a, b in zip(grads, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=3 * limit)

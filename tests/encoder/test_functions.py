@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.autograd import gradcheck
 
 from esm_efficient.encoder import functions
 from esm_efficient.encoder.attention import SequenceAttention
-from esm_efficient.encoder.functions import LinearResidual, NormLinears, NormMLP, mlp_residual
+from esm_efficient.encoder.functions import LinearResidual, Norm, NormLinears, NormMLP, mlp_residual
 from esm_efficient.encoder.layer import RecomputedLayer
 from esm_efficient.encoder.linear import Adapter, Group, Linear
 from esm_efficient.errors import ConfigurationError
@@ -84,20 +86,29 @@ def test_sequence_attention(lengths):
 def test_a_recomputed_layer():
     weight = draw(WIDTH, WIDTH)
     assert gradcheck(
-        lambda x, w: RecomputedLayer.apply(x, lambda states, *_: (states @ w).tanh(), True, w),
+        lambda x, w: RecomputedLayer.apply(x, lambda states, *_: (states @ w).tanh(), False, w),
         (draw(TOKENS, WIDTH), weight),
     )
 
 
 def test_an_mlp_without_output_has_the_same_gradient():
     up, down, norm = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)]), nn.LayerNorm(WIDTH, dtype=torch.float64)
+    module, norm = norm, Norm.of(norm)
     x, upstream = draw(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH, dtype=torch.float64)
-    tensors = [x, *up.tensors, *down.tensors, *norm.parameters()]
+    tensors = [x, *up.tensors, *down.tensors, *module.parameters()]
     expected = torch.autograd.grad(mlp_residual(x, norm, up, down), tensors, upstream)
     states = mlp_residual(x, norm, up, down, keep=False, without_output=True)
     assert states.untyped_storage().nbytes() == 8
     for a, b in zip(torch.autograd.grad(states, tensors, upstream), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_dropout_differs_from_piece_to_piece_of_a_batch(monkeypatch):
+    monkeypatch.setattr(functions, "_ROWS", 2)
+    up, down, norm = make_group([(6, WIDTH)], dropout=0.5), make_group([(WIDTH, 6)], dropout=0.5), nn.LayerNorm(WIDTH)
+    x = torch.randn(1, WIDTH, dtype=torch.float64).expand(16, WIDTH)
+    pieces = mlp_residual(x, Norm.of(norm.double()), up, down).view(8, 2, WIDTH)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(pieces))
 
 
 def test_gelu_is_the_models_own():
@@ -112,7 +123,7 @@ def test_gelu_is_the_models_own():
 @pytest.mark.parametrize("function", ["norm", "residual", "mlp", "attention", "layer"])
 def test_differentiating_twice_is_refused(function):
     group, x = make_group([(WIDTH, WIDTH)]), draw(TOKENS, WIDTH)
-    norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
+    norm = Norm.of(nn.LayerNorm(WIDTH, dtype=torch.float64))
     result = {
         "norm": lambda: functions.norm_linears(x, norm, make_group([(WIDTH, WIDTH)])),
         "residual": lambda: functions.linear_residual(x, x, group),
@@ -120,7 +131,7 @@ def test_differentiating_twice_is_refused(function):
         "attention": lambda: SequenceAttention.apply(
             x.view(TOKENS, 1, 1, WIDTH).expand(-1, 3, -1, -1), None, (5,), 1.0
         ),
-        "layer": lambda: RecomputedLayer.apply(x, lambda states, *_: states.tanh(), True),
+        "layer": lambda: RecomputedLayer.apply(x, lambda states, *_: states.tanh(), False),
     }[function]()
     with pytest.raises(ConfigurationError, match="differentiated twice"):
         torch.autograd.grad(result.sum(), x, create_graph=True)
