@@ -109,6 +109,7 @@ def test_the_best_backend_is_chosen_once_and_said(
     device, dtype, width, capability, present, expected, monkeypatch, caplog
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention.compat, "has_flex_attention", lambda: True)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in present else None)
     choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, "esm_efficient"):
