@@ -251,10 +251,20 @@ def _why_plain(esm: Any, given: dict[str, Any], first_only: bool) -> str:
         return f"the attention mask has {mask.dim()} dimensions"
     if (first_only or esm.pooler is not None) and mask is not None and not bool(mask[:, 0].all()):
         return "a sequence does not begin at the first column"
-    for path, module in esm.encoder.layer.named_modules():
-        if _is_hooked(module):
-            return f"layer {path} has hooks"
+    if any(map(_is_hooked, _descendants(esm.encoder.layer))):
+        path = next(path for path, module in esm.encoder.layer.named_modules() if _is_hooked(module))
+        return f"layer {path} has hooks"
     return "the last layer norm has hooks" if _is_hooked(esm.encoder.emb_layer_norm_after) else ""
+
+
+def _descendants(module: Any) -> Iterator[Any]:
+    """The modules below one; quicker than ``modules()``, for what is done in every call."""
+    waiting = [module]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None:
+                waiting.append(child)
+                yield child
 
 
 def _is_hooked(module: Any) -> bool:
@@ -262,6 +272,8 @@ def _is_hooked(module: Any) -> bool:
     members = module.__dict__
     if "forward" in members and "_lean" not in members:
         return True
+    if not any(map(members.get, _HOOKS)):
+        return False
     return any(
         not getattr(hook, "__module__", "").startswith(_PASSIVE)
         for kind in _HOOKS

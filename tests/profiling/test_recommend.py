@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from esm_efficient import RECIPES, Device, Recipe, estimate, lora_config, prepare_model, recommend
+from esm_efficient import RECIPES, Device, Recipe, apply_lean_encoder, estimate, lora_config, prepare_model, recommend
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.memory import Memory
 from esm_efficient.profiling.recommend import explain_out_of_memory, nearest_fit
@@ -45,7 +45,7 @@ def test_nothing_is_recommended_that_does_not_fit(mib, margin):
 
 def test_a_smaller_device_gets_a_leaner_setting():
     options = {"batch_size": 2, "progress": False}
-    peaks = [recommend("8M", gpu(mib), 100, **options).chosen.peak.total for mib in (1000, 80, 36)]
+    peaks = [recommend("8M", gpu(mib), 100, **options).chosen.peak.total for mib in (1000, 80, 28)]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 3
 
@@ -88,7 +88,7 @@ def test_the_nearest_setting_changes_as_little_as_it_must():
 
     def peak(**changes):
         settings = {"recipe": "base", "micro_batch": 4, "length": 200, "device": gpu(1), "precision": "float32"}
-        return estimate(model, **(settings | changes)).peak.total / MIB / 0.9
+        return estimate(model, padding="padded", **(settings | changes)).peak.total / MIB / 0.9
 
     halved = peak(micro_batch=2, accumulation=2)
     assert describe(nearest(halved + 0.01)) == (2, 2, False, "all")
@@ -96,6 +96,8 @@ def test_the_nearest_setting_changes_as_little_as_it_must():
     assert single < halved
     assert describe(nearest(single + 0.01)) == (1, 4, False, "all")
     assert describe(nearest(single - 0.1))[2] is True
+    apply_lean_encoder(model)
+    assert describe(nearest(single + 0.01)) == (4, 1, False, "all")
     leanest = peak(recipe="all", micro_batch=1, accumulation=4)
     assert describe(nearest(leanest + 0.01)) == (1, 4, True, "adapters")
     assert nearest(leanest - 0.1) is None
@@ -135,7 +137,14 @@ def test_an_out_of_memory_error_names_a_setting_that_fits():
     model = make_model(hidden_size=128, intermediate_size=512, num_attention_heads=8)
     error = torch.OutOfMemoryError("CUDA out of memory.")
     halved = estimate(
-        model, recipe="base", micro_batch=2, accumulation=2, length=200, device=gpu(1), precision="float32"
+        model,
+        recipe="base",
+        micro_batch=2,
+        accumulation=2,
+        length=200,
+        device=gpu(1),
+        precision="float32",
+        padding="padded",
     )
     memory = int(halved.peak.total / 0.9) + 1
     options = {"phase": "backward", "held": Memory(weights=5, activations=7), "model": model, "batch": (4, 200)}
