@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPES = ["base", "all"]
+RECIPES = ["all"]
 FOLDER = Path(__file__).parents[3] / "examples" / "benchmarks"
 
 
