@@ -288,6 +288,7 @@ def run_baseline(name: str, options: argparse.Namespace) -> list[dict]:
         plain = torch.compile(plain, dynamic=True)
         for batch in batches:  # every shape that makes it compile anew
             compute_gradient(plain, batch)
+        plain.zero_grad()
     rows = [compare_sides(name, Side(plain, trains=trains), Side(lean, trains=trains), batches, True, note)]
     if full:
         adapted = apply_lean_encoder(make_model(options.model))
