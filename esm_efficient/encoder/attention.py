@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -35,7 +35,7 @@ BACKENDS = ("auto", "flash", "varlen", "flex", "sequences")
 
 
 class Ends:
-    """Where queries and keys of each sequence end, as kernels of variable length take them.
+    """Where queries and keys of each sequence end, as kernels of variable length take them; made once for all layers.
 
     Args:
         packing: of the batch.
@@ -48,15 +48,40 @@ class Ends:
         self.query_lengths = tuple(min(n, 1) for n in packing.lengths) if first_only else packing.lengths
         self.device = device
 
-    @property
+    @classmethod
+    def of(cls, packing: Packing, first_only: bool, device: torch.device) -> Ends:
+        """Those of a packing, which keeps them for the layers that follow."""
+        key = ("ends", first_only, device)
+        if key not in packing.shared:
+            packing.shared[key] = cls(packing, first_only, device)
+        return cast(Ends, packing.shared[key])
+
+    @cached_property
     def queries(self) -> Tensor:
         """int32 of shape (sequences + 1,): where each sequence's queries begin, and the end of the last."""
         return self._cumulative(self.query_lengths)
 
-    @property
+    @cached_property
     def keys(self) -> Tensor:
         """The same of the keys."""
         return self._cumulative(self.key_lengths)
+
+    @cached_property
+    def block_mask(self) -> Any:
+        """Flex attention's mask that lets queries see the keys of their own sequence; of blocks, not of tokens."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        of_query, of_key = (
+            torch.repeat_interleave(torch.tensor(lengths, device=self.device))
+            for lengths in (self.query_lengths, self.key_lengths)
+        )
+
+        def same_sequence(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return of_query[q] == of_key[k]
+
+        compiled = self.device.type == "cuda"
+        sizes = len(of_query), len(of_key)
+        return create_block_mask(same_sequence, None, None, *sizes, device=str(self.device), _compile=compiled)
 
     def _cumulative(self, lengths: tuple[int, ...]) -> Tensor:
         return F.pad(torch.tensor(lengths, dtype=torch.int32), (1, 0)).cumsum(0, dtype=torch.int32).to(self.device)
@@ -78,20 +103,17 @@ def attend(
     Returns:
         (queries, width): each token's, or each first token's.
     """
-    scale = states.shape[-1] ** -0.5
-    if _played is not None:
-        ends = Ends(packing, query is not None, states.device)
-        q = states[:, 0] if query is None else query[:, 0]
-        return _played(q, states[:, -2], states[:, -1], ends, scale).flatten(1)
-    device = states.device
+    scale, device = states.shape[-1] ** -0.5, states.device
     chosen = "sequences" if dropout else choose_backend(backend, device, states.dtype, states.shape[-1])
-    if chosen == "sequences" and states.device.type == "cpu" and not dropout:
+    if chosen == "sequences" and device.type == "cpu" and not dropout and _played is None:
         return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)
-    ends = Ends(packing, query is not None, states.device)
-    q = states[:, 0] if query is None else query[:, 0]
+    ends = Ends.of(packing, query is not None, device)
+    inputs = states[:, 0] if query is None else query[:, 0], states[:, -2], states[:, -1]
+    if _played is not None:
+        return _played(*inputs, ends, scale).flatten(1)
     if chosen == "sequences":
-        return by_sequence(q, states[:, -2], states[:, -1], ends, scale, dropout).flatten(1)
-    return _kernel(chosen)(q, states[:, -2], states[:, -1], ends, scale).flatten(1)
+        return by_sequence(*inputs, ends, scale, dropout).flatten(1)
+    return _kernel(chosen)(*inputs, ends, scale).flatten(1)
 
 
 _played: Kernel | None = None
@@ -211,7 +233,9 @@ def _views(
 def by_sequence(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float, dropout: float = 0.0) -> Tensor:
     """Attention by torch's fused function, once for every length in the batch; for any device, through autograd."""
     parts, q_start, k_start = [], 0, 0
-    for (_, count, length), (_, _, queries) in zip(runs_of(ends.key_lengths), _query_runs(ends), strict=True):
+    one_each = ends.query_lengths != ends.key_lengths
+    for _, count, length in runs_of(ends.key_lengths):
+        queries = 1 if one_each else length
         q = query[q_start : q_start + count * queries].unflatten(0, (count, queries)).transpose(1, 2)
         k, v = (
             t[k_start : k_start + count * length].unflatten(0, (count, length)).transpose(1, 2) for t in (key, value)
@@ -220,13 +244,6 @@ def by_sequence(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: fl
         parts.append(out.transpose(1, 2).flatten(0, 1))
         q_start, k_start = q_start + count * queries, k_start + count * length
     return torch.cat(parts)
-
-
-def _query_runs(ends: Ends) -> list[Run]:
-    """The runs of the keys, with the number of queries of their sequences."""
-    if ends.query_lengths == ends.key_lengths:
-        return list(runs_of(ends.key_lengths))
-    return [run._replace(length=1) for run in runs_of(ends.key_lengths)]
 
 
 @lru_cache
@@ -252,22 +269,9 @@ def _kernel(name: str) -> Kernel:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    compiled = query.device.type == "cuda"
-    of_query, of_key = (
-        torch.repeat_interleave(torch.tensor(lengths, device=ends.device))
-        for lengths in (ends.query_lengths, ends.key_lengths)
-    )
-
-    def same_sequence(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return of_query[q] == of_key[k]
-
-    mask = create_block_mask(
-        same_sequence, None, None, len(of_query), len(of_key), device=str(ends.device), _compile=compiled
-    )
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    return _flex_attention(compiled)(q, k, v, block_mask=mask, scale=scale)[0].transpose(0, 1)
+    attention = _flex_attention(query.device.type == "cuda")
+    return attention(q, k, v, block_mask=ends.block_mask, scale=scale)[0].transpose(0, 1)
 
 
 @lru_cache

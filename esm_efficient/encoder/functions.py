@@ -199,7 +199,8 @@ class NormMLP(Function):
         to_up = to_norm or any(needs_up)
         total = torch.empty_like(x) if needs[0] else None
         grads_norm: list[Tensor | None] = [None, None]
-        ready_up, ready_down = (group.ready(x.shape[0]) for group in (up, down))
+        ready_up = up.ready(x.shape[0]) if to_norm or not kept else None
+        ready_down = down.ready(x.shape[0]) if to_up else None
         for number, rows in enumerate(_chunks(x)):
             normed = mean = deviation = None
             if to_norm or any(needs_up) or not kept:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -16,8 +15,6 @@ from esm_efficient.encoder.functions import Norm, linear_residual, mlp_residual,
 from esm_efficient.encoder.linear import Group
 from esm_efficient.encoder.packing import Packing
 from esm_efficient.encoder.reading import autocast_dtype, is_norm, read_group, trainable_tensors
-
-logger = logging.getLogger(__name__)
 
 Recompute = Literal["none", "mlp", "layer"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "layer")

@@ -56,7 +56,8 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         The model.
 
     Raises:
-        ConfigurationError: the model holds no ``EsmModel``, is a decoder, or an option is unknown.
+        ConfigurationError: the model holds no ``EsmModel``, is a decoder, its forward has been replaced, or an option
+            is unknown. From a call: torch.nn.DataParallel has copied the model, or a gradient is differentiated.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification

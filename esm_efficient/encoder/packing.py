@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,22 +32,14 @@ class Packing:
             no padding.
         rotation: complex of shape (tokens, 1, head width / 2): what the position of a token rotates queries and keys
             by; None without rotary positions.
+        shared: what one layer works out of the packing and the others need too.
     """
 
     shape: tuple[int, int]
     lengths: tuple[int, ...]
     index: Tensor | None = None
     rotation: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the batch."""
-        return sum(self.lengths)
-
-    @property
-    def runs(self) -> list[Run]:
-        """Sequences of equal length, together."""
-        return runs_of(self.lengths)
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def first(self) -> list[int]:

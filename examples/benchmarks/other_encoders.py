@@ -85,11 +85,8 @@ def _faesm(model: nn.Module) -> nn.Module:
 
 
 def _esme(model: nn.Module) -> nn.Module:
-    esme = importlib.import_module("esme")
-    config = model.config
-    return esme.ESM2(
-        num_layers=config.num_hidden_layers, embed_dim=config.hidden_size, attention_heads=config.num_attention_heads
-    )
+    importlib.import_module("esme")  # which needs flash-attn, and so a GPU
+    raise NotImplementedError("esme can be imported here, but the names of its weights are not mapped yet")
 
 
 def _flex(model: nn.Module) -> nn.Module:

@@ -83,6 +83,18 @@ def test_every_backend_attends_within_sequences_alone(backend, first_only, fake_
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["varlen", "flex"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_all_layers_share_one_packing(backend, fake_kernels):
+    packing = Packing((4, 7), LENGTHS)
+    states, query = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH), torch.randn(len(LENGTHS), 1, HEADS, WIDTH)
+    for _ in range(2):
+        assert torch.allclose(attend(states, None, packing, backend=backend), reference(states), atol=1e-6)
+    last = attend(states[:, 1:], query, packing, backend=backend)
+    assert torch.allclose(last, reference(states[:, 1:], query), atol=1e-6)
+    assert len(packing.shared) == 2
+
+
 def test_attention_with_dropout_goes_sequence_by_sequence():
     states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH)
     packing = Packing((4, 7), LENGTHS)
