@@ -41,6 +41,8 @@ RECOMPUTES = ("none", "mlp", "layer")
 TRAINS = ("all", "qkv", "attention", "mlp", "all-linear", "head")
 BATCHES = {"padded": [9, 5, 2, 9, 30], "of one length": [7, 7, 7], "of one": [11], "of special tokens": [2, 2, 6]}
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
+SEEDS, NO_FURTHER = 20, 1.3
+"""In half precision one seed's error over the plain model's scatters by 1.5x around a mean of 1: by 1.1x over these."""
 
 
 def build(head=EsmForSequenceClassification, trains="all-linear", *, dtype=torch.float32, adapters=None, **changes):
@@ -145,11 +147,12 @@ def test_lengths_from_one_to_the_longest(trains):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("trains", ["all", "all-linear"])
 def test_half_precision_is_no_further_from_the_truth_than_the_plain_model(trains, autocast):
-    ratios, head = [], EsmForTokenClassification
-    for seed in range(5):
+    head = EsmForTokenClassification
+    ratios = []
+    for seed in range(SEEDS):
         batch = make_batch([40, 9, 33, 17], seed=seed)
-        truth = gradient_of(build(head, trains, seed=seed), batch)[1]
         model = build(head, trains, seed=seed)
+        truth = gradient_of(model, batch)[1]
         for parameter in model.parameters():
             if autocast is None or not parameter.requires_grad:
                 parameter.data = parameter.data.to(autocast or torch.bfloat16)
@@ -157,23 +160,23 @@ def test_half_precision_is_no_further_from_the_truth_than_the_plain_model(trains
             plain = distance(gradient_of(model, batch)[1], truth)
             lean = distance(gradient_of(apply_lean_encoder(model), batch)[1], truth)
         ratios.append(lean / plain)
-    # One seed's ratio scatters by a third around its mean; over two hundred seeds that is 0.97.
-    assert statistics.geometric_mean(ratios) < 1.4, ratios
+    assert statistics.geometric_mean(ratios) < NO_FURTHER, ratios
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 def test_a_bfloat16_base_with_float32_adapters_outside_autocast(recompute):
-    batch = make_batch([40, 9, 33])
-    errors = {"plain": 0.0, "lean": 0.0}
-    for seed in range(5):
-        truth = gradient_of(build(seed=seed), batch)[1]
+    ratios = []
+    for seed in range(SEEDS):
+        batch = make_batch([40, 9, 33], seed=seed)
         model = build(seed=seed)
+        truth = gradient_of(model, batch)[1]
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad or "classifier" in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
-        errors["plain"] += distance(gradient_of(model, batch)[1], truth)
-        errors["lean"] += distance(gradient_of(apply_lean_encoder(model, recompute=recompute), batch)[1], truth)
-    assert errors["lean"] <= 1.4 * errors["plain"], errors
+        plain = distance(gradient_of(model, batch)[1], truth)
+        lean = distance(gradient_of(apply_lean_encoder(model, recompute=recompute), batch)[1], truth)
+        ratios.append(lean / plain)
+    assert statistics.geometric_mean(ratios) < NO_FURTHER, ratios
 
 
 def test_two_hundred_steps_end_at_the_plain_models_weights():
