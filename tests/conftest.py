@@ -97,6 +97,59 @@ def make_dataset(size: int = 32, *, classes: int = 2, seed: int = 0) -> Dataset:
     )
 
 
+TASK_LOSS = {
+    "several": "multi_label_classification",
+    "several, weighted": "multi_label_classification",
+    "number": "regression",
+    "numbers": "regression",
+    "tokens": None,
+    "focal": "single_label_classification",
+}
+
+
+def make_task_dataset(kind: str, size: int = 32, *, seed: int = 0) -> Dataset:
+    """Tokenised random sequences with the labels of a task, some unknown, and weights of sequences."""
+    rng = np.random.default_rng(seed)
+    data = make_dataset(size, seed=seed)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    if kind == "focal":
+        labels: list = data["labels"][:]
+    elif kind == "tokens":
+        labels = [[-100, *rng.choice([0, 1, -100], size=n - 2).tolist(), -100] for n in lengths]
+    elif kind == "number":
+        labels = rng.normal(size=size).tolist()
+    else:
+        table = rng.random((size, 3)) < 0.4 if "several" in kind else rng.normal(size=(size, 3))
+        labels = np.where(rng.random((size, 3)) < 0.2, np.nan, table).tolist()
+    rows = data.remove_columns("labels").to_dict() | {"labels": labels}
+    if kind != "tokens":
+        rows["sample_weight"] = rng.uniform(0.2, 3, size=size).tolist()
+    return Dataset.from_dict(rows)
+
+
+def task_loss(kind: str, logits: torch.Tensor, batch: dict) -> torch.Tensor:
+    """The loss of a whole batch of `make_task_dataset`, written out."""
+    labels, weights = batch["labels"], batch.get("sample_weight")
+    if kind == "tokens":
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), weight=torch.tensor([0.3, 2.5])
+        )
+    if kind == "focal":
+        right = logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+        table = torch.tensor([0.3, 2.5])[labels] * weights
+        return (-table * (1 - right) ** 2 * right.log()).sum() / table.sum()
+    known = ~labels.isnan()
+    weights = weights.reshape(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)[known]
+    found, labels = logits.reshape(labels.shape)[known], labels[known]
+    if "several" in kind:
+        positive = torch.tensor([1.0, 3.0, 0.5] if "weighted" in kind else [1.0] * 3).expand(known.shape)[known]
+        chance = found.sigmoid()
+        values = -(positive * labels * chance.log() + (1 - labels) * (1 - chance).log())
+    else:
+        values = (found - labels) ** 2
+    return (values * weights).sum() / weights.sum()
+
+
 @pytest.fixture
 def tiny_model():
     return make_model

@@ -11,9 +11,9 @@ import logging
 import lzma
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -24,7 +24,7 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,15 @@ LOCATIONS = (
     "Golgi apparatus",
     "Peroxisome",
 )
+_LABEL = "label: "
 COLUMNS = ("ACC", "Kingdom", "Partition", LABEL_COLUMN, *LOCATIONS, "Sequence")
-_READ = ("ACC", "Kingdom", "Partition", LABEL_COLUMN, "Sequence")
+_READ = ("ACC", "Kingdom", "Partition", "Sequence")
 
 
 def load_deeploc(
     source: str | Path | None = None,
     *,
+    task: str | Mapping[str, str] = "membrane",
     min_length: int | None = 100,
     max_length: int | None = 512,
     split: Literal["partition", "random"] = "partition",
@@ -64,7 +66,7 @@ def load_deeploc(
     seed: int = 0,
     sha256: str | None = None,
 ) -> DatasetDict:
-    """Load the DeepLoc-2.0 table as a labelled, split `DatasetDict` for predicting membrane proteins.
+    """Load the DeepLoc-2.0 table as a labelled, split `DatasetDict`.
 
     The rows of the file are sorted by sequence; the rows of each split returned here are shuffled, so that the first
     n of them are a fair sample.
@@ -72,10 +74,14 @@ def load_deeploc(
     Args:
         source: a path (plain, ``.gz`` or ``.xz``) or an http(s) address of a table in the DeepLoc-2.0 format; None for
             the authors' own address. What is downloaded is kept in the folder that ``$ESM_EFFICIENT_CACHE`` names.
+        task: what is to be predicted: ``"membrane"``, one of two classes; ``"location"``, which of ten locations,
+            often several; or label names and the columns of 0 and 1 that hold them, such as
+            ``{"nuclear": "Nucleus", "golgi": "Golgi apparatus"}``, where an empty cell is unknown. A single name makes
+            two classes, ``"not <name>"`` and ``"<name>"``.
         min_length: the fewest residues to keep a protein; None for no bound.
         max_length: the most residues to keep a protein; None for no bound.
         split: ``"partition"`` uses the table's own homology partitions (at most 30 % identity between two of them);
-            ``"random"`` is stratified by label and lets relatives of training proteins into the test set.
+            ``"random"`` is stratified by class and lets relatives of training proteins into the test set.
         test_partitions: partitions of the test set, with ``split="partition"``.
         validation_partitions: partitions of the validation set; empty for none.
         test_size: fraction of the proteins in the test set, with ``split="random"``.
@@ -85,8 +91,8 @@ def load_deeploc(
 
     Returns:
         Splits ``train``, ``validation`` (unless empty) and ``test``, with the features ``sequence`` (str), ``label``
-        (ClassLabel "non-membrane"/"membrane"), ``kingdom`` (str), ``accession`` (str), ``partition`` (int) and
-        ``length`` (residues).
+        (ClassLabel; with several labels a struct of float32, null where unknown), ``kingdom`` (str), ``accession``
+        (str), ``partition`` (int) and ``length`` (residues).
 
     Raises:
         DownloadError: the file cannot be fetched or is not the expected one.
@@ -102,15 +108,16 @@ def load_deeploc(
     if split not in ("partition", "random"):
         raise ConfigurationError(f'split={split!r}: expected "partition" or "random"')
     path = _locate(source, sha256)
-    table = _clean_table(_read_table(path), path)
+    columns = _label_columns(task)
+    table = _clean_table(_read_table(path, columns), path, columns)
     table = table[table["length"].between(min_length or 0, max_length if max_length is not None else np.inf)]
     if table.empty:
         raise DataError(f"{path}: no protein has between {min_length} and {max_length} residues")
     if split == "partition":
         parts = _split_by_partition(table, tuple(test_partitions), tuple(validation_partitions))
-        datasets = {name: _to_dataset(part).shuffle(seed=seed) for name, part in parts.items()}
+        datasets = {name: _to_dataset(part, task).shuffle(seed=seed) for name, part in parts.items()}
     else:
-        datasets = _split_at_random(_to_dataset(table), test_size, validation_size, seed)
+        datasets = _split_at_random(_to_dataset(table, task), test_size, validation_size, seed)
     _check_leaks({name: dataset["sequence"][:] for name, dataset in datasets.items()}, table)
 
     from datasets import DatasetDict
@@ -123,7 +130,7 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
     """A random sample of rows with the label frequencies of the whole.
 
     Args:
-        dataset: rows with a ClassLabel ``label``.
+        dataset: rows with ``label``; where that is no ClassLabel, the sample is not stratified.
         size: rows to draw, at least 1; the whole dataset, shuffled, if it has no more.
         seed: of the draw.
 
@@ -135,6 +142,8 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
     """
     if size < 1:
         raise ConfigurationError(f"size={size}: a sample has at least one row")
+    if not _has_classes(dataset):
+        return dataset.shuffle(seed=seed).select(range(min(size, len(dataset))))
     labels = np.asarray(dataset["label"][:])
     classes, counts = np.unique(labels, return_counts=True)
     # Each class gets its share rounded down, and those with the largest remainders one more.
@@ -162,19 +171,32 @@ def _locate(source: str | Path | None, sha256: str | None) -> Path:
     return path
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _label_columns(task: str | Mapping[str, str]) -> dict[str, str]:
+    """Label names and their columns."""
+    if isinstance(task, str):
+        known = {"membrane": {LABEL_NAMES[1]: LABEL_COLUMN}, "location": {name: name for name in LOCATIONS}}
+        if task not in known:
+            raise ConfigurationError(f"task={task!r}: expected {' or '.join(known)}, or label names and their columns")
+        return known[task]
+    if not task or not all(isinstance(name, str) for pair in task.items() for name in pair):
+        raise ConfigurationError(f"task={task!r}: expected label names and the columns that hold them")
+    return dict(task)
+
+
+def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     """Read the columns that are needed, as text, so that nothing is guessed."""
     import pandas as pd
 
     try:
         compression = _compression(path)
         header = pd.read_csv(path, nrows=0, compression=compression).columns.tolist()
-        if missing := [name for name in _READ if name not in header]:
+        wanted = list(dict.fromkeys((*_READ, *columns.values())))
+        if missing := [name for name in wanted if name not in header]:
             raise DataError(
                 f"{path} has no column {listing([repr(name) for name in missing])}. A DeepLoc-2.0 table has "
                 f"{', '.join(COLUMNS)}; this one has {', '.join(header)}"
             )
-        return pd.read_csv(path, usecols=list(_READ), dtype=str, keep_default_na=False, compression=compression)
+        return pd.read_csv(path, usecols=wanted, dtype=str, keep_default_na=False, compression=compression)
     except (
         *(pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError),
         *(OSError, EOFError, lzma.LZMAError, zlib.error),
@@ -191,8 +213,8 @@ def _compression(path: Path) -> Literal["gzip", "xz"] | None:
     return "xz" if start == b"\xfd7zXZ\x00" else None
 
 
-def _clean_table(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Check every row; columns of the result: sequence, label, kingdom, accession, partition, length."""
+def _clean_table(raw: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Check every row; columns of the result: those of the labels, sequence, kingdom, accession, partition, length."""
     import pandas as pd
 
     names = [f"line {i + 2} ({accession or 'no accession'})" for i, accession in enumerate(raw["ACC"])]
@@ -202,9 +224,13 @@ def _clean_table(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
             rows = [names[i] for i in np.flatnonzero(bad)]
             raise DataError(f"{path}: {what} in {len(rows)} row(s): {listing(rows)}")
 
-    label = pd.to_numeric(raw[LABEL_COLUMN], errors="coerce")
-    complain(label.isna(), f"the {LABEL_COLUMN} label is missing or not a number")
-    complain(~label.isin([0, 1]), f"the {LABEL_COLUMN} label is neither 0 nor 1")
+    labels = {}
+    for name, column in columns.items():
+        value = pd.to_numeric(raw[column], errors="coerce")
+        unknown = raw[column].str.strip() == "" if len(columns) > 1 else pd.Series(False, index=raw.index)
+        complain(value.isna() & ~unknown, f"the {column} label is missing or not a number")
+        complain(~value.isin([0, 1]) & ~unknown, f"the {column} label is neither 0 nor 1")
+        labels[f"{_LABEL}{name}"] = value
     partition = pd.to_numeric(raw["Partition"], errors="coerce")
     complain(partition.isna() | (partition % 1 != 0), "the Partition is missing or not a whole number")
     sequence = raw["Sequence"].map(clean)
@@ -215,7 +241,7 @@ def _clean_table(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "sequence": sequence,
-            "label": label.astype(int),
+            **labels,
             "kingdom": raw["Kingdom"],
             "accession": raw["ACC"].str.strip(),
             "partition": partition.astype(int),
@@ -224,25 +250,32 @@ def _clean_table(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
     )
 
 
-def _features() -> Features:
-    from datasets import ClassLabel, Features, Value
+def _to_dataset(table: pd.DataFrame, task: str | Mapping[str, str]) -> Dataset:
+    from datasets import ClassLabel, Dataset, Features, Value
 
-    return Features(
+    columns = [name for name in table.columns if name.startswith(_LABEL)]
+    names = [name.removeprefix(_LABEL) for name in columns]
+    if len(names) == 1:
+        label: list = table[columns[0]].astype(int).tolist()
+        classes = LABEL_NAMES if task == "membrane" else (f"not {names[0]}", names[0])
+        feature: Any = ClassLabel(names=list(classes))
+    else:
+        rows = table[columns].to_numpy(dtype=object)
+        rows[table[columns].isna().to_numpy()] = None
+        label = [dict(zip(names, row, strict=True)) for row in rows.tolist()]
+        feature = {name: Value("float32") for name in names}
+    features = Features(
         {
             "sequence": Value("string"),
-            "label": ClassLabel(names=list(LABEL_NAMES)),
+            "label": feature,
             "kingdom": Value("string"),
             "accession": Value("string"),
             "partition": Value("int32"),
             "length": Value("int32"),
         }
     )
-
-
-def _to_dataset(table: pd.DataFrame) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_pandas(table, features=_features(), preserve_index=False)
+    others = {name: table[name].tolist() for name in features if name != "label"}
+    return Dataset.from_dict({**others, "label": label}, features=features)
 
 
 def _split_by_partition(
@@ -279,14 +312,18 @@ def _split_at_random(dataset: Dataset, test_size: float, validation_size: float,
         UserWarning,
         stacklevel=3,
     )
-    cut = dataset.train_test_split(test_size=test_size, stratify_by_column="label", seed=seed)
+    # Several labels a sequence cannot be stratified at once.
+    options: dict[str, Any] = {"seed": seed, "stratify_by_column": "label" if _has_classes(dataset) else None}
+    cut = dataset.train_test_split(test_size=test_size, **options)
     parts = {"train": cut["train"], "test": cut["test"]}
     if validation_size:
-        rest = cut["train"].train_test_split(
-            test_size=validation_size / (1 - test_size), stratify_by_column="label", seed=seed
-        )
+        rest = cut["train"].train_test_split(test_size=validation_size / (1 - test_size), **options)
         parts = {"train": rest["train"], "validation": rest["test"], "test": cut["test"]}
     return parts
+
+
+def _has_classes(dataset: Dataset) -> bool:
+    return hasattr(dataset.features["label"], "names")
 
 
 def _check_leaks(sequences: dict[str, list[str]], table: pd.DataFrame) -> None:

@@ -1,10 +1,8 @@
-"""Protein sequences: cleaning, checking, shortening."""
+"""Protein sequences: their letters, and what is none of them."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-from esm_efficient.errors import ConfigurationError
+from typing import Literal
 
 Keep = Literal["start", "end", "both"]
 
@@ -18,41 +16,24 @@ RESIDUES = STANDARD_RESIDUES + AMBIGUOUS_RESIDUES + "UO"
 """The 25 residue letters that ESM-2 has a token for."""
 
 
+GAPS = "-."
+"""What an alignment puts where a sequence has no residue."""
+
+STOP = "*"
+"""The stop codon, which a translated sequence may end with."""
+
+_FOLD = str.maketrans({letter: letter.upper() for letter in "abcdefghijklmnopqrstuvwxyz"} | dict.fromkeys(GAPS))
+
+
 def clean(sequence: str) -> str:
-    r"""Fold lower case to upper case and drop white space.
+    r"""What is left of a text once everything that is no residue is gone.
+
+    White space and the gaps of an alignment (``-`` and ``.``) are dropped wherever they stand, and stops (``*``) at
+    the end. The letters a to z become capitals. Everything else stays, each character for one residue: also a stop
+    inside the sequence, which is then unknown.
 
     Example:
-        >>> clean("mktv\n AYI ")
+        >>> clean("mk-tv\n AYI* ")
         'MKTVAYI'
     """
-    return "".join(sequence.split()).upper()
-
-
-def truncate(sequence: str, max_residues: int, keep: Keep = "start") -> str:
-    """Shorten a sequence to at most `max_residues` residues.
-
-    Args:
-        sequence: residues.
-        max_residues: the most residues to keep, at least 1.
-        keep: which part stays: the ``"start"``, the ``"end"``, or ``"both"`` ends with the middle cut out (the start
-            gets the odd residue).
-
-    Raises:
-        ConfigurationError: `keep` is none of these, or `max_residues` is below 1.
-
-    Example:
-        >>> truncate("MKTVAYI", 5, "both")
-        'MKTYI'
-    """
-    if keep not in get_args(Keep):
-        raise ConfigurationError(f"keep={keep!r}: expected one of {', '.join(get_args(Keep))}")
-    if max_residues < 1:
-        raise ConfigurationError(f"max_residues={max_residues}: at least one residue must stay")
-    if len(sequence) <= max_residues:
-        return sequence
-    if keep == "start":
-        return sequence[:max_residues]
-    if keep == "end":
-        return sequence[-max_residues:]
-    tail = max_residues // 2
-    return sequence[: max_residues - tail] + (sequence[-tail:] if tail else "")
+    return "".join(sequence.split()).translate(_FOLD).rstrip(STOP)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     TrainingArguments,
@@ -25,13 +27,14 @@ from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.data.encoding import tokenize_dataset
+from esm_efficient.data.labels import Task, task_of
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.profiling.memory import peak_memory
 from esm_efficient.recipes import Recipe, get_recipe
 from esm_efficient.training.audit import AuditCallback
-from esm_efficient.training.metrics import compute_metrics_for
+from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
@@ -53,7 +56,8 @@ class FinetuneResult:
     Attributes:
         recipe: name of the recipe.
         seed: of the run.
-        metrics: on the test split, or on the validation split if there is no other (`classification_metrics`, and
+        task: what was learnt (`esm_efficient.data.labels.task_of`).
+        metrics: on the test split, or on the validation split if there is no other (`compute_metrics_for`, and
             ``loss``).
         evaluated_on: name of that split.
         train_loss: mean loss of the optimizer steps.
@@ -71,10 +75,13 @@ class FinetuneResult:
         result_path: this record as JSON.
         model: the trained model, in evaluation mode.
         profile: what the run has cost by phase; None unless it was profiled.
+        thresholds: with several labels a sequence, the probability from which each is said to hold, tuned on the
+            validation split and saved as ``label_thresholds`` in the model's config; None if they were not tuned.
     """
 
     recipe: str
     seed: int
+    task: Task
     metrics: Mapping[str, float]
     evaluated_on: str
     train_loss: float
@@ -91,12 +98,14 @@ class FinetuneResult:
     result_path: Path
     model: PreTrainedModel | PeftModel = field(repr=False, compare=False)
     profile: ProfileReport | None = None
+    thresholds: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure, ready for JSON; a metric that is undefined (NaN) is None, which JSON can hold."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
         record["metrics"] = {key: value if np.isfinite(value) else None for key, value in self.metrics.items()}
         return record | {
+            "task": {"kind": self.task.kind, "names": list(self.task.names)},
             "trained_layers": list(self.trained_layers),
             "model_dir": str(self.model_dir),
             "result_path": str(self.result_path),
@@ -156,6 +165,8 @@ def finetune(
     output_dir: str | Path = "output",
     tokenizer: PreTrainedTokenizerBase | None = None,
     class_weights: str | Mapping[str, float] | Sequence[float] | None = "balanced",
+    focal_gamma: float = 0.0,
+    token_budget: int | None = None,
     max_length: int = 1024,
     seed: int = 0,
     precision: Precision = "auto",
@@ -164,16 +175,22 @@ def finetune(
     profile: bool = False,
     **training_options: Any,
 ) -> FinetuneResult:
-    """Fine-tune ESM-2 to classify sequences: tokenise, prepare, train, audit, evaluate, save.
+    """Fine-tune ESM-2: tokenise, prepare, train, audit, evaluate, save.
+
+    What is learnt follows from the feature of the column ``label`` (`esm_efficient.data.labels.task_of`): one class or
+    several labels a sequence, one class a residue, or numbers. With several labels, validation and test, the threshold
+    of each is tuned on validation and used on test.
 
     Args:
-        model: a folder or a Hub name of an ESM-2 model, or a loaded model with a sequence classification head.
-        dataset: splits ``train`` and ``test`` (or ``validation``), such as `load_deeploc` returns: ``sequence`` (str)
-            and ``label`` (ClassLabel).
+        model: a folder or a Hub name of an ESM-2 model, or a loaded model with the head that the task needs.
+        dataset: splits ``train`` and ``test`` (or ``validation``), such as `load_deeploc` returns: ``sequence`` (str),
+            ``label`` and, if sequences count unequally, ``sample_weight``.
         recipe: ``"base"``, ``"ga"``, ``"gc"``, ``"lora"``, ``"all"``, ``"frozen"``, or a `Recipe` of your own.
         output_dir: gets ``adapter/`` or ``model/``, and ``result.json``.
         tokenizer: needed only with a loaded model.
-        class_weights: as `WeightedTrainer`.
+        class_weights: as `WeightedTrainer`; numbers to regress have no classes, so that ``"balanced"`` is none there.
+        focal_gamma: as `WeightedTrainer`.
+        token_budget: as `WeightedTrainer`.
         max_length: the most tokens of a sequence.
         seed: of the head, the adapters and the order of the batches.
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; with bf16 the frozen parameters are held in it.
@@ -186,7 +203,7 @@ def finetune(
         Metrics, costs and paths.
 
     Raises:
-        DataError: the dataset lacks a split or its labels have no names.
+        DataError: the dataset lacks a split, or its labels stand for no task.
         ConfigurationError: the options contradict each other or the model.
         TargetModuleError: the adapters do not fit the model.
         AuditError: a parameter that should train did not.
@@ -197,7 +214,7 @@ def finetune(
         >>> print(result.metrics["mcc"], result.model_dir)  # doctest: +SKIP
     """
     chosen, output_dir = get_recipe(recipe), Path(output_dir)
-    label_names = _label_names(dataset)
+    task = task_of(next(iter(dataset.values())).features)
     evaluated_on = next((name for name in ("test", "validation") if name in dataset), None)
     if "train" not in dataset or evaluated_on is None:
         raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
@@ -209,8 +226,9 @@ def finetune(
             raise ConfigurationError("a loaded model says nothing of its tokenizer: give tokenizer too")
     else:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=len(label_names), dtype=torch.float32
+        auto = AutoModelForTokenClassification if _of_tokens(task) else AutoModelForSequenceClassification
+        loaded = auto.from_pretrained(
+            model, num_labels=len(task.names), problem_type=task.problem_type, dtype=torch.float32
         )
     tokenized, report = tokenize_dataset(dataset, tokenizer, max_length=max_length)
 
@@ -220,7 +238,7 @@ def finetune(
         head_only=chosen.trains == "head",
         gradient_checkpointing=compat.asks_for_checkpointing(args),
         dtype=torch.bfloat16 if args.bf16 else None,
-        label_names=label_names,
+        label_names=task.names,
     )
     if chosen.encoder == "lean":
         apply_lean_encoder(prepared)
@@ -230,11 +248,13 @@ def finetune(
         args,
         train_dataset=tokenized["train"],
         eval_dataset=tokenized.get("validation"),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=(DataCollatorForTokenClassification if _of_tokens(task) else DataCollatorWithPadding)(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=compute_metrics_for(label_names),
+        compute_metrics=compute_metrics_for(task),
         callbacks=[audit],
-        class_weights=class_weights,
+        class_weights=None if task.kind == "regression" and class_weights == "balanced" else class_weights,
+        focal_gamma=focal_gamma,
+        token_budget=token_budget,
     )
     profiler = ProfilerCallback(trainer) if profile else None
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
@@ -245,6 +265,10 @@ def finetune(
     if report_of_run is not None and torch.cuda.is_available():
         # The profiler starts the allocator's peak anew at every phase.
         peak.bytes = max(peak.bytes, report_of_run.peak.total)
+    thresholds = None
+    if task.kind == "multi_label_classification" and {"validation", "test"} <= tokenized.keys():
+        thresholds = _tune(trainer, tokenized["validation"], task)
+        trainer.compute_metrics = compute_metrics_for(task, thresholds=np.array(list(thresholds.values())))
     metrics = trainer.predict(tokenized[evaluated_on], metric_key_prefix="test").metrics or {}
 
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
@@ -254,6 +278,7 @@ def finetune(
     result = FinetuneResult(
         recipe=chosen.name,
         seed=seed,
+        task=task,
         metrics={
             key.removeprefix("test_"): value
             for key, value in metrics.items()
@@ -274,6 +299,7 @@ def finetune(
         result_path=output_dir / "result.json",
         model=prepared.eval(),
         profile=report_of_run,
+        thresholds=thresholds,
     )
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(model_dir)
@@ -289,12 +315,15 @@ def _uses_bf16(precision: Precision) -> bool:
     return precision == "bf16"
 
 
-def _label_names(dataset: DatasetDict) -> list[str]:
-    features = next(iter(dataset.values())).features
-    names = getattr(features.get("label"), "names", None)
-    if names is None:
-        raise DataError(
-            "the column 'label' must be a ClassLabel, which names the classes; cast it with "
-            f"dataset.class_encode_column('label'). Found {features.get('label')}"
-        )
-    return list(names)
+def _of_tokens(task: Task) -> bool:
+    return task.kind == "token_classification"
+
+
+def _tune(trainer: WeightedTrainer, validation: Any, task: Task) -> dict[str, float]:
+    """The threshold of each label, also written into the model's config."""
+    prediction = trainer.predict(validation, metric_key_prefix="validation")
+    found = tune_thresholds(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), task.names)
+    thresholds = dict(zip(task.names, found.tolist(), strict=True))
+    trainer.accelerator.unwrap_model(trainer.model).config.label_thresholds = thresholds
+    logger.info("thresholds: %s", ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items()))
+    return thresholds

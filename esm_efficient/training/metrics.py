@@ -1,7 +1,8 @@
-"""Metrics of classification, computed by scikit-learn, and the interval of their mean."""
+"""Metrics of each task, computed by scikit-learn and scipy, and the interval of their mean."""
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from esm_efficient.data.labels import IGNORE, Task
 from esm_efficient.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
+
+logger = logging.getLogger(__name__)
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, float]:
@@ -24,8 +28,10 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
         label_names: names of the classes in the order of their ids.
 
     Returns:
-        ``accuracy``, ``mcc``, ``auroc`` (one against the rest, averaged over the classes if there are more than two;
-        NaN if a class has no example), ``f1_<name>`` for each class, and ``majority_accuracy``.
+        ``accuracy`` (with one class an example, also the micro-averaged F1), ``mcc``, ``auroc`` (one against the rest,
+        averaged over the classes if there are more than two; NaN if a class has no example), ``f1_<name>`` for each
+        class and their mean ``f1_macro``, with more than two classes ``mcc_<name>`` of each against the rest, and
+        ``majority_accuracy``.
 
     Raises:
         DataError: the shapes do not fit, or the logits are not finite.
@@ -45,8 +51,7 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
             f"logits have shape {logits.shape}: expected {(len(labels), len(classes))}, one row a label and one column "
             f"for each of {', '.join(label_names)}"
         )
-    if bad := int((~np.isfinite(logits)).any(axis=1).sum()):
-        raise DataError(f"the logits of {bad} of {len(labels)} examples are not finite: training has diverged")
+    _check_finite(logits)
     predicted = logits.argmax(axis=1)
     scores = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)
@@ -62,15 +67,180 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
         "mcc": float(matthews_corrcoef(labels, predicted)),
         "auroc": auroc,
         **{f"f1_{name}": float(value) for name, value in zip(label_names, f1, strict=True)},
+        "f1_macro": float(f1.mean()),
+        **(_mcc_each(labels, predicted, label_names) if len(classes) > 2 else {}),
         "majority_accuracy": float(np.bincount(labels, minlength=len(classes)).max() / len(labels)),
     }
 
 
-def compute_metrics_for(label_names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A ``compute_metrics`` for a transformers Trainer that returns `classification_metrics`.
+def multi_label_metrics(
+    logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str], *, thresholds: np.ndarray | None = None
+) -> dict[str, float]:
+    """How well several labels an example are told, each by itself and all together.
 
     Args:
-        label_names: names of the classes in the order of their ids.
+        logits: float of shape (examples, labels).
+        labels: 0 or 1, of the same shape; NaN or -100 where unknown, which counts nowhere.
+        label_names: names of the labels in their order.
+        thresholds: probability from which each label is said to hold, of shape (labels,); 0.5 if None.
+
+    Returns:
+        ``f1_micro``, ``f1_macro``, ``jaccard`` (mean over examples of the labels in common among those that hold or are
+        said to; 1 if there are none), ``subset_accuracy`` (examples with every known label right), ``auroc`` (mean over
+        the labels that have both kinds of examples), and ``mcc_<name>`` and ``f1_<name>`` of each label.
+
+    Raises:
+        DataError: the shapes do not fit, or the logits are not finite.
+
+    Example:
+        >>> metrics = multi_label_metrics(np.array([[2.0, -1.0], [1.0, 3.0]]), np.array([[1, 0], [0, 1]]), ["a", "b"])
+        >>> metrics["subset_accuracy"], metrics["jaccard"], round(metrics["f1_micro"], 3)
+        (0.5, 0.75, 0.8)
+    """
+    from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
+
+    if logits.shape != labels.shape or logits.shape[1:] != (len(label_names),):
+        raise DataError(
+            f"logits have shape {logits.shape} and labels {labels.shape}: expected (examples, {len(label_names)}), one "
+            f"column for each of {', '.join(label_names)}"
+        )
+    _check_finite(logits)
+    known = ~np.isnan(labels) & (labels != IGNORE)
+    true = np.where(known, labels, 0).round().astype(int)
+    said = np.where(known, labels_of(logits, thresholds), 0).astype(int)
+    f1, areas = {}, []
+    for index, name in enumerate(label_names):
+        rows = known[:, index]
+        f1[f"f1_{name}"] = float(f1_score(true[:, index], said[:, index], zero_division=0.0))
+        if len(set(true[rows, index].tolist())) == 2:
+            areas.append(float(roc_auc_score(true[rows, index], logits[rows, index])))
+    return {
+        "f1_micro": float(f1_score(true, said, average="micro", zero_division=0.0)),
+        "f1_macro": statistics.fmean(f1.values()),
+        "jaccard": float(jaccard_score(true, said, average="samples", zero_division=1.0)),
+        "subset_accuracy": float((true == said).all(axis=1).mean()),
+        "auroc": statistics.fmean(areas) if areas else float("nan"),
+        **_mcc_each(true, said, label_names, known),
+        **f1,
+    }
+
+
+def regression_metrics(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """How close numbers are, and whether they are in the right order.
+
+    Args:
+        predictions: float of shape (examples, numbers), or (examples,) for one.
+        labels: of the same shape; NaN where unknown, which counts nowhere.
+        names: of the numbers in their order.
+
+    Returns:
+        ``spearman``, ``pearson``, ``rmse``, ``mae`` and ``r2``, with several numbers their means, and
+        ``spearman_<name>`` for each. A correlation with a constant is NaN.
+
+    Raises:
+        DataError: the shapes do not fit, or the predictions are not finite.
+
+    Example:
+        >>> regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 9.0]), ["stability"])["spearman"]
+        1.0
+    """
+    from scipy import stats
+    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
+    found, true = predictions.reshape(len(labels), -1), labels.reshape(len(labels), -1)
+    if found.shape != true.shape or found.shape[1] != len(names):
+        raise DataError(
+            f"predictions have shape {predictions.shape} and labels {labels.shape}: expected {len(names)} an example"
+        )
+    _check_finite(found)
+    each: dict[str, list[float]] = {key: [] for key in ("spearman", "pearson", "rmse", "mae", "r2")}
+    for index in range(len(names)):
+        rows = ~np.isnan(true[:, index])
+        x, y = found[rows, index].astype(np.float64), true[rows, index].astype(np.float64)
+        varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+        each["spearman"].append(float(stats.spearmanr(x, y).statistic) if varies else float("nan"))
+        each["pearson"].append(float(stats.pearsonr(x, y).statistic) if varies else float("nan"))
+        for key, metric in (("rmse", root_mean_squared_error), ("mae", mean_absolute_error), ("r2", r2_score)):
+            each[key].append(float(metric(y, x)) if len(x) > 1 else float("nan"))
+    result = {key: statistics.fmean(values) for key, values in each.items()}
+    if len(names) > 1:
+        result |= {f"spearman_{name}": value for name, value in zip(names, each["spearman"], strict=True)}
+    return result
+
+
+def labels_of(logits: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
+    """Which of several labels are said to hold.
+
+    Args:
+        logits: float of shape (examples, labels).
+        thresholds: the probability from which each holds, of shape (labels,); 0.5 if None.
+
+    Returns:
+        bool of shape (examples, labels).
+
+    Example:
+        >>> labels_of(np.array([[0.1, 0.1]]), np.array([0.5, 0.6])).tolist()
+        [[True, False]]
+    """
+    return _sigmoid(logits) >= (0.5 if thresholds is None else np.asarray(thresholds))
+
+
+def tune_thresholds(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
+    """The threshold of each label that gives it the highest MCC, as DeepLoc 2.0 chooses them.
+
+    Give it examples that were neither trained nor tested on. Of thresholds that are equally good the middle one is
+    taken.
+
+    Args:
+        logits: float of shape (examples, labels).
+        labels: 0 or 1, of the same shape; NaN or -100 where unknown.
+        label_names: names of the labels in their order.
+
+    Returns:
+        float64 of shape (labels,), in probabilities; 0.5 for a label that holds everywhere or nowhere, with a warning.
+
+    Example:
+        >>> tune_thresholds(np.array([[-2.0], [-1.0], [0.5]]), np.array([[0], [1], [1]]), ["a"]).round(2).tolist()
+        [0.19]
+    """
+    _check_finite(logits)
+    chances = _sigmoid(logits)
+    thresholds = np.full(len(label_names), 0.5)
+    for index, name in enumerate(label_names):
+        rows = ~np.isnan(labels[:, index]) & (labels[:, index] != IGNORE)
+        chance, true = chances[rows, index], labels[rows, index].round() == 1
+        if not true.any() or true.all():
+            logger.warning("%s: no example, or every one, has the label: its threshold stays at 0.5", name)
+            continue
+        # Between each two neighbours in the order of their probability: what is above is said to hold.
+        order = np.argsort(chance, kind="stable")
+        chance, true = chance[order], true[order]
+        cuts = np.flatnonzero(np.diff(chance) > 0) + 1
+        if not len(cuts):
+            continue
+        missed, positives = np.cumsum(true)[cuts - 1].astype(float), float(true.sum())
+        hit, above = positives - missed, (len(true) - cuts).astype(float)
+        n = float(len(true))
+        scores = (n * hit - above * positives) / np.sqrt(above * (n - above) * positives * (n - positives))
+        best = cuts[np.isclose(scores, scores.max())]
+        middle = best[len(best) // 2]
+        thresholds[index] = (chance[middle - 1] + chance[middle]) / 2
+    return thresholds
+
+
+def compute_metrics_for(
+    task: Task | Sequence[str], *, thresholds: np.ndarray | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A ``compute_metrics`` for a transformers Trainer.
+
+    Args:
+        task: from `esm_efficient.data.labels.task_of`; or the names of the classes in the order of their ids, for one
+            class a sequence.
+        thresholds: for several labels a sequence, as in `multi_label_metrics`.
+
+    Returns:
+        A function that returns `classification_metrics` (of tokens for a token classifier, -100 left out),
+        `multi_label_metrics` or `regression_metrics`.
 
     Example:
         >>> from transformers import EvalPrediction
@@ -79,16 +249,45 @@ def compute_metrics_for(label_names: Sequence[str]) -> Callable[[EvalPrediction]
         >>> compute(EvalPrediction(predictions=np.eye(2), label_ids=np.array([0, 1])))["accuracy"]
         1.0
     """
+    known = task if isinstance(task, Task) else Task("single_label_classification", tuple(task))
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions
-        return classification_metrics(
-            np.asarray(logits[0] if isinstance(logits, tuple) else logits),
-            np.asarray(prediction.label_ids),
-            label_names,
-        )
+        found = prediction.predictions
+        logits, labels = np.asarray(found[0] if isinstance(found, tuple) else found), np.asarray(prediction.label_ids)
+        if known.kind == "multi_label_classification":
+            return multi_label_metrics(logits, labels, known.names, thresholds=thresholds)
+        if known.kind == "regression":
+            return regression_metrics(logits, labels, known.names)
+        if known.kind == "token_classification":
+            logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
+        return classification_metrics(logits, labels, known.names)
 
     return compute
+
+
+def _check_finite(logits: np.ndarray) -> None:
+    if bad := int((~np.isfinite(logits)).any(axis=1).sum()):
+        raise DataError(f"the logits of {bad} of {len(logits)} examples are not finite: training has diverged")
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    return np.asarray(expit(logits.astype(np.float64)))
+
+
+def _mcc_each(
+    true: np.ndarray, said: np.ndarray, names: Sequence[str], known: np.ndarray | None = None
+) -> dict[str, float]:
+    """The MCC of each label; of each class against the rest where there is one an example."""
+    from sklearn.metrics import matthews_corrcoef
+
+    result = {}
+    for index, name in enumerate(names):
+        pair = (true == index, said == index) if true.ndim == 1 else (true[:, index], said[:, index])
+        rows = slice(None) if known is None else known[:, index]
+        result[f"mcc_{name}"] = float(matthews_corrcoef(pair[0][rows], pair[1][rows]))
+    return result
 
 
 def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float] | None:

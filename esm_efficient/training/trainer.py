@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
 from esm_efficient import compat
+from esm_efficient.data.batching import TokenBudgetBatchSampler
+from esm_efficient.data.encoding import WEIGHT_COLUMN
+from esm_efficient.data.labels import IGNORE
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.training.audit import AuditCallback
-from esm_efficient.training.losses import IGNORE, LOSSES, WeightedLoss
-from esm_efficient.training.weights import balanced_class_weights, check_class_weights
+from esm_efficient.training.losses import LOSSES, SquaredError, WeightedLoss
+from esm_efficient.training.weights import balanced_class_weights, balanced_label_weights, check_class_weights
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -38,14 +42,21 @@ class WeightedTrainer(Trainer):
     last batch weigh nothing. The evaluation loss is the weighted mean over the whole set, whatever the evaluation
     batch size.
 
-    It takes what Trainer takes. Without class weights, what has a loss of its own (``compute_loss_func``, regression,
-    multi-label, a model class of yours, a causal language model) is left to Trainer. With class weights, the first
-    three are an error.
+    The model's ``config.problem_type`` and the labels say which loss: cross-entropy for one class a sequence or a
+    token, binary cross-entropy for several labels, the squared error for numbers (`esm_efficient.training.losses`).
+    Unknown labels, -100 or NaN, weigh nothing. A column ``sample_weight`` multiplies loss and weight of a sequence.
+
+    It takes what Trainer takes. What has a loss of its own (``compute_loss_func``, a model class of yours, a causal
+    language model) is left to Trainer; with class weights, the first is an error.
 
     Args:
         *args: as `transformers.Trainer`.
         class_weights: ``"balanced"`` for weights from the labels of ``train_dataset``; one number a class, as an
             array, a sequence or a tensor in the order of the class ids; a mapping by label name; None for one each.
+            With several labels a sequence they multiply the loss of a label that holds.
+        focal_gamma: exponent of the focal loss; 0 for the plain one.
+        token_budget: make training batches of as many sequences of similar length as this number of tokens holds,
+            padding included (`TokenBudgetBatchSampler`), instead of ``per_device_train_batch_size`` sequences.
         audit: whether a run fails when a parameter that should train gets no gradient or does not move
             (`AuditCallback`).
         **kwargs: as `transformers.Trainer`.
@@ -54,7 +65,8 @@ class WeightedTrainer(Trainer):
         class_weights: float64 array of shape (classes,), or None.
 
     Raises:
-        ConfigurationError: the weights do not fit the model's labels or the task.
+        ConfigurationError: the weights or the exponent do not fit the model's labels or the task; a budget goes with
+            a stream of data.
         DataError: a class has no example to weigh it by.
 
     Example:
@@ -69,29 +81,28 @@ class WeightedTrainer(Trainer):
         self,
         *args: Any,
         class_weights: str | Mapping[str, float] | Sequence[float] | np.ndarray | Tensor | None = None,
+        focal_gamma: float = 0.0,
+        token_budget: int | None = None,
         audit: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.token_budget = token_budget
         self.class_weights: np.ndarray | None = None
         self._evaluated: list[tuple[Tensor, Tensor]] | None = None
         self._last_evaluated: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
 
         problem_type = self._set_problem_type(self.model)
-        known = class_weights is not None or self._has_known_loss(self.model)
-        if self.compute_loss_func is None and problem_type in LOSSES and known:
-            if class_weights is not None:
-                self.class_weights = self._resolve_weights(class_weights)
-            self._loss = LOSSES[problem_type](
-                class_weights=None if self.class_weights is None else torch.from_numpy(self.class_weights).float(),
-                label_smoothing=self.args.label_smoothing_factor,
-            )
+        asked = class_weights is not None or focal_gamma
+        if self.compute_loss_func is None and problem_type in LOSSES and (asked or self._has_known_loss(self.model)):
+            self._loss = self._make_loss(problem_type, class_weights, focal_gamma)
             self._refuse_model_parallelism()
             compat.declare_loss_normalised(self)
-        elif class_weights is not None:
-            task = "a compute_loss_func of your own" if self.compute_loss_func is not None else problem_type
-            raise ConfigurationError(f"class_weights do not go with {task}: leave one of the two out")
+        elif asked:
+            raise ConfigurationError(
+                "class_weights and focal_gamma do not go with a compute_loss_func of your own: leave one of the two out"
+            )
         if audit and not any(isinstance(c, AuditCallback) for c in self.callback_handler.callbacks):
             self.add_callback(AuditCallback())
 
@@ -116,7 +127,7 @@ class WeightedTrainer(Trainer):
             self._silence_repeats(batches[-1])
         total = torch.zeros((), device=device)
         for batch in batches:
-            total += self._loss.weights(_labels(batch)).sum().to(device)
+            total += _weighted(self._loss.weights(_labels(batch)), batch).sum().to(device)
         return batches, self.accelerator.reduce(total, reduction="sum")
 
     def compute_loss(
@@ -130,9 +141,9 @@ class WeightedTrainer(Trainer):
         if self._loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = _labels(inputs)
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT_COLUMN)})
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        losses, weights = self._loss(logits, labels)
+        losses, weights = (_weighted(part, inputs) for part in self._loss(logits, labels))
         if model.training and num_items_in_batch is not None:
             # Data-parallel ranks average their gradients: the factor makes the average a sum.
             loss = losses.sum() / _nonzero(num_items_in_batch) * self.accelerator.num_processes
@@ -143,6 +154,39 @@ class WeightedTrainer(Trainer):
             return loss
         # Trainer drops the first item of a tuple, where a model that was given labels puts its loss.
         return loss, (outputs if isinstance(outputs, dict) else (loss, *outputs))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's; with a token budget, of batches that hold it."""
+        if self.token_budget is None:
+            return super().get_train_dataloader()
+        dataset: Any = self.train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            raise ConfigurationError("token_budget needs a train_dataset with a length, to sort sequences by theirs")
+        lengths = _dataset_lengths(dataset, self.args.length_column_name)
+        collate = self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        sampler = TokenBudgetBatchSampler(
+            lengths,
+            self.token_budget,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+        )
+        workers = self.args.dataloader_num_workers
+        # The sampler knows the ranks, so that accelerate has only to place the batches.
+        return DataLoaderShard(
+            dataset,
+            device=self.accelerator.device,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any, Any]:
         """As Trainer's; keeps the parts of the loss of every example for the whole set's loss."""
@@ -220,12 +264,36 @@ class WeightedTrainer(Trainer):
         heads = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
         return own_forward and any(name.endswith(heads) for name in _class_names(model))
 
-    def _resolve_weights(self, class_weights: Any) -> np.ndarray:
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the weights of sequences, which no model takes, from being dropped as unused."""
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        if columns is not None and WEIGHT_COLUMN not in columns:
+            self._signature_columns = [*columns, WEIGHT_COLUMN]
+
+    def _make_loss(self, problem_type: str, class_weights: Any, focal_gamma: float) -> WeightedLoss:
+        """The loss of a task."""
+        if problem_type == "regression":
+            if class_weights is not None or focal_gamma:
+                raise ConfigurationError("class_weights and focal_gamma do not go with regression: it has no classes")
+            return SquaredError()
+        if class_weights is not None:
+            self.class_weights = self._resolve_weights(class_weights, several="multi" in problem_type)
+        return LOSSES[problem_type](
+            None if self.class_weights is None else torch.from_numpy(self.class_weights).float(),
+            label_smoothing=self.args.label_smoothing_factor,
+            focal_gamma=focal_gamma,
+        )
+
+    def _resolve_weights(self, class_weights: Any, *, several: bool) -> np.ndarray:
         model: Any = self.model
         config = model.config
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         if isinstance(class_weights, str) and class_weights == "balanced":
-            return balanced_class_weights(_dataset_labels(self.train_dataset), names)
+            labels = _dataset_labels(self.train_dataset)
+            if several:
+                return balanced_label_weights(np.asarray(labels, dtype=np.float64), names)
+            return balanced_class_weights([label for row in labels for label in np.ravel(row).tolist()], names)
         return check_class_weights(class_weights, names)
 
     def _refuse_model_parallelism(self) -> None:
@@ -240,7 +308,7 @@ class WeightedTrainer(Trainer):
         accelerator = self.accelerator
         world = accelerator.num_processes
         at_end = accelerator.gradient_state.end_of_dataloader and accelerator.even_batches
-        if world == 1 or not at_end or self.args.dataloader_drop_last:
+        if world == 1 or not at_end or self.args.dataloader_drop_last or self.token_budget is not None:
             return
         shards = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
         batches = getattr(shards, "batch_sampler", None)
@@ -254,13 +322,19 @@ class WeightedTrainer(Trainer):
         if remainder:
             # The ranks' batches, one after another, are the rest of the data set and then repeats.
             real = min(max(remainder - size * accelerator.process_index, 0), size)
-            batch["labels"][real:] = IGNORE
+            batch["labels"][real:] = float("nan") if batch["labels"].is_floating_point() else IGNORE
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
     if batch.get("labels") is None:
         raise DataError(f"a batch has no 'labels', only {', '.join(batch)}: the loss needs them")
     return batch["labels"]
+
+
+def _weighted(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Numbers of examples, times the weights of the examples if there are any."""
+    weights = batch.get(WEIGHT_COLUMN)
+    return values if weights is None else values * weights.to(device=values.device, dtype=values.dtype)
 
 
 def _has_float_labels(dataset: Any) -> bool:
@@ -284,7 +358,15 @@ def _class_names(model: Any) -> list[str]:
     return [parent.__name__ for parent in type(base).__mro__]
 
 
-def _dataset_labels(dataset: Any) -> list[int]:
+def _dataset_lengths(dataset: Any, column: str) -> np.ndarray:
+    """Tokens of every sequence of a data set."""
+    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    if column in names and hasattr(dataset, "with_format"):
+        return np.asarray(dataset.with_format("numpy")[column][:])
+    return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
+
+
+def _dataset_labels(dataset: Any) -> list[Any]:
     """Every label of a data set, for its class weights."""
     if dataset is None:
         raise ConfigurationError('class_weights="balanced" needs a train_dataset to count labels in')
@@ -295,7 +377,5 @@ def _dataset_labels(dataset: Any) -> list[int]:
     if column is None:
         raise DataError(f"the training data have no column 'labels', only {', '.join(names)}")
     if hasattr(dataset, "column_names"):
-        values = dataset[column][:]
-    else:
-        values = [dataset[index][column] for index in range(len(dataset))]
-    return [label for value in values for label in np.asarray(value).ravel().tolist()]
+        return list(dataset[column][:])
+    return [dataset[index][column] for index in range(len(dataset))]

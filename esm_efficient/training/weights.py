@@ -43,6 +43,37 @@ def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequ
     return np.asarray(compute_class_weight("balanced", classes=classes, y=flat), dtype=np.float64)
 
 
+def balanced_label_weights(labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
+    """Weights of several labels an example, each as often missing as it holds, times: negatives / positives.
+
+    Args:
+        labels: float of shape (examples, labels), 0 to 1; NaN or -100 where unknown.
+        label_names: names of the labels in their order.
+
+    Returns:
+        float64 of shape (labels,), the ``pos_weight`` that `torch.nn.BCEWithLogitsLoss` names as an example.
+
+    Raises:
+        DataError: a label holds nowhere, or the shape does not fit.
+
+    Example:
+        >>> balanced_label_weights(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, np.nan]]), ["a", "b"]).tolist()
+        [2.0, 1.0]
+    """
+    table = np.asarray(labels, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != len(label_names):
+        raise DataError(f"labels have shape {table.shape}: expected (examples, {len(label_names)})")
+    known = ~np.isnan(table) & (table != -100)
+    positive = np.where(known, table, 0).sum(0)
+    if absent := [name for name, count in zip(label_names, positive, strict=True) if not count]:
+        raise DataError(
+            f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
+            "weights as an array"
+        )
+    # A label that always holds has no negatives: it keeps a weight, so that its loss does not vanish.
+    return np.maximum(known.sum(0) - positive, 1) / positive
+
+
 def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
     """Bring weights that a user gave into an array.
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_model
+from conftest import TASK_LOSS, make_dataset, make_model, make_task_dataset, task_loss
+from datasets import Value
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EsmForSequenceClassification,
     EsmForTokenClassification,
@@ -164,40 +166,87 @@ def test_exact_with_adapters_checkpointing_and_smoothing(
     assert relative_error(gradients.steps[0], expected) <= 1e-5
 
 
-def test_token_labels_with_ignored_positions_are_exact(tmp_path, tiny_model, tokenizer):
-    from datasets import Dataset
-    from transformers import DataCollatorForTokenClassification
+def task_model(kind):
+    if kind == "tokens":
+        return make_model(EsmForTokenClassification)
+    labels = {"focal": 2, "number": 1}.get(kind, 3)
+    return make_model(num_labels=labels, problem_type=TASK_LOSS[kind])
 
-    rng = np.random.default_rng(0)
-    rows = []
-    for length in rng.integers(4, 12, size=9):
-        labels = rng.choice([0, 1, -100], size=length).tolist()
-        rows.append({"input_ids": [0, *rng.integers(4, 24, size=length).tolist(), 2], "labels": [-100, *labels, -100]})
-    data = Dataset.from_list([row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows])
-    collate, gradients = DataCollatorForTokenClassification(tokenizer), Gradients()
-    model = tiny_model(EsmForTokenClassification)
-    weighted(
-        model,
-        arguments(tmp_path, 2, 8),
-        data,
-        tokenizer,
-        data_collator=collate,
-        callbacks=[gradients],
-        audit=False,
-    ).train()
-    plain = tiny_model(EsmForTokenClassification)
-    batch = collate([data[i] for i in range(len(data))])
-    labels = batch.pop("labels")
-    logits = plain(**batch).logits
-    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=torch.tensor(WEIGHTS)).backward()
-    expected = torch.cat([p.grad.reshape(-1) for p in plain.parameters() if p.grad is not None])
-    assert relative_error(gradients.steps[0], expected) <= 1e-5
+
+def task_options(kind, tokenizer):
+    """What the trainer is told of a task, beside its data."""
+    if kind == "tokens":
+        return {"class_weights": WEIGHTS, "data_collator": DataCollatorForTokenClassification(tokenizer)}
+    weights = {"several, weighted": [1.0, 3.0, 0.5], "focal": WEIGHTS}.get(kind)
+    return {"class_weights": weights, "focal_gamma": 2.0 if kind == "focal" else 0.0}
+
+
+def task_gradient(kind, rows, tokenizer):
+    """Loss and gradient of the rows in one batch."""
+    model = task_model(kind)
+    collate = task_options(kind, tokenizer).get("data_collator", DataCollatorWithPadding(tokenizer))
+    batch = dict(collate([rows[i] for i in range(len(rows))]))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    loss = task_loss(kind, model(**inputs).logits, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(16, 1), (4, 4), (1, 16)])
+@pytest.mark.parametrize("kind", TASK_LOSS)
+def test_every_task_is_exact_with_unknown_labels_and_weights_of_sequences(
+    tmp_path, tokenizer, kind, micro_batch, accumulation
+):
+    data, gradients, losses = make_task_dataset(kind, 21), Gradients(), Losses()
+    options = task_options(kind, tokenizer) | {"callbacks": [gradients, losses], "audit": False, "eval_dataset": data}
+    trainer = weighted(task_model(kind), arguments(tmp_path, micro_batch, accumulation), data, tokenizer, **options)
+    trainer.train()
+    for step, rows in enumerate((data.select(range(16)), data.select(range(16, 21)))):
+        loss, gradient = task_gradient(kind, rows, tokenizer)
+        assert relative_error(gradients.steps[step], gradient) <= 1e-5
+        assert losses.values[step] == pytest.approx(loss, rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(task_gradient(kind, data, tokenizer)[0], rel=1e-5)
+
+
+def test_batches_of_a_token_budget_train_every_sequence_once_and_stay_exact(tmp_path, tiny_model, tokenizer):
+    data, gradients = make_dataset(37), Gradients()
+    seen = []
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def watch(rows):
+        batch = collate(rows)
+        seen.append(batch["input_ids"].numel())
+        return batch
+
+    options = {"token_budget": 64, "callbacks": [gradients], "audit": False, "data_collator": watch}
+    # One optimizer step of more micro-batches than there are holds the whole data set.
+    weighted(tiny_model(), arguments(tmp_path, 1, 100), data, tokenizer, **options).train()
+    assert len(gradients.steps) == 1
+    assert max(seen) <= 64
+    assert len(seen) < 37 / 2
+    assert relative_error(gradients.steps[0], reference_gradient(tiny_model(), data, tokenizer)) <= 1e-5
+
+
+def test_a_token_budget_needs_lengths(tmp_path, tiny_model, tokenizer):
+    stream = make_dataset(8).to_iterable_dataset()
+    trainer = weighted(tiny_model(), arguments(tmp_path, max_steps=1), stream, tokenizer, token_budget=64)
+    with pytest.raises(ConfigurationError, match="with a length"):
+        trainer.train()
+
+
+def test_balanced_weights_of_several_labels_are_their_odds(tmp_path, tokenizer):
+    data = make_task_dataset("several", 40)
+    trainer = weighted(task_model("several"), arguments(tmp_path), data, tokenizer, class_weights="balanced")
+    labels = np.array(data["labels"][:])
+    expected = (labels == 0).sum(0) / (labels == 1).sum(0)
+    assert trainer.class_weights == pytest.approx(expected)
 
 
 # (examples, micro-batch of a rank, accumulation): 16 examples an optimizer step over both ranks. Of 37, the last step
 # has 5 real examples; of 17, a rank has none in the last step.
 TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
 TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
+TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +255,8 @@ def two_ranks(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("two_ranks")
     for size in {case[0] for case in TWO_RANKS}:
         make_dataset(size).save_to_disk(folder / f"data{size}")
+    for kind in TASK_LOSS:
+        make_task_dataset(kind, 37).save_to_disk(folder / kind)
     model = make_model()
     compat.save_under_own_names(model)
     model.save_pretrained(folder / "model")
@@ -223,7 +274,24 @@ def two_ranks(tmp_path_factory, tokenizer):
     return dict(zip(TWO_RANKS, torch.load(folder / "results.pt"), strict=True))
 
 
-@pytest.mark.parametrize("case", TWO_RANKS, ids=str)
+@pytest.mark.parametrize("case", [case for case in TWO_RANKS if case[3] in TASK_LOSS], ids=str)
+def test_two_ranks_equal_one_batch_for_every_task(two_ranks, tokenizer, case):
+    size, _, _, kind = case
+    found, data = two_ranks[case], make_task_dataset(kind, size)
+    assert len(found["gradients"]) == 3
+    for step, gradient in enumerate(found["gradients"]):
+        loss, expected = task_gradient(kind, data.select(range(16 * step, min(16 * step + 16, size))), tokenizer)
+        assert relative_error(gradient, expected) <= 1e-5
+        assert found["losses"][step] == pytest.approx(loss, rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(task_gradient(kind, data, tokenizer)[0], rel=1e-5)
+
+
+def test_two_ranks_with_a_token_budget_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer):
+    (gradient,) = two_ranks[TWO_RANKS[-1]]["gradients"]
+    assert relative_error(gradient, reference_gradient(tiny_model(), tiny_dataset(37), tokenizer)) <= 1e-5
+
+
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] not in TASK_LOSS and c[3] != "budget"], ids=str)
 def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer, case):
     found, data = two_ranks[case], tiny_dataset(case[0])
     assert len(found["gradients"]) == -(-case[0] // 16)
@@ -365,8 +433,9 @@ def test_bf16_autocast_trains_close_to_float32(tmp_path, tiny_model, tiny_datase
     assert seen[True].values != seen[False].values
 
 
+@pytest.mark.parametrize("budget", [None, 64], ids=["", "budget"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters):
+def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters, budget):
     def run(seed, **train):
         # What trains begins elsewhere with another seed: only a checkpoint that is read makes the two ends the same.
         model = tiny_model(seed=0 if adapters else seed)
@@ -383,7 +452,7 @@ def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_datas
             save_steps=3,
             train_sampling_strategy="random",
         )
-        weighted(model, args, tiny_dataset(29), tokenizer).train(**train)
+        weighted(model, args, tiny_dataset(29), tokenizer, token_budget=budget).train(**train)
         return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
     whole = run(2)
@@ -467,10 +536,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, tiny_model, tiny_dataset,
         weighted(tiny_model(), arguments(tmp_path), tiny_dataset(8), tokenizer, class_weights=weights)
 
 
-def test_regression_is_left_to_trainer_and_takes_no_weights(tmp_path, tiny_model, tiny_dataset, tokenizer):
-    data = tiny_dataset(8).cast_column("labels", __import__("datasets").Value("float32"))
-    with pytest.raises(ConfigurationError, match="regression"):
-        weighted(tiny_model(num_labels=1), arguments(tmp_path), data, tokenizer)
+def test_regression_takes_no_weights_and_its_loss_is_transformers_own(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(8).cast_column("labels", Value("float32"))
+    for options in ({"class_weights": WEIGHTS}, {"class_weights": None, "focal_gamma": 2.0}):
+        with pytest.raises(ConfigurationError, match="regression"):
+            weighted(tiny_model(num_labels=1), arguments(tmp_path), data, tokenizer, **options)
     seen = Losses()
     weighted(
         tiny_model(num_labels=1), arguments(tmp_path, 8), data, tokenizer, class_weights=None, callbacks=[seen]

@@ -8,22 +8,29 @@ import sys
 from pathlib import Path
 
 import torch
+from conftest import TASK_LOSS
 from datasets import load_from_disk
-from test_trainer import Gradients, Losses, arguments, weighted
+from test_trainer import Gradients, Losses, arguments, task_model, task_options, weighted
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from esm_efficient import compat, lora_config, prepare_model
 
 
 def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str, weights: list[float]) -> dict:
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    task = kind in TASK_LOSS
+    checkpointing = kind in ("lora", "checkpointing")
+    model = task_model(kind) if task else AutoModelForSequenceClassification.from_pretrained(folder / "model")
     torch.manual_seed(1)
     model = prepare_model(
         model,
         adapters=lora_config(model, r=2, init_lora_weights=False) if kind == "lora" else None,
-        gradient_checkpointing=kind != "full",
+        gradient_checkpointing=checkpointing,
     )
-    data = load_from_disk(str(folder / f"data{size}"))
+    data = load_from_disk(str(folder / (kind if task else f"data{size}")))
+    options = task_options(kind, tokenizer) if task else {"class_weights": weights}
+    if kind == "budget":
+        options["token_budget"] = 64
     gradients, losses = Gradients(), Losses()
     trainer = weighted(
         model,
@@ -33,11 +40,11 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
             accumulation,
             ddp_backend="gloo",
             ddp_find_unused_parameters=False,
-            **compat.checkpointing_arguments(kind != "full"),
+            **compat.checkpointing_arguments(checkpointing),
         ),
         data,
-        AutoTokenizer.from_pretrained(folder / "model"),
-        class_weights=weights,
+        tokenizer,
+        **options,
         eval_dataset=data,
         callbacks=[gradients, losses],
     )
