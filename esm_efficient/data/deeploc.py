@@ -260,9 +260,8 @@ def _to_dataset(table: pd.DataFrame, task: str | Mapping[str, str]) -> Dataset:
         classes = LABEL_NAMES if task == "membrane" else (f"not {names[0]}", names[0])
         feature: Any = ClassLabel(names=list(classes))
     else:
-        rows = table[columns].to_numpy(dtype=object)
-        rows[table[columns].isna().to_numpy()] = None
-        label = [dict(zip(names, row, strict=True)) for row in rows.tolist()]
+        labels = table[columns].rename(columns=dict(zip(columns, names, strict=True)))
+        label = labels.astype(object).where(labels.notna(), None).to_dict("records")
         feature = {name: Value("float32") for name in names}
     features = Features(
         {
@@ -274,8 +273,8 @@ def _to_dataset(table: pd.DataFrame, task: str | Mapping[str, str]) -> Dataset:
             "length": Value("int32"),
         }
     )
-    others = {name: table[name].tolist() for name in features if name != "label"}
-    return Dataset.from_dict({**others, "label": label}, features=features)
+    rows = {name: label if name == "label" else table[name].tolist() for name in features}
+    return Dataset.from_dict(rows, features=features)
 
 
 def _split_by_partition(

@@ -286,7 +286,10 @@ def _mcc_each(
     for index, name in enumerate(names):
         pair = (true == index, said == index) if true.ndim == 1 else (true[:, index], said[:, index])
         rows = slice(None) if known is None else known[:, index]
-        result[f"mcc_{name}"] = float(matthews_corrcoef(pair[0][rows], pair[1][rows]))
+        both = [np.asarray(part[rows]) for part in pair]
+        # Where one side never changes it is 0 by definition, and scikit-learn says so in a warning.
+        varies = all(len(np.unique(part)) > 1 for part in both)
+        result[f"mcc_{name}"] = float(matthews_corrcoef(*both)) if varies else 0.0
     return result
 
 

@@ -1,10 +1,109 @@
-"""DataLoaders for a loop of one's own."""
+"""Batches of a token budget, and DataLoaders for a loop of one's own."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
+import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from esm_efficient import deeploc_dataloaders, load_deeploc
+from esm_efficient.data.batching import TokenBudgetBatchSampler
+from esm_efficient.errors import ConfigurationError
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
+
+
+def all_ranks(lengths, budget, ranks, *, epoch=0, **options):
+    """The batches of each rank in an epoch."""
+    samplers = [TokenBudgetBatchSampler(lengths, budget, ranks=ranks, rank=r, **options) for r in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    batches = [list(sampler) for sampler in samplers]
+    assert [len(part) for part in batches] == [len(sampler) for sampler in samplers]
+    return batches
+
+
+@given(LENGTHS, st.integers(1, 200), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_an_epoch_holds_every_sequence_once_within_the_budget_evenly(lengths, budget, ranks, epoch, seed, shuffle):
+    least = len(TokenBudgetBatchSampler(lengths, budget))
+    if -(-least // ranks) * ranks > len(lengths):
+        # No multiple of the ranks lies between the fewest batches and one a sequence.
+        with pytest.raises(ConfigurationError, match="cannot be spread evenly"):
+            TokenBudgetBatchSampler(lengths, budget, ranks=ranks)
+        return
+    batches = all_ranks(lengths, budget, ranks, epoch=epoch, seed=seed, shuffle=shuffle)
+    assert len({len(part) for part in batches}) == 1
+    whole = list(itertools.chain.from_iterable(batches))
+    assert all(whole)
+    assert sorted(itertools.chain.from_iterable(whole)) == list(range(len(lengths)))
+    for batch in whole:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+@given(LENGTHS, st.integers(30, 200), st.integers(1, 3), st.integers(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_resumed_in_its_middle_goes_on_where_it_was(lengths, budget, ranks, skip):
+    assume(len(lengths) >= 3 * ranks)
+    sampler = TokenBudgetBatchSampler(lengths, budget, ranks=ranks, rank=ranks - 1, seed=1)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    again = TokenBudgetBatchSampler(lengths, budget, ranks=ranks, rank=ranks - 1, seed=1)
+    again.set_epoch(2, skip=skip)
+    assert list(again) == whole[skip:]
+    assert list(again) == whole  # what was skipped is skipped once
+
+
+def test_epochs_and_seeds_give_other_batches_and_the_same_number():
+    lengths = np.random.default_rng(0).integers(100, 513, size=500)
+    orders = {}
+    for seed, epoch in itertools.product((0, 1), (0, 1)):
+        (batches,) = all_ranks(lengths, 4096, 1, seed=seed, epoch=epoch)
+        orders[seed, epoch] = batches
+    assert len({len(batches) for batches in orders.values()}) == 1
+    assert len({str(batches) for batches in orders.values()}) == 4
+    # Not only the order of the batches: who is together changes too.
+    together = [{frozenset(batch) for batch in batches} for batches in orders.values()]
+    assert len(together[0] & together[1]) < len(together[0]) / 2
+    assert all_ranks(lengths, 4096, 1, seed=0, epoch=0)[0] == orders[0, 0]
+
+
+def test_batches_are_nearly_free_of_padding():
+    lengths = np.random.default_rng(0).integers(100, 513, size=4000)
+    (batches,) = all_ranks(lengths, 4096, 1)
+    assert lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches) > 0.97
+
+
+def test_a_sequence_over_the_budget_is_alone_and_said(caplog):
+    (batches,) = all_ranks([5, 30, 5, 40], 12, 1)
+    assert sorted(map(sorted, batches)) == [[0, 2], [1], [3]]
+    assert "2 sequence(s) exceed the budget of 12 tokens (the longest has 40)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "options", "message"),
+    [
+        ([], 10, {}, "at least one sequence"),
+        ([3, 0], 10, {}, "at least one token"),
+        ([3], 0, {}, "budget above 0"),
+        ([3], 10, {"ranks": 2, "rank": 2}, "a rank from 0 to 1"),
+        ([9, 9, 9], 10, {"ranks": 2}, "leave out 1 sequence"),
+    ],
+)
+def test_what_cannot_be_batched_is_refused(lengths, budget, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        TokenBudgetBatchSampler(lengths, budget, **options)
+
+
+def test_a_plain_dataloader_takes_it():
+    data = [torch.full((n,), n) for n in (3, 9, 4, 4)]
+    sampler = TokenBudgetBatchSampler([len(row) for row in data], 10)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=lambda rows: [len(r) for r in rows])
+    assert sorted(map(sorted, loader)) == [[3], [4, 4], [9]]
 
 
 def test_batches_hold_every_protein_once_with_its_label(demo_table, tokenizer, tiny_model):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from esm_efficient import load_deeploc, stratified_sample, write_demo_table
-from esm_efficient.data.deeploc import COLUMNS
+from esm_efficient.data.deeploc import COLUMNS, LOCATIONS
 from esm_efficient.errors import ConfigurationError, DataError
 
 
@@ -234,3 +234,55 @@ def test_the_demo_table_has_the_schema_of_the_real_one(deeploc_csv, tmp_path):
     real, ours = pd.read_csv(deeploc_csv, nrows=100), pd.read_csv(demo)
     assert list(ours.columns) == list(real.columns) == ["Unnamed: 0", *COLUMNS]
     assert (ours.dtypes == real.dtypes).all()
+
+
+def test_locations_are_ten_labels_a_protein(demo_table, frame):
+    data = load_deeploc(demo_table, task="location", min_length=None, max_length=None)
+    assert list(data["train"].features["label"]) == list(LOCATIONS)
+    found = {row["accession"]: row["label"] for split in data.values() for row in split}
+    assert len(found) == len(frame)
+    for _, row in frame.iterrows():
+        assert found[row["ACC"]] == {name: float(row[name]) for name in LOCATIONS}
+
+
+def test_labels_of_ones_own_and_empty_cells(frame, write):
+    frame["Binds zinc"] = ["1", "", "0"] * (len(frame) // 3)
+    table = write(frame)
+    both = load_deeploc(
+        table, task={"zinc": "Binds zinc", "golgi": "Golgi apparatus"}, min_length=None, max_length=None
+    )
+    zinc = [row["label"]["zinc"] for split in both.values() for row in split]
+    assert sorted({str(value) for value in zinc}) == ["0.0", "1.0", "None"]
+    assert zinc.count(None) == len(frame) // 3
+    one = load_deeploc(table, task={"golgi": "Golgi apparatus"})
+    assert one["train"].features["label"].names == ["not golgi", "golgi"]
+    with pytest.raises(DataError, match="the Binds zinc label is missing"):
+        load_deeploc(table, task={"zinc": "Binds zinc"})
+    frame.loc[3, "Binds zinc"] = "2"
+    with pytest.raises(DataError, match=r"neither 0 nor 1 in 1 row.*line 5"):
+        load_deeploc(write(frame), task={"zinc": "Binds zinc", "golgi": "Golgi apparatus"})
+
+
+@pytest.mark.parametrize("task", ["golgi", {}, {"a": 3}])
+def test_an_unknown_task_is_refused(demo_table, task):
+    with pytest.raises(ConfigurationError, match="label names and"):
+        load_deeploc(demo_table, task=task)
+
+
+def test_a_column_that_is_not_there_is_named(demo_table):
+    with pytest.raises(DataError, match="no column 'Binds zinc'"):
+        load_deeploc(demo_table, task={"zinc": "Binds zinc"})
+
+
+def test_several_labels_are_split_and_sampled_at_random(demo_table):
+    with pytest.warns(UserWarning, match="homologous"):
+        data = load_deeploc(demo_table, task="location", split="random")
+    assert len(stratified_sample(data["train"], 20)) == 20
+    assert stratified_sample(data["train"], 20)["accession"][:] == stratified_sample(data["train"], 20)["accession"][:]
+
+
+def test_the_real_table_has_ten_locations(deeploc_csv):
+    data = load_deeploc(deeploc_csv, task="location", min_length=None, max_length=None)
+    labels = [row for split in data.values() for row in split["label"]]
+    assert len(labels) == 28303
+    assert sum(sum(row.values()) > 1 for row in labels) == 6684

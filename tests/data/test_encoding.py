@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
@@ -9,12 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from esm_efficient import demo_model_path, load_deeploc, tokenize_dataset
-from esm_efficient.data.encoding import encode, residue_table
-from esm_efficient.data.sequences import RESIDUES
+from esm_efficient.data.encoding import ResidueEncoder, kept_by
+from esm_efficient.data.sequences import RESIDUES, clean
 from esm_efficient.errors import ConfigurationError, DataError
 
 TOKENIZER = AutoTokenizer.from_pretrained(demo_model_path())
-TABLE = residue_table(TOKENIZER)
+ENCODER = ResidueEncoder(TOKENIZER)
 
 
 def split(sequences, labels=None) -> Dataset:
@@ -23,20 +26,57 @@ def split(sequences, labels=None) -> Dataset:
     return Dataset.from_dict({"sequence": sequences, "label": labels}, features=features)
 
 
-@given(st.text(alphabet=RESIDUES, min_size=1, max_size=80))
-@settings(max_examples=200, deadline=None)
-def test_equal_to_the_tokenizer_on_every_string_of_its_letters(sequence):
-    expected = TOKENIZER(sequence, add_special_tokens=False)["input_ids"]
-    assert encode(sequence, TABLE).tolist() == expected
+def ids_of(sequences, **options) -> list[list[int]]:
+    ids, offsets, _ = ENCODER(sequences, **options)
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
-@given(st.text(min_size=1, max_size=40))
+@given(st.lists(st.text(alphabet=RESIDUES, max_size=80), max_size=6))
 @settings(max_examples=200, deadline=None)
-def test_one_character_is_one_token_whatever_it_is(text):
-    ids = encode(text, TABLE)
-    assert len(ids) == len(text)
-    for character, index in zip(text, ids.tolist(), strict=True):
-        assert index == TOKENIZER.get_vocab().get(character, TOKENIZER.unk_token_id)
+def test_equal_to_the_tokenizer_on_every_string_of_its_letters(sequences):
+    assert ids_of(sequences) == [TOKENIZER(sequence)["input_ids"] for sequence in sequences]
+    plain = [TOKENIZER(sequence, add_special_tokens=False)["input_ids"] for sequence in sequences]
+    assert ids_of(sequences, special=False) == plain
+
+
+def one_by_one(text: str) -> list[int]:
+    """The stated rules, a character at a time."""
+    known = {letter: TOKENIZER.convert_tokens_to_ids(letter) for letter in RESIDUES}
+    kept = [c for c in text if not c.isspace() and c not in "-."]
+    while kept and kept[-1] == "*":
+        kept.pop()
+    return [known.get(c.upper() if c.isascii() else c, TOKENIZER.unk_token_id) for c in kept]
+
+
+ODD = st.text(
+    alphabet=st.one_of(st.sampled_from(RESIDUES + "mktv*-. \t\n\u00a0\u2003ß\u0131éJ\ud800\x00"), st.characters())
+)
+
+
+@given(st.lists(ODD, max_size=5))
+@settings(max_examples=300, deadline=None)
+def test_every_character_is_one_token_or_dropped_by_the_stated_rule(texts):
+    assert ids_of(texts, special=False) == [one_by_one(text) for text in texts]
+    assert ENCODER(texts).residues.tolist() == [len(clean(text)) for text in texts]
+
+
+@given(st.lists(ODD, max_size=5), st.integers(1, 12), st.sampled_from(["start", "end", "both"]))
+@settings(max_examples=200, deadline=None)
+def test_a_cut_keeps_the_chosen_ends(texts, most, keep):
+    tail = {"start": 0, "end": most, "both": most // 2}[keep]
+    for text, found in zip(texts, ids_of(texts, max_residues=most, keep=keep, special=False), strict=True):
+        whole = one_by_one(text)
+        cut = whole[: most - tail] + whole[len(whole) - tail :]
+        assert found == (whole if len(whole) <= most else cut)
+
+
+def test_impossible_cuts_are_refused():
+    with pytest.raises(ConfigurationError, match="start, end, both"):
+        ENCODER(["MK"], keep="middle")
+    with pytest.raises(ConfigurationError, match="at least one"):
+        ENCODER(["MK"], max_residues=0)
+    with pytest.raises(ConfigurationError, match="at least one"):
+        kept_by(np.array([3]), 0)
 
 
 def test_lower_case_and_unknown_characters_shift_nothing():
@@ -64,6 +104,12 @@ def test_columns_labels_and_counts():
     assert "5 residues cut from 1 sequences" in str(report)
 
 
+def test_what_is_dropped_is_counted():
+    _, report = tokenize_dataset(DatasetDict(test=split(["MK-T V*", "MKTV"])), TOKENIZER)
+    assert report.total.characters_dropped == 3
+    assert "3 characters" in str(report)
+
+
 @pytest.mark.parametrize(("keep", "expected"), [("start", "MKTV"), ("end", "IAKQ"), ("both", "MKKQ")])
 def test_truncation_keeps_the_chosen_end_between_the_special_tokens(keep, expected):
     data, _ = tokenize_dataset(DatasetDict(test=split(["MKTVAYIAKQ"])), TOKENIZER, max_length=6, keep=keep)
@@ -88,7 +134,9 @@ def test_what_cannot_be_tokenised_is_refused():
             return {"A": 0}
 
     with pytest.raises(ConfigurationError, match="tokenizer of an ESM model"):
-        residue_table(NoTokenizer())
+        ResidueEncoder(NoTokenizer())
+    with pytest.raises(DataError, match="missing or no text: row 1 of test"):
+        tokenize_dataset(DatasetDict(test=split(["MK", None])), TOKENIZER)
 
 
 def test_the_real_table_is_tokenised_as_by_the_tokenizer(deeploc_csv):

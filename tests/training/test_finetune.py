@@ -56,7 +56,7 @@ def test_every_recipe_trains_what_it_says_and_reloads(tmp_path, data, recipe):
     assert checkpointed == chosen.checkpointing
 
     assert set(result.metrics) == {
-        "loss", "accuracy", "mcc", "auroc", "f1_non-membrane", "f1_membrane", "majority_accuracy"
+        "loss", "accuracy", "mcc", "auroc", "f1_non-membrane", "f1_membrane", "f1_macro", "majority_accuracy"
     }  # fmt: skip
     assert result.residues_per_second > 0
     assert result.peak_memory_bytes > 0

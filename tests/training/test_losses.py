@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from esm_efficient.errors import DataError
-from esm_efficient.training.losses import CrossEntropy
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.training.losses import LOSSES, BinaryCrossEntropy, CrossEntropy, SquaredError
 
 
 def make(shape, classes=3, seed=0, ignored=0.0):
@@ -58,3 +58,76 @@ def test_an_ignored_example_weighs_nothing_and_gets_no_gradient():
 def test_labels_that_are_no_class_ids_are_refused(dtype):
     with pytest.raises(DataError, match="whole number"):
         CrossEntropy().weights(torch.zeros(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("positive", [None, torch.tensor([0.5, 1.0, 7.0])])
+def test_several_labels_are_torchs_mean_where_all_are_known(positive, smoothing):
+    logits, labels = torch.randn(6, 3), (torch.rand(6, 3) < 0.5).float()
+    values, weights = BinaryCrossEntropy(positive, smoothing)(logits, labels)
+    smooth = labels * (1 - smoothing) + smoothing / 2
+    expected = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=positive)
+    assert values.shape == weights.shape == (6,)
+    assert (values.sum() / weights.sum()).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("unknown", [float("nan"), -100.0])
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy(), BinaryCrossEntropy(focal_gamma=2.0), SquaredError()], ids=str)
+def test_an_unknown_label_weighs_nothing_and_gets_no_gradient(loss, unknown):
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.ones(4, 3)
+    labels[1, 2], labels[3] = unknown, unknown
+    values, weights = loss(logits, labels)
+    values.sum().backward()
+    assert weights.tolist() == [3, 2, 3, 0]
+    assert torch.equal(weights, loss.weights(labels))
+    assert values[3] == 0
+    assert torch.equal(logits.grad == 0, labels.isnan() | (labels == -100))
+
+
+def test_numbers_have_torchs_squared_error_alone_or_several():
+    for shape in ((5,), (5, 1), (5, 3)):
+        logits, labels = torch.randn(5, shape[1] if len(shape) > 1 else 1), torch.randn(shape)
+        values, weights = SquaredError()(logits.bfloat16(), labels)
+        assert values.dtype == torch.float32
+        expected = F.mse_loss(logits.bfloat16().float().reshape(shape), labels)
+        assert (values.sum() / weights.sum()).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_the_focal_loss_is_that_of_the_paper(gamma):
+    """Lin et al. 2017, equation 4, for one class and for several labels; of one number both are the same."""
+    logits, labels = make((9,), classes=2)
+    chance = logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    values, weights = CrossEntropy(torch.tensor([1.0, 3.0]), focal_gamma=gamma)(logits, labels)
+    table = torch.tensor([1.0, 3.0])[labels]
+    assert torch.allclose(values, -table * (1 - chance) ** gamma * chance.log(), atol=1e-6)
+    assert torch.equal(weights, table)
+    margin = logits[:, 1:] - logits[:, :1]
+    binary, _ = BinaryCrossEntropy(focal_gamma=gamma)(margin, labels[:, None].float())
+    assert torch.allclose(binary, CrossEntropy(focal_gamma=gamma)(logits, labels)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, BinaryCrossEntropy])
+def test_the_focal_loss_of_what_is_certain_has_a_finite_gradient(kind):
+    logits = torch.tensor([[80.0, -80.0], [-80.0, 80.0]], requires_grad=True)
+    labels = torch.tensor([0, 1]) if kind is CrossEntropy else torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    kind(focal_gamma=0.5)(logits, labels)[0].sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("options", [{"focal_gamma": -1.0}, {"focal_gamma": 2.0, "label_smoothing": 0.1}])
+@pytest.mark.parametrize("kind", [CrossEntropy, BinaryCrossEntropy])
+def test_a_focal_loss_that_is_not_defined_is_refused(kind, options):
+    with pytest.raises(ConfigurationError, match="focal_gamma"):
+        kind(**options)
+
+
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy(), SquaredError()], ids=str)
+def test_whole_numbers_are_no_several_labels_and_no_numbers(loss):
+    with pytest.raises(DataError, match=r"torch\.int64"):
+        loss.weights(torch.zeros(3, 2, dtype=torch.long))
+
+
+def test_every_task_has_a_loss():
+    assert set(LOSSES) == {"single_label_classification", "multi_label_classification", "regression"}

@@ -1,14 +1,26 @@
+"""Metrics of each task against counts by hand, and thresholds against a search of all of them."""
+
 from __future__ import annotations
 
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import matthews_corrcoef
 from transformers import EvalPrediction
 
 from esm_efficient import classification_metrics, compute_metrics_for
+from esm_efficient.data.labels import Task
 from esm_efficient.errors import DataError
-from esm_efficient.training.metrics import confidence_interval
+from esm_efficient.training.metrics import (
+    confidence_interval,
+    labels_of,
+    multi_label_metrics,
+    regression_metrics,
+    tune_thresholds,
+)
 
 
 def test_against_counts_by_hand():
@@ -36,7 +48,7 @@ def test_auroc_ranks_confident_logits_that_a_softmax_would_round_together():
 def test_three_classes_and_an_absent_one():
     logits = np.eye(3)[[0, 1, 2, 1]] * 3.0
     metrics = classification_metrics(logits, np.array([0, 1, 2, 1]), ["a", "b", "c"])
-    assert metrics["accuracy"] == metrics["auroc"] == metrics["f1_c"] == 1.0
+    assert metrics["accuracy"] == metrics["auroc"] == metrics["f1_c"] == metrics["f1_macro"] == metrics["mcc_b"] == 1.0
     absent = classification_metrics(logits, np.array([0, 1, 1, 1]), ["a", "b", "c"])
     assert math.isnan(absent["auroc"])
     assert absent["f1_c"] == 0.0
@@ -60,3 +72,96 @@ def test_an_interval_is_that_of_student():
     assert confidence_interval([0.5]) is None
     low, high = confidence_interval([1.0, 2.0, 3.0, 4.0])
     assert (low, high) == pytest.approx((2.5 - 2.0542, 2.5 + 2.0542), abs=1e-3)  # t = 3.1824, s = 1.2910
+
+
+NAN = math.nan
+LABELS = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=float)
+SAID = np.array([[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0]], dtype=float)
+
+
+def test_several_labels_against_counts_by_hand():
+    metrics = multi_label_metrics(SAID * 4 - 2, LABELS, ["a", "b", "c"])
+    assert metrics["f1_a"] == metrics["mcc_a"] == 1.0
+    assert metrics["f1_b"] == metrics["mcc_b"] == 0.0
+    assert metrics["f1_c"] == pytest.approx(2 / 3)
+    assert metrics["mcc_c"] == pytest.approx((1 * 2 - 1 * 0) / math.sqrt(2 * 1 * 3 * 2))
+    assert metrics["f1_macro"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    assert metrics["f1_micro"] == pytest.approx(2 * 3 / (4 + 4))
+    assert metrics["subset_accuracy"] == 0.75
+    assert metrics["jaccard"] == pytest.approx((1 + 1 / 3 + 1 + 1) / 4)
+    assert metrics["auroc"] == pytest.approx((1 + 0.5 + 5 / 6) / 3)
+
+
+def test_unknown_labels_count_nowhere():
+    labels = LABELS.copy()
+    labels[1, 1:] = NAN, -100  # the two that were wrong
+    metrics = multi_label_metrics(SAID * 4 - 2, labels, ["a", "b", "c"])
+    assert metrics["f1_micro"] == metrics["subset_accuracy"] == metrics["jaccard"] == metrics["mcc_c"] == 1.0
+    assert metrics["auroc"] == 1.0  # of b nothing is known to hold
+    assert metrics["f1_b"] == 0.0
+
+
+def test_a_threshold_says_from_which_probability_a_label_holds():
+    logits = np.array([[0.0, 0.0], [2.0, -2.0]])
+    assert labels_of(logits).tolist() == [[True, True], [True, False]]
+    assert labels_of(logits, np.array([0.6, 0.1])).tolist() == [[False, True], [True, True]]
+    metrics = multi_label_metrics(logits, np.array([[0, 1], [1, 1]]), ["a", "b"], thresholds=np.array([0.6, 0.1]))
+    assert metrics["subset_accuracy"] == 1.0
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2, max_size=25))
+@settings(max_examples=150, deadline=None)
+def test_no_threshold_is_better_than_the_tuned_one(rows):
+    logits, labels = np.array([[float(logit)] for logit, _ in rows]), np.array([[float(holds)] for _, holds in rows])
+    (found,) = tune_thresholds(logits, labels, ["a"])
+    if len(set(labels.ravel())) == 1 or len(set(logits.ravel())) == 1:
+        assert found == 0.5
+        return
+    chances = 1 / (1 + np.exp(-logits.ravel()))
+    between = (np.unique(chances)[1:] + np.unique(chances)[:-1]) / 2
+    best = max(matthews_corrcoef(labels.ravel(), chances >= threshold) for threshold in between)
+    assert matthews_corrcoef(labels.ravel(), chances >= found) == pytest.approx(best)
+
+
+def test_thresholds_leave_out_what_is_unknown_and_say_what_cannot_be_tuned(caplog):
+    logits = np.array([[3.0, 0.0], [-1.0, 1.0], [-2.0, 2.0]])
+    labels = np.array([[NAN, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    tuned = tune_thresholds(logits, labels, ["a", "b"])
+    assert 1 / (1 + math.exp(2)) < tuned[0] < 1 / (1 + math.exp(1))
+    assert tuned[1] == 0.5
+    assert "b: no example, or every one" in caplog.text
+
+
+def test_numbers_against_counts_by_hand():
+    found, true = np.array([[1.0], [2.0], [4.0], [9.0]]), np.array([2.0, 1.0, 5.0, NAN])
+    metrics = regression_metrics(found, true, ["stability"])
+    assert metrics["spearman"] == pytest.approx(0.5)
+    assert metrics["mae"] == metrics["rmse"] == 1.0
+    assert metrics["r2"] == pytest.approx(1 - 3 / (14 / 3 + 4))
+    assert metrics["pearson"] == pytest.approx(np.corrcoef([1, 2, 4], [2, 1, 5])[0, 1])
+    several = regression_metrics(np.array([[1.0, 2.0], [2.0, 1.0]]), np.array([[1.0, 1.0], [2.0, 2.0]]), ["a", "b"])
+    assert (several["spearman_a"], several["spearman_b"], several["spearman"]) == pytest.approx((1, -1, 0))
+    assert math.isnan(regression_metrics(np.ones(3), np.arange(3.0), ["a"])["spearman"])
+
+
+def test_metrics_follow_the_task():
+    tokens = Task("token_classification", ("free", "binding"))
+    logits = np.array([[[5.0, 0.0], [0.0, 5.0], [0.0, 5.0]], [[0.0, 5.0], [5.0, 0.0], [-100.0, -100.0]]])
+    labels = np.array([[-100, 1, 1], [1, 0, -100]])
+    found = compute_metrics_for(tokens)(EvalPrediction(predictions=logits, label_ids=labels))
+    assert found["accuracy"] == found["f1_binding"] == 1.0
+    several = compute_metrics_for(Task("multi_label_classification", ("a", "b", "c")))
+    assert several(EvalPrediction(predictions=SAID * 4 - 2, label_ids=LABELS))["subset_accuracy"] == 0.75
+    number = compute_metrics_for(Task("regression", ("label",)))
+    assert number(EvalPrediction(predictions=np.arange(3.0)[:, None], label_ids=np.arange(3.0)))["spearman"] == 1.0
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(DataError, match=r"expected \(examples, 2\)"):
+        multi_label_metrics(SAID, LABELS, ["a", "b"])
+    with pytest.raises(DataError, match="not finite"):
+        multi_label_metrics(SAID * NAN, LABELS, ["a", "b", "c"])
+    with pytest.raises(DataError, match="expected 1 an example"):
+        regression_metrics(np.zeros((3, 2)), np.zeros((3, 2)), ["a"])
+    with pytest.raises(DataError, match="not finite"):
+        regression_metrics(np.full(3, NAN), np.zeros(3), ["a"])

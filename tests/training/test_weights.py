@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.training.weights import balanced_class_weights, check_class_weights
+from esm_efficient.training.weights import balanced_class_weights, balanced_label_weights, check_class_weights
 
 NAMES = ["a", "b", "c"]
 
@@ -45,3 +45,13 @@ def test_a_mapping_must_name_every_label_once():
         check_class_weights({"a": 1, "b": 1}, NAMES)
     with pytest.raises(ConfigurationError, match="wrong or missing: d"):
         check_class_weights({"a": 1, "b": 1, "c": 1, "d": 1}, NAMES)
+
+
+def test_balanced_weights_of_several_labels_give_what_holds_and_what_does_not_the_same_total():
+    labels = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 1], [0, np.nan, 1], [0, -100, 1]])
+    weights = balanced_label_weights(labels, NAMES)
+    assert weights.tolist() == [4.0, 2.0, 0.2]
+    with pytest.raises(DataError, match="no example has the label b"):
+        balanced_label_weights(np.array([[1, 0, 1], [0, np.nan, 1]]), NAMES)
+    with pytest.raises(DataError, match=r"expected \(examples, 3\)"):
+        balanced_label_weights(np.zeros((4, 2)), NAMES)
