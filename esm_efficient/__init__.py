@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from esm_efficient.adapters import lora_config, prepare_model, recipe_adapters, resolve_targets
     from esm_efficient.comparison import Comparison, compare
-    from esm_efficient.data import deeploc_dataloaders, load_deeploc, stratified_sample, tokenize_dataset
+    from esm_efficient.data import (
+        ResidueEncoder,
+        Task,
+        TokenBudgetBatchSampler,
+        deeploc_dataloaders,
+        load_deeploc,
+        stratified_sample,
+        task_of,
+        tokenize_dataset,
+    )
     from esm_efficient.demo import demo_model_path, write_demo_table
     from esm_efficient.encoder import apply_lean_encoder, remove_lean_encoder
     from esm_efficient.errors import (
@@ -30,7 +39,16 @@ if TYPE_CHECKING:
     from esm_efficient.profiling.recommend import Recommendation, recommend
     from esm_efficient.profiling.report import ProfileReport
     from esm_efficient.recipes import RECIPES, Recipe
-    from esm_efficient.training import AuditCallback, WeightedTrainer, classification_metrics, compute_metrics_for
+    from esm_efficient.training import (
+        AuditCallback,
+        WeightedTrainer,
+        classification_metrics,
+        compute_metrics_for,
+        labels_of,
+        multi_label_metrics,
+        regression_metrics,
+        tune_thresholds,
+    )
     from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_arguments
 
 __version__ = "0.1.0"
@@ -38,7 +56,16 @@ __version__ = "0.1.0"
 _HOME = {
     "adapters": ("lora_config", "prepare_model", "recipe_adapters", "resolve_targets"),
     "comparison": ("Comparison", "compare"),
-    "data": ("deeploc_dataloaders", "load_deeploc", "stratified_sample", "tokenize_dataset"),
+    "data": (
+        "ResidueEncoder",
+        "Task",
+        "TokenBudgetBatchSampler",
+        "deeploc_dataloaders",
+        "load_deeploc",
+        "stratified_sample",
+        "task_of",
+        "tokenize_dataset",
+    ),
     "demo": ("demo_model_path", "write_demo_table"),
     "encoder": ("apply_lean_encoder", "remove_lean_encoder"),
     "errors": (
@@ -57,7 +84,16 @@ _HOME = {
     "profiling.recommend": ("Recommendation", "recommend"),
     "profiling.report": ("ProfileReport",),
     "recipes": ("RECIPES", "Recipe"),
-    "training": ("AuditCallback", "WeightedTrainer", "classification_metrics", "compute_metrics_for"),
+    "training": (
+        "AuditCallback",
+        "WeightedTrainer",
+        "classification_metrics",
+        "compute_metrics_for",
+        "labels_of",
+        "multi_label_metrics",
+        "regression_metrics",
+        "tune_thresholds",
+    ),
     "training.finetune": ("FinetuneResult", "finetune", "recipe_arguments"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
@@ -81,7 +117,10 @@ __all__ = [
     "ProfilerCallback",
     "Recipe",
     "Recommendation",
+    "ResidueEncoder",
     "TargetModuleError",
+    "Task",
+    "TokenBudgetBatchSampler",
     "WeightedTrainer",
     "apply_lean_encoder",
     "classification_metrics",
@@ -91,17 +130,22 @@ __all__ = [
     "demo_model_path",
     "estimate",
     "finetune",
+    "labels_of",
     "load_deeploc",
     "lora_config",
+    "multi_label_metrics",
     "peak_memory",
     "prepare_model",
     "recipe_adapters",
     "recipe_arguments",
     "recommend",
+    "regression_metrics",
     "remove_lean_encoder",
     "resolve_targets",
     "stratified_sample",
+    "task_of",
     "tokenize_dataset",
+    "tune_thresholds",
     "write_demo_table",
 ]
 

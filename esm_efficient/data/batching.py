@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ALIKE = 0.03
+_ALIKE, _MIXED = 0.03, 4
+"""Sequences change places whose lengths differ by so little, or that are in so many neighbouring batches."""
 
 
 class TokenBudgetBatchSampler:
@@ -144,13 +145,14 @@ def _spread(sizes: list[int], ranks: int) -> np.ndarray:
 
 
 def _windows(ordered: np.ndarray, of_size: np.ndarray) -> np.ndarray:
-    """Runs of sequences that may change places: of nearly one length, in batches of one size, so that all fit."""
+    """Runs of sequences that may change places: of similar length, in batches of one size, so that all fit."""
     windows = np.empty(len(ordered), dtype=np.int64)
     rising = -ordered
     start = number = 0
     while start < len(ordered):
         shortest = (1 - _ALIKE) * ordered[start]
         same = int(np.searchsorted(rising, -shortest, side="right"))
+        same = max(same, min(start + _MIXED * int(of_size[start]), len(ordered)))
         different = np.flatnonzero(of_size[start:same] != of_size[start])
         end = start + int(different[0]) if len(different) else same
         windows[start:end] = number

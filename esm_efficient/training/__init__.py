@@ -1,7 +1,14 @@
 """A dataset and a model in, a fine-tuned model out."""
 
 from esm_efficient.training.audit import AuditCallback, AuditReport
-from esm_efficient.training.metrics import classification_metrics, compute_metrics_for
+from esm_efficient.training.metrics import (
+    classification_metrics,
+    compute_metrics_for,
+    labels_of,
+    multi_label_metrics,
+    regression_metrics,
+    tune_thresholds,
+)
 from esm_efficient.training.trainer import WeightedTrainer
 from esm_efficient.training.weights import balanced_class_weights
 
@@ -12,4 +19,8 @@ __all__ = [
     "balanced_class_weights",
     "classification_metrics",
     "compute_metrics_for",
+    "labels_of",
+    "multi_label_metrics",
+    "regression_metrics",
+    "tune_thresholds",
 ]

@@ -7,9 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from esm_efficient import (
     RECIPES,
@@ -162,3 +167,98 @@ def test_on_cuda_the_default_is_bf16(tmp_path, data):
     assert result.peak_memory_kind == "CUDA tensors"
     assert {p.dtype for p in result.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert result.trained_layers == (0, 1, 2, 3)
+
+
+GREASY = set("AILVFMWG")
+CLASSES = ClassLabel(names=["charged", "greasy"])
+
+
+def share(sequence):
+    return sum(residue in GREASY for residue in sequence) / len(sequence)
+
+
+# What is predicted of the sequences of the demo: the feature, the labels of a sequence, the head, and what is measured.
+TASKS = {
+    "several labels": (
+        {"greasy": Value("float32"), "long": Value("float32")},
+        lambda s: {"greasy": float(share(s) > 0.5), "long": float(len(s) > 160) if len(s) % 7 else None},
+        AutoModelForSequenceClassification,
+        {"f1_macro", "f1_micro", "jaccard", "subset_accuracy", "auroc", "mcc_long", "f1_greasy"},
+    ),
+    "one class a residue": (
+        List(CLASSES),
+        lambda s: [None if r == "C" else int(r in GREASY) for r in s],
+        AutoModelForTokenClassification,
+        {"accuracy", "mcc", "auroc", "f1_greasy", "f1_charged", "f1_macro", "majority_accuracy"},
+    ),
+    "a number": (
+        Value("float32"),
+        lambda s: share(s) if len(s) % 7 else None,
+        AutoModelForSequenceClassification,
+        {"spearman", "pearson", "rmse", "mae", "r2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_is_measured_and_reloads(tmp_path, demo_table, name):
+    feature, label, auto, measured = TASKS[name]
+    splits = load_deeploc(demo_table, max_length=220)
+    data = DatasetDict()
+    for split, rows in splits.items():
+        sequences = rows["sequence"][: 48 if split == "train" else 24]
+        data[split] = Dataset.from_dict(
+            {"sequence": sequences, "label": [label(s) for s in sequences], "sample_weight": [1.0] * len(sequences)},
+            features=Features({"sequence": Value("string"), "label": feature, "sample_weight": Value("float32")}),
+        )
+    options = {
+        "recipe": "lora",
+        "class_weights": None,
+        "token_budget": 1000,
+        "num_train_epochs": 4,
+        "disable_tqdm": True,
+    }
+    result = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
+    still = finetune(demo_model_path(), data, output_dir=tmp_path / "still", learning_rate=0.0, **options)
+    assert result.train_loss < still.train_loss
+    assert measured <= set(result.metrics)
+    assert result.trained_layers == (0, 1, 2, 3)
+    record = json.loads(result.result_path.read_text())
+    assert record["task"] == {"kind": result.task.kind, "names": list(result.task.names)}
+    assert record == result.to_dict()
+    if name == "one class a residue":
+        assert result.metrics["accuracy"] > result.metrics["majority_accuracy"]
+
+    config = AutoConfig.from_pretrained(result.model_dir / "base_config")
+    assert list(config.id2label.values()) == list(result.task.names)
+    assert config.problem_type == result.task.problem_type
+    assert getattr(config, "label_thresholds", None) == result.thresholds
+    assert (result.thresholds is not None) == (name == "several labels")
+    model = PeftModel.from_pretrained(auto.from_pretrained(demo_model_path(), config=config), result.model_dir)
+    batch = AutoTokenizer.from_pretrained(result.model_dir)(
+        data["test"][:3]["sequence"], return_tensors="pt", padding=True
+    )
+    with torch.no_grad():
+        found, expected = model.eval()(**batch).logits, result.model(**batch).logits
+    # Padding gives a token classifier numbers that nobody reads.
+    read = batch["attention_mask"].bool() if name == "one class a residue" else slice(None)
+    assert torch.allclose(found[read], expected[read], atol=1e-5)
+
+
+def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
+    data = load_deeploc(demo_table, task="location", max_length=180)
+    options = {"recipe": "frozen", "class_weights": None, "disable_tqdm": True}
+    result = finetune(demo_model_path(), data, output_dir=tmp_path / "both", **options)
+    assert set(result.thresholds) == set(result.task.names)
+    assert set(result.thresholds.values()) != {0.5}
+    other = DatasetDict(train=data["train"], validation=data["test"])
+    without = finetune(demo_model_path(), other, output_dir=tmp_path / "one", **options)
+    assert without.evaluated_on == "validation"
+    assert without.thresholds is None
+
+
+def test_numbers_have_no_classes_to_weigh(tmp_path):
+    rows = Dataset.from_dict({"sequence": ["MKTV"] * 8, "label": [0.5] * 8})
+    data = DatasetDict(train=rows, test=rows)
+    with pytest.raises(ConfigurationError, match="regression"):
+        finetune(demo_model_path(), data, output_dir=tmp_path, class_weights=[1.0], disable_tqdm=True)
