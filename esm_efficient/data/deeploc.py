@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import lzma
-import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 
 from esm_efficient.data.download import cache_folder, fetch, sha256_of
+from esm_efficient.data.readers import compression_of
 from esm_efficient.data.sequences import clean
+from esm_efficient.data.splits import check_leaks, has_classes, split_at_random, split_by_partition
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -113,12 +114,13 @@ def load_deeploc(
     table = table[table["length"].between(min_length or 0, max_length if max_length is not None else np.inf)]
     if table.empty:
         raise DataError(f"{path}: no protein has between {min_length} and {max_length} residues")
+    whole = _to_dataset(table, task)
     if split == "partition":
-        parts = _split_by_partition(table, tuple(test_partitions), tuple(validation_partitions))
-        datasets = {name: _to_dataset(part, task).shuffle(seed=seed) for name, part in parts.items()}
+        parts = split_by_partition(whole, test_partitions, validation_partitions)
+        datasets = {name: part.shuffle(seed=seed) for name, part in parts.items()}
     else:
-        datasets = _split_at_random(_to_dataset(table, task), test_size, validation_size, seed)
-    _check_leaks({name: dataset["sequence"][:] for name, dataset in datasets.items()}, table)
+        datasets = split_at_random(whole, test_size=test_size, validation_size=validation_size, seed=seed)
+    check_leaks(datasets)
 
     from datasets import DatasetDict
 
@@ -142,7 +144,7 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
     """
     if size < 1:
         raise ConfigurationError(f"size={size}: a sample has at least one row")
-    if not _has_classes(dataset):
+    if not has_classes(dataset):
         return dataset.shuffle(seed=seed).select(range(min(size, len(dataset))))
     labels = np.asarray(dataset["label"][:])
     classes, counts = np.unique(labels, return_counts=True)
@@ -188,7 +190,7 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        compression = _compression(path)
+        compression = compression_of(path)
         header = pd.read_csv(path, nrows=0, compression=compression).columns.tolist()
         wanted = list(dict.fromkeys((*_READ, *columns.values())))
         if missing := [name for name in wanted if name not in header]:
@@ -202,15 +204,6 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         *(OSError, EOFError, lzma.LZMAError, zlib.error),
     ) as error:
         raise DataError(f"{path} cannot be read as a CSV table ({error})") from error
-
-
-def _compression(path: Path) -> Literal["gzip", "xz"] | None:
-    """How a file is packed, by its first bytes: the name of a downloaded file may not say."""
-    with open(path, "rb") as handle:
-        start = handle.read(6)
-    if start.startswith(b"\x1f\x8b"):
-        return "gzip"
-    return "xz" if start == b"\xfd7zXZ\x00" else None
 
 
 def _clean_table(raw: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -275,71 +268,3 @@ def _to_dataset(table: pd.DataFrame, task: str | Mapping[str, str]) -> Dataset:
     )
     rows = {name: label if name == "label" else table[name].tolist() for name in features}
     return Dataset.from_dict(rows, features=features)
-
-
-def _split_by_partition(
-    table: pd.DataFrame, test: tuple[int, ...], validation: tuple[int, ...]
-) -> dict[str, pd.DataFrame]:
-    """Cut the table by homology partition; what is in neither list is for training."""
-    present = sorted(table["partition"].unique().tolist())
-    if both := sorted(set(test) & set(validation)):
-        raise ConfigurationError(f"partition(s) {both} are named for the test set and for the validation set")
-    if absent := sorted((set(test) | set(validation)) - set(present)):
-        raise ConfigurationError(f"partition(s) {absent} are not in the table, which has {present}")
-    if not test:
-        raise ConfigurationError(f"test_partitions is empty; choose from {present}")
-    if not set(present) - set(test) - set(validation):
-        raise ConfigurationError(f"no partition of {present} is left to train on")
-    where = table["partition"]
-    parts = {"train": table[~where.isin([*test, *validation])]}
-    if validation:
-        parts["validation"] = table[where.isin(validation)]
-    parts["test"] = table[where.isin(test)]
-    return parts
-
-
-def _split_at_random(dataset: Dataset, test_size: float, validation_size: float, seed: int) -> dict[str, Dataset]:
-    """Cut a dataset at random with equal label frequencies in every part."""
-    if not (0 < test_size < 1 and 0 <= validation_size < 1 and test_size + validation_size < 1):
-        raise ConfigurationError(
-            f"test_size={test_size} and validation_size={validation_size}: expected fractions that leave something to "
-            "train on"
-        )
-    warnings.warn(
-        "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
-        'skill. Use split="partition" for a figure to report.',
-        UserWarning,
-        stacklevel=3,
-    )
-    # Several labels a sequence cannot be stratified at once.
-    options: dict[str, Any] = {"seed": seed, "stratify_by_column": "label" if _has_classes(dataset) else None}
-    cut = dataset.train_test_split(test_size=test_size, **options)
-    parts = {"train": cut["train"], "test": cut["test"]}
-    if validation_size:
-        rest = cut["train"].train_test_split(test_size=validation_size / (1 - test_size), **options)
-        parts = {"train": rest["train"], "validation": rest["test"], "test": cut["test"]}
-    return parts
-
-
-def _has_classes(dataset: Dataset) -> bool:
-    return hasattr(dataset.features["label"], "names")
-
-
-def _check_leaks(sequences: dict[str, list[str]], table: pd.DataFrame) -> None:
-    """Refuse a sequence that stands in two splits; count those that stand twice in one."""
-    accession = table.groupby("sequence")["accession"].agg(list)
-    seen: dict[str, str] = {}
-    shared, repeated = [], 0
-    for name, rows in sequences.items():
-        for sequence in rows:
-            first = seen.setdefault(sequence, name)
-            if first != name:
-                shared.append(f"{' = '.join(accession[sequence])} ({first} and {name})")
-        repeated += len(rows) - len(set(rows))
-    if shared:
-        raise DataError(
-            f"{len(shared)} sequence(s) stand in two splits, so the test would be on training data: {listing(shared)}. "
-            "Remove the duplicates, or put them into one partition"
-        )
-    if repeated:
-        logger.warning("%d sequence(s) stand more than once within their split", repeated)

@@ -19,7 +19,7 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import DatasetDict, Features
+    from datasets import Dataset, DatasetDict, Features
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -291,17 +291,7 @@ def tokenize_dataset(
             features=_features_of(split.features, column, task),
             desc=name,
         )
-        columns = encoded.with_format("numpy")
-        length, cut, unknown, ambiguous, dropped = (columns[column][:] for column in ("length", *_COUNTS))
-        counts[name] = SplitCounts(
-            sequences=len(encoded),
-            residues=int(length.sum()) - SPECIAL_TOKENS * len(encoded),
-            sequences_cut=int(np.count_nonzero(cut)),
-            residues_cut=int(cut.sum()),
-            unknown_residues=int(unknown.sum()),
-            ambiguous_residues=int(ambiguous.sum()),
-            characters_dropped=int(dropped.sum()),
-        )
+        counts[name] = _count(encoded)
         splits[name] = encoded.remove_columns(list(_COUNTS)).with_format(None)
     report = TokenizationReport(counts)
     total = report.total
@@ -311,6 +301,17 @@ def tokenize_dataset(
     from datasets import DatasetDict
 
     return DatasetDict(splits), report
+
+
+def _count(encoded: Dataset) -> SplitCounts:
+    """The counts of a split, summed a block at a time."""
+    totals = np.zeros(len(SplitCounts.__dataclass_fields__), dtype=np.int64)
+    for block in encoded.select_columns(["length", *_COUNTS]).with_format("numpy").iter(100_000):
+        length, cut, unknown, ambiguous, dropped = (block[name] for name in ("length", *_COUNTS))
+        residues = length.sum() - SPECIAL_TOKENS * len(length)
+        marked = (unknown.sum(), ambiguous.sum(), dropped.sum())
+        totals += np.array([len(length), residues, np.count_nonzero(cut), cut.sum(), *marked])
+    return SplitCounts(*totals.tolist())
 
 
 def _features_of(features: Features, column: str | None, task: Task | None) -> Features:

@@ -1,0 +1,233 @@
+"""Rows into training, validation and test: by homology partition, by cluster, or at random; and what leaks between.
+
+Proteins descend from each other. A test protein with a relative among the training proteins can be told by memory, and
+a random split is full of those: its score is not that of a protein nobody has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esm_efficient.data.readers import open_text
+from esm_efficient.errors import ConfigurationError, DataError, listing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 10_000
+_CD_HIT_MEMBER = re.compile(r"^\d+\t\S+, >(?P<name>.+?)\.\.\. ")
+
+
+def split_by_partition(dataset: Dataset, test: Sequence[int], validation: Sequence[int]) -> dict[str, Dataset]:
+    """Cut rows by their column ``partition``; what is in neither list is for training.
+
+    Raises:
+        ConfigurationError: the lists overlap, name a partition that is not there, or leave nothing to test or train on.
+    """
+    where = _column(dataset, "partition")
+    present = np.unique(where).tolist()
+    if both := sorted(set(test) & set(validation)):
+        raise ConfigurationError(f"partition(s) {both} are named for the test set and for the validation set")
+    if absent := sorted((set(test) | set(validation)) - set(present)):
+        raise ConfigurationError(f"partition(s) {absent} are not in the table, which has {present}")
+    if not test:
+        raise ConfigurationError(f"test_partitions is empty; choose from {present}")
+    if not set(present) - set(test) - set(validation):
+        raise ConfigurationError(f"no partition of {present} is left to train on")
+    of_test, of_validation = np.isin(where, list(test)), np.isin(where, list(validation))
+    return _parts(dataset, of_test, of_validation)
+
+
+def split_by_group(
+    dataset: Dataset, groups: np.ndarray, *, test_size: float, validation_size: float, seed: int
+) -> dict[str, Dataset]:
+    """Cut rows at random, with all rows of a group on one side.
+
+    Groups are taken in random order for the test set until it has its share, then for the validation set.
+
+    Args:
+        dataset: the rows.
+        groups: int of shape (rows,): the group of each.
+        test_size: fraction of the rows in the test set.
+        validation_size: likewise for the validation set; 0 for none.
+        seed: of the order of the groups.
+
+    Raises:
+        ConfigurationError: the fractions leave nothing to train on, or there are too few groups for the splits.
+    """
+    check_sizes(test_size, validation_size)
+    _, code, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    # The share of the rows that lie before a group, which decides where it goes.
+    before = np.empty(len(counts))
+    before[order] = (np.cumsum(counts[order]) - counts[order]) / len(dataset)
+    of_test, of_validation = before < test_size, (before >= test_size) & (before < test_size + validation_size)
+    parts = _parts(dataset, of_test[code], of_validation[code])
+    wanted = {"train", "test"} | ({"validation"} if validation_size else set())
+    if empty := sorted(wanted - {name for name, part in parts.items() if len(part)}):
+        raise ConfigurationError(
+            f"{len(counts)} groups of {len(dataset)} rows leave nothing for {', '.join(empty)} with "
+            f"test_size={test_size} and validation_size={validation_size}"
+        )
+    return parts
+
+
+def split_at_random(
+    dataset: Dataset, *, test_size: float, validation_size: float, seed: int, stacklevel: int = 3
+) -> dict[str, Dataset]:
+    """Cut rows at random, with equal frequencies of classes in every part, and warn of what that does.
+
+    Raises:
+        ConfigurationError: the fractions leave nothing to train on.
+    """
+    check_sizes(test_size, validation_size)
+    warn_of_relatives(stacklevel=stacklevel + 1)
+    # Several labels a sequence cannot be stratified at once.
+    options: dict[str, Any] = {"seed": seed, "stratify_by_column": "label" if has_classes(dataset) else None}
+    cut = dataset.train_test_split(test_size=test_size, **options)
+    parts = {"train": cut["train"], "test": cut["test"]}
+    if validation_size:
+        rest = cut["train"].train_test_split(test_size=validation_size / (1 - test_size), **options)
+        parts = {"train": rest["train"], "validation": rest["test"], "test": cut["test"]}
+    return parts
+
+
+def read_clusters(path: str | Path) -> dict[str, int]:
+    """The cluster of each sequence from a file of MMseqs2 or CD-HIT.
+
+    Args:
+        path: MMseqs2's two columns of representative and member (``*_cluster.tsv``), or CD-HIT's ``*.clstr``; plain,
+            gzip or xz. The name of a CD-HIT member must not have been cut (``-d 0``).
+
+    Returns:
+        Name of a sequence to the number of its cluster.
+
+    Raises:
+        DataError: a line is neither, or a sequence stands in two clusters.
+    """
+    clusters: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    current = -1
+    with open_text(path) as handle:
+        for number, line in enumerate(handle, 1):
+            line = line.rstrip("\r\n")
+            if not line.strip():
+                continue
+            if line.startswith(">Cluster"):
+                current += 1
+                continue
+            if member := _CD_HIT_MEMBER.match(line):
+                name, cluster = member["name"], current
+            elif line.count("\t") == 1:
+                representative, name = line.split("\t")
+                cluster = numbers.setdefault(representative, len(numbers))
+            else:
+                raise DataError(
+                    f"{path}, line {number}: neither a representative and a member, as of MMseqs2, nor a cluster of "
+                    f"CD-HIT: {line!r:.80}"
+                )
+            if clusters.setdefault(name, cluster) != cluster:
+                raise DataError(f"{path}, line {number}: {name} stands in two clusters")
+    if not clusters:
+        raise DataError(f"{path} names no sequence")
+    return clusters
+
+
+def check_leaks(splits: dict[str, Dataset]) -> None:
+    """Refuse a sequence that stands in two splits; count those that stand more than once in one.
+
+    Raises:
+        DataError: a sequence stands in two splits.
+    """
+    hashes = {name: _hashes(split) for name, split in splits.items()}
+    ordered = {name: np.sort(found) for name, found in hashes.items()}
+    repeated = sum(int(np.count_nonzero(found[1:] == found[:-1])) for found in ordered.values())
+    for first, second in combinations(splits, 2):
+        common = ordered[second][_is_among(ordered[second], ordered[first])]
+        if not len(common):
+            continue
+        rows = {name: splits[name].select(np.flatnonzero(np.isin(hashes[name], common))) for name in (first, second)}
+        owner = {row["sequence"]: row["accession"] for row in rows[first]}
+        shared = [
+            f"{owner[row['sequence']]} = {row['accession']} ({first} and {second})"
+            for row in rows[second]
+            if row["sequence"] in owner
+        ]
+        if shared:
+            raise DataError(
+                f"{len(shared)} sequence(s) stand in two splits, so the test would be on training data: "
+                f"{listing(shared)}. Remove the duplicates, or put them into one partition"
+            )
+    if repeated:
+        logger.warning("%d sequence(s) stand more than once within their split", repeated)
+
+
+def sequence_groups(dataset: Dataset) -> np.ndarray:
+    """A group for each distinct sequence, int64 of shape (rows,)."""
+    return np.unique(_hashes(dataset), return_inverse=True)[1]
+
+
+def check_sizes(test_size: float, validation_size: float) -> None:
+    """Refuse fractions that leave nothing.
+
+    Raises:
+        ConfigurationError: they are no fractions, or leave nothing to train on.
+    """
+    if not (0 < test_size < 1 and 0 <= validation_size < 1 and test_size + validation_size < 1):
+        raise ConfigurationError(
+            f"test_size={test_size} and validation_size={validation_size}: expected fractions that leave something to "
+            "train on"
+        )
+
+
+def warn_of_relatives(*, stacklevel: int) -> None:
+    """Say what a random split does."""
+    warnings.warn(
+        "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
+        "skill. Split by homology partition or by cluster for a figure to report.",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def has_classes(dataset: Dataset) -> bool:
+    """Whether the label is one class of several."""
+    return hasattr(dataset.features.get("label"), "names")
+
+
+def _parts(dataset: Dataset, test: np.ndarray, validation: np.ndarray) -> dict[str, Dataset]:
+    parts = {"train": dataset.select(np.flatnonzero(~test & ~validation))}
+    if validation.any():
+        parts["validation"] = dataset.select(np.flatnonzero(validation))
+    return parts | {"test": dataset.select(np.flatnonzero(test))}
+
+
+def _column(dataset: Dataset, name: str) -> np.ndarray:
+    return np.asarray(dataset.with_format("numpy")[name][:])
+
+
+def _is_among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which values are in an array that is in order."""
+    places = np.searchsorted(ordered, values)
+    return (places < len(ordered)) & (ordered[np.minimum(places, len(ordered) - 1)] == values)
+
+
+def _hashes(dataset: Dataset) -> np.ndarray:
+    """A 64-bit hash of every sequence, so that millions of them need not be held."""
+    from pandas.util import hash_array
+
+    def blocks() -> Iterator[np.ndarray]:
+        for block in dataset.select_columns("sequence").with_format("arrow").iter(_BLOCK):
+            yield hash_array(np.array(block["sequence"].to_pylist(), dtype=object), categorize=False)
+
+    return np.concatenate([np.empty(0, dtype=np.uint64), *blocks()])

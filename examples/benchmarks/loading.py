@@ -1,0 +1,122 @@
+"""Memory of loading and encoding tables of several sizes: it must not grow with the number of sequences.
+
+    python examples/benchmarks/loading.py --sequences 100000 1000000 --json loading.json
+
+Each size runs in a process of its own: a random CSV table is written, loaded, split and encoded, and the memory of the
+process is sampled meanwhile. ``anonymous`` is what the process has allocated; ``resident`` also counts pages of the
+memory-mapped files, which the system takes back when somebody needs them. Both are above what the process holds once
+the libraries are imported. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from esm_efficient.reporting import format_bytes, format_table
+
+LETTERS = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--residues", type=int, default=300, help="mean length")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_table(path: Path, sequences: int, residues: int) -> None:
+    rng = np.random.default_rng(0)
+    with open(path, "wb") as handle:
+        handle.write(b"accession,sequence,label\n")
+        for number in range(sequences):
+            sequence = LETTERS[rng.integers(0, 20, rng.integers(residues // 2, residues * 3 // 2))].tobytes()
+            handle.write(b"P%d,%s,%d\n" % (number, sequence, number % 3 == 0))
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process now."""
+    status = Path("/proc/self/status").read_text()
+    fields = {"resident": "VmRSS", "anonymous": "RssAnon"}
+    return {name: 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) for name, field in fields.items()}
+
+
+def run(path: Path) -> None:
+    """Load and encode a table; print seconds and peaks."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    from esm_efficient import demo_model_path, load_sequences, tokenize_dataset
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    small = path.with_name("small.csv")
+    write_table(small, 1000, 100)
+    tokenize_dataset(load_sequences(small), tokenizer)  # imports what is imported late
+    before, peak, done = memory(), memory(), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            for name, value in memory().items():
+                peak[name] = max(peak[name], value)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    began = time.perf_counter()
+    data = load_sequences(path)
+    loaded = time.perf_counter()
+    tokenized, report = tokenize_dataset(data, tokenizer)
+    encoded = time.perf_counter()
+    rows = sum(len(split) for split in tokenized.values())
+    done.set()
+    sampler.join()
+    grown = {name: peak[name] - before[name] for name in peak}
+    figures = {"rows": rows, "residues": report.total.residues, "load_s": loaded - began, "encode_s": encoded - loaded}
+    print(json.dumps(figures | grown))
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.run:
+        run(options.run)
+        return
+    record = {}
+    for sequences in options.sequences:
+        with tempfile.TemporaryDirectory() as folder:
+            table = Path(folder) / "table.csv"
+            write_table(table, sequences, options.residues)
+            environment = os.environ | {"ESM_EFFICIENT_CACHE": folder, "HF_DATASETS_CACHE": folder}
+            command = [sys.executable, "-W", "ignore", __file__, "--run", str(table)]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+        record[sequences] = json.loads(done.stdout.strip().splitlines()[-1])
+        if record[sequences]["rows"] != sequences:
+            raise SystemExit(f"{record[sequences]['rows']} of {sequences} rows came through")
+    rows = [
+        (
+            f"{n:,}",
+            f"{f['load_s']:.1f}",
+            f"{f['encode_s']:.1f}",
+            format_bytes(f["anonymous"]),
+            format_bytes(f["resident"]),
+        )
+        for n, f in record.items()
+    ]
+    print(format_table(rows, ("sequences", "load s", "encode s", "anonymous", "resident")))
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

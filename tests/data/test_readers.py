@@ -1,0 +1,109 @@
+"""Rows of every kind of file come through whole, or the error names the place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import lzma
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from esm_efficient.data.readers import kind_of, read_blocks
+from esm_efficient.errors import DataError
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def rows_of(path, **options):
+    """Column names and rows."""
+    blocks = list(read_blocks(path, **options))
+    columns = {name: [cell for block in blocks for cell in block.columns[name]] for name in blocks[0].columns}
+    places = [place for block in blocks for place in block.places]
+    assert all(len(cells) == len(places) for cells in columns.values())
+    return columns, places
+
+
+CELLS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), max_size=12)
+
+
+@given(
+    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=12),
+    st.sampled_from(",\t;"),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.sampled_from(list(PACKERS)),
+    st.integers(1, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_table_comes_through_as_it_was_written(tmp_path_factory, rows, separator, end, mark, packed, size):
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=separator, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([("name", "value"), *rows])
+    path = tmp_path_factory.mktemp("table") / f"table.csv{packed}"
+    path.write_bytes(PACKERS[packed](text.getvalue().encode("utf-8-sig" if mark else "utf-8")))
+    columns, places = rows_of(path, rows=size)
+    assert list(zip(columns["name"], columns["value"], strict=True)) == rows
+    assert len(set(places)) == len(rows)
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_fasta_comes_through_with_names_and_places(tmp_path, packed):
+    text = ">sp|P12345|NAME_HUMAN A protein\nMKTV\nAY\n\n>plain words\r\nMK\r\n>a|b\nM K\n>\nMV\n"
+    path = tmp_path / "sequences"
+    path.write_bytes(PACKERS[packed](text.encode()))
+    columns, places = rows_of(path, rows=2)
+    assert columns["accession"] == ["P12345", "plain", "a|b", ""]
+    assert columns["sequence"] == ["MKTVAY", "MK", "MK", "MV"]
+    assert columns["header"][1] == "plain words"
+    assert places == ["record 1 (P12345)", "record 2 (plain)", "record 3 (a|b)", "record 4 ()"]
+
+
+def test_parquet_comes_through(tmp_path):
+    path = tmp_path / "table.parquet"
+    parquet.write_table(pa.table({"sequence": ["MK", "MV", None], "label": [[0, 1], [1], None]}), path)
+    columns, places = rows_of(path, rows=2)
+    assert columns == {"sequence": ["MK", "MV", None], "label": [[0, 1], [1], None]}
+    assert places == ["row 0", "row 1", "row 2"]
+
+
+def test_the_content_says_what_a_file_is(tmp_path):
+    for content, kind in ((b"\n\n>a\nMK\n", "fasta"), (b"sequence\nMK\n", "table"), (b"; note\n>a\nMK\n", "fasta")):
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        assert kind_of(path) == kind
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"a,b\n1\n", r"line 2: 1 cells for 2 columns \(a, b\)"),
+        (b"a,b\n1,2\n\n1,2,3\n", "line 4: 3 cells"),
+        (b'a,b\n1,"2\n', "line 2: unexpected end of data"),
+        (b'a,b\n1,"2"3\n', "line 2:"),
+        (b"a,a\n1,2\n", "more than one column is named a"),
+        (b"a,b\n\xff\xfe,1\n", "UnicodeDecodeError"),
+        (gzip.compress(b"a,b\n" + b"1,2\n" * 9999)[:-20], "EOFError"),
+        (b"\x1f\x8b\x08nonsense", "cannot be read"),
+        (b"\xfd7zXZ\x00nonsense", "LZMAError"),
+        (b"PAR1nonsense", "as Parquet"),
+        (b"a,b\n" + b"M" * 200_000 + b",1\n", "line 2: field larger"),
+        (b"; a comment\nMKTV\n>a\nMK\n", "line 2: a sequence before the first header: 'MKTV'"),
+    ],
+)
+def test_what_does_not_parse_names_its_place(tmp_path, content, message):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_blocks(path))
+
+
+def test_no_file_is_named(tmp_path):
+    with pytest.raises(DataError, match="no file at .*absent"):
+        list(read_blocks(tmp_path / "absent.csv"))
