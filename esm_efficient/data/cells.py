@@ -102,7 +102,7 @@ def split_names(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
 def number_of(text: str) -> float | None:
     """A finite number, as people write one."""
     try:
-        value = float(text) if "_" not in text else math.nan
+        value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         return None
     return value if math.isfinite(value) else None
@@ -215,7 +215,7 @@ class LabelScan:
         import pyarrow.compute as pc
 
         if self.kind == "number":
-            return labels.cast(pa.float64())
+            return pa.array([float(label) for label in labels.to_pylist()], pa.float64())
         if self.kind == "class":
             whole = self.text is None and self.fraction is None
             texts = pa.array([str(int(float(v))) for v in labels.to_pylist()]) if whole else labels

@@ -243,6 +243,8 @@ class _Reader:
         finally:
             for leftover in (raw, done):
                 leftover.unlink(missing_ok=True)
+        if self.known is not None and self.unused:
+            logger.warning("%d row(s) of the second table have no sequence: %s", *_some(self.unused))
         if self.dropped:
             logger.info("%d sequence(s) outside of the bounds of length were left out", self.dropped)
         if 2 * self.nucleotides > self.rows:
@@ -353,6 +355,10 @@ class _Reader:
             raise DataError(f"{len(absent)} sequence(s) have no label in the second table: {listing(absent)}")
         self.unused -= set(accessions)
         return {column: [known[name][column] for name in accessions] for column in next(iter(known.values()))}
+
+
+def _some(names: set[str]) -> tuple[int, str]:
+    return len(names), listing(sorted(names))
 
 
 def _compile(header: str | None) -> re.Pattern[str] | None:

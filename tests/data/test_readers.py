@@ -105,5 +105,5 @@ def test_what_does_not_parse_names_its_place(tmp_path, content, message):
 
 
 def test_no_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="no file at .*absent"):
+    with pytest.raises(DataError, match=r"no file at .*absent"):
         list(read_blocks(tmp_path / "absent.csv"))

@@ -21,7 +21,7 @@ def rows(sequences):
 @given(st.lists(st.integers(0, 12), min_size=3, max_size=60), st.integers(0, 5), st.sampled_from([0.0, 0.2]))
 @settings(max_examples=60, deadline=None)
 def test_no_group_is_cut_and_no_row_is_lost(groups, seed, validation_size):
-    data, groups = rows(map(str, range(len(groups)))), np.array(groups)
+    data, groups = rows([str(i) for i in range(len(groups))]), np.array(groups)
     try:
         parts = split_by_group(data, groups, test_size=0.3, validation_size=validation_size, seed=seed)
     except ConfigurationError as error:
@@ -33,7 +33,9 @@ def test_no_group_is_cut_and_no_row_is_lost(groups, seed, validation_size):
     assert len(places["test"]) >= 0.3 * len(groups) - 1e-9
     assert len(places["test"]) - np.bincount(groups).max() < 0.3 * len(groups)
     again = split_by_group(data, groups, test_size=0.3, validation_size=validation_size, seed=seed)
-    assert {name: part["sequence"][:] for name, part in parts.items()} == {n: p["sequence"][:] for n, p in again.items()}
+    assert {name: part["sequence"][:] for name, part in parts.items()} == {
+        n: p["sequence"][:] for n, p in again.items()
+    }
 
 
 def test_too_few_groups_are_said():
@@ -44,9 +46,7 @@ def test_too_few_groups_are_said():
 def test_mmseqs_and_cd_hit_clusters_are_read_alike(tmp_path):
     mmseqs, cd_hit = tmp_path / "cluster.tsv", tmp_path / "out.clstr"
     mmseqs.write_text("A\tA\nA\tB\nsp|P1|X\tsp|P1|X\n")
-    cd_hit.write_text(
-        ">Cluster 0\n0\t120aa, >A... *\n1\t118aa, >B... at 98.30%\n>Cluster 1\n0\t90aa, >sp|P1|X... *\n"
-    )
+    cd_hit.write_text(">Cluster 0\n0\t120aa, >A... *\n1\t118aa, >B... at 98.30%\n>Cluster 1\n0\t90aa, >sp|P1|X... *\n")
     assert read_clusters(mmseqs) == read_clusters(cd_hit) == {"A": 0, "B": 0, "sp|P1|X": 1}
 
 
