@@ -9,7 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esm_efficient.adapters import lora_config, prepare_model, recipe_adapters, resolve_targets
+    from esm_efficient.adapters import (
+        Architecture,
+        lora_config,
+        prepare_model,
+        recipe_adapters,
+        register_architecture,
+        resolve_targets,
+    )
     from esm_efficient.comparison import Comparison, compare
     from esm_efficient.data import (
         ResidueEncoder,
@@ -55,7 +62,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "adapters": ("lora_config", "prepare_model", "recipe_adapters", "resolve_targets"),
+    "adapters": (
+        "Architecture",
+        "lora_config",
+        "prepare_model",
+        "recipe_adapters",
+        "register_architecture",
+        "resolve_targets",
+    ),
     "comparison": ("Comparison", "compare"),
     "data": (
         "ResidueEncoder",
@@ -103,6 +117,7 @@ _MODULES = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "DEVICES",
     "RECIPES",
+    "Architecture",
     "AuditCallback",
     "AuditError",
     "Comparison",
@@ -142,6 +157,7 @@ __all__ = [
     "recipe_adapters",
     "recipe_arguments",
     "recommend",
+    "register_architecture",
     "regression_metrics",
     "remove_lean_encoder",
     "resolve_targets",

@@ -262,4 +262,4 @@ def _other_heads(model: nn.Module) -> list[str]:
     """Heads of a model class that peft does not know; a language-model head is pretrained and stays frozen."""
     children = dict(model.named_children())
     known = {head for architecture in ARCHITECTURES for head in architecture.heads}
-    return [name for name in children if name in known and name != "lm_head"]
+    return [name for name in children if name in known and name not in ("lm_head", "sequence_head")]

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from transformers import EsmForSequenceClassification
+import torch
+from conftest import make_dataset, make_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import DataCollatorWithPadding, EsmForSequenceClassification, EsmModel, Trainer, TrainingArguments
 
-from esm_efficient.adapters.registry import ARCHITECTURES, PRESETS, ROLES, ends_with, find_architecture, is_unread
+from esm_efficient import AuditCallback, lora_config, prepare_model, register_architecture, resolve_targets
+from esm_efficient.adapters.registry import (
+    ARCHITECTURES,
+    PRESETS,
+    ROLES,
+    Architecture,
+    ends_with,
+    find_architecture,
+    is_unread,
+)
+from esm_efficient.errors import ConfigurationError, TargetModuleError
 
 
 @pytest.mark.parametrize(
@@ -41,3 +55,132 @@ def test_unread_parts_are_found_by_whole_components():
     esm = ARCHITECTURES[0]
     assert is_unread(esm, "esm.contact_head.regression.weight")
     assert not is_unread(esm, "esm.my_contact_head.weight")
+
+
+def esm_1b():
+    """ESM-1b and ESM-1v in transformers: positions that are learnt, a layer norm before the first layer."""
+    return make_model(EsmModel, position_embedding_type="absolute", emb_layer_norm_before=True)
+
+
+def fair_esm():
+    esm = pytest.importorskip("esm", reason="fair-esm is not installed")
+    if not hasattr(esm, "ESM2"):
+        pytest.skip("another package named esm is installed instead of fair-esm")
+    return esm.ESM2(num_layers=2, embed_dim=16, attention_heads=2)
+
+
+def esm_c():
+    esmc = pytest.importorskip("esm.models.esmc", reason="EvolutionaryScale's esm is not installed")
+    from esm.tokenization import EsmSequenceTokenizer
+
+    model = esmc.ESMC(d_model=64, n_heads=4, n_layers=2, tokenizer=EsmSequenceTokenizer(), use_flash_attn=False)
+    model.sequence_head.requires_grad_(False)
+    return model
+
+
+def fa_esm():
+    # As FAESM is installed beside the supported transformers it cannot be imported: its classes derive from EsmModel.
+    faesm = pytest.importorskip("faesm.esm", reason="FAESM cannot be imported", exc_type=ImportError)
+    return faesm.FAEsmModel(make_model(EsmModel).config)
+
+
+# How many layers each preset adapts in an encoder of two layers.
+ENCODERS = {
+    "esm-1b": (esm_1b, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
+    "fair-esm": (fair_esm, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
+    "esm-c": (esm_c, {"qkv": 2, "attention": 4, "mlp": 4, "all-linear": 8}),
+    "faesm": (fa_esm, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
+}
+
+
+class Classifier(nn.Module):
+    """A head of one's own on any encoder."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.LazyLinear(2)
+
+    def forward(self, input_ids, attention_mask):
+        if type(self.encoder).__name__ == "ESM2":
+            states = self.encoder(input_ids, repr_layers=[2])["representations"][2]
+        elif type(self.encoder).__name__ == "ESMC":
+            states = self.encoder(input_ids).embeddings
+        else:
+            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"logits": self.classifier(states[:, 0])}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_resolves_every_preset_and_trains(tmp_path, tokenizer, name, preset):
+    build, layers = ENCODERS[name]
+    torch.manual_seed(0)
+    model = Classifier(build())
+    model(torch.tensor([[0, 5, 6, 2]]), torch.ones(1, 4, dtype=torch.long))  # the head learns its width
+    assert len(resolve_targets(model, preset).modules) == layers[preset]
+    assert len(resolve_targets(model.encoder, preset).modules) == layers[preset]
+    # The head stands in for what was pretrained: with zeros in it no gradient reaches anything below.
+    model = prepare_model(model, adapters=lora_config(model, preset=preset, r=2, init_lora_weights=False))
+    others = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert others
+    assert all("classifier.modules_to_save" in name for name in others)
+    audit = AuditCallback(patience=1)
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels)
+
+    Trainer(
+        model,
+        args,
+        train_dataset=make_dataset(16),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_loss_func=loss,
+        callbacks=[audit],
+    ).train()
+    moved = [path for path in audit.report.moved if "lora_" in path]
+    assert len(moved) == 2 * layers[preset]
+    assert not audit.report.pending
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.up, self.down = (nn.Linear(4, 4) for _ in range(6))
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+
+def test_an_unknown_encoder_is_told_by_its_layers_and_made_known_in_one_call(monkeypatch):
+    monkeypatch.setattr("esm_efficient.adapters.registry.ARCHITECTURES", list(ARCHITECTURES))
+    with pytest.raises(TargetModuleError, match=r"q \(3\), k \(3\).*head \(1\).*register_architecture\(Architecture"):
+        resolve_targets(Unknown(), "qkv")
+    roles = dict(zip(ROLES, ("q", "k", "v", "o", "up", "down"), strict=True))
+    register_architecture(Architecture(name="mine", encoder="Unknown", layers="blocks", roles=roles))
+    assert len(resolve_targets(Unknown(), "all-linear").modules) == 18
+    register_architecture(Architecture(name="mine", encoder="Unknown", layers="blocks", roles=roles | {"output": "up"}))
+    assert len(resolve_targets(Unknown(), "all-linear").modules) == 15
+    with pytest.raises(ConfigurationError, match="expected query, key, value"):
+        Architecture(name="mine", encoder="Unknown", layers="blocks", roles={"query": "q"})
+
+
+def test_a_class_of_the_same_name_in_another_package_is_not_taken_for_it():
+    stranger = type("ESM2", (Unknown,), {"__module__": "esme.esm"})()
+    with pytest.raises(TargetModuleError, match="ESM2 is of no known architecture"):
+        find_architecture(stranger)
