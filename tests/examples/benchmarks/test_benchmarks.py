@@ -74,3 +74,28 @@ def test_the_lean_encoder_is_set_against_its_baselines(tmp_path):
             assert row["matmul_share"] > 0
     assert [row["package"] for row in record["others"]] == ["esme", "esme"]
     assert all(row.get("reason") or row["residues_per_s_ratio"] > 0 for row in record["others"])
+
+
+def test_the_encoder_is_compared_with_the_tokenizer_and_equal_to_it(tmp_path):
+    result = run("encoding.py", "--turns", "1", "--sample", "20", "--json", tmp_path / "e.json")
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads((tmp_path / "e.json").read_text())
+    rates = record["residues_per_s"]
+    assert record["ratio"] == pytest.approx(rates["ResidueEncoder"][0] / rates["EsmTokenizer"][0])
+    assert record["proteins"] == 1400
+
+
+def test_batches_of_a_budget_hold_little_padding(tmp_path):
+    result = run("batching.py", "--budgets", "2048", "--json", tmp_path / "b.json")
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert min(record["budgets"]["2048"]["non_padding"]) > 0.97 > max(record["random"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_is_measured_and_loses_no_row(tmp_path):
+    result = run("loading.py", "--sequences", "500", "2000", "--residues", "60", "--json", tmp_path / "l.json")
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads((tmp_path / "l.json").read_text())
+    assert {size: figures["rows"] for size, figures in record.items()} == {"500": 500, "2000": 2000}
+    assert all(figures["residues"] > 40 * figures["rows"] for figures in record.values())

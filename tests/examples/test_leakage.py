@@ -1,0 +1,30 @@
+"""The leakage script as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_leakage_is_the_difference_of_two_runs_of_one_size(tmp_path, demo_table):
+    options = ["--data", demo_table, "--limit", "48", "--recipe", "frozen", "--json", "r.json"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "leakage.py"), *map(str, options)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "48 proteins to train on, 16 to test on, 1 seed(s)" in done.stdout
+    figures = json.loads((tmp_path / "r.json").read_text())
+    (by_partition,), (at_random,) = figures["runs"]["partition"], figures["runs"]["random"]
+    for key, difference in figures["leakage"].items():
+        assert difference == pytest.approx(at_random[key] - by_partition[key])
+        assert f"{difference:+.3f}" in done.stdout
