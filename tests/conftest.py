@@ -13,7 +13,12 @@ from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
 from esm_efficient import demo_model_path, write_demo_table
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes with several threads each would wait for one another; those that tests start inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(items):

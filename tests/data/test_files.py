@@ -106,7 +106,6 @@ def test_every_format_gives_the_same(tmp_path, name):
             lambda row: {"N": float(row.nucleus) if row.nucleus else None},
         ),
     ],
-    ids=str,
 )
 def test_the_cells_say_what_a_label_is(tmp_path, options, feature, expected):
     table = frame()
