@@ -149,11 +149,12 @@ def find_architecture(model: nn.Module) -> Architecture:
         TargetModuleError: no entry knows the model; the message lists its linear layers by suffix, and how to make it
             known.
     """
-    classes = {parent for module in model.modules() for parent in type(module).__mro__}
-    names = {(parent.__name__, package) for parent in classes for package in ("", parent.__module__.split(".")[0])}
-    for architecture in ARCHITECTURES:
-        if (architecture.encoder, architecture.package) in names:
-            return architecture
+    known = {(architecture.encoder, architecture.package): architecture for architecture in ARCHITECTURES}
+    for kind in dict.fromkeys(map(type, model.modules())):
+        for parent in kind.__mro__:  # the class itself first, so that an entry of its own goes before its parent's
+            for package in (parent.__module__.split(".")[0], ""):
+                if (parent.__name__, package) in known:
+                    return known[parent.__name__, package]
     raise TargetModuleError(
         f"{type(model).__name__} is of no known architecture ({', '.join(a.encoder for a in ARCHITECTURES)}). Give "
         f"target_modules yourself; the linear layers of this model end with: {', '.join(_suffixes(model))}. Or make it "

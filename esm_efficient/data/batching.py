@@ -70,11 +70,12 @@ class TokenBudgetBatchSampler:
         tokens = np.asarray(lengths, dtype=np.int64).ravel()
         if not 0 <= rank < ranks:
             raise ConfigurationError(f"rank={rank} of ranks={ranks}: expected a rank from 0 to {ranks - 1}")
-        if not len(tokens) or tokens.min() < 1 or budget < 1:
+        if not len(tokens) or tokens.min() < 1 or budget < 1 or budget != int(budget):
             raise ConfigurationError(
                 f"{len(tokens)} sequences and a budget of {budget} tokens: expected at least one sequence, of at least "
-                "one token, and a budget above 0"
+                "one token, and a whole number above 0"
             )
+        budget = int(budget)
         self.budget, self.seed, self.shuffle, self.ranks, self.rank = budget, seed, shuffle, ranks, rank
         self.epoch = 0
         self._skipped = 0

@@ -105,7 +105,14 @@ def number_of(text: str) -> float | None:
         value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= np.finfo(np.float32).max else None
+
+
+def _items(cell: Any) -> list[str | None]:
+    """The items of a list as text; None where one is missing."""
+    return (
+        [None if item is None or item != item else str(item).strip() for item in cell] if isinstance(cell, list) else []
+    )
 
 
 class LabelScan:
@@ -122,8 +129,8 @@ class LabelScan:
         self.values: dict[str, str] = {}
         self.letters: set[str] = set()
         self.lists: bool | None = None
-        self.fits = True
-        self.longest = 0
+        self.rows = self.fitting = 0
+        self.unfit: str | None = None
         self.number: str | None = None
         self.text: str | None = None
         self.fraction: str | None = None
@@ -140,16 +147,18 @@ class LabelScan:
         complain(
             cells, places, [one != self.lists for one in lists], "the label is a list in some rows and not in others"
         )
-        found: list[Any] = [texts_of(cell) for cell in cells] if self.lists else texts_of(cells)
+        found: list[Any] = [_items(cell) for cell in cells] if self.lists else texts_of(cells)
         complain(cells, places, [len(label) == 0 for label in found], "the label is missing")
         for label, length, place in zip(found, residues.tolist(), places, strict=True):
             if len(label) != length:
                 if self.kind == "residues" or self.lists:
                     raise DataError(f"{place}: {len(label)} labels for {length} residues")
-                self.fits = False
-            self.longest = max(self.longest, len(label))
-            if self.fits and len(self.letters) <= _MOST_CLASSES:
-                self.letters.update(label)
+                self.unfit = self.unfit or f"{place}: {len(label)} letters for {length} residues"
+            elif length > 1:
+                self.fitting += 1
+            self.rows += 1
+            if len(self.letters) <= _MOST_CLASSES:
+                self.letters.update(letter for letter in label if letter is not None)
             if self.lists:
                 continue
             if len(self.values) <= _MOST_CLASSES:
@@ -178,6 +187,11 @@ class LabelScan:
             return Value("float32")
         if kind == "residues":
             self.names = sorted(self.letters)
+            if len(self.names) > _MOST_CLASSES or any((number_of(name) or 0) % 1 for name in self.names):
+                raise DataError(
+                    f"labels of residues are classes, and here they have values such as {listing(self.names)}: numbers "
+                    "for each residue cannot be learnt"
+                )
             return List(ClassLabel(names=self.names))
         numeric = self.text is None and self.fraction is None
         self.names = sorted({str(int(float(v))) for v in self.values}, key=int) if numeric else sorted(self.values)
@@ -189,8 +203,13 @@ class LabelScan:
 
     def _decide(self) -> LabelKind:
         if self.kind is None:
-            if self.lists or (self.fits and self.longest > 1):
+            if self.lists or (self.fitting and self.unfit is None):
                 self.kind = "residues"
+            elif 2 * self.fitting > self.rows:
+                raise DataError(
+                    f"most labels have one letter for each residue, and one has not: {self.unfit}. Mend it, or say "
+                    "label_kind="
+                )
             elif self.number is None:
                 self.kind = "class"
             elif self.text is not None:
@@ -221,6 +240,7 @@ class LabelScan:
             texts = pa.array([str(int(float(v))) for v in labels.to_pylist()]) if whole else labels
             return pc.index_in(texts, pa.array(self.names))
         rows = labels.to_pylist()
+        # A null among the labels of residues is none of the names, and stays null.
         ids = pc.index_in(pa.array([letter for row in rows for letter in row], pa.string()), pa.array(self.names))
         lengths = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
         return pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)), ids)

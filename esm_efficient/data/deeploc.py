@@ -180,7 +180,11 @@ def _label_columns(task: str | Mapping[str, str]) -> dict[str, str]:
         if task not in known:
             raise ConfigurationError(f"task={task!r}: expected {' or '.join(known)}, or label names and their columns")
         return known[task]
-    if not task or not all(isinstance(name, str) for pair in task.items() for name in pair):
+    if (
+        not isinstance(task, Mapping)
+        or not task
+        or not all(isinstance(name, str) for pair in task.items() for name in pair)
+    ):
         raise ConfigurationError(f"task={task!r}: expected label names and the columns that hold them")
     return dict(task)
 

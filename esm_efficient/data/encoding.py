@@ -276,11 +276,21 @@ def tokenize_dataset(
         raise ConfigurationError(f"max_length={max_length} leaves no room for a residue beside {SPECIAL_TOKENS} tokens")
     encoder = ResidueEncoder(tokenizer)
     splits, counts = {}, {}
+    tasks: dict[str, Task] = {}
     for name, split in dataset.items():
+        if not len(split):
+            raise DataError(f"split {name!r} has no row")
         if "sequence" not in split.column_names:
             raise DataError(f"split {name!r} has no column 'sequence'; it has {', '.join(split.column_names)}")
         column = next((name for name in ("label", "labels") if name in split.features), None)
         task = None if column is None else task_of(split.features, column)
+        if task is not None:
+            tasks[name] = task
+            if task != next(iter(tasks.values())):
+                raise DataError(
+                    f"the splits have different labels: {'; '.join(f'{n} {t.describe()}' for n, t in tasks.items())}. "
+                    "Labels are told by their place: their names must stand in one order"
+                )
         options = {"encoder": encoder, "max_residues": max_length - SPECIAL_TOKENS, "keep": keep}
         encoded = split.with_format("arrow").map(
             _encode_table,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient import __version__
 from esm_efficient.data.cells import (
     LabelKind,
     LabelScan,
@@ -31,7 +32,7 @@ from esm_efficient.data.cells import (
 )
 from esm_efficient.data.download import cache_folder
 from esm_efficient.data.encoding import WEIGHT_COLUMN
-from esm_efficient.data.readers import Block, read_blocks
+from esm_efficient.data.readers import Block, accession_of, read_blocks
 from esm_efficient.data.splits import (
     check_leaks,
     check_sizes,
@@ -97,7 +98,8 @@ def load_sequences(
         partition: the column of homology partitions, whole numbers.
         split: the column that says ``train``, ``validation`` or ``test``.
         sample_weight: the column of how much each sequence counts.
-        labels: a second table, with accessions and labels, for a FASTA file.
+        labels: a second table, with accessions and whatever else belongs to a sequence, such as its label, for a FASTA
+            file. It is held in memory.
         header: a regular expression whose named groups are columns, such as ``r"label=(?P<label>\w+)"``, matched
             anywhere in the header of each FASTA record.
         clusters: MMseqs2's or CD-HIT's clusters of the accessions; no cluster is cut in two.
@@ -131,8 +133,7 @@ def load_sequences(
         raise ConfigurationError(f"files for {listing(strange)}: expected train, validation and test")
     bounds = (min_length or 0, math.inf if max_length is None else max_length)
     reader = _Reader(label, label_kind, given, bounds, header, labels)
-    key = repr((sorted(str(Path(file).resolve()) for file in files.values()), label, label_kind, given, bounds, header))
-    whole = reader.load(files, hashlib.sha256(key.encode()).hexdigest()[:16])
+    whole = reader.load(files, _name_of(files, labels, (label, label_kind, given, bounds, header)))
     groups = None if clusters is None else _cluster_groups(whole, clusters)
     parts = _split(whole, files, groups, test_partitions, validation_partitions, test_size, validation_size, seed)
     if empty := [name for name, part in parts.items() if not len(part)]:
@@ -171,13 +172,24 @@ def _split(
     return split_by_group(whole, same, test_size=test_size, validation_size=validation_size, seed=seed)
 
 
+def _name_of(files: Mapping[str, str | Path], labels: str | Path | None, options: Any) -> str:
+    """A name for what is read: other files, files that have changed, and other options have other names."""
+    identity = []
+    for split, path in [*files.items(), *([] if labels is None else [("labels", labels)])]:
+        place = Path(path).resolve()
+        if not place.is_file():
+            raise DataError(f"no file at {path}")
+        identity.append((split, str(place), place.stat().st_size, place.stat().st_mtime_ns))
+    return hashlib.sha256(repr((__version__, identity, options)).encode()).hexdigest()[:16]
+
+
 def _cluster_groups(whole: Dataset, path: str | Path) -> np.ndarray:
     """The cluster of each row."""
     clusters = read_clusters(path)
     names = whole["accession"][:]
-    if absent := [name for name in names if name not in clusters]:
+    if absent := [name for name in names if accession_of(name) not in clusters]:
         raise DataError(f"{path} has no cluster for {len(absent)} of {len(names)} sequences: {listing(absent)}")
-    return np.array([clusters[name] for name in names])
+    return np.array([clusters[accession_of(name)] for name in names])
 
 
 class _Reader:
@@ -211,14 +223,18 @@ class _Reader:
         self.header = _compile(header)
         self.scan = LabelScan(kind)
         self.known = None if labels is None else self._read_labels(labels)
+        self.splits: set[str] = set()
+        self.kept_splits: set[str] = set()
         self.dropped = self.nucleotides = self.rows = 0
 
     def load(self, files: Mapping[str, str | Path], name: str) -> Dataset:
-        """All rows of all files, from a file of that name in the cache; with a column ``split`` if files have one."""
+        """All rows of all files, in a file of that name in the cache; with a column ``split`` if files have one."""
         import pyarrow as pa
         from datasets import Dataset
 
         folder = cache_folder() / "tables"
+        if (folder / f"{name}.arrow").is_file():
+            return Dataset.from_file(str(folder / f"{name}.arrow"))
         folder.mkdir(parents=True, exist_ok=True)
         raw, done = (folder / f"{name}.{os.getpid()}.{kind}" for kind in ("raw", "done"))
         try:
@@ -238,13 +254,15 @@ class _Reader:
             if not self.rows:
                 raise DataError(f"{listing([str(path) for path in files.values()])}: no sequence is left")
             self._finish(raw, done)
-            # A data set that was made of an older file of this name keeps that file.
+            if lost := self.splits - self.kept_splits:
+                raise DataError(f"no sequence of {', '.join(sorted(lost))} is within the bounds of length")
             os.replace(done, folder / f"{name}.arrow")
         finally:
             for leftover in (raw, done):
                 leftover.unlink(missing_ok=True)
         if self.known is not None and self.unused:
-            logger.warning("%d row(s) of the second table have no sequence: %s", *_some(self.unused))
+            unused = sorted(self.unused)
+            logger.warning("%d row(s) of the second table have no sequence: %s", len(unused), listing(unused))
         if self.dropped:
             logger.info("%d sequence(s) outside of the bounds of length were left out", self.dropped)
         if 2 * self.nucleotides > self.rows:
@@ -261,8 +279,15 @@ class _Reader:
         places = [f"{path}, {place}" for place in block.places]
         if self.header is not None:
             columns |= _match(self.header, columns, path, places)
+        if self.known is not None:
+            # The name of the accession's column may be meant for the second table alone.
+            key = self.given["accession"] if self.given["accession"] in columns else None
+            key = _find("accession", list(columns), key, path)
+            accessions = places if key is None else texts_of(columns[key])
+            columns |= self._join(accessions, places, columns, path)
         names = list(columns)
-        found = {what: _find(what, names, given, path) for what, given in self.given.items()}
+        given = self.given if self.known is None else {**self.given, "accession": key}
+        found = {what: _find(what, names, column, path) for what, column in given.items()}
         if found["sequence"] is None:
             raise DataError(
                 f"{path}: no column is called like a sequence ({', '.join(NAMES['sequence'])}); it has "
@@ -271,9 +296,6 @@ class _Reader:
         sequences = sequences_of(columns[found["sequence"]], places)
         lengths = np.fromiter(map(len, sequences), dtype=np.int32, count=len(sequences))
         accessions = places if found["accession"] is None else texts_of(columns[found["accession"]])
-        if self.known is not None:
-            columns |= self._join(accessions, places)
-            names = list(columns)
         result: dict[str, Any] = {"sequence": sequences, "accession": accessions, "length": lengths}
         label = None if self.several else _find("label", names, self.label, path)
         if self.several:
@@ -295,6 +317,10 @@ class _Reader:
         self.dropped += int((~keep).sum())
         self.rows += int(keep.sum())
         self.nucleotides += sum(not sequence.strip("ACGTUN") for sequence in sequences)
+        for number, name in enumerate(result.get("split", ())):
+            self.splits.add(name)
+            if keep[number]:
+                self.kept_splits.add(name)
         if keep.all():
             return result
         mask = pa.array(keep)
@@ -328,37 +354,39 @@ class _Reader:
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
 
     def _read_labels(self, path: str | Path) -> dict[str, dict[str, Any]]:
-        """The labels of a second table by accession."""
+        """The other columns of a second table by accession."""
         result: dict[str, dict[str, Any]] = {}
         for block in read_blocks(path):
             names = list(block.columns)
             key = _find("accession", names, self.given["accession"], path)
-            one = None if self.several else _find("label", names, self.label, path)
-            if key is None or not (self.several or one):
+            if key is None or len(names) < 2:
                 raise DataError(
                     f"{path} has the columns {', '.join(names)}: expected one for the accession and one for the label; "
                     "name them with accession= and label="
                 )
-            wanted = list(self.several.values()) if one is None else [one]
-            cells = [_column(block.columns, name, path) for name in wanted]
+            others = [name for name in names if name != key]
+            cells = [block.columns[name] for name in others]
             for place, accession, *row in zip(block.places, texts_of(block.columns[key]), *cells, strict=True):
-                if accession in result:
+                name = accession_of(accession)
+                if name in result:
                     raise DataError(f"{path}, {place}: {accession} stands more than once")
-                result[accession] = dict(zip(wanted, row, strict=True))
+                result[name] = dict(zip(others, row, strict=True))
         self.unused = set(result)
         return result
 
-    def _join(self, accessions: list[str], places: list[str]) -> dict[str, list[Any]]:
-        """Label columns for the sequences of a block."""
+    def _join(
+        self, accessions: list[str], places: list[str], columns: Mapping[str, Any], path: str | Path
+    ) -> dict[str, list[Any]]:
+        """The columns of the second table for the sequences of a block."""
         known = self.known or {}
-        if absent := [place for place, name in zip(places, accessions, strict=True) if name not in known]:
+        wanted = [accession_of(accession) for accession in accessions]
+        if absent := [place for place, name in zip(places, wanted, strict=True) if name not in known]:
             raise DataError(f"{len(absent)} sequence(s) have no label in the second table: {listing(absent)}")
-        self.unused -= set(accessions)
-        return {column: [known[name][column] for name in accessions] for column in next(iter(known.values()))}
-
-
-def _some(names: set[str]) -> tuple[int, str]:
-    return len(names), listing(sorted(names))
+        self.unused -= set(wanted)
+        new = list(next(iter(known.values())))
+        if both := [name for name in new if name in columns]:
+            raise DataError(f"{path} and the table of labels both have a column {listing(both)}: leave one of them out")
+        return {column: [known[name][column] for name in wanted] for column in new}
 
 
 def _compile(header: str | None) -> re.Pattern[str] | None:

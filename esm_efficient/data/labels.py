@@ -97,7 +97,8 @@ def label_feature(task: Task, feature: Any) -> Any:
         return List(Value("float32"), length=len(task.names))
     if task.kind == "regression":
         return Value("float32") if len(task.names) == 1 else List(Value("float32"), length=len(task.names))
-    return feature
+    # Beside the tokens stand two more labels than residues: a list of a fixed length would have another one.
+    return List(feature.feature) if task.kind == "token_classification" else feature
 
 
 def encode_labels(
@@ -147,7 +148,7 @@ def _token_labels(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.fill_null(pc.list_value_length(labels), -1).to_numpy(zero_copy_only=False)
+    found = pc.fill_null(pc.list_value_length(labels).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
     if bad := np.flatnonzero(found != residues).tolist():
         shown = [f"{rows[i]} ({residues[i]} residues, {max(found[i], 0)} labels)" for i in bad]
         raise DataError(

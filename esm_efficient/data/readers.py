@@ -72,10 +72,17 @@ def kind_of(path: str | Path) -> Literal["parquet", "fasta", "table"]:
     with open(path, "rb") as handle:
         if handle.read(4) == b"PAR1":
             return "parquet"
+    empty = True
     with open_text(path) as text:
         for line in text:
-            if line.strip():
-                return "fasta" if line.lstrip().startswith((">", ";")) else "table"
+            if line.startswith(">"):
+                return "fasta"
+            # A comment, or a table whose first column has no name.
+            if line.strip() and not line.startswith(";"):
+                return "table"
+            empty = empty and not line.strip()
+    if not empty:
+        return "table"
     raise DataError(f"{path} is empty")
 
 
@@ -118,6 +125,8 @@ def _table(path: str | Path, rows: int) -> Iterator[Block]:
                     f"{path}, {place}: {len(cells)} cells for {len(names)} columns ({', '.join(names)}). A cell that "
                     "holds the separator must be quoted"
                 )
+            if reader.dialect.delimiter == "\t" and any("\n" in cell for cell in cells):
+                raise DataError(f"{path}, {place}: a cell goes over several lines: is a quote left open?")
             held.append(cells)
             places.append(place)
             if len(held) == rows:
@@ -165,11 +174,9 @@ def _fasta(path: str | Path, rows: int) -> Iterator[Block]:
     with open_text(path) as handle:
         columns: dict[str, list[Any]] = {"accession": [], "header": [], "sequence": []}
         number = 0
-        for header, sequence in SimpleFastaParser(_whole(handle, path)):
+        for header, sequence in SimpleFastaParser(line for line in handle if not line.startswith(";")):
             number += 1
-            name = header.split(None, 1)[0] if header.strip() else ""
-            parts = name.split("|")
-            accession = parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
+            accession = accession_of(header.split(None, 1)[0] if header.strip() else "")
             for column, value in (("accession", accession), ("header", header), ("sequence", sequence)):
                 columns[column].append(value)
             if len(columns["header"]) == rows:
@@ -179,19 +186,17 @@ def _fasta(path: str | Path, rows: int) -> Iterator[Block]:
             yield _named(columns, number)
 
 
+def accession_of(name: str) -> str:
+    """The accession in a name of UniProt; any other name as it is.
+
+    Example:
+        >>> accession_of("sp|P12345|NAME_HUMAN"), accession_of("P12345")
+        ('P12345', 'P12345')
+    """
+    parts = name.split("|")
+    return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
+
+
 def _named(columns: dict[str, list[Any]], last: int) -> Block:
     first = last - len(columns["header"]) + 1
     return Block(columns, [f"record {first + i} ({name})" for i, name in enumerate(columns["accession"])])
-
-
-def _whole(handle: IO[str], path: str | Path) -> Iterator[str]:
-    """The lines of a FASTA file; the parser would silently skip what stands before the first header."""
-    begun = False
-    for number, line in enumerate(handle, 1):
-        if line.startswith(";"):
-            continue  # a comment
-        if not begun and line.strip():
-            if not line.startswith(">"):
-                raise DataError(f"{path}, line {number}: a sequence before the first header: {line.strip()!r:.60}")
-            begun = True
-        yield line

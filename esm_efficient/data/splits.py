@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esm_efficient.data.readers import open_text
+from esm_efficient.data.readers import accession_of, open_text
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def split_by_partition(dataset: Dataset, test: Sequence[int], validation: Sequen
     Raises:
         ConfigurationError: the lists overlap, name a partition that is not there, or leave nothing to test or train on.
     """
+    for name, partitions in (("test_partitions", test), ("validation_partitions", validation)):
+        if isinstance(partitions, int | str) or not all(isinstance(p, int | np.integer) for p in partitions):
+            raise ConfigurationError(f"{name}={partitions!r}: expected a list of whole numbers")
     where = _column(dataset, "partition")
     present = np.unique(where).tolist()
     if both := sorted(set(test) & set(validation)):
@@ -53,7 +56,7 @@ def split_by_group(
 ) -> dict[str, Dataset]:
     """Cut rows at random, with all rows of a group on one side.
 
-    Groups are taken in random order for the test set until it has its share, then for the validation set.
+    Groups are taken in random order for the test set as long as they fit into its share, then for the validation set.
 
     Args:
         dataset: the rows.
@@ -68,11 +71,15 @@ def split_by_group(
     check_sizes(test_size, validation_size)
     _, code, counts = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(counts))
-    # The share of the rows that lie before a group, which decides where it goes.
-    before = np.empty(len(counts))
-    before[order] = (np.cumsum(counts[order]) - counts[order]) / len(dataset)
-    of_test, of_validation = before < test_size, (before >= test_size) & (before < test_size + validation_size)
+    of_test = _take(counts, order, test_size * len(dataset))
+    of_validation = _take(counts, order[~of_test[order]], validation_size * len(dataset))
     parts = _parts(dataset, of_test[code], of_validation[code])
+    for name, share in (("test", test_size), ("validation", validation_size)):
+        found = len(parts.get(name, ()))
+        if abs(found - share * len(dataset)) > max(1, 0.25 * share * len(dataset)):
+            logger.warning(
+                "%s has %d of %d rows, not %.0f %%: groups are large", name, found, len(dataset), 100 * share
+            )
     wanted = {"train", "test"} | ({"validation"} if validation_size else set())
     if empty := sorted(wanted - {name for name, part in parts.items() if len(part)}):
         raise ConfigurationError(
@@ -80,6 +87,25 @@ def split_by_group(
             f"test_size={test_size} and validation_size={validation_size}"
         )
     return parts
+
+
+def _take(counts: np.ndarray, order: np.ndarray, rows: float) -> np.ndarray:
+    """Which groups to take so that they have so many rows and no more; the smallest if none fits."""
+    taken = np.zeros(len(counts), dtype=bool)
+    if rows <= 0 or not len(order):
+        return taken
+    sizes = counts[order]
+    if sizes.max() == 1:
+        taken[order[: max(round(rows), 1)]] = True
+        return taken
+    held = 0
+    for group, size in zip(order, sizes, strict=True):
+        if held + size <= rows + 0.5:
+            taken[group] = True
+            held += int(size)
+    if not held:
+        taken[order[sizes.argmin()]] = True
+    return taken
 
 
 def split_at_random(
@@ -110,7 +136,7 @@ def read_clusters(path: str | Path) -> dict[str, int]:
             gzip or xz. The name of a CD-HIT member must not have been cut (``-d 0``).
 
     Returns:
-        Name of a sequence to the number of its cluster.
+        Name of a sequence, of UniProt's names the accession, to the number of its cluster.
 
     Raises:
         DataError: a line is neither, or a sequence stands in two clusters.
@@ -136,7 +162,7 @@ def read_clusters(path: str | Path) -> dict[str, int]:
                     f"{path}, line {number}: neither a representative and a member, as of MMseqs2, nor a cluster of "
                     f"CD-HIT: {line!r:.80}"
                 )
-            if clusters.setdefault(name, cluster) != cluster:
+            if clusters.setdefault(accession_of(name), cluster) != cluster:
                 raise DataError(f"{path}, line {number}: {name} stands in two clusters")
     if not clusters:
         raise DataError(f"{path} names no sequence")

@@ -224,13 +224,14 @@ def finetune(
         loaded = model
         if tokenizer is None:
             raise ConfigurationError("a loaded model says nothing of its tokenizer: give tokenizer too")
+        _tell(loaded, task)
     else:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
         auto = AutoModelForTokenClassification if _of_tokens(task) else AutoModelForSequenceClassification
         loaded = auto.from_pretrained(
             model, num_labels=len(task.names), problem_type=task.problem_type, dtype=torch.float32
         )
-    tokenized, report = tokenize_dataset(dataset, tokenizer, max_length=max_length)
+    tokenized, _ = tokenize_dataset(dataset, tokenizer, max_length=max_length)
 
     prepared = prepare_model(
         loaded,
@@ -273,7 +274,6 @@ def finetune(
 
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
     trainer.save_model(str(model_dir))
-    residues_per_sequence = report.splits["train"].residues / report.splits["train"].sequences
     layers = {int(match[1]) for name in audit.report.moved if (match := re.search(r"\.layer\.(\d+)\.", name))}
     result = FinetuneResult(
         recipe=chosen.name,
@@ -291,7 +291,7 @@ def finetune(
         total_parameters=total,
         trained_layers=tuple(sorted(layers)),
         layers=prepared.config.num_hidden_layers,
-        residues_per_second=output.metrics["train_samples_per_second"] * residues_per_sequence,
+        residues_per_second=trainer.residues_trained / output.metrics["train_runtime"],
         peak_memory_bytes=peak.bytes,
         peak_memory_kind=peak.kind,
         seconds=output.metrics["train_runtime"],
@@ -313,6 +313,16 @@ def _uses_bf16(precision: Precision) -> bool:
     if precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return precision == "bf16"
+
+
+def _tell(model: PreTrainedModel, task: Task) -> None:
+    """Tell a loaded model its task."""
+    if type(model).__name__.endswith("ForTokenClassification") != _of_tokens(task):
+        raise ConfigurationError(f"{type(model).__name__} has no head for {task.describe()}")
+    config: Any = model.config
+    if config.problem_type not in (None, task.problem_type):
+        raise ConfigurationError(f"the model is for {config.problem_type}, and the labels are {task.describe()}")
+    config.problem_type = task.problem_type
 
 
 def _of_tokens(task: Task) -> bool:

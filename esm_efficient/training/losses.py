@@ -65,7 +65,7 @@ class CrossEntropy:
             float32 of shape (batch,): the sum of the class weights of an example's labels.
 
         Raises:
-            DataError: the labels are no integers, or no class.
+            DataError: the labels are no integers.
         """
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise DataError(f"labels are {labels.dtype}: one class an example is a whole number")
@@ -168,22 +168,22 @@ class SquaredError:
         Raises:
             DataError: the labels are no floats.
         """
-        known = _known(labels, "numbers to regress are floats")
+        known = _known(labels, "numbers to regress are floats", classes=False)
         return known.float().reshape(len(labels), -1).sum(1)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and weights of examples: as in `CrossEntropy`, with logits of shape (batch, numbers)."""
         targets = labels.reshape(len(labels), -1)
-        known = _known(targets, "numbers to regress are floats")
+        known = _known(targets, "numbers to regress are floats", classes=False)
         errors = logits.float().reshape(targets.shape) - targets.where(known, 0).float()
         return errors.square().where(known, 0).sum(1), known.float().sum(1)
 
 
-def _known(labels: Tensor, expected: str) -> Tensor:
-    """Which labels are known."""
+def _known(labels: Tensor, expected: str, *, classes: bool = True) -> Tensor:
+    """Which labels are known; -100 is a number like any other where there are no classes."""
     if not labels.is_floating_point():
         raise DataError(f"labels are {labels.dtype}: {expected}, with NaN for unknown ones")
-    return ~labels.isnan() & (labels != IGNORE)
+    return ~labels.isnan() & (labels != IGNORE) if classes else ~labels.isnan()
 
 
 def _focal(values: Tensor, right: Tensor, gamma: float) -> Tensor:

@@ -97,7 +97,7 @@ def multi_label_metrics(
         >>> metrics["subset_accuracy"], metrics["jaccard"], round(metrics["f1_micro"], 3)
         (0.5, 0.75, 0.8)
     """
-    from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
+    from sklearn.metrics import f1_score, roc_auc_score
 
     if logits.shape != labels.shape or logits.shape[1:] != (len(label_names),):
         raise DataError(
@@ -114,11 +114,14 @@ def multi_label_metrics(
         f1[f"f1_{name}"] = float(f1_score(true[:, index], said[:, index], zero_division=0.0))
         if len(set(true[rows, index].tolist())) == 2:
             areas.append(float(roc_auc_score(true[rows, index], logits[rows, index])))
+    counted = known.any(axis=1)
+    common, either = (true & said).sum(1)[counted], (true | said).sum(1)[counted]
+    jaccard = np.where(either, common / np.maximum(either, 1), 1.0)
     return {
         "f1_micro": float(f1_score(true, said, average="micro", zero_division=0.0)),
         "f1_macro": statistics.fmean(f1.values()),
-        "jaccard": float(jaccard_score(true, said, average="samples", zero_division=1.0)),
-        "subset_accuracy": float((true == said).all(axis=1).mean()),
+        "jaccard": float(jaccard.mean()) if len(jaccard) else float("nan"),
+        "subset_accuracy": float((true == said).all(axis=1)[counted].mean()) if counted.any() else float("nan"),
         "auroc": statistics.fmean(areas) if areas else float("nan"),
         **_mcc_each(true, said, label_names, known),
         **f1,
@@ -199,10 +202,17 @@ def tune_thresholds(logits: np.ndarray, labels: np.ndarray, label_names: Sequenc
     Returns:
         float64 of shape (labels,), in probabilities; 0.5 for a label that holds everywhere or nowhere, with a warning.
 
+    Raises:
+        DataError: the shapes do not fit, or the logits are not finite.
+
     Example:
         >>> tune_thresholds(np.array([[-2.0], [-1.0], [0.5]]), np.array([[0], [1], [1]]), ["a"]).round(2).tolist()
         [0.19]
     """
+    if logits.shape != labels.shape or logits.shape[1:] != (len(label_names),):
+        raise DataError(
+            f"logits have shape {logits.shape} and labels {labels.shape}: expected (examples, {len(label_names)})"
+        )
     _check_finite(logits)
     chances = _sigmoid(logits)
     thresholds = np.full(len(label_names), 0.5)

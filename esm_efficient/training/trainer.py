@@ -12,16 +12,21 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esm_efficient import compat
 from esm_efficient.data.batching import TokenBudgetBatchSampler
-from esm_efficient.data.encoding import WEIGHT_COLUMN
+from esm_efficient.data.encoding import SPECIAL_TOKENS, WEIGHT_COLUMN
 from esm_efficient.data.labels import IGNORE
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.losses import LOSSES, SquaredError, WeightedLoss
-from esm_efficient.training.weights import balanced_class_weights, balanced_label_weights, check_class_weights
+from esm_efficient.training.weights import (
+    balanced_class_weights,
+    balanced_label_weights,
+    check_class_weights,
+    dataset_labels,
+)
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -89,6 +94,7 @@ class WeightedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.token_budget = token_budget
         self.class_weights: np.ndarray | None = None
+        self._residues_trained: Tensor | int = 0
         self._evaluated: list[tuple[Tensor, Tensor]] | None = None
         self._last_evaluated: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
@@ -103,8 +109,18 @@ class WeightedTrainer(Trainer):
             raise ConfigurationError(
                 "class_weights and focal_gamma do not go with a compute_loss_func of your own: leave one of the two out"
             )
+        if token_budget is not None:
+            if self.args.dataloader_drop_last:
+                raise ConfigurationError("token_budget drops no batch: leave dataloader_drop_last out")
+            self.add_callback(_TellEpoch())
         if audit and not any(isinstance(c, AuditCallback) for c in self.callback_handler.callbacks):
             self.add_callback(AuditCallback())
+
+    @property
+    def residues_trained(self) -> int:
+        """Residues, without padding and special tokens, that all ranks have trained on; of the ids' attention mask."""
+        own = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
+        return int(self.accelerator.reduce(own, reduction="sum"))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; dividing by the accumulation steps stays with the trainer."""
@@ -121,6 +137,10 @@ class WeightedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step, and their total weight over all ranks."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if mask is not None:
+                self._residues_trained += mask.sum() - SPECIAL_TOKENS * len(mask)
         if self._loss is None:
             return batches, count
         if batches:
@@ -276,6 +296,8 @@ class WeightedTrainer(Trainer):
         if problem_type == "regression":
             if class_weights is not None or focal_gamma:
                 raise ConfigurationError("class_weights and focal_gamma do not go with regression: it has no classes")
+            if self.args.label_smoothing_factor:
+                raise ConfigurationError("label_smoothing_factor does not go with regression: it has no classes")
             return SquaredError()
         if class_weights is not None:
             self.class_weights = self._resolve_weights(class_weights, several="multi" in problem_type)
@@ -290,10 +312,8 @@ class WeightedTrainer(Trainer):
         config = model.config
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         if isinstance(class_weights, str) and class_weights == "balanced":
-            labels = _dataset_labels(self.train_dataset)
-            if several:
-                return balanced_label_weights(np.asarray(labels, dtype=np.float64), names)
-            return balanced_class_weights([label for row in labels for label in np.ravel(row).tolist()], names)
+            labels = dataset_labels(self.train_dataset)
+            return (balanced_label_weights if several else balanced_class_weights)(labels, names)
         return check_class_weights(class_weights, names)
 
     def _refuse_model_parallelism(self) -> None:
@@ -323,6 +343,21 @@ class WeightedTrainer(Trainer):
             # The ranks' batches, one after another, are the rest of the data set and then repeats.
             real = min(max(remainder - size * accelerator.process_index, 0), size)
             batch["labels"][real:] = float("nan") if batch["labels"].is_floating_point() else IGNORE
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the sampler of a token budget its epoch.
+
+    accelerate does, but not where a run is resumed: transformers 5.3 skips batches first, and then the epoch does not
+    reach the sampler inside.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = getattr(kwargs.get("train_dataloader"), "batch_sampler", None)
+        if isinstance(sampler, TokenBudgetBatchSampler):
+            sampler.set_epoch(int(state.epoch + 1e-6))
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
@@ -364,18 +399,3 @@ def _dataset_lengths(dataset: Any, column: str) -> np.ndarray:
     if column in names and hasattr(dataset, "with_format"):
         return np.asarray(dataset.with_format("numpy")[column][:])
     return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
-
-
-def _dataset_labels(dataset: Any) -> list[Any]:
-    """Every label of a data set, for its class weights."""
-    if dataset is None:
-        raise ConfigurationError('class_weights="balanced" needs a train_dataset to count labels in')
-    if not hasattr(dataset, "__len__"):
-        raise ConfigurationError('class_weights="balanced" cannot count the labels of a stream: give an array')
-    names = getattr(dataset, "column_names", None) or list(dataset[0])
-    column = next((name for name in ("labels", "label") if name in names), None)
-    if column is None:
-        raise DataError(f"the training data have no column 'labels', only {', '.join(names)}")
-    if hasattr(dataset, "column_names"):
-        return list(dataset[column][:])
-    return [dataset[index][column] for index in range(len(dataset))]

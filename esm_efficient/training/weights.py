@@ -10,6 +10,41 @@ import numpy as np
 from esm_efficient.errors import ConfigurationError, DataError
 
 
+def dataset_labels(dataset: Any) -> np.ndarray:
+    """Every label of a data set.
+
+    Args:
+        dataset: of `datasets`, or any sequence of mappings, with a column ``labels`` or ``label``.
+
+    Returns:
+        int32 of shape (labels,), those of all residues in a row; or float of shape (examples, labels), for several a
+        sequence.
+
+    Raises:
+        ConfigurationError: there is no data set, or it is a stream.
+        DataError: it has no such column.
+    """
+    import datasets
+
+    if dataset is None:
+        raise ConfigurationError('class_weights="balanced" needs a train_dataset to count labels in')
+    if not hasattr(dataset, "__len__"):
+        raise ConfigurationError('class_weights="balanced" cannot count the labels of a stream: give an array')
+    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    column = next((name for name in ("labels", "label") if name in names), None)
+    if column is None:
+        raise DataError(f"the training data have no column 'labels', only {', '.join(names)}")
+    if isinstance(dataset, datasets.Dataset):
+        blocks = (block[column] for block in dataset.select_columns(column).with_format("numpy").iter(10_000))
+    else:
+        blocks = ([np.asarray(dataset[index][column])] for index in range(len(dataset)))
+    # Rows of residues differ in length and are put one after another; classes take the smallest of types.
+    flat = [np.stack(list(b)) if len({np.shape(row) for row in b}) == 1 else np.concatenate(list(b)) for b in blocks]
+    several = flat[0].dtype.kind == "f" and flat[0].ndim == 2
+    parts = [part if several else part.ravel() for part in flat]
+    return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
+
+
 def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequence[str]) -> np.ndarray:
     """Weights inversely proportional to how often each class occurs, with a mean of one over the examples.
 

@@ -180,6 +180,14 @@ def test_an_unknown_encoder_is_told_by_its_layers_and_made_known_in_one_call(mon
         Architecture(name="mine", encoder="Unknown", layers="blocks", roles={"query": "q"})
 
 
+def test_an_entry_of_ones_own_goes_before_that_of_the_parent(monkeypatch, tiny_model):
+    monkeypatch.setattr("esm_efficient.adapters.registry.ARCHITECTURES", list(ARCHITECTURES))
+    model = tiny_model(type("MyEncoder", (EsmModel,), {}))
+    assert find_architecture(model).name == "esm"
+    register_architecture(Architecture(name="mine", encoder="MyEncoder", layers="layer", roles=ARCHITECTURES[0].roles))
+    assert find_architecture(model).name == "mine"
+
+
 def test_a_class_of_the_same_name_in_another_package_is_not_taken_for_it():
     stranger = type("ESM2", (Unknown,), {"__module__": "esme.esm"})()
     with pytest.raises(TargetModuleError, match="ESM2 is of no known architecture"):

@@ -89,7 +89,8 @@ def test_a_sequence_over_the_budget_is_alone_and_said(caplog):
     [
         ([], 10, {}, "at least one sequence"),
         ([3, 0], 10, {}, "at least one token"),
-        ([3], 0, {}, "budget above 0"),
+        ([3], 0, {}, "number above 0"),
+        ([3], 2.5, {}, "whole number above 0"),
         ([3], 10, {"ranks": 2, "rank": 2}, "a rank from 0 to 1"),
         ([9, 9, 9], 10, {"ranks": 2}, "leave out 1 sequence"),
     ],

@@ -95,6 +95,7 @@ def test_partitions_make_the_splits(demo_table):
         ({"test_partitions": (7,)}, r"\[7\] are not in the table"),
         ({"test_partitions": ()}, "test_partitions is empty"),
         ({"test_partitions": (0, 1, 2), "validation_partitions": (3, 4)}, "left to train on"),
+        ({"test_partitions": 4}, "expected a list of whole numbers"),
         ({"split": "both"}, '"partition" or "random"'),
         ({"split": "random", "test_size": 0.9}, "something to train on"),
     ],
@@ -263,7 +264,7 @@ def test_labels_of_ones_own_and_empty_cells(frame, write):
         load_deeploc(write(frame), task={"zinc": "Binds zinc", "golgi": "Golgi apparatus"})
 
 
-@pytest.mark.parametrize("task", ["golgi", {}, {"a": 3}])
+@pytest.mark.parametrize("task", ["golgi", {}, {"a": 3}, ["Nucleus"]])
 def test_an_unknown_task_is_refused(demo_table, task):
     with pytest.raises(ConfigurationError, match="label names and"):
         load_deeploc(demo_table, task=task)

@@ -8,6 +8,7 @@ import json
 import logging
 import lzma
 import os
+import pickle
 import re
 import warnings
 
@@ -272,16 +273,94 @@ def test_bounds_and_nucleotides_are_said(tmp_path, caplog):
     assert "40 of 40 sequences hold A, C, G, T, U and N alone" in caplog.text
 
 
-def test_loading_again_leaves_one_file_and_older_data_whole(tmp_path, cache):
-    path = write(frame(seed=1), tmp_path / "a.csv")
-    options = {"label": "label", "test_partitions": (4,)}
-    first = load_sequences(path, **options)
+def test_what_was_loaded_stays_when_files_and_labels_change(tmp_path, cache):
+    table = frame()
+    path = write(table, tmp_path / "a.csv")
+    first, again = load_sequences(path, label="label"), load_sequences(path, label="label")
+    assert len([p for p in (cache / "tables").iterdir() if not p.name.startswith("cache-")]) == 1
+    assert rows_of(first) == rows_of(again)
     before = rows_of(first)
     write(frame(seed=2), path)
-    second = load_sequences(path, **options)
-    assert rows_of(first) == before != rows_of(second)
-    # Beside it lie what datasets keeps of it, by its own names.
-    assert len([path for path in (cache / "tables").iterdir() if not path.name.startswith("cache-")]) == 1
+    assert rows_of(load_sequences(path, label="label")) != before
+    # A copy reads the file anew, by its name.
+    assert rows_of(pickle.loads(pickle.dumps(first))) == before
+
+    sequences = fasta(table, tmp_path / "a.fasta")
+    labels = [
+        write(table[["id"]].assign(label=words), tmp_path / f"{words[0]}.csv")
+        for words in (["a", "b"] * 20, ["b", "a"] * 20)
+    ]
+    one, other = (load_sequences(sequences, labels=file) for file in labels)
+    assert [row["label"] for row in pickle.loads(pickle.dumps(one["train"]))] == one["train"]["label"][:]
+    assert one["train"]["label"][:] == [1 - label for label in other["train"]["label"]]
+
+
+def test_files_that_change_places_change_the_splits(tmp_path):
+    table = frame()
+    one, other = write(table[:20], tmp_path / "one.csv"), write(table[20:], tmp_path / "other.csv")
+    first = load_sequences({"train": one, "test": other}, label="label")
+    second = load_sequences({"train": other, "test": one}, label="label")
+    assert set(first["train"]["accession"]) == set(second["test"]["accession"]) == set(table.id[:20])
+
+
+def test_a_split_that_the_bounds_empty_is_an_error(tmp_path):
+    table = frame()
+    files = {
+        "train": write(table, tmp_path / "train.csv"),
+        "test": write(table.assign(sequence="MKTV" * 50, id="T")[:1], tmp_path / "test.csv"),
+    }
+    with pytest.raises(DataError, match="no sequence of test is within the bounds"):
+        load_sequences(files, label="golgi", max_length=50)
+
+
+def test_one_wrong_row_does_not_make_residue_labels_classes_of_sequences(tmp_path):
+    table = frame()
+    table.loc[5, "structure"] = table.loc[5, "structure"][1:]
+    with pytest.raises(DataError, match=r"most labels have one letter.*line 7"):
+        load_sequences(write(table, tmp_path / "a.csv"), label="structure")
+
+
+def test_list_labels_keep_nulls_and_refuse_numbers(tmp_path):
+    table = frame()
+    columns = {"id": table.id, "sequence": table.sequence}
+    labels = [[None, *[len(s) % 2] * (len(s) - 1)] for s in table.sequence]
+    parquet.write_table(pa.table(columns | {"label": labels}), tmp_path / "a.parquet")
+    data = load_sequences(tmp_path / "a.parquet")
+    assert data["train"].features["label"] == List(ClassLabel(names=["0", "1"]))
+    assert all(label[0] is None and None not in label[1:] for label in data["train"]["label"])
+    tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    assert all(label[:2] == [-100, -100] for label in tokenized["train"]["labels"])
+    numbers = [np.linspace(0, 1, len(s)).tolist() for s in table.sequence]
+    parquet.write_table(pa.table(columns | {"label": numbers}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="numbers for each residue"):
+        load_sequences(tmp_path / "b.parquet")
+    table["stability"] = "1e40"
+    with pytest.raises(DataError, match="no finite number in .*line 2"):
+        load_sequences(write(table, tmp_path / "c.csv"), label="stability", label_kind="number")
+
+
+def test_a_second_table_brings_all_its_columns_under_its_own_names(tmp_path):
+    table = frame()
+    sequences = fasta(table, tmp_path / "a.fasta")
+    words = ["train"] * 25 + ["test"] * 15
+    second = table[["id", "label"]].rename(columns={"id": "prot"}).assign(split=words, sample_weight=np.arange(40))
+    data = load_sequences(sequences, labels=write(second, tmp_path / "labels.csv"), accession="prot")
+    assert set(data["test"]["accession"]) == set(table.id[25:])
+    assert {row["accession"]: row["sample_weight"] for row in data["test"]} == {
+        f"P{i}": float(i) for i in range(25, 40)
+    }
+    with pytest.raises(DataError, match="both have a column header"):
+        load_sequences(sequences, labels=write(second.assign(header="x"), tmp_path / "twice.csv"), accession="prot")
+
+
+def test_names_of_uniprot_meet_their_accessions(tmp_path):
+    table = frame()
+    path = tmp_path / "a.fasta"
+    path.write_text("".join(f">sp|{row.id}|X_HUMAN words\n{row.sequence}\n" for row in table.itertuples()))
+    clusters = tmp_path / "out.clstr"
+    clusters.write_text("".join(f">Cluster {i}\n0\t20aa, >sp|P{i}|X_HUMAN... *\n" for i in range(40)))
+    data = load_sequences(path, clusters=clusters)
+    assert sum(map(len, data.values())) == 40
 
 
 def test_the_real_table_reads_as_by_its_own_loader(deeploc_csv):

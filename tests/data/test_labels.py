@@ -112,6 +112,27 @@ def test_labels_that_do_not_fit_name_the_row(feature, labels, message):
         tokenized(feature, labels)
 
 
+def test_splits_must_have_the_same_labels_in_the_same_order():
+    def split(names):
+        features = Features({"sequence": Value("string"), "label": ClassLabel(names=names)})
+        return Dataset.from_dict({"sequence": ["MK"], "label": [0]}, features=features)
+
+    with pytest.raises(DataError, match=r"train one class a sequence: no, yes; test one class a sequence: yes, no"):
+        tokenize_dataset(DatasetDict(train=split(["no", "yes"]), test=split(["yes", "no"])), TOKENIZER)
+    unlabelled = split(["no", "yes"]).remove_columns("label")
+    assert (
+        "labels"
+        not in tokenize_dataset(DatasetDict(train=split(["no"]), test=unlabelled), TOKENIZER)[0]["test"].features
+    )
+    with pytest.raises(DataError, match="'test' has no row"):
+        tokenize_dataset(DatasetDict(test=unlabelled.select([])), TOKENIZER)
+
+
+def test_labels_of_residues_may_come_in_lists_of_a_fixed_length():
+    rows = tokenized(List(CLASSES, length=4), [[0, 1, 0, 1]])
+    assert rows["labels"][0] == [-100, 0, 1, 0, 1, -100]
+
+
 def test_weights_of_sequences_are_kept_and_checked():
     assert tokenized(CLASSES, [0, 1], weights=[0.5, 2])["sample_weight"][:] == [0.5, 2.0]
     for wrong in (None, -1.0, math.nan, math.inf):

@@ -262,3 +262,20 @@ def test_numbers_have_no_classes_to_weigh(tmp_path):
     data = DatasetDict(train=rows, test=rows)
     with pytest.raises(ConfigurationError, match="regression"):
         finetune(demo_model_path(), data, output_dir=tmp_path, class_weights=[1.0], disable_tqdm=True)
+
+
+def test_a_loaded_model_is_told_its_task_or_refused(tmp_path):
+    rows = Dataset.from_dict({"sequence": ["MKTV", "MKAA", "MVVV", "MGGG"] * 4, "label": [[5.0, 6.0, 7.0]] * 16})
+    rows = rows.cast_column("label", List(Value("float32"), length=3))
+    data = DatasetDict(train=rows, test=rows)
+    options = {"tokenizer": AutoTokenizer.from_pretrained(demo_model_path()), "recipe": "frozen", "disable_tqdm": True}
+    loaded = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=3)
+    result = finetune(loaded, data, output_dir=tmp_path, **options)
+    assert result.model.config.problem_type == "regression"
+    assert result.train_loss > 10  # squares of the distance from 0 to 5, 6 and 7
+    loaded.config.problem_type = "multi_label_classification"
+    with pytest.raises(ConfigurationError, match="multi_label_classification, and the labels are numbers"):
+        finetune(loaded, data, output_dir=tmp_path, **options)
+    tokens = AutoModelForTokenClassification.from_pretrained(demo_model_path(), num_labels=3)
+    with pytest.raises(ConfigurationError, match="no head for numbers"):
+        finetune(tokens, data, output_dir=tmp_path, **options)

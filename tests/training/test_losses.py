@@ -71,8 +71,16 @@ def test_several_labels_are_torchs_mean_where_all_are_known(positive, smoothing)
     assert (values.sum() / weights.sum()).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("unknown", [float("nan"), -100.0])
-@pytest.mark.parametrize("loss", [BinaryCrossEntropy(), BinaryCrossEntropy(focal_gamma=2.0), SquaredError()], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "unknown"),
+    [
+        (BinaryCrossEntropy(), float("nan")),
+        (BinaryCrossEntropy(), -100.0),
+        (BinaryCrossEntropy(focal_gamma=2.0), -100.0),
+        (SquaredError(), float("nan")),
+    ],
+    ids=str,
+)
 def test_an_unknown_label_weighs_nothing_and_gets_no_gradient(loss, unknown):
     logits = torch.randn(4, 3, requires_grad=True)
     labels = torch.ones(4, 3)
@@ -127,6 +135,11 @@ def test_a_focal_loss_that_is_not_defined_is_refused(kind, options):
 def test_whole_numbers_are_no_several_labels_and_no_numbers(loss):
     with pytest.raises(DataError, match=r"torch\.int64"):
         loss.weights(torch.zeros(3, 2, dtype=torch.long))
+
+
+def test_minus_a_hundred_is_a_number_where_there_are_no_classes():
+    values, weights = SquaredError()(torch.zeros(1, 1), torch.tensor([-100.0]))
+    assert (values.item(), weights.item()) == (10000.0, 1.0)
 
 
 def test_every_task_has_a_loss():

@@ -101,6 +101,19 @@ def test_unknown_labels_count_nowhere():
     assert metrics["f1_b"] == 0.0
 
 
+def test_an_example_of_which_nothing_is_known_counts_nowhere():
+    labels = np.concatenate([1 - LABELS, np.full_like(LABELS, NAN)])
+    logits = np.concatenate([LABELS, LABELS]) * 4 - 2
+    metrics = multi_label_metrics(logits, labels, ["a", "b", "c"])
+    assert metrics["jaccard"] == metrics["subset_accuracy"] == 0.0
+    assert math.isnan(multi_label_metrics(logits[4:], labels[4:], ["a", "b", "c"])["jaccard"])
+
+
+def test_a_single_label_may_hold_or_not():
+    metrics = multi_label_metrics(np.array([[2.0], [-2.0]]), np.array([[1.0], [1.0]]), ["a"])
+    assert metrics["jaccard"] == metrics["subset_accuracy"] == 0.5
+
+
 def test_a_threshold_says_from_which_probability_a_label_holds():
     logits = np.array([[0.0, 0.0], [2.0, -2.0]])
     assert labels_of(logits).tolist() == [[True, True], [True, False]]
@@ -161,6 +174,8 @@ def test_what_does_not_fit_is_refused():
         multi_label_metrics(SAID, LABELS, ["a", "b"])
     with pytest.raises(DataError, match="not finite"):
         multi_label_metrics(SAID * NAN, LABELS, ["a", "b", "c"])
+    with pytest.raises(DataError, match=r"expected \(examples, 2\)"):
+        tune_thresholds(SAID, LABELS, ["a", "b"])
     with pytest.raises(DataError, match="expected 1 an example"):
         regression_metrics(np.zeros((3, 2)), np.zeros((3, 2)), ["a"])
     with pytest.raises(DataError, match="not finite"):

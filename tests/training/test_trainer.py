@@ -227,6 +227,22 @@ def test_batches_of_a_token_budget_train_every_sequence_once_and_stay_exact(tmp_
     assert relative_error(gradients.steps[0], reference_gradient(tiny_model(), data, tokenizer)) <= 1e-5
 
 
+def test_residues_are_counted_without_padding_and_special_tokens(tmp_path, tiny_model, tokenizer):
+    data = make_dataset(37)
+    trainer = weighted(tiny_model(), arguments(tmp_path, 4, 2, num_train_epochs=2), data, tokenizer, token_budget=64)
+    trainer.train()
+    assert trainer.residues_trained == 2 * sum(len(ids) - 2 for ids in data["input_ids"])
+
+
+def test_options_that_a_budget_or_numbers_would_ignore_are_refused(tmp_path, tiny_model, tokenizer):
+    with pytest.raises(ConfigurationError, match="dataloader_drop_last"):
+        args = arguments(tmp_path, dataloader_drop_last=True)
+        weighted(tiny_model(), args, make_dataset(8), tokenizer, token_budget=64)
+    with pytest.raises(ConfigurationError, match="label_smoothing_factor"):
+        args = arguments(tmp_path, label_smoothing_factor=0.1)
+        weighted(task_model("number"), args, make_task_dataset("number"), tokenizer, class_weights=None)
+
+
 def test_a_token_budget_needs_lengths(tmp_path, tiny_model, tokenizer):
     stream = make_dataset(8).to_iterable_dataset()
     trainer = weighted(tiny_model(), arguments(tmp_path, max_steps=1), stream, tokenizer, token_budget=64)
@@ -456,8 +472,9 @@ def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_datas
         return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
     whole = run(2)
-    resumed = run(3, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert relative_error(resumed, whole) <= 1e-6
+    for step in (3, 6):  # in the middle of the first epoch, and of the second
+        resumed = run(3, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert relative_error(resumed, whole) <= 1e-6
     assert relative_error(run(3), whole) > 0.1
 
 
