@@ -335,7 +335,7 @@ def test_list_labels_keep_nulls_and_refuse_numbers(tmp_path):
     with pytest.raises(DataError, match="numbers for each residue"):
         load_sequences(tmp_path / "b.parquet")
     table["stability"] = "1e40"
-    with pytest.raises(DataError, match="no finite number in .*line 2"):
+    with pytest.raises(DataError, match=r"no finite number in .*line 2"):
         load_sequences(write(table, tmp_path / "c.csv"), label="stability", label_kind="number")
 
 

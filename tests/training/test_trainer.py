@@ -235,11 +235,11 @@ def test_residues_are_counted_without_padding_and_special_tokens(tmp_path, tiny_
 
 
 def test_options_that_a_budget_or_numbers_would_ignore_are_refused(tmp_path, tiny_model, tokenizer):
+    args = arguments(tmp_path, dataloader_drop_last=True)
     with pytest.raises(ConfigurationError, match="dataloader_drop_last"):
-        args = arguments(tmp_path, dataloader_drop_last=True)
         weighted(tiny_model(), args, make_dataset(8), tokenizer, token_budget=64)
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ConfigurationError, match="label_smoothing_factor"):
-        args = arguments(tmp_path, label_smoothing_factor=0.1)
         weighted(task_model("number"), args, make_task_dataset("number"), tokenizer, class_weights=None)
 
 
