@@ -161,6 +161,19 @@ def _windows(ordered: np.ndarray, of_size: np.ndarray) -> np.ndarray:
     return windows
 
 
+def lengths_of(dataset: Any, column: str = "length") -> np.ndarray:
+    """Tokens of every sequence of a tokenised data set, int64 of shape (sequences,).
+
+    Args:
+        dataset: of `datasets`, or any sequence of mappings, with ``input_ids``.
+        column: that holds the lengths, if there is one.
+    """
+    names = getattr(dataset, "column_names", None) or list(dataset[0])
+    if column in names and hasattr(dataset, "with_format"):
+        return np.asarray(dataset.with_format("numpy")[column][:])
+    return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
+
+
 class DeepLocLoaders(NamedTuple):
     """The three DataLoaders of `deeploc_dataloaders`; ``validation`` is None when the split has none."""
 

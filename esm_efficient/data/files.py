@@ -12,7 +12,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from esm_efficient.data.cells import (
     whole_numbers,
     zeros_and_ones,
 )
+from esm_efficient.data.columns import NAMES, column_of, compile_pattern, find_column, match_headers
 from esm_efficient.data.download import cache_folder
 from esm_efficient.data.encoding import WEIGHT_COLUMN
 from esm_efficient.data.readers import Block, accession_of, read_blocks
@@ -48,16 +48,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger(__name__)
-
-NAMES = {
-    "sequence": ("sequence", "seq", "protein_sequence", "aa_sequence", "protein", "primary"),
-    "label": ("label", "labels", "target", "class", "y"),
-    "accession": ("accession", "acc", "id", "entry", "protein_id", "uniprot", "uniprot_id", "name"),
-    "partition": ("partition", "fold"),
-    "split": ("split",),
-    WEIGHT_COLUMN: (WEIGHT_COLUMN,),
-}
-"""What a column may be called, in any case, to be found without being named."""
 
 
 def load_sequences(
@@ -89,7 +79,8 @@ def load_sequences(
     Args:
         path: a CSV, TSV, Parquet or FASTA file, plain, gzip or xz; or one for each of ``train``, ``validation`` and
             ``test``.
-        sequence: the column of the sequences. A column that is not named is found by one of the usual names (`NAMES`).
+        sequence: the column of the sequences. A column that is not named is found by a usual name
+            (`esm_efficient.data.columns.NAMES`).
         label: the column of the labels; or several columns of 0, 1 and empty cells (unknown), by their names or as new
             names to columns. Without one the sequences have no label.
         label_kind: what the cells of a single label column are, where it cannot be told: ``"class"``, ``"residues"``
@@ -135,9 +126,7 @@ def load_sequences(
     reader = _Reader(label, label_kind, given, bounds, header, labels)
     whole = reader.load(files, _name_of(files, labels, (label, label_kind, given, bounds, header)))
     groups = None if clusters is None else _cluster_groups(whole, clusters)
-    parts = _split(whole, files, groups, test_partitions, validation_partitions, test_size, validation_size, seed)
-    if empty := [name for name, part in parts.items() if not len(part)]:
-        raise DataError(f"nothing is left for {', '.join(empty)}")
+    parts = _split(whole, groups, test_partitions, validation_partitions, test_size, validation_size, seed)
     check_leaks(parts)
 
     from datasets import DatasetDict
@@ -150,7 +139,6 @@ def load_sequences(
 
 def _split(
     whole: Dataset,
-    files: Mapping[str, Any],
     groups: np.ndarray | None,
     test_partitions: Sequence[int],
     validation_partitions: Sequence[int],
@@ -220,7 +208,7 @@ class _Reader:
                 raise ConfigurationError(f"label={label!r}: expected columns of 0 and 1, without a label_kind")
         self.label = label if isinstance(label, str) else None
         self.given, self.bounds = given, bounds
-        self.header = _compile(header)
+        self.header = compile_pattern(header)
         self.scan = LabelScan(kind)
         self.known = None if labels is None else self._read_labels(labels)
         self.splits: set[str] = set()
@@ -278,16 +266,16 @@ class _Reader:
         columns = dict(block.columns)
         places = [f"{path}, {place}" for place in block.places]
         if self.header is not None:
-            columns |= _match(self.header, columns, path, places)
+            columns |= match_headers(self.header, columns, path, places)
         if self.known is not None:
             # The name of the accession's column may be meant for the second table alone.
             key = self.given["accession"] if self.given["accession"] in columns else None
-            key = _find("accession", list(columns), key, path)
+            key = find_column("accession", list(columns), key, path)
             accessions = places if key is None else texts_of(columns[key])
             columns |= self._join(accessions, places, columns, path)
         names = list(columns)
         given = self.given if self.known is None else {**self.given, "accession": key}
-        found = {what: _find(what, names, column, path) for what, column in given.items()}
+        found = {what: find_column(what, names, column, path) for what, column in given.items()}
         if found["sequence"] is None:
             raise DataError(
                 f"{path}: no column is called like a sequence ({', '.join(NAMES['sequence'])}); it has "
@@ -297,9 +285,9 @@ class _Reader:
         lengths = np.fromiter(map(len, sequences), dtype=np.int32, count=len(sequences))
         accessions = places if found["accession"] is None else texts_of(columns[found["accession"]])
         result: dict[str, Any] = {"sequence": sequences, "accession": accessions, "length": lengths}
-        label = None if self.several else _find("label", names, self.label, path)
+        label = None if self.several else find_column("label", names, self.label, path)
         if self.several:
-            parts = [zeros_and_ones(_column(columns, c, path), c, places) for c in self.several.values()]
+            parts = [zeros_and_ones(column_of(columns, c, path), c, places) for c in self.several.values()]
             result["label"] = pa.StructArray.from_arrays(
                 [pa.array(p, from_pandas=True) for p in parts], list(self.several)
             )
@@ -358,7 +346,7 @@ class _Reader:
         result: dict[str, dict[str, Any]] = {}
         for block in read_blocks(path):
             names = list(block.columns)
-            key = _find("accession", names, self.given["accession"], path)
+            key = find_column("accession", names, self.given["accession"], path)
             if key is None or len(names) < 2:
                 raise DataError(
                     f"{path} has the columns {', '.join(names)}: expected one for the accession and one for the label; "
@@ -387,44 +375,3 @@ class _Reader:
         if both := [name for name in new if name in columns]:
             raise DataError(f"{path} and the table of labels both have a column {listing(both)}: leave one of them out")
         return {column: [known[name][column] for name in wanted] for column in new}
-
-
-def _compile(header: str | None) -> re.Pattern[str] | None:
-    if header is None:
-        return None
-    try:
-        pattern = re.compile(header)
-    except re.error as error:
-        raise ConfigurationError(f"header={header!r} is no regular expression ({error})") from error
-    if not pattern.groupindex:
-        raise ConfigurationError(f"header={header!r} has no named group, such as (?P<label>...)")
-    return pattern
-
-
-def _match(
-    pattern: re.Pattern[str], columns: Mapping[str, list[Any]], path: str | Path, places: list[str]
-) -> dict[str, list[str]]:
-    """What a pattern finds in the headers of FASTA records."""
-    if "header" not in columns:
-        raise ConfigurationError(f"{path} is no FASTA file: header= is for the headers of one")
-    matches = [pattern.search(header) for header in columns["header"]]
-    if bad := [place for place, match in zip(places, matches, strict=True) if match is None]:
-        raise DataError(f"the header does not match {pattern.pattern!r} in {len(bad)} record(s): {listing(bad)}")
-    return {name: [match[name] or "" for match in matches if match] for name in pattern.groupindex}
-
-
-def _find(what: str, names: Sequence[str], given: str | None, path: str | Path) -> str | None:
-    """The column that was named, or the only one that is called like what is wanted."""
-    if given is not None:
-        if given not in names:
-            raise DataError(f"{path} has no column {given!r}; it has {', '.join(names)}")
-        return given
-    found = [name for name in names if name.lower() in NAMES[what]]
-    if len(found) > 1:
-        raise DataError(f"{path}: {what} could be any of {', '.join(map(repr, found))}: name one with {what}=")
-    return found[0] if found else None
-
-
-def _column(columns: Mapping[str, list[Any]], name: str, path: str | Path) -> list[Any]:
-    _find("", list(columns), name, path)
-    return columns[name]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esm_efficient import compat
-from esm_efficient.data.batching import TokenBudgetBatchSampler
+from esm_efficient.data.batching import TokenBudgetBatchSampler, lengths_of
 from esm_efficient.data.encoding import SPECIAL_TOKENS, WEIGHT_COLUMN
 from esm_efficient.data.labels import IGNORE
 from esm_efficient.errors import ConfigurationError, DataError, listing
@@ -182,7 +182,7 @@ class WeightedTrainer(Trainer):
         dataset: Any = self.train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
             raise ConfigurationError("token_budget needs a train_dataset with a length, to sort sequences by theirs")
-        lengths = _dataset_lengths(dataset, self.args.length_column_name)
+        lengths = lengths_of(dataset, self.args.length_column_name)
         collate = self.data_collator
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -391,11 +391,3 @@ def _class_names(model: Any) -> list[str]:
     """Names of a model's class and its parents; of the model under the adapters if there are any."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return [parent.__name__ for parent in type(base).__mro__]
-
-
-def _dataset_lengths(dataset: Any, column: str) -> np.ndarray:
-    """Tokens of every sequence of a data set."""
-    names = getattr(dataset, "column_names", None) or list(dataset[0])
-    if column in names and hasattr(dataset, "with_format"):
-        return np.asarray(dataset.with_format("numpy")[column][:])
-    return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])

@@ -22,6 +22,7 @@ from esm_efficient import (
     demo_model_path,
     finetune,
     load_deeploc,
+    multi_label_metrics,
     recipe_adapters,
     recipe_arguments,
     stratified_sample,
@@ -251,6 +252,16 @@ def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
     result = finetune(demo_model_path(), data, output_dir=tmp_path / "both", **options)
     assert set(result.thresholds) == set(result.task.names)
     assert set(result.thresholds.values()) != {0.5}
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    with torch.no_grad():
+        rows = [result.model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in data["test"]["sequence"]]
+    labels = np.array([list(row.values()) for row in data["test"]["label"]], dtype=float)
+    scored = [
+        multi_label_metrics(np.array(rows), labels, result.task.names, thresholds=thresholds)["f1_macro"]
+        for thresholds in (np.array(list(result.thresholds.values())), None)
+    ]
+    assert result.metrics["f1_macro"] == pytest.approx(scored[0], abs=1e-6)
+    assert scored[0] != scored[1]
     other = DatasetDict(train=data["train"], validation=data["test"])
     without = finetune(demo_model_path(), other, output_dir=tmp_path / "one", **options)
     assert without.evaluated_on == "validation"
