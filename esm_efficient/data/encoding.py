@@ -19,7 +19,7 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -235,12 +235,12 @@ def check_cut(max_residues: int | None, keep: str) -> None:
 
 
 def tokenize_dataset(
-    dataset: DatasetDict,
+    dataset: DatasetDict | IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 1024,
     keep: Keep = "start",
-) -> tuple[DatasetDict, TokenizationReport]:
+) -> tuple[DatasetDict | IterableDatasetDict, TokenizationReport]:
     """Turn sequences into ``input_ids``, ``attention_mask`` and ``labels`` for a transformers Trainer.
 
     What the labels become follows from their feature (`esm_efficient.data.labels.task_of`): class ids stay; several
@@ -249,7 +249,7 @@ def tokenize_dataset(
 
     Args:
         dataset: splits with ``sequence`` (str) and, to train or evaluate, ``label``; ``sample_weight`` is kept, other
-            columns are dropped.
+            columns are dropped. Streams stay streams; they are gone through once for the counts.
         tokenizer: of an ESM model.
         max_length: the most *tokens* of a sequence, with the two special ones.
         keep: what stays of a longer sequence: its ``"start"``, its ``"end"``, or ``"both"`` ends.
@@ -278,10 +278,13 @@ def tokenize_dataset(
     splits, counts = {}, {}
     tasks: dict[str, Task] = {}
     for name, split in dataset.items():
-        if not len(split):
+        streamed = not hasattr(split, "__len__")
+        if not (streamed or len(split)):
             raise DataError(f"split {name!r} has no row")
-        if "sequence" not in split.column_names:
-            raise DataError(f"split {name!r} has no column 'sequence'; it has {', '.join(split.column_names)}")
+        if split.features is None:
+            raise DataError(f"split {name!r} is a stream that does not know its features: give it some with cast()")
+        if "sequence" not in split.features:
+            raise DataError(f"split {name!r} has no column 'sequence'; it has {', '.join(split.features)}")
         column = next((name for name in ("label", "labels") if name in split.features), None)
         task = None if column is None else task_of(split.features, column)
         if task is not None:
@@ -297,9 +300,9 @@ def tokenize_dataset(
             batched=True,
             with_indices=True,
             fn_kwargs={**options, "column": column, "task": task, "split": name},
-            remove_columns=split.column_names,
             features=_features_of(split.features, column, task),
-            desc=name,
+            # A stream holds what the function returns; columns to remove would be taken from that.
+            **({} if streamed else {"desc": name, "remove_columns": split.column_names}),
         )
         counts[name] = _count(encoded)
         splits[name] = encoded.remove_columns(list(_COUNTS)).with_format(None)
@@ -308,13 +311,13 @@ def tokenize_dataset(
     level = logging.WARNING if total.unknown_residues or total.residues_cut else logging.INFO
     logger.log(level, "tokenised\n%s", report)
 
-    from datasets import DatasetDict
+    from datasets import DatasetDict, IterableDatasetDict
 
-    return DatasetDict(splits), report
+    return (IterableDatasetDict if isinstance(dataset, IterableDatasetDict) else DatasetDict)(splits), report
 
 
-def _count(encoded: Dataset) -> SplitCounts:
-    """The counts of a split, summed a block at a time."""
+def _count(encoded: Dataset | IterableDataset) -> SplitCounts:
+    """The counts of a split, summed a block at a time; a stream is encoded for it."""
     totals = np.zeros(len(SplitCounts.__dataclass_fields__), dtype=np.int64)
     for block in encoded.select_columns(["length", *_COUNTS]).with_format("numpy").iter(100_000):
         length, cut, unknown, ambiguous, dropped = (block[name] for name in ("length", *_COUNTS))

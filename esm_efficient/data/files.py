@@ -34,18 +34,21 @@ from esm_efficient.data.download import cache_folder
 from esm_efficient.data.encoding import WEIGHT_COLUMN
 from esm_efficient.data.readers import Block, accession_of, read_blocks
 from esm_efficient.data.splits import (
+    SPLITS,
     check_leaks,
     check_sizes,
+    cluster_groups,
     read_clusters,
     sequence_groups,
     split_by_group,
     split_by_partition,
     warn_of_relatives,
 )
+from esm_efficient.data.streams import stream_splits
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,8 @@ def load_sequences(
     min_length: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
-) -> DatasetDict:
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
     r"""Load sequences of one's own as a labelled, split `DatasetDict`.
 
     The splits are those of the files or of the column `split`, if there are any; else homology partitions; else
@@ -101,10 +105,15 @@ def load_sequences(
         min_length: the fewest residues to keep a sequence.
         max_length: the most residues to keep a sequence.
         seed: of the splits and of the order of the rows.
+        streaming: read the splits from disk row after row while they are used, instead of mapping files into memory.
+            What is held in memory then does not grow with the file. The rows are shuffled once, on disk. Of clusters
+            and of random splits each row or cluster falls into a split by its hash, so that the sizes are as asked
+            for on average.
 
     Returns:
-        Splits with ``sequence``, ``accession``, ``length`` (residues) and, where there are any, ``label``,
-        ``partition`` and ``sample_weight``.
+        A `DatasetDict`, or with `streaming` an `IterableDatasetDict` whose streams know their number of rows
+        (``.info.splits``). The splits have ``sequence``, ``accession``, ``length`` (residues) and, where there are any,
+        ``label``, ``partition`` and ``sample_weight``.
 
     Raises:
         DataError: a file, a row or a cell is not what it should be, with its place; a column is not there, or could be
@@ -120,16 +129,30 @@ def load_sequences(
     }  # fmt: skip
     check_sizes(test_size, validation_size)
     files = dict(path) if isinstance(path, Mapping) else {"": path}
-    if strange := sorted(set(files) - {"", "train", "validation", "test"}):
+    from datasets import Dataset, DatasetDict
+
+    if strange := sorted(set(files) - {"", *SPLITS}):
         raise ConfigurationError(f"files for {listing(strange)}: expected train, validation and test")
     bounds = (min_length or 0, math.inf if max_length is None else max_length)
     reader = _Reader(label, label_kind, given, bounds, header, labels)
-    whole = reader.load(files, _name_of(files, labels, (label, label_kind, given, bounds, header)))
-    groups = None if clusters is None else _cluster_groups(whole, clusters)
+    name = _name_of(files, labels, (label, label_kind, given, bounds, header))
+    table = reader.load(files, name)
+    if streaming:
+        return stream_splits(
+            table,
+            clusters=clusters,
+            test_partitions=test_partitions,
+            validation_partitions=validation_partitions,
+            test_size=test_size,
+            validation_size=validation_size,
+            seed=seed,
+        )
+    whole = Dataset.from_file(str(table))
+    groups = None
+    if clusters is not None:
+        groups = cluster_groups(whole["accession"][:], read_clusters(clusters), clusters)
     parts = _split(whole, groups, test_partitions, validation_partitions, test_size, validation_size, seed)
     check_leaks(parts)
-
-    from datasets import DatasetDict
 
     parts = {name: part.shuffle(seed=seed) for name, part in parts.items()}
     parts = {name: part.remove_columns("split") if "split" in part.features else part for name, part in parts.items()}
@@ -149,7 +172,7 @@ def _split(
     """The splits that the data have, or else make them."""
     if "split" in whole.features:
         where = np.asarray(whole["split"][:])
-        found = {name: np.flatnonzero(where == name) for name in ("train", "validation", "test")}
+        found = {name: np.flatnonzero(where == name) for name in SPLITS}
         return {name: whole.select(rows) for name, rows in found.items() if len(rows)}
     if groups is not None:
         return split_by_group(whole, groups, test_size=test_size, validation_size=validation_size, seed=seed)
@@ -169,15 +192,6 @@ def _name_of(files: Mapping[str, str | Path], labels: str | Path | None, options
             raise DataError(f"no file at {path}")
         identity.append((split, str(place), place.stat().st_size, place.stat().st_mtime_ns))
     return hashlib.sha256(repr((__version__, identity, options)).encode()).hexdigest()[:16]
-
-
-def _cluster_groups(whole: Dataset, path: str | Path) -> np.ndarray:
-    """The cluster of each row."""
-    clusters = read_clusters(path)
-    names = whole["accession"][:]
-    if absent := [name for name in names if accession_of(name) not in clusters]:
-        raise DataError(f"{path} has no cluster for {len(absent)} of {len(names)} sequences: {listing(absent)}")
-    return np.array([clusters[accession_of(name)] for name in names])
 
 
 class _Reader:
@@ -215,14 +229,13 @@ class _Reader:
         self.kept_splits: set[str] = set()
         self.dropped = self.nucleotides = self.rows = 0
 
-    def load(self, files: Mapping[str, str | Path], name: str) -> Dataset:
-        """All rows of all files, in a file of that name in the cache; with a column ``split`` if files have one."""
+    def load(self, files: Mapping[str, str | Path], name: str) -> Path:
+        """All rows of all files, in an Arrow file of that name; with a column ``split`` if files have one."""
         import pyarrow as pa
-        from datasets import Dataset
 
         folder = cache_folder() / "tables"
         if (folder / f"{name}.arrow").is_file():
-            return Dataset.from_file(str(folder / f"{name}.arrow"))
+            return folder / f"{name}.arrow"
         folder.mkdir(parents=True, exist_ok=True)
         raw, done = (folder / f"{name}.{os.getpid()}.{kind}" for kind in ("raw", "done"))
         try:
@@ -257,7 +270,7 @@ class _Reader:
             logger.warning(
                 "%d of %d sequences hold A, C, G, T, U and N alone: nucleotides?", self.nucleotides, self.rows
             )
-        return Dataset.from_file(str(folder / f"{name}.arrow"))
+        return folder / f"{name}.arrow"
 
     def _columns(self, block: Block, path: str | Path, split: str) -> dict[str, Any]:
         """The rows of a block as they are written: all but the label in its final form."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,12 @@ from esm_efficient.data.readers import accession_of, open_text
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
 
 _BLOCK = 10_000
 _CD_HIT_MEMBER = re.compile(r"^\d+\t\S+, >(?P<name>.+?)\.\.\. ")
@@ -34,11 +37,21 @@ def split_by_partition(dataset: Dataset, test: Sequence[int], validation: Sequen
     Raises:
         ConfigurationError: the lists overlap, name a partition that is not there, or leave nothing to test or train on.
     """
+    where = _column(dataset, "partition")
+    check_partitions(np.unique(where).tolist(), test, validation)
+    of_test, of_validation = np.isin(where, list(test)), np.isin(where, list(validation))
+    return _parts(dataset, of_test, of_validation)
+
+
+def check_partitions(present: Sequence[int], test: Sequence[int], validation: Sequence[int]) -> None:
+    """Refuse partitions that are not there, that are named twice, or that leave nothing to test or train on.
+
+    Raises:
+        ConfigurationError: they do, or a list is no list of whole numbers.
+    """
     for name, partitions in (("test_partitions", test), ("validation_partitions", validation)):
         if isinstance(partitions, int | str) or not all(isinstance(p, int | np.integer) for p in partitions):
             raise ConfigurationError(f"{name}={partitions!r}: expected a list of whole numbers")
-    where = _column(dataset, "partition")
-    present = np.unique(where).tolist()
     if both := sorted(set(test) & set(validation)):
         raise ConfigurationError(f"partition(s) {both} are named for the test set and for the validation set")
     if absent := sorted((set(test) | set(validation)) - set(present)):
@@ -47,8 +60,6 @@ def split_by_partition(dataset: Dataset, test: Sequence[int], validation: Sequen
         raise ConfigurationError(f"test_partitions is empty; choose from {present}")
     if not set(present) - set(test) - set(validation):
         raise ConfigurationError(f"no partition of {present} is left to train on")
-    of_test, of_validation = np.isin(where, list(test)), np.isin(where, list(validation))
-    return _parts(dataset, of_test, of_validation)
 
 
 def split_by_group(
@@ -169,8 +180,34 @@ def read_clusters(path: str | Path) -> dict[str, int]:
     return clusters
 
 
+def cluster_groups(names: Sequence[str], clusters: Mapping[str, int], path: str | Path) -> np.ndarray:
+    """The cluster of each accession, int64 of shape (accessions,).
+
+    Raises:
+        DataError: one is in no cluster of the file at `path`.
+    """
+    if absent := [name for name in names if accession_of(name) not in clusters]:
+        raise DataError(f"{path} has no cluster for {len(absent)} of {len(names)} sequences: {listing(absent)}")
+    return np.array([clusters[accession_of(name)] for name in names])
+
+
 def check_leaks(splits: dict[str, Dataset]) -> None:
-    """Refuse a sequence that stands in two splits; count those that stand more than once in one.
+    """Refuse a sequence that stands in two splits; say how many stand more than once in one.
+
+    Raises:
+        DataError: a sequence stands in two splits.
+    """
+    warn_of_repeats(count_repeats(splits))
+
+
+def warn_of_repeats(repeated: int) -> None:
+    """Say how many sequences stand more than once within their split."""
+    if repeated:
+        logger.warning("%d sequence(s) stand more than once within their split", repeated)
+
+
+def count_repeats(splits: dict[str, Dataset]) -> int:
+    """How many sequences stand more than once within their split.
 
     Raises:
         DataError: a sequence stands in two splits.
@@ -194,8 +231,7 @@ def check_leaks(splits: dict[str, Dataset]) -> None:
                 f"{len(shared)} sequence(s) stand in two splits, so the test would be on training data: "
                 f"{listing(shared)}. Remove the duplicates, or put them into one partition"
             )
-    if repeated:
-        logger.warning("%d sequence(s) stand more than once within their split", repeated)
+    return repeated
 
 
 def sequence_groups(dataset: Dataset) -> np.ndarray:
@@ -250,10 +286,13 @@ def _is_among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
 
 def _hashes(dataset: Dataset) -> np.ndarray:
     """A 64-bit hash of every sequence, so that millions of them need not be held."""
+    blocks = dataset.select_columns("sequence").with_format("arrow").iter(_BLOCK)
+    return np.concatenate([np.empty(0, dtype=np.uint64), *(hash_sequences(block["sequence"]) for block in blocks)])
+
+
+def hash_sequences(sequences: pa.Array | pa.ChunkedArray, *, seed: int = 0) -> np.ndarray:
+    """A hash of each sequence, uint64 of shape (rows,); others for another seed."""
     from pandas.util import hash_array
 
-    def blocks() -> Iterator[np.ndarray]:
-        for block in dataset.select_columns("sequence").with_format("arrow").iter(_BLOCK):
-            yield hash_array(np.array(block["sequence"].to_pylist(), dtype=object), categorize=False)
-
-    return np.concatenate([np.empty(0, dtype=np.uint64), *blocks()])
+    texts = np.array(sequences.to_pylist(), dtype=object)
+    return hash_array(texts, hash_key=f"{seed:016d}"[-16:], categorize=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -374,9 +374,12 @@ def _weighted(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 def _has_float_labels(dataset: Any) -> bool:
     """Whether the labels of a data set are numbers with a fraction, which makes several of them multi-label."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
+    if isinstance(dataset, IterableDataset):
+        example = next(iter(dataset), None)
+    elif not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
         return False
-    example = dataset[0]
+    else:
+        example = dataset[0]
     value = example.get("labels", example.get("label")) if isinstance(example, Mapping) else None
     return value is not None and np.issubdtype(np.asarray(value).dtype, np.floating)
 

@@ -2,10 +2,11 @@
 
     python examples/benchmarks/loading.py --sequences 100000 1000000 --json loading.json
 
-Each size runs in a process of its own: a random CSV table is written, loaded, split and encoded, and the memory of the
-process is sampled meanwhile. ``anonymous`` is what the process has allocated; ``resident`` also counts pages of the
-memory-mapped files, which the system takes back when somebody needs them. Both are above what the process holds once
-the libraries are imported. Linux only.
+Each size runs in a process of its own, once with splits that are mapped into memory and once with streams: a random CSV
+table is written, loaded, split, encoded and gone through, and the memory of the process is sampled meanwhile.
+``anonymous`` is what the process has allocated; ``resident`` also counts pages of the memory-mapped files, which the
+system takes back when somebody needs them. Both are above what the process holds once the libraries are imported.
+Linux only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--residues", type=int, default=300, help="mean length")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--streaming", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -53,8 +56,8 @@ def memory() -> dict[str, int]:
     return {name: 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) for name, field in fields.items()}
 
 
-def run(path: Path) -> None:
-    """Load and encode a table; print seconds and peaks."""
+def run(path: Path, streaming: bool) -> None:
+    """Load and encode a table, and go through it once; print seconds and peaks."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -64,7 +67,7 @@ def run(path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     small = path.with_name("small.csv")
     write_table(small, 1000, 100)
-    tokenize_dataset(load_sequences(small), tokenizer)  # imports what is imported late
+    tokenize_dataset(load_sequences(small, streaming=streaming), tokenizer)  # imports what is imported late
     before, peak, done = memory(), memory(), threading.Event()
 
     def sample() -> None:
@@ -75,11 +78,14 @@ def run(path: Path) -> None:
     sampler = threading.Thread(target=sample)
     sampler.start()
     began = time.perf_counter()
-    data = load_sequences(path)
+    data = load_sequences(path, streaming=streaming)
     loaded = time.perf_counter()
     tokenized, report = tokenize_dataset(data, tokenizer)
     encoded = time.perf_counter()
-    rows = sum(len(split) for split in tokenized.values())
+    rows = 0
+    for split in tokenized.values():
+        for batch in split.with_format("arrow").iter(1000):
+            rows += len(batch)
     done.set()
     sampler.join()
     grown = {name: peak[name] - before[name] for name in peak}
@@ -90,30 +96,33 @@ def run(path: Path) -> None:
 def main() -> None:
     options = parse_arguments()
     if options.run:
-        run(options.run)
+        run(options.run, options.streaming)
         return
-    record = {}
-    for sequences in options.sequences:
+    record = []
+    for sequences, streaming in product(options.sequences, (False, True)):
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "table.csv"
             write_table(table, sequences, options.residues)
             environment = os.environ | {"ESM_EFFICIENT_CACHE": folder, "HF_DATASETS_CACHE": folder}
             command = [sys.executable, "-W", "ignore", __file__, "--run", str(table)]
+            command += ["--streaming"] if streaming else []
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-        record[sequences] = json.loads(done.stdout.strip().splitlines()[-1])
-        if record[sequences]["rows"] != sequences:
-            raise SystemExit(f"{record[sequences]['rows']} of {sequences} rows came through")
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+        if figures["rows"] != sequences:
+            raise SystemExit(f"{figures['rows']} of {sequences} rows came through")
+        record.append({"sequences": sequences, "streaming": streaming} | figures)
     rows = [
         (
-            f"{n:,}",
+            f"{f['sequences']:,}",
+            "streams" if f["streaming"] else "mapped",
             f"{f['load_s']:.1f}",
             f"{f['encode_s']:.1f}",
             format_bytes(f["anonymous"]),
             format_bytes(f["resident"]),
         )
-        for n, f in record.items()
+        for f in record
     ]
-    print(format_table(rows, ("sequences", "load s", "encode s", "anonymous", "resident")))
+    print(format_table(rows, ("sequences", "splits", "load s", "encode s", "anonymous", "resident")))
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -290,3 +290,19 @@ def test_a_loaded_model_is_told_its_task_or_refused(tmp_path):
     tokens = AutoModelForTokenClassification.from_pretrained(demo_model_path(), num_labels=3)
     with pytest.raises(ConfigurationError, match="no head for numbers"):
         finetune(tokens, data, output_dir=tmp_path, **options)
+
+
+def test_a_stream_trains_as_the_same_rows_in_memory_do(tmp_path, demo_table):
+    mapped = load_deeploc(demo_table, task={"sticky": "Membrane", "nuclear": "Nucleus"}, max_length=160)
+    streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in mapped.items()})
+    options = {"recipe": "lora", "class_weights": None, "max_steps": 3, "disable_tqdm": True}
+    found = finetune(demo_model_path(), streams, output_dir=tmp_path, **options)
+    in_order = mapped.copy() | {"train": mapped["train"].select(range(24))}
+    expected = finetune(
+        demo_model_path(), DatasetDict(in_order), output_dir=tmp_path, train_sampling_strategy="sequential", **options
+    )
+    assert found.trained_layers == (0, 1, 2, 3)
+    assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
+    assert found.thresholds == pytest.approx(expected.thresholds, rel=1e-4)
+    with pytest.raises(ConfigurationError, match="cannot count the labels of a stream"):
+        finetune(demo_model_path(), streams, output_dir=tmp_path, max_steps=3)
