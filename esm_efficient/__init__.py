@@ -38,8 +38,11 @@ if TYPE_CHECKING:
         DownloadError,
         EsmEfficientError,
         OutOfMemoryError,
+        RequestError,
         TargetModuleError,
+        TrainingInterrupted,
     )
+    from esm_efficient.inference import Prediction, Predictor
     from esm_efficient.profiling import DEVICES, Device, peak_memory
     from esm_efficient.profiling.callback import ProfilerCallback
     from esm_efficient.profiling.estimate import Estimate, estimate
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
         regression_metrics,
         tune_thresholds,
     )
+    from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
+    from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_arguments
 
 __version__ = "0.1.0"
@@ -91,8 +96,11 @@ _HOME = {
         "DownloadError",
         "EsmEfficientError",
         "OutOfMemoryError",
+        "RequestError",
         "TargetModuleError",
+        "TrainingInterrupted",
     ),
+    "inference": ("Prediction", "Predictor"),
     "profiling": ("DEVICES", "Device", "peak_memory"),
     "profiling.callback": ("ProfilerCallback",),
     "profiling.estimate": ("Estimate", "estimate"),
@@ -110,6 +118,8 @@ _HOME = {
         "regression_metrics",
         "tune_thresholds",
     ),
+    "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
+    "training.export": ("export_model",),
     "training.finetune": ("FinetuneResult", "finetune", "recipe_arguments"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
@@ -120,6 +130,7 @@ __all__ = [
     "Architecture",
     "AuditCallback",
     "AuditError",
+    "CheckpointCallback",
     "Comparison",
     "ConfigurationError",
     "DataError",
@@ -129,15 +140,19 @@ __all__ = [
     "Estimate",
     "FinetuneResult",
     "OutOfMemoryError",
+    "Prediction",
+    "Predictor",
     "ProfileReport",
     "Profiler",
     "ProfilerCallback",
     "Recipe",
     "Recommendation",
+    "RequestError",
     "ResidueEncoder",
     "TargetModuleError",
     "Task",
     "TokenBudgetBatchSampler",
+    "TrainingInterrupted",
     "WeightedTrainer",
     "apply_lean_encoder",
     "classification_metrics",
@@ -146,8 +161,10 @@ __all__ = [
     "deeploc_dataloaders",
     "demo_model_path",
     "estimate",
+    "export_model",
     "finetune",
     "labels_of",
+    "last_checkpoint",
     "load_deeploc",
     "load_sequences",
     "lora_config",

@@ -37,6 +37,22 @@ class AuditError(EsmEfficientError, RuntimeError):
         self.unmoved = unmoved
 
 
+class TrainingInterrupted(EsmEfficientError):
+    """A signal has ended a run; a checkpoint of its last step was written."""
+
+
+class RequestError(EsmEfficientError, ValueError):
+    """A request for predictions is not what it should be.
+
+    Attributes:
+        status: the HTTP status to answer with, from 400 to 499.
+    """
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class OutOfMemoryError(EsmEfficientError, RuntimeError):
     """A device ran out of memory while it was profiled; the message says what was held and what would fit.
 

@@ -19,6 +19,7 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -38,7 +39,7 @@ from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import DatasetDict, Features
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -171,8 +172,10 @@ def finetune(
     seed: int = 0,
     precision: Precision = "auto",
     adapter_options: Mapping[str, Any] | None = None,
-    resume_from_checkpoint: str | bool | None = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
     profile: bool = False,
+    task: Task | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **training_options: Any,
 ) -> FinetuneResult:
     """Fine-tune ESM-2: tokenise, prepare, train, audit, evaluate, save.
@@ -184,7 +187,7 @@ def finetune(
     Args:
         model: a folder or a Hub name of an ESM-2 model, or a loaded model with the head that the task needs.
         dataset: splits ``train`` and ``test`` (or ``validation``), such as `load_deeploc` returns: ``sequence`` (str),
-            ``label`` and, if sequences count unequally, ``sample_weight``.
+            ``label`` and, if sequences count unequally, ``sample_weight``. Or splits that `tokenize_dataset` has made.
         recipe: ``"base"``, ``"ga"``, ``"gc"``, ``"lora"``, ``"all"``, ``"frozen"``, or a `Recipe` of your own.
         output_dir: gets ``adapter/`` or ``model/``, and ``result.json``.
         tokenizer: needed only with a loaded model.
@@ -197,6 +200,9 @@ def finetune(
         adapter_options: options of `lora_config` that win over the recipe's.
         resume_from_checkpoint: as `transformers.Trainer.train`; checkpoints are written with ``save_strategy="steps"``.
         profile: measure memory and time by phase (`ProfilerCallback`).
+        task: what the labels stand for, where their feature does not say it: several labels that were tokenised
+            before have lost their names.
+        callbacks: further callbacks of the Trainer.
         **training_options: options of `TrainingArguments` that win over the recipe's, such as ``num_train_epochs``.
 
     Returns:
@@ -214,7 +220,9 @@ def finetune(
         >>> print(result.metrics["mcc"], result.model_dir)  # doctest: +SKIP
     """
     chosen, output_dir = get_recipe(recipe), Path(output_dir)
-    task = task_of(next(iter(dataset.values())).features)
+    features = next(iter(dataset.values())).features
+    tokenized_before = "input_ids" in features
+    task = task or _task_of(features, tokenized_before)
     evaluated_on = next((name for name in ("test", "validation") if name in dataset), None)
     if "train" not in dataset or evaluated_on is None:
         raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
@@ -231,7 +239,7 @@ def finetune(
         loaded = auto.from_pretrained(
             model, num_labels=len(task.names), problem_type=task.problem_type, dtype=torch.float32
         )
-    tokenized, _ = tokenize_dataset(dataset, tokenizer, max_length=max_length)
+    tokenized = dataset if tokenized_before else tokenize_dataset(dataset, tokenizer, max_length=max_length)[0]
 
     prepared = prepare_model(
         loaded,
@@ -252,7 +260,7 @@ def finetune(
         data_collator=(DataCollatorForTokenClassification if _of_tokens(task) else DataCollatorWithPadding)(tokenizer),
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
-        callbacks=[audit],
+        callbacks=[audit, *callbacks],
         class_weights=None if task.kind == "regression" and class_weights == "balanced" else class_weights,
         focal_gamma=focal_gamma,
         token_budget=token_budget,
@@ -261,7 +269,11 @@ def finetune(
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
     total = sum(p.numel() for p in prepared.parameters())
     with peak_memory() as peak:
-        output = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        output = trainer.train(
+            resume_from_checkpoint=str(resume_from_checkpoint)
+            if isinstance(resume_from_checkpoint, Path)
+            else resume_from_checkpoint
+        )
     report_of_run = None if profiler is None else profiler.report
     if report_of_run is not None and torch.cuda.is_available():
         # The profiler starts the allocator's peak anew at every phase.
@@ -305,6 +317,19 @@ def finetune(
         tokenizer.save_pretrained(model_dir)
         result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def _task_of(features: Features, tokenized: bool) -> Task:
+    """The task that the labels say."""
+    if not tokenized:
+        return task_of(features)
+    labels = features.get("labels")
+    if getattr(labels, "length", -1) > 0:
+        raise ConfigurationError(
+            f"the labels of tokenised splits are lists of {labels.length} numbers, which may be several labels or "
+            "numbers to regress, and have no names: give task=task_of(features) of the splits before"
+        )
+    return task_of(features, "labels")
 
 
 def _uses_bf16(precision: Precision) -> bool:

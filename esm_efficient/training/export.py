@@ -1,0 +1,149 @@
+"""A finished run as one folder to deploy: merged weights, adapter, tokenizer, figures, model card."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+
+from esm_efficient import __version__, compat
+from esm_efficient.encoder import remove_lean_encoder
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting import format_markdown
+
+if TYPE_CHECKING:
+    from esm_efficient.training.finetune import FinetuneResult
+
+logger = logging.getLogger(__name__)
+
+_PIPELINES = {"token_classification": "token-classification"}
+_LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate")
+_PATHS = ("model_dir", "result_path")
+
+
+def export_model(
+    result: FinetuneResult, folder: str | Path, *, base_model: str, dataset: str = "", description: str = ""
+) -> Path:
+    """Write a finished run as a folder to deploy or to publish.
+
+    The weights of the adapters are merged into the model, in float32, so that plain transformers loads it:
+    ``config.json`` with the label names and thresholds, ``model.safetensors``, the tokenizer, ``adapter/`` for peft (if
+    there is one), ``metrics.json`` and a model card, ``README.md``. No file of it is pickled.
+
+    Args:
+        result: of `finetune`; its model stays as it is.
+        folder: to write to; made if it is not there.
+        base_model: Hub name, or another name, of the model that was fine-tuned, for the card.
+        dataset: name of the data, for the card.
+        description: a paragraph for the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: a file stands where the folder should be.
+
+    Example:
+        >>> result = finetune("facebook/esm2_t6_8M_UR50D", data)  # doctest: +SKIP
+        >>> export_model(result, "membrane", base_model="facebook/esm2_t6_8M_UR50D")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder} is a file: expected a folder to write to")
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = remove_lean_encoder(copy.deepcopy(result.model)).cpu().float()
+    adapted = hasattr(model, "peft_config")
+    if adapted:
+        model = model.merge_and_unload()
+    compat.save_under_own_names(model)
+    model.save_pretrained(folder)
+    for path in result.model_dir.iterdir():
+        # The tokenizer lies beside the weights that the run saved.
+        if path.is_file() and path.name.startswith(("tokenizer", "vocab", "special_tokens", "added_tokens")):
+            shutil.copy(path, folder)
+    if adapted:
+        (folder / "adapter").mkdir(exist_ok=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(result.model_dir / name, folder / "adapter")
+        _name_base(folder / "adapter" / "adapter_config.json", base_model)
+    figures = {name: value for name, value in result.to_dict().items() if name not in _PATHS}
+    figures |= {"base_model": base_model, "dataset": dataset}
+    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "README.md").write_text(_card(result, base_model, dataset, description, adapted))
+    return folder
+
+
+def _name_base(path: Path, base_model: str) -> None:
+    """Write the name of the base into an adapter's config, where a path of the machine that trained may stand."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n")
+
+
+def _card(result: FinetuneResult, base_model: str, dataset: str, description: str, adapted: bool) -> str:
+    """The model card, with its metadata as the Hub reads them."""
+    pipeline = _PIPELINES.get(result.task.kind, "text-classification")
+    metrics = {name: value for name, value in sorted(result.metrics.items()) if np.isfinite(value)}
+    title = f"{Path(base_model).name}, fine-tuned: {result.task.describe()}"
+    data = ModelCardData(
+        model_name=title,
+        base_model=base_model if "/" in base_model and not Path(base_model).is_absolute() else None,
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["esm2", "protein", "biology", *(["lora"] if adapted else [])],
+        eval_results=[
+            EvalResult(
+                task_type=pipeline,
+                dataset_type=dataset or "unnamed",
+                dataset_name=dataset or "unnamed",
+                dataset_split=result.evaluated_on,
+                metric_type=name,
+                metric_value=round(value, 6),
+            )
+            for name, value in metrics.items()
+        ],
+    )
+    auto = "AutoModelForTokenClassification" if pipeline == "token-classification" else ""
+    auto = auto or "AutoModelForSequenceClassification"
+    thresholds = "".join(f"\n- {name}: {value:.3f}" for name, value in (result.thresholds or {}).items())
+    rows = [
+        ("base model", base_model),
+        ("recipe", result.recipe),
+        ("parameters that trained", f"{result.trainable_parameters:,} of {result.total_parameters:,}"),
+        ("encoder layers that moved", f"{len(result.trained_layers)} of {result.layers}"),
+        ("optimizer steps", f"{result.steps:,}"),
+        ("seed", str(result.seed)),
+        ("esm_efficient", __version__),
+        *((name, importlib.metadata.version(name)) for name in _LIBRARIES),
+    ]
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {title}",
+        description,
+        f"It predicts {result.task.describe()}.",
+        f"A label is said to hold from this probability on:\n{thresholds}" if thresholds else "",
+        f"## How well\n\nOn the split `{result.evaluated_on}`"
+        + (f" of {dataset}:" if dataset else ":")
+        + "\n\n"
+        + format_markdown([(n, f"{v:.4f}") for n, v in metrics.items()], ("metric", "value")),
+        "## How it was trained\n\n" + format_markdown(rows, ("setting", "value")),
+        f"""## How to use it
+
+```python
+from transformers import AutoTokenizer, {auto}
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
+logits = model(**tokenizer("MKTAYIAKQR", return_tensors="pt")).logits
+```
+
+Or with `esm_efficient`, which checks sequences, drops padding and applies the thresholds:
+`Predictor.load("FOLDER").predict(["MKTAYIAKQR"])`.""",
+        "The base model's licence holds for its weights. Predictions are no experiment.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

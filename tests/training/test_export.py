@@ -1,0 +1,97 @@
+"""export_model(): a folder that plain transformers and peft load, and that says what is in it."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from esm_efficient import demo_model_path, export_model, finetune, load_deeploc
+from esm_efficient.errors import ConfigurationError
+
+SEQUENCES = ["MKTAYIAKQR", "MALWMRLLPLLALLALWGPDPAAA"]
+
+
+@pytest.fixture(scope="module", params=["lora", "base", "several labels", "bf16"])
+def run(request, tmp_path_factory, demo_table):
+    folder = tmp_path_factory.mktemp("run")
+    several = request.param == "several labels"
+    data = load_deeploc(demo_table, task="location" if several else "membrane", max_length=180)
+    result = finetune(
+        demo_model_path(),
+        data,
+        recipe="base" if request.param == "base" else "lora",
+        output_dir=folder,
+        class_weights=None,
+        precision="bf16" if request.param == "bf16" else "float32",
+        max_steps=3,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+    )
+    return result, export_model(result, folder / "out", base_model="someone/demo", dataset="the demo's table")
+
+
+def logits_of(model, tokenizer):
+    with torch.no_grad():
+        return model.eval()(**tokenizer(SEQUENCES, return_tensors="pt", padding=True)).logits
+
+
+def test_plain_transformers_and_peft_load_it_and_compute_the_same(run):
+    result, folder = run
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # What was held in bfloat16 while training is exported as it was rounded; accelerate's autocast is taken off.
+    trained = extract_model_from_parallel(copy.deepcopy(result.model), keep_fp32_wrapper=False)
+    expected = logits_of(trained.float(), tokenizer)
+    merged = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert torch.allclose(logits_of(merged, tokenizer), expected, atol=1e-5)
+    assert merged.config.id2label == dict(enumerate(result.task.names))
+    assert getattr(merged.config, "label_thresholds", None) == result.thresholds
+    if (folder / "adapter").exists():
+        torch.manual_seed(5)
+        base = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=len(result.task.names))
+        found = logits_of(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer)
+        # The demo's weights are not rounded to bfloat16 here.
+        assert torch.allclose(found, expected, atol=0.1)
+    else:
+        assert result.recipe == "base"
+
+
+def test_no_file_is_pickled_and_none_names_the_machine(run):
+    result, folder = run
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} if result.recipe != "base" else set()
+    wanted = {"config.json", "model.safetensors", "metrics.json", "README.md", "vocab.txt", "tokenizer_config.json"}
+    assert wanted | adapter <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
+    for name in names:
+        if not name.endswith(".safetensors"):
+            text = (folder / name).read_text()
+            assert str(result.model_dir) not in text, name
+            assert str(demo_model_path()) not in text, name
+
+
+def test_the_card_is_read_by_the_hubs_library_and_holds_the_metrics(run):
+    result, folder = run
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "someone/demo"
+    found = {e.metric_type: e.metric_value for e in card.data.eval_results}
+    finite = {name: value for name, value in result.metrics.items() if value == value}
+    assert found == pytest.approx(finite, abs=1e-6)
+    assert {e.dataset_name for e in card.data.eval_results} == {"the demo's table"}
+    for name in result.task.names:
+        assert name in card.content
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["metrics"] == result.to_dict()["metrics"]
+
+
+def test_a_file_in_the_way_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="is a file"):
+        export_model(run[0], tmp_path / "file", base_model="someone/demo")
