@@ -1,0 +1,118 @@
+"""read_request(): bodies that people send, and bodies that nobody should."""
+
+from __future__ import annotations
+
+import json
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esm_efficient.errors import RequestError
+from esm_efficient.inference import RequestLimits, read_request
+
+JSON, CSV, FASTA = "application/json", "text/csv", "text/x-fasta"
+LIMITS = RequestLimits(bytes=500, sequences=3, residues=10, total_residues=20)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "expected"),
+    [
+        (JSON, '{"inputs": "MKT"}', [("1", "MKT")]),
+        (None, '{"inputs": ["MKT", "ma l*"]}', [("1", "MKT"), ("2", "MAL")]),
+        (
+            "application/json; charset=utf-8",
+            '{"inputs": [{"name": "P1", "sequence": "MKT"}, {"sequence": "A"}]}',
+            [("P1", "MKT"), ("2", "A")],
+        ),
+        (CSV, "MKT\nMAL\n", [("1", "MKT"), ("2", "MAL")]),
+        (CSV, "MKT", [("1", "MKT")]),
+        (CSV, "\ufeffid,Sequence\r\nP1,MKT\r\n\r\nP2,mal\r\n", [("P1", "MKT"), ("P2", "MAL")]),
+        ("TEXT/CSV", 'seq,note\n"MKT","a, b"\n', [("1", "MKT")]),
+        (FASTA, ">sp|P12345|X_HUMAN some protein\nMKT\nAYI*\n>b\nMAL", [("P12345", "MKTAYI"), ("b", "MAL")]),
+        (FASTA, "\n>\nMK\n", [("1", "MK")]),
+    ],
+)
+def test_sequences_come_through_with_their_names(content_type, body, expected):
+    assert read_request(body.encode(), content_type) == expected
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status", "message"),
+    [
+        (JSON, b"", 400, "no JSON"),
+        (JSON, b"{", 400, "no JSON"),
+        (JSON, b"[" * 400, 400, "no JSON|expected"),
+        (JSON, b"\xff\xfe", 400, "not UTF-8"),
+        (JSON, b'"MKT"', 400, "expected .*inputs"),
+        (JSON, b'{"inputs": []}', 400, "holds no sequence"),
+        (JSON, b'{"inputs": [1]}', 400, "sequence 1 is int"),
+        (JSON, b'{"inputs": null}', 400, "sequence 1 is NoneType"),
+        (JSON, b'{"inputs": ["MK", " "]}', 400, "sequence 2 holds no residue"),
+        (JSON, b'{"inputs": "MK1"}', 400, "no residue: '1'"),
+        (JSON, b'{"inputs": "M*K"}', 400, r"no residue: '\*'"),
+        (JSON, b'{"inputs": "\\ud800"}', 400, "no residue"),
+        (JSON, b'{"inputs": "MK", "parameters": {}}', 400, "unknown: 'parameters'"),
+        (JSON, b'{"inputs": [{"name": 1, "sequence": "MK"}]}', 400, "name of input 1 is int"),
+        (JSON, b'{"inputs": [{"id": "a"}]}', 400, "input 1 has not the fields"),
+        (JSON, b'{"inputs": "' + b"M" * 11 + b'"}', 413, "11 residues, and 10"),
+        (JSON, b'{"inputs": ["M", "M", "M", "M"]}', 413, "more than 3 sequences"),
+        (JSON, json.dumps({"inputs": ["M" * 10, "M" * 10, "M"]}).encode(), 413, "more than 20 residues"),
+        (JSON, b" " * 501, 413, "501 bytes"),
+        (CSV, b"", 400, "holds no sequence"),
+        (CSV, b"id,label\na,b\n", 400, "no column called sequence; it has id, label"),
+        (CSV, b"seq,sequence\na,b\n", 400, "could be any of"),
+        (CSV, b"id,sequence\na\n", 400, "line 2 .* 1 cells"),
+        (CSV, b'id,sequence\na,"MK\n', 400, "cannot be read: line 2"),
+        (CSV, b"sequence\nM\0K\n", 400, "null character"),
+        (FASTA, b"MKT\n", 400, "does not begin"),
+        (FASTA, b">a\n>b\nMK\n", 400, "sequence 1 holds no residue"),
+        ("text/plain", b"MKT", 415, "expected one of application/json"),
+        ("application/x-npy", b"\x93NUMPY", 415, "expected one of"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_status(content_type, body, status, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        read_request(body, content_type, LIMITS)
+    assert caught.value.status == status
+    assert len(str(caught.value)) < 500
+
+
+NAMES = st.text(string.ascii_letters + string.digits, min_size=1, max_size=8)
+SEQUENCES = st.lists(st.tuples(NAMES, st.text("ACDEFGHIKLMNPQRSTVWYXBZUO", min_size=1, max_size=30)), min_size=1)
+
+
+@given(SEQUENCES)
+def test_the_three_forms_say_the_same(queries):
+    named = [{"name": name, "sequence": sequence} for name, sequence in queries]
+    forms = {
+        JSON: json.dumps({"inputs": named}),
+        CSV: "name,sequence\n" + "".join(f"{n},{s}\n" for n, s in queries),
+        FASTA: "".join(f">{n} of somebody\n{s[:10]}\n{s[10:]}\n" for n, s in queries),
+    }
+    for content_type, body in forms.items():
+        assert read_request(body.encode(), content_type) == queries
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from([JSON, CSV, FASTA, None, "x/y"]),
+    st.one_of(
+        st.binary(max_size=300),
+        st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.text('{}[]":, \n>\\u0MKinputsequence', max_size=120).map(str.encode),
+        st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), st.lists, max_leaves=5).map(
+            lambda value: json.dumps({"inputs": value}).encode()
+        ),
+    ),
+)
+def test_whatever_the_body_is_sequences_or_a_status_come_back(content_type, body):
+    status, queries = None, []
+    try:
+        queries = read_request(body, content_type, LIMITS)
+    except RequestError as error:
+        status = error.status
+        str(error).encode()
+    assert queries if status is None else 400 <= status < 500
+    assert all(q.sequence.isascii() and q.sequence.isalpha() and len(q.sequence) <= 10 for q in queries)
