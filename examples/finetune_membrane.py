@@ -35,23 +35,9 @@ from esm_efficient import (
     stratified_sample,
     write_demo_table,
 )
+from esm_efficient.demo.proteins import KNOWN_PROTEINS
 from esm_efficient.recipes import get_recipe
 from esm_efficient.reporting import format_bytes, format_table
-
-KNOWN_PROTEINS = {
-    "bacteriorhodopsin (seven membrane helices)": (
-        "QAQITGRPEWIWLALGTALMGLGTLYFLVKGMGVSDPDAKKFYAITTLVPAIAFTMYLSMLLGYGLTMVPFGGEQNPIYWARYADWLFTTPLLLLDLALLVDADQGTI"
-        "LALVGADGIMIGTGLVGALTKVYSYRFVWWAISTAAMLYILYVLFFGFTSKAESMRPEVASTFKVLRNVTVVLWSAYPVVWLIGSEGAGIVPLNIETLLFMVLDVSAK"
-        "VGFGLILLRSRAIFGEAEAPEPSAGDGAAATSD"
-    ),
-    "green fluorescent protein (soluble)": (
-        "MSKGEELFTGVVPILVELDGDVNGHKFSVSGEGEGDATYGKLTLKFICTTGKLPVPWPTLVTTFSYGVQCFSRYPDHMKQHDFFKSAMPEGYVQERTIFFKDDGNYKT"
-        "RAEVKFEGDTLVNRIELKGIDFKEDGNILGHKLEYNYNSHNVYIMADKQKNGIKVNFKIRHNIEDGSVQLADHYQQNTPIGDGPVLLPDNHYLSTQSALSKDPNEKRD"
-        "HMVLLEFVTAAGITHGMDELYK"
-    ),
-    "ubiquitin (soluble)": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
-}
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

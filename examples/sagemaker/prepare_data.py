@@ -1,0 +1,91 @@
+"""Proteins to tokenised splits, on disk or in S3, as the training job reads them.
+
+    python examples/sagemaker/prepare_data.py --place s3://BUCKET/esm2-membrane
+    python examples/sagemaker/prepare_data.py --place output --data table.csv --task location
+
+The splits are written to PLACE/dataset. The table is DeepLoc-2.0's: downloaded from its authors, or a file of yours in its format; ``demo`` is the synthetic one.
+Whoever has other files loads them with ``load_sequences`` and goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import fsspec
+from aws import Place, claim, client, run
+from datasets import DatasetDict
+from transformers import AutoTokenizer
+
+from esm_efficient import (
+    demo_model_path,
+    load_deeploc,
+    stratified_sample,
+    task_of,
+    tokenize_dataset,
+    write_demo_table,
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--place", required=True, help="s3://bucket/prefix for all of these scripts, or a folder")
+    parser.add_argument("--data", default="deeploc", help='a table in the DeepLoc-2.0 format, "deeploc" or "demo"')
+    parser.add_argument("--task", default="membrane", choices=["membrane", "location"])
+    parser.add_argument("--tokenizer", help="of the model to fine-tune (default: ESM-2's, which all sizes share)")
+    parser.add_argument("--min-residues", type=int, default=100)
+    parser.add_argument("--max-residues", type=int, default=512)
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence, two special ones included")
+    parser.add_argument("--split", default="partition", choices=["partition", "random"])
+    parser.add_argument("--limit", type=int, help="train on this many proteins, validate and test on a third as many")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def load(options: argparse.Namespace) -> DatasetDict:
+    with tempfile.TemporaryDirectory() as folder:
+        demo = options.data == "demo"
+        source = write_demo_table(Path(folder) / "demo.csv") if demo else options.data
+        data = load_deeploc(
+            None if source == "deeploc" else source,
+            task=options.task,
+            split=options.split,
+            min_length=options.min_residues,
+            max_length=options.max_residues,
+            seed=options.seed,
+        )
+    if options.limit is None:
+        return data
+    sizes = {name: options.limit if name == "train" else max(1, options.limit // 3) for name in data}
+    return DatasetDict({name: stratified_sample(data[name], sizes[name], seed=options.seed) for name in data})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    data = load(options)
+    task = task_of(data["train"].features)
+    # The tokenizer that comes with the demo model is that of every ESM-2.
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo_model_path())
+    tokenized, report = tokenize_dataset(data, tokenizer, max_length=options.max_length)
+    if options.place.startswith("s3://"):
+        claim(client("s3"), Place.parse(options.place))
+    folder = f"{options.place.rstrip('/')}/dataset"
+    tokenized.save_to_disk(folder)
+    record = {
+        "kind": task.kind,
+        "names": task.names,
+        "dataset": "the demo's synthetic table" if options.data == "demo" else "DeepLoc-2.0",
+        "sequences": {name: len(split) for name, split in tokenized.items()},
+        "longest": max(max(split["length"]) for split in tokenized.values()),
+    }
+    with fsspec.open(f"{folder}/task.json", "w") as handle:
+        json.dump(record, handle, indent=2)
+    print(f"{report}\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,206 @@
+"""Start the training job on SageMaker.
+
+    python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --dry-run
+    python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --spot -- --epochs 3 --lora true
+
+What stands behind ``--`` are hyperparameters of train.py, checked here before anything is paid for. ``--dry-run`` makes
+the request and prints it instead of sending it, with what it will take of the GPU's memory. prepare_data.py has put the
+splits at PLACE/dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import boto3
+from aws import Place, Unsent, claim, client, dry_session, find_image, run, tags
+from sagemaker.core.helper.session_helper import Session
+from sagemaker.core.training.configs import (
+    CheckpointConfig,
+    Compute,
+    InputData,
+    MetricDefinition,
+    OutputDataConfig,
+    SourceCode,
+    StoppingCondition,
+)
+from sagemaker.train import ModelTrainer
+from sagemaker.train.distributed import Torchrun
+from train import make_parser, make_recipe
+
+import esm_efficient
+from esm_efficient import ConfigurationError, estimate, recommend
+from esm_efficient.profiling.callback import METRIC_DEFINITIONS
+from esm_efficient.profiling.devices import get_device
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ("train.py", "inference.py", "requirements.txt")
+TRACKING = ("mlflow>=3.0", "sagemaker-mlflow>=0.1")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--place", required=True, help="s3://bucket/prefix for everything that belongs to the job")
+    parser.add_argument("--role", required=True, help="ARN of the role that the job assumes (role_policy.json)")
+    parser.add_argument("--dataset", help="splits of prepare_data.py (default: PLACE/dataset)")
+    parser.add_argument("--model", help="s3://... of a model to fine-tune, instead of one of the Hub")
+    parser.add_argument("--name", default="esm2", help="the job's name begins with it (default: %(default)s)")
+    parser.add_argument("--run", help="name of the run, whose checkpoints a later job with the same name goes on from")
+    parser.add_argument("--region", help="default: the configured one")
+    parser.add_argument("--instance-type", default="ml.g5.2xlarge", help="default: %(default)s")
+    parser.add_argument("--instance-count", type=int, default=1)
+    parser.add_argument("--processes", type=int, help="on each instance (default: one for each GPU)")
+    parser.add_argument("--volume-gb", type=int, default=50)
+    parser.add_argument("--max-hours", type=float, default=24.0, help="the longest that the job may run")
+    parser.add_argument("--spot", action="store_true", help="spare capacity: cheaper, may be interrupted and goes on")
+    parser.add_argument("--max-wait-hours", type=float, help="with --spot, waiting included (default: twice the above)")
+    parser.add_argument("--warm-pool-minutes", type=int, default=0, help="keep the instance for the next job")
+    parser.add_argument("--image", help="a training image of yours")
+    parser.add_argument("--tracking", help="ARN of an MLflow tracking server")
+    parser.add_argument("--experiment", default="esm2", help="with --tracking (default: %(default)s)")
+    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--length", type=int, default=514, help="tokens of the longest protein, to predict memory")
+    parser.add_argument("--anyway", action="store_true", help="submit although the instance is predicted to be too small")
+    parser.add_argument("--wait", action="store_true", help="until the job has ended")
+    parser.add_argument("--dry-run", action="store_true", help="print the request and send nothing")
+    parser.add_argument("hyperparameters", nargs="*", help="behind --: what train.py takes")
+    return parser.parse_args(arguments)
+
+
+def hyperparameters_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Every hyperparameter that has a value, checked as train.py will check it."""
+    given = list(options.hyperparameters) + (["--report_to", "mlflow"] if options.tracking else [])
+    found = {name: value for name, value in vars(make_parser().parse_args(given)).items() if value is not None}
+    if bad := [name for name, value in found.items() if "'" in str(value)]:
+        raise ConfigurationError(f"{', '.join(bad)}: an apostrophe breaks the quoting of SageMaker's launcher")
+    return found
+
+
+def processes_of(options: argparse.Namespace) -> int:
+    """Processes on each instance."""
+    name = options.instance_type.removeprefix("ml.")
+    return options.processes or get_device(options.instance_type).instances.get(name, 1)
+
+
+def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[str, bool]:
+    """What the job will take of the GPU, and whether that fits."""
+    sizes = argparse.Namespace(**{"learning_rate": None, **given})
+    recipe = make_recipe(sizes, processes_of(options) * options.instance_count)
+    precision = None if given["precision"] == "auto" else given["precision"]
+    asked = {"device": options.instance_type, "length": options.length, "precision": precision}
+    cost = estimate(given["model_id"], recipe=recipe, **asked)
+    try:
+        tried = ["base", "gc", "lora", "all"]
+        better = recommend(given["model_id"], batch_size=recipe.batch_size, recipes=tried, progress=False, **asked)
+        advice = f"recommended:\n{better}"
+    except ConfigurationError as error:
+        advice = str(error)  # nothing fits: it says what was tried
+    return f"{cost}\n\n{advice}", cost.fits()
+
+
+def stage(folder: Path, tracking: bool) -> None:
+    """The job's sources: the scripts, the library, and what that needs."""
+    for name in SOURCES:
+        shutil.copy(HERE / name, folder)
+    package = Path(esm_efficient.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    if tracking:
+        with open(folder / "requirements.txt", "a") as handle:
+            handle.write("\n".join(TRACKING) + "\n")
+
+
+def make_trainer(
+    options: argparse.Namespace, given: Mapping[str, Any], sources: Path, session: Session, place: Place
+) -> ModelTrainer:
+    run_name = options.run or f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    seconds = int(options.max_hours * 3600)
+    waiting = int((options.max_wait_hours or 2 * options.max_hours) * 3600) if options.spot else None
+    region = session.boto_region_name
+    image = options.image or find_image("training", region, options.instance_type).uri
+    # Without the last slash, what S3 calls a prefix would take dataset-old along.
+    channels = {"dataset": f"{(options.dataset or place.uri('dataset')).rstrip('/')}/"}
+    if options.model:
+        channels["model"] = f"{options.model.rstrip('/')}/"
+    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if options.tracking:
+        environment |= {"MLFLOW_TRACKING_URI": options.tracking, "MLFLOW_EXPERIMENT_NAME": options.experiment}
+    own = dict(pair.split("=", 1) for pair in options.tag)
+    processes = processes_of(options)
+    trainer = ModelTrainer(
+        sagemaker_session=session,
+        role=options.role,
+        base_job_name=options.name,
+        input_s3_key_prefix=place.key("jobs"),
+        training_image=image,
+        source_code=SourceCode(source_dir=str(sources), entry_script="train.py", requirements="requirements.txt"),
+        distributed=Torchrun(process_count_per_node=processes) if processes * options.instance_count > 1 else None,
+        compute=Compute(
+            instance_type=options.instance_type,
+            instance_count=options.instance_count,
+            volume_size_in_gb=options.volume_gb,
+            enable_managed_spot_training=options.spot,
+            keep_alive_period_in_seconds=60 * options.warm_pool_minutes or None,
+        ),
+        stopping_condition=StoppingCondition(max_runtime_in_seconds=seconds, max_wait_time_in_seconds=waiting),
+        input_data_config=[InputData(channel_name=name, data_source=uri) for name, uri in channels.items()],
+        output_data_config=OutputDataConfig(s3_output_path=place.uri("output")),
+        checkpoint_config=CheckpointConfig(s3_uri=place.uri("checkpoints", run_name), local_path="/opt/ml/checkpoints"),
+        environment=environment,
+        hyperparameters=dict(given),
+        tags=[{"key": tag["Key"], "value": tag["Value"]} for tag in tags({"run": run_name, **own})],
+    )
+    definitions = [MetricDefinition(name=d["Name"], regex=d["Regex"]) for d in METRIC_DEFINITIONS]
+    return trainer.with_metric_definitions(definitions)
+
+
+def check(options: argparse.Namespace) -> None:
+    """What SageMaker would refuse, or would do wrong, said before anything is uploaded."""
+    if options.spot and options.warm_pool_minutes:
+        raise ConfigurationError("--spot and --warm-pool-minutes do not go together: spare capacity is not kept")
+    if options.max_wait_hours is not None and (not options.spot or options.max_wait_hours < options.max_hours):
+        raise ConfigurationError("--max-wait-hours goes with --spot, and is not less than --max-hours")
+    if bad := [pair for pair in options.tag if "=" not in pair]:
+        raise ConfigurationError(f"--tag {bad[0]!r}: expected KEY=VALUE")
+
+
+def main(arguments: list[str] | None = None) -> str | None:
+    """Submit, and return the job's name; None for a dry run."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check(options)
+    given, place = hyperparameters_of(options), Place.parse(options.place)
+    memory, fits = predict_memory(options, given)
+    print(memory)
+    if not fits and not (options.anyway or options.dry_run):
+        raise ConfigurationError(f"{options.instance_type} is predicted to run out of memory: see above, or --anyway")
+    region = options.region or boto3.Session().region_name
+    if region is None:
+        raise ConfigurationError("no AWS region is configured: give --region")
+    with tempfile.TemporaryDirectory() as folder:
+        stage(Path(folder), tracking=bool(options.tracking))
+        if options.dry_run:
+            session = dry_session(region, place.bucket, "CreateTrainingJob")
+            try:
+                make_trainer(options, given, Path(folder), session, place).train(wait=False, logs=False)
+            except Unsent as unsent:
+                print(json.dumps(unsent.request, indent=2, default=str))
+            return None
+        claim(client("s3"), place)
+        session = Session(boto_session=boto3.Session(region_name=region), default_bucket=place.bucket)
+        trainer = make_trainer(options, given, Path(folder), session, place)
+        trainer.train(wait=options.wait, logs=options.wait)
+    name = trainer._latest_training_job.training_job_name
+    print(f"submitted {name}; its model will be below {place.uri('output', name)}")
+    return name
+
+
+if __name__ == "__main__":
+    run(main)
