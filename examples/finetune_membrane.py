@@ -39,6 +39,7 @@ from esm_efficient.demo.proteins import KNOWN_PROTEINS
 from esm_efficient.recipes import get_recipe
 from esm_efficient.reporting import format_bytes, format_table
 
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub name of an ESM-2 model (default: the demo model)")

@@ -163,3 +163,25 @@ def tiny_model():
 @pytest.fixture
 def tiny_dataset():
     return make_dataset
+
+
+@pytest.fixture(scope="session")
+def aws(tmp_path_factory):
+    """S3 and SageMaker on loopback."""
+    from aws_on_loopback import BUCKET, Aws
+
+    found = Aws(tmp_path_factory.mktemp("aws"))
+    found.client("s3").create_bucket(Bucket=BUCKET)
+    yield found
+    found.server.stop()
+
+
+@pytest.fixture(scope="session")
+def place(aws) -> str:
+    """A place in S3 with the demo's splits and the demo's model, as prepare_data.py and a user put them there."""
+    from aws_on_loopback import BUCKET
+
+    done = aws.run("prepare_data.py", "--place", f"s3://{BUCKET}/work", "--data", "demo", "--max-residues", 180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    aws.upload(Path(demo_model_path()), "work/model")
+    return f"s3://{BUCKET}/work"

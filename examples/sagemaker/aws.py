@@ -1,4 +1,4 @@
-"""What these scripts share: places in S3 that are theirs, sessions, container images, and requests that are not sent."""
+"""What these scripts share: places in S3 that are theirs, container images, and requests that are not sent."""
 
 from __future__ import annotations
 
@@ -121,16 +121,14 @@ def find_image(scope: str, region: str, instance_type: str) -> Image:
                 found.append((Version(transformers), Version(base.removeprefix("pytorch")), details["py_versions"]))
     wanted = library_requirements()
     fitting = [
-        image
-        for image in found
-        if wanted["transformers"].contains(image[0]) and wanted["torch"].contains(image[1])
+        image for image in found if wanted["transformers"].contains(image[0]) and wanted["torch"].contains(image[1])
     ]
     if not fitting:
         newest = max(found)
         raise ConfigurationError(
             f"the SDK's newest {scope} image has transformers {newest[0]} and torch {newest[1]}; the library wants "
-            f"transformers{wanted['transformers']} and torch{wanted['torch']}: pip install --upgrade sagemaker, or give "
-            "an image of your own with --image"
+            f"transformers{wanted['transformers']} and torch{wanted['torch']}: pip install --upgrade sagemaker, or "
+            "give an image of your own with --image"
         )
     transformers, torch, pythons = max(fitting)
     uri = image_uris.retrieve(
@@ -164,9 +162,7 @@ def dry_session(region: str, bucket: str, operation: str) -> Session:
     from sagemaker.core.helper.session_helper import Session
 
     os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # the SDK would ask IAM for the role
-    boto_session = boto3.Session(
-        aws_access_key_id="dry", aws_secret_access_key="run", region_name=region  # noqa: S106
-    )
+    boto_session = boto3.Session(aws_access_key_id="dry", aws_secret_access_key="run", region_name=region)
     events = boto_session.events
 
     answers = {

@@ -2,8 +2,8 @@
 
     python examples/sagemaker/cleanup.py --endpoint esm2-membrane --place s3://BUCKET/esm2-membrane --yes
 
-Without ``--yes`` it says what it would delete. What is gone already is no error. What these scripts did not make, by the
-tags of an endpoint and the mark in a place, is refused, and nothing is deleted then.
+Without ``--yes`` it says what it would delete. What is gone already is no error. What these scripts did not make, by
+the tags of an endpoint and the mark in a place, is refused, and nothing is deleted then.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def find_endpoint(sagemaker: Any, name: str) -> list[tuple[str, Callable[[], Any
         pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=record[f"{word}Arn"])
         tags = {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
         if not TAGS.items() <= tags.items():
-            raise ConfigurationError(f"the {kind.replace('_', ' ')} {name} was not made by these scripts: it is not tagged so")
+            raise ConfigurationError(
+                f"the {kind.replace('_', ' ')} {name} was not made by these scripts: it is not tagged so"
+            )
         delete = getattr(sagemaker, f"delete_{kind}")
         found.append((f"{kind.replace('_', ' ')} {name}", lambda d=delete, w=word: d(**{f"{w}Name": name})))
     return found
@@ -71,7 +73,8 @@ def find_objects(s3: Any, place: Place) -> list[dict[str, str]]:
     mark = place.key(MARKER)
     if found and not any(item["Key"] == mark for item in found):
         raise ConfigurationError(
-            f"{place.uri()} has no {MARKER}, so these scripts did not make it, and do not delete its {len(found)} object(s)"
+            f"{place.uri()} has no {MARKER}, so these scripts did not make it, and do not delete its {len(found)} "
+            "object(s)"
         )
     return sorted(found, key=lambda item: item["Key"] == mark)
 

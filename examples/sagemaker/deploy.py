@@ -3,8 +3,8 @@
     python examples/sagemaker/deploy.py --job JOB --endpoint esm2-membrane --role ROLE_ARN
     python examples/sagemaker/deploy.py --job JOB --endpoint esm2-membrane --role ROLE_ARN --serverless
 
-A real-time endpoint costs until cleanup.py deletes it. A serverless one costs by request, has no GPU, and needs a moment
-to start after it was idle.
+A real-time endpoint costs until cleanup.py deletes it. A serverless one costs by request, has no GPU, and needs a
+moment to start after it was idle.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--model-data", help="s3://.../model.tar.gz of one")
     parser.add_argument("--endpoint", required=True, help="name to give it")
     parser.add_argument("--role", required=True, help="ARN of the role that the endpoint assumes")
-    parser.add_argument("--instance-type", default="ml.g5.xlarge", help="of a real-time endpoint (default: %(default)s)")
+    parser.add_argument(
+        "--instance-type", default="ml.g5.xlarge", help="of a real-time endpoint (default: %(default)s)"
+    )
     parser.add_argument("--instances", type=int, default=1)
     parser.add_argument("--serverless", action="store_true")
     parser.add_argument("--memory-mb", type=int, default=6144, help="of a serverless one (default: %(default)s)")
@@ -113,9 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     endpoint = create(options, model_data, region)
     print(f"waiting for {options.endpoint}, which serves {model_data}")
     waiter = sagemaker.get_waiter("endpoint_in_service")
-    waiter.wait(
-        EndpointName=options.endpoint, WaiterConfig={"Delay": 15, "MaxAttempts": max(1, options.timeout // 15)}
-    )
+    waiter.wait(EndpointName=options.endpoint, WaiterConfig={"Delay": 15, "MaxAttempts": max(1, options.timeout // 15)})
     rows = [
         (answer["name"], answer.get("label", ", ".join(answer.get("labels", []))), f"{answer.get('score', 0):.2f}")
         for answer in ask(endpoint)

@@ -1,8 +1,8 @@
 """The handler of SageMaker's Hugging Face serving container: proteins in, predictions with the label names out.
 
-It lies in ``code/`` beside the model, with the library. The request is JSON (``{"inputs": "MKT..."}`` or a list), CSV or
-FASTA, as ``esm_efficient.inference.read_request`` has it; the response is a JSON list with one entry a sequence. Limits
-are set with the variables ``ESM_EFFICIENT_MAX_SEQUENCES`` and ``ESM_EFFICIENT_MAX_LENGTH`` (tokens) of the endpoint.
+It lies in ``code/`` beside the model, with the library. The request is JSON (``{"inputs": "MKT..."}`` or a list), CSV
+or FASTA, as ``esm_efficient.inference.read_request`` has it; the response is a JSON list with one entry a sequence.
+Limits are set with the endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` and ``ESM_EFFICIENT_MAX_LENGTH`` (tokens).
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python examples/sagemaker/prepare_data.py --place s3://BUCKET/esm2-membrane
     python examples/sagemaker/prepare_data.py --place output --data table.csv --task location
 
-The splits are written to PLACE/dataset. The table is DeepLoc-2.0's: downloaded from its authors, or a file of yours in its format; ``demo`` is the synthetic one.
-Whoever has other files loads them with ``load_sequences`` and goes on from there.
+The splits are written to PLACE/dataset. The table is DeepLoc-2.0's: downloaded from its authors, or a file of yours in
+its format; ``demo`` is the synthetic one. Whoever has other files loads them with ``load_sequences`` and goes on from
+there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Start the training job on SageMaker.
 
     python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --dry-run
-    python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --spot -- --epochs 3 --lora true
+    python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --spot -- --epochs 3
 
 What stands behind ``--`` are hyperparameters of train.py, checked here before anything is paid for. ``--dry-run`` makes
 the request and prints it instead of sending it, with what it will take of the GPU's memory. prepare_data.py has put the
@@ -68,7 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experiment", default="esm2", help="with --tracking (default: %(default)s)")
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--length", type=int, default=514, help="tokens of the longest protein, to predict memory")
-    parser.add_argument("--anyway", action="store_true", help="submit although the instance is predicted to be too small")
+    parser.add_argument(
+        "--anyway", action="store_true", help="submit although the instance is predicted to be too small"
+    )
     parser.add_argument("--wait", action="store_true", help="until the job has ended")
     parser.add_argument("--dry-run", action="store_true", help="print the request and send nothing")
     parser.add_argument("hyperparameters", nargs="*", help="behind --: what train.py takes")
@@ -91,12 +93,14 @@ def processes_of(options: argparse.Namespace) -> int:
 
 
 def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the job will take of the GPU, and whether that fits."""
+    """What the job will take of the GPU and whether that fits; for a dry run, or if it does not, what to take."""
     sizes = argparse.Namespace(**{"learning_rate": None, **given})
     recipe = make_recipe(sizes, processes_of(options) * options.instance_count)
     precision = None if given["precision"] == "auto" else given["precision"]
     asked = {"device": options.instance_type, "length": options.length, "precision": precision}
     cost = estimate(given["model_id"], recipe=recipe, **asked)
+    if cost.fits() and not options.dry_run:
+        return str(cost), True
     try:
         tried = ["base", "gc", "lora", "all"]
         better = recommend(given["model_id"], batch_size=recipe.batch_size, recipes=tried, progress=False, **asked)

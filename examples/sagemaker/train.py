@@ -1,9 +1,9 @@
 """The training job: tokenised splits in, a model to deploy out. SageMaker starts it; so can anybody, with any folder.
 
 Hyperparameters are the tutorial's; what is not given is the recipe's. Data, checkpoints and results lie where SageMaker
-says in its ``SM_*`` variables, and below the folder that holds ``SM_MODEL_DIR`` (``/opt/ml``). A job that was interrupted
-goes on from its last whole checkpoint. The exit status is 0 when the model is written, 143 when a signal ended the run
-after a checkpoint, and 1 with a reason in ``output/failure`` when something is wrong.
+says in its ``SM_*`` variables, and below the folder that holds ``SM_MODEL_DIR`` (``/opt/ml``). A job that was
+interrupted goes on from its last whole checkpoint. The exit status is 0 when the model is written, 143 when a signal
+ended the run after a checkpoint, and 1 with a reason in ``output/failure`` when something is wrong.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def check_same(folder: Path, options: argparse.Namespace, processes: int) -> Non
     before = json.loads(path.read_text()) if path.is_file() else now
     if changed := sorted(name for name in now if before.get(name) != now[name]):
         raise ConfigurationError(
-            f"{folder} holds checkpoints of a run with other values of {', '.join(changed)}: give them as they were, or "
-            "another place for checkpoints"
+            f"{folder} holds checkpoints of a run with other values of {', '.join(changed)}: give them as they were, "
+            "or another place for checkpoints"
         )
     if int(os.environ.get("RANK", 0)) == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,54 @@
+"""prepare_data.py: splits in S3 that come back as they were, and in a folder of one's own."""
+
+from __future__ import annotations
+
+import json
+
+from aws_on_loopback import BUCKET
+from datasets import load_from_disk
+
+from esm_efficient import load_deeploc, tokenize_dataset, write_demo_table
+
+
+def expected(tmp_path, tokenizer):
+    data = load_deeploc(write_demo_table(tmp_path / "demo.csv"), max_length=180)
+    return tokenize_dataset(data, tokenizer)[0]
+
+
+def test_splits_come_back_from_s3_as_they_were(aws, place, tmp_path, tokenizer):
+    folder = aws.download("work/dataset", tmp_path / "dataset")
+    found, data = load_from_disk(str(folder)), expected(tmp_path, tokenizer)
+    assert found.keys() == data.keys()
+    for name, split in data.items():
+        assert found[name].features == split.features
+        assert found[name][:] == split[:]
+    record = json.loads((folder / "task.json").read_text())
+    assert record["kind"] == "single_label_classification"
+    assert record["names"] == ["non-membrane", "membrane"]
+    assert record["sequences"] == {name: len(split) for name, split in data.items()}
+    assert record["longest"] == max(max(split["length"]) for split in data.values())
+    assert "work/created-by-esm-efficient.json" in aws.keys("work/created")
+
+
+def test_ten_locations_go_to_a_folder(aws, tmp_path):
+    done = aws.run(
+        "prepare_data.py", "--place", tmp_path / "out", "--data", "demo", "--task", "location", "--limit", 30,
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_from_disk(str(tmp_path / "out" / "dataset"))
+    assert len(found["train"]) == 30
+    assert len(found["test"]) == 10
+    record = json.loads((tmp_path / "out" / "dataset" / "task.json").read_text())
+    assert record["kind"] == "multi_label_classification"
+    assert len(record["names"]) == len(found["train"][0]["labels"]) == 10
+
+
+def test_what_a_user_can_mend_is_one_line(aws):
+    done = aws.run("prepare_data.py", "--place", "s3://no-such-bucket/x", "--data", "demo")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "no-such-bucket" in done.stderr or "NoSuchBucket" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = aws.run("prepare_data.py", "--place", f"s3://{BUCKET}", "--data", "demo")
+    assert "expected s3://bucket/prefix" in done.stderr

@@ -1,0 +1,192 @@
+"""submit.py: the request that SageMaker gets, field by field, and what is refused before anything is paid for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+
+import pytest
+from aws_on_loopback import BUCKET, ROLE, SCRIPTS
+from botocore.validate import ParamValidator
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from esm_efficient.profiling.callback import METRIC_DEFINITIONS
+
+IMAGE = (
+    "763104351884.dkr.ecr.us-east-1.amazonaws.com/huggingface-pytorch-training:"
+    "2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04"
+)
+MODEL = ("--model_id", "facebook/esm2_t6_8M_UR50D")
+
+
+def submit(aws, place, *options, hyperparameters=MODEL, **environment):
+    return aws.run("submit.py", "--place", place, "--role", ROLE, *options, "--", *hyperparameters, **environment)
+
+
+def channel(name, uri):
+    source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": source}, "InputMode": "File"}
+
+
+def check(aws, request):
+    """The request is one that SageMaker's service model takes."""
+    shape = aws.client("sagemaker").meta.service_model.operation_model("CreateTrainingJob").input_shape
+    assert not ParamValidator().validate(request, shape).has_errors()
+
+
+def test_the_request_field_by_field(aws, place):
+    arn = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/proteins"
+    done = submit(
+        aws, place, "--name", "membrane", "--run", "first", "--spot", "--max-hours", 2, "--volume-gb", 80,
+        "--tag", "team=structure", "--tracking", arn, "--experiment", "esm", "--instance-count", 2,
+        hyperparameters=[*MODEL, "--epochs", "3", "--lora", "True", "--use_gradient_checkpointing", "false"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    request = aws.sent("create_training_job")
+    check(aws, request)
+    name = request["TrainingJobName"]
+    assert re.fullmatch(r"membrane-\d{14}", name)
+    assert request == {
+        "TrainingJobName": name,
+        "HyperParameters": {
+            "model_id": "facebook/esm2_t6_8M_UR50D",
+            "epochs": "3.0",
+            "max_steps": "-1",
+            "lora": "true",
+            "lora_r": "8",
+            "lora_preset": "all-linear",
+            "per_device_train_batch_size": "8",
+            "per_device_eval_batch_size": "16",
+            "gradient_accumulation_steps": "1",
+            "use_gradient_checkpointing": "false",
+            "precision": "auto",
+            "class_weights": "true",
+            "save_steps": "100",
+            "logging_steps": "20",
+            "seed": "0",
+            "report_to": "mlflow",
+        },
+        "AlgorithmSpecification": {
+            "TrainingImage": IMAGE,
+            "TrainingInputMode": "File",
+            "MetricDefinitions": list(METRIC_DEFINITIONS),
+            "ContainerEntrypoint": ["/bin/bash"],
+            "ContainerArguments": request["AlgorithmSpecification"]["ContainerArguments"],
+        },
+        "RoleArn": ROLE,
+        "InputDataConfig": [
+            channel("dataset", f"{place}/dataset/"),
+            channel("code", f"{place}/jobs/{name}/input/code"),
+            channel("sm_drivers", f"{place}/jobs/{name}/input/sm_drivers"),
+        ],
+        "OutputDataConfig": {"S3OutputPath": f"{place}/output", "CompressionType": "GZIP"},
+        "ResourceConfig": {"InstanceType": "ml.g5.2xlarge", "InstanceCount": 2, "VolumeSizeInGB": 80},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 7200, "MaxWaitTimeInSeconds": 14400},
+        "Tags": [
+            {"Key": "created-by", "Value": "esm-efficient"},
+            {"Key": "run", "Value": "first"},
+            {"Key": "team", "Value": "structure"},
+        ],
+        "EnableManagedSpotTraining": True,
+        "CheckpointConfig": {"S3Uri": f"{place}/checkpoints/first", "LocalPath": "/opt/ml/checkpoints"},
+        "Environment": {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "MLFLOW_TRACKING_URI": arn,
+            "MLFLOW_EXPERIMENT_NAME": "esm",
+        },
+    }
+    assert aws.client("sagemaker").describe_training_job(TrainingJobName=name)["RoleArn"] == ROLE
+    code = f"work/jobs/{name}/input/code"
+    staged = {key.removeprefix(f"{code}/") for key in aws.keys(code)}
+    assert {"train.py", "inference.py", "requirements.txt", "esm_efficient/demo/model/config.json"} <= staged
+    assert not [key for key in staged if "__pycache__" in key]
+    body = aws.client("s3").get_object(Bucket=BUCKET, Key=f"{code}/requirements.txt")["Body"].read().decode()
+    assert "\nsagemaker-mlflow" in body
+    sources = json.loads(
+        aws.client("s3")
+        .get_object(Bucket=BUCKET, Key=f"work/jobs/{name}/input/sm_drivers/sourcecode.json")["Body"]
+        .read()
+    )
+    assert (sources["entry_script"], sources["requirements"]) == ("train.py", "requirements.txt")
+
+
+def test_a_dry_run_prints_the_request_and_sends_nothing(aws, place):
+    before = (len(aws.requests), aws.keys())
+    done = submit(aws, place, "--dry-run", "--warm-pool-minutes", 20, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (len(aws.requests), aws.keys()) == before
+    request = json.loads(done.stdout[done.stdout.index("\n{") :])
+    check(aws, request)
+    assert request["AlgorithmSpecification"]["TrainingImage"] == IMAGE
+    assert request["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 1200
+    assert "EnableManagedSpotTraining" not in request or request["EnableManagedSpotTraining"] is False
+    assert "MaxWaitTimeInSeconds" not in request["StoppingCondition"]
+    assert "fits A10G" in done.stdout
+    assert "recommended:" in done.stdout
+
+
+def test_a_job_that_the_instance_cannot_hold_is_refused_with_what_fits(aws, place):
+    before = len(aws.requests)
+    big = ["--model_id", "facebook/esm2_t36_3B_UR50D", "--lora", "false"]
+    done = submit(aws, place, "--instance-type", "ml.g4dn.xlarge", hyperparameters=big)
+    assert done.returncode == 1
+    assert "does not fit T4" in done.stdout
+    assert "LoRA on all-linear" in done.stdout
+    assert "ml.g4dn.xlarge is predicted to run out of memory" in done.stderr
+    assert len(aws.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "hyperparameters", "message"),
+    [
+        ([], ["--model_id", "somebody's/model"], "model_id: an apostrophe breaks"),
+        ([], ["--epoch", "3"], "unrecognized arguments: --epoch"),
+        ([], ["--lora", "maybe"], "'maybe' is neither true nor false"),
+        (["--spot", "--warm-pool-minutes", "5"], MODEL, "do not go together"),
+        (["--max-wait-hours", "5"], MODEL, "goes with --spot"),
+        (["--tag", "team"], MODEL, "expected KEY=VALUE"),
+        (["--place", "s3://bucket-alone"], MODEL, "expected s3://bucket/prefix"),
+        (["--instance-type", "ml.unknown.large"], MODEL, "no device or instance type is named"),
+    ],
+)
+def test_what_would_fail_later_is_refused_now(monkeypatch, capsys, options, hyperparameters, message):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import submit as script
+
+    arguments = ["--place", "s3://bucket/prefix", "--role", ROLE, *options, "--dry-run", "--", *hyperparameters]
+    with pytest.raises(script.ConfigurationError, match=re.escape(message)):
+        script.main(arguments)
+
+
+def test_the_place_of_somebody_else_is_refused(aws, place):
+    aws.client("s3").put_object(Bucket=BUCKET, Key="other/paper.txt", Body=b"not ours")
+    done = submit(aws, f"s3://{BUCKET}/other")
+    assert done.returncode == 1
+    assert "holds 1 object(s) that these scripts did not put there" in done.stderr
+    assert aws.keys("other") == ["other/paper.txt"]
+
+
+def test_the_requirements_are_the_librarys_without_torch():
+    lines = (SCRIPTS / "requirements.txt").read_text().splitlines()
+    found = sorted(line for line in lines if not line.startswith("#"))
+    needed = [r for r in importlib.metadata.requires("esm-efficient-finetuning") if "extra" not in r]
+    assert found == sorted(line for line in needed if Requirement(line).name != "torch")
+
+
+@pytest.mark.parametrize("scope", ["training", "inference"])
+def test_images_are_the_newest_that_the_library_supports(monkeypatch, scope):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import aws
+
+    image = aws.find_image(scope, "eu-west-1", "ml.g5.2xlarge")
+    assert "eu-west-1" in image.uri
+    assert f"transformers{image.transformers}" in image.uri
+    assert Version(image.transformers) >= Version("5.3")
+    assert Version(image.torch) >= Version("2.6")
+    wanted = {"transformers": Requirement("transformers>=99").specifier, "torch": Requirement("torch>=2.6").specifier}
+    monkeypatch.setattr(aws, "library_requirements", lambda: wanted)
+    with pytest.raises(aws.ConfigurationError, match=r"newest .* image has transformers 5.* wants transformers>=99"):
+        aws.find_image(scope, "eu-west-1", "ml.g5.2xlarge")
