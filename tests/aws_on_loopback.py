@@ -46,6 +46,14 @@ class Aws:
         from moto.server import ThreadedMotoServer
 
         self.requests: list[tuple[str, dict]] = []
+        self.operations: list[str] = []
+        call_action = SageMakerResponse.call_action
+
+        def noted(response):
+            self.operations.append(response._get_action())
+            return call_action(response)
+
+        SageMakerResponse.call_action = noted
         for name in ("describe_model", "describe_endpoint", "describe_endpoint_config"):
             setattr(SageMakerResponse, name, without_empty(getattr(SageMakerResponse, name)))
         for name in ("create_training_job", "create_model", "create_endpoint_config", "create_endpoint"):

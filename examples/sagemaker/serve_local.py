@@ -50,11 +50,6 @@ class Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             self.refuse(error.status, str(error))
 
-    def other_method(self) -> None:
-        self.refuse(405, "expected GET /ping or POST /invocations")
-
-    do_PUT = do_DELETE = do_HEAD = do_PATCH = do_OPTIONS = other_method
-
     def read_body(self) -> bytes:
         """The body, of which no more is read than may be there."""
         length = self.headers.get("Content-Length", "")
@@ -66,6 +61,10 @@ class Handler(BaseHTTPRequestHandler):
         if len(body) < int(length):
             raise RequestError(f"the body has {len(body)} bytes, not {length}")
         return body
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server finds wrong with a request by itself; it calls an unknown method 501."""
+        self.refuse(405 if code == 501 else code, message or "bad request")
 
     def refuse(self, status: int, message: str) -> None:
         # What is left of a body that was not read must not be taken for the next request.

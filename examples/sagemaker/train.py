@@ -9,6 +9,7 @@ ended the run after a checkpoint, and 1 with a reason in ``output/failure`` when
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -17,8 +18,9 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 
 import esm_efficient
 from esm_efficient import (
@@ -27,6 +29,7 @@ from esm_efficient import (
     ConfigurationError,
     DataError,
     EsmEfficientError,
+    FinetuneResult,
     Recipe,
     Task,
     TrainingInterrupted,
@@ -118,6 +121,15 @@ def read_task(folder: Path) -> tuple[Task, str]:
     return Task(record["kind"], tuple(record["names"])), record["dataset"]
 
 
+def tracked(options: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """One run of the tracker around everything; the Trainer alone would end it before the last figures."""
+    if options.report_to != "mlflow" or int(os.environ.get("RANK", 0)) > 0:
+        return contextlib.nullcontext()
+    import mlflow
+
+    return mlflow.start_run(run_name=os.environ.get("TRAINING_JOB_NAME"))
+
+
 def add_code(folder: Path) -> None:
     """What the serving container needs beside the model: the handler, the library, and what that needs."""
     code = folder / "code"
@@ -153,7 +165,26 @@ def run(arguments: list[str], root: Path) -> None:
     if resumed is not None:
         logger.info("going on from %s", resumed)
     base = os.environ.get("SM_CHANNEL_MODEL", options.model_id)
-    result = finetune(
+    with tracked(options) as tracker:
+        result = train(options, base, data, task, recipe, checkpoints, resumed)
+        if tracker is not None:
+            import mlflow
+
+            mlflow.log_metrics({f"eval_{name}": value for name, value in result.metrics.items()})
+    if int(os.environ.get("RANK", 0)) == 0:
+        publish(result, options.model_id, name)
+
+
+def train(
+    options: argparse.Namespace,
+    base: str,
+    data: DatasetDict,
+    task: Task,
+    recipe: Recipe,
+    checkpoints: Path,
+    resumed: Path | None,
+) -> FinetuneResult:
+    return finetune(
         base,
         data,
         recipe=recipe,
@@ -177,15 +208,18 @@ def run(arguments: list[str], root: Path) -> None:
         report_to=options.report_to,
         disable_tqdm=True,
     )
-    if int(os.environ.get("RANK", 0)) == 0:
-        # In the form of the Trainer's own lines, which the job's metric definitions read.
-        logger.info("%s", {f"eval_{name}": str(value) for name, value in result.metrics.items()})
-        model_dir = Path(os.environ["SM_MODEL_DIR"])
-        export_model(result, model_dir, base_model=options.model_id, dataset=name)
-        add_code(model_dir)
-        if folder := os.environ.get("SM_OUTPUT_DATA_DIR"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            shutil.copy(result.result_path, folder)
+
+
+def publish(result: FinetuneResult, base_model: str, dataset: str) -> None:
+    """Write the artifact, and the figures beside it."""
+    # In the form of the Trainer's own lines, which the job's metric definitions read.
+    logger.info("%s", {f"eval_{name}": str(value) for name, value in result.metrics.items()})
+    model_dir = Path(os.environ["SM_MODEL_DIR"])
+    export_model(result, model_dir, base_model=base_model, dataset=dataset)
+    add_code(model_dir)
+    if folder := os.environ.get("SM_OUTPUT_DATA_DIR"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(result.result_path, folder)
 
 
 def main() -> int:

@@ -1,0 +1,245 @@
+"""deploy.py and cleanup.py: endpoints that are made, asked and deleted, and what must not be deleted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import requests
+from aws_on_loopback import BUCKET, ROLE, SCRIPTS
+from moto.iam.access_control import IAMPolicy, PermissionResult
+
+from esm_efficient.demo.proteins import KNOWN_PROTEINS
+
+GPU = "ml.g4dn.xlarge"  # of those that moto knows
+IMAGE = "huggingface-pytorch-inference:2.6.0-transformers5.5.3-{}-py312-"
+
+
+@pytest.fixture
+def job(aws):
+    """A training job that has ended."""
+    aws.client("sagemaker").create_training_job(
+        TrainingJobName="job",
+        AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
+        RoleArn=ROLE,
+        OutputDataConfig={"S3OutputPath": f"s3://{BUCKET}/work/output"},
+        ResourceConfig={"InstanceType": "ml.g5.2xlarge", "InstanceCount": 1, "VolumeSizeInGB": 30},
+        StoppingCondition={"MaxRuntimeInSeconds": 60},
+    )
+    return "job"
+
+
+def will_answer(aws, answers):
+    """What moto's endpoints say next."""
+    results = [{"Body": json.dumps(answers), "ContentType": "application/json"}]
+    requests.post(f"{aws.address}/moto-api/static/sagemaker/endpoint-results", json={"results": results}, timeout=20)
+
+
+def deploy(aws, name, *options):
+    answers = [
+        {"name": protein, "label": "membrane", "score": 0.875, "probabilities": {}} for protein in KNOWN_PROTEINS
+    ]
+    will_answer(aws, answers)
+    return aws.run("deploy.py", "--job", "job", "--endpoint", name, "--role", ROLE, *options)
+
+
+def exists(aws, kind, name):
+    word = "".join(part.title() for part in kind.split("_"))
+    sagemaker = aws.client("sagemaker")
+    try:
+        return getattr(sagemaker, f"describe_{kind}")(**{f"{word}Name": name})
+    except sagemaker.exceptions.ClientError:
+        return None
+
+
+@pytest.mark.parametrize("serverless", [False, True], ids=["real-time", "serverless"])
+def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
+    name = "serverless" if serverless else "real-time"
+    options = (
+        ("--serverless", "--memory-mb", 4096, "--concurrency", 3)
+        if serverless
+        else ("--instances", 2, "--instance-type", GPU)
+    )
+    done = deploy(aws, name, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for protein in KNOWN_PROTEINS:
+        assert protein in done.stdout
+    assert done.stdout.count("membrane    0.88") == len(KNOWN_PROTEINS)
+
+    model = aws.sent("create_model")
+    container = model["PrimaryContainer"]
+    assert IMAGE.format("cpu" if serverless else "gpu") in container["Image"]
+    assert container["ModelDataUrl"] == f"s3://{BUCKET}/work/output/job/output/model.tar.gz"
+    assert container["Environment"] == {"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_LENGTH": "1024"}
+    assert model["ExecutionRoleArn"] == ROLE
+    (variant,) = aws.sent("create_endpoint_config")["ProductionVariants"]
+    assert variant["ModelName"] == model["ModelName"] == name
+    if serverless:
+        assert variant["ServerlessConfig"] == {"MemorySizeInMB": 4096, "MaxConcurrency": 3}
+        assert "InstanceType" not in variant
+    else:
+        assert (variant["InstanceType"], variant["InitialInstanceCount"]) == (GPU, 2)
+    assert exists(aws, "endpoint", name)["EndpointStatus"] == "InService"
+    for request in (model, aws.sent("create_endpoint_config"), aws.sent("create_endpoint")):
+        assert {"Key": "created-by", "Value": "esm-efficient"} in request["Tags"]
+
+    again = aws.run("deploy.py", "--job", "job", "--endpoint", name, "--role", ROLE)
+    assert "there is an endpoint named" in again.stderr
+    asked = aws.run("cleanup.py", "--endpoint", name)
+    assert asked.returncode == 1
+    assert f"endpoint {name}" in asked.stderr
+    assert exists(aws, "endpoint", name)
+    assert aws.run("cleanup.py", "--endpoint", name, "--yes").returncode == 0
+    assert not any(exists(aws, kind, name) for kind in ("endpoint", "endpoint_config", "model"))
+    last = aws.run("cleanup.py", "--endpoint", name, "--yes")
+    assert (last.returncode, last.stdout) == (0, "nothing is left to delete\n")
+
+
+def test_what_is_left_of_an_endpoint_goes_too(aws, job):
+    assert deploy(aws, "half", "--serverless").returncode == 0
+    aws.client("sagemaker").delete_endpoint(EndpointName="half")
+    done = aws.run("cleanup.py", "--endpoint", "half", "--yes")
+    assert done.stdout == "deleted endpoint config half\ndeleted model half\n"
+
+
+def test_the_endpoint_of_somebody_else_is_refused_whole(aws):
+    aws.client("sagemaker").create_model(
+        ModelName="theirs",
+        ExecutionRoleArn=ROLE,
+        PrimaryContainer={"Image": "i"},
+        Tags=[{"Key": "created-by", "Value": "x"}],
+    )
+    aws.client("s3").put_object(Bucket=BUCKET, Key="ours/created-by-esm-efficient.json", Body=b"{}")
+    done = aws.run("cleanup.py", "--endpoint", "theirs", "--place", f"s3://{BUCKET}/ours", "--yes")
+    assert done.returncode == 1
+    assert "was not made by these scripts" in done.stderr
+    assert exists(aws, "model", "theirs")
+    assert aws.keys("ours")
+
+
+def test_a_place_is_emptied_with_all_its_versions_and_nothing_beside_it(aws):
+    s3 = aws.client("s3")
+    s3.create_bucket(Bucket="versions")
+    s3.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    for name in ("created-by-esm-efficient.json", *(f"checkpoints/{i}" for i in range(1500)), "checkpoints/1"):
+        s3.put_object(Bucket="versions", Key=f"place/{name}", Body=b"1")
+    s3.delete_object(Bucket="versions", Key="place/checkpoints/2")
+    s3.put_object(Bucket="versions", Key="place-of-others/data", Body=b"1")
+    done = aws.run("cleanup.py", "--place", "s3://versions/place", "--yes")
+    assert done.returncode == 0, done.stderr[-2000:]
+    left = s3.list_object_versions(Bucket="versions")
+    assert [item["Key"] for item in left["Versions"]] == ["place-of-others/data"]
+    assert not left.get("DeleteMarkers")
+    assert aws.run("cleanup.py", "--place", "s3://versions/place", "--yes").stdout == "nothing is left to delete\n"
+    for place in ("s3://versions/place-of-others", "s3://versions/place-of"):
+        done = aws.run("cleanup.py", "--place", place, "--yes")
+        assert s3.list_objects_v2(Bucket="versions")["KeyCount"] == 1
+    assert aws.run("cleanup.py", "--place", "s3://versions", "--yes").returncode == 1
+    assert aws.run("cleanup.py", "--yes").returncode == 2
+
+
+def test_a_job_without_a_model_is_refused(aws, job, monkeypatch):
+    from moto.sagemaker.models import FakeTrainingJob
+
+    status = property(lambda self: "Failed", lambda self, value: None)
+    monkeypatch.setattr(FakeTrainingJob, "training_job_status", status, raising=False)
+    describe = FakeTrainingJob.response_object.fget
+    monkeypatch.setattr(
+        FakeTrainingJob, "response_object", property(lambda self: describe(self) | {"TrainingJobStatus": "Failed"})
+    )
+    done = aws.run("deploy.py", "--job", "job", "--endpoint", "none", "--role", ROLE)
+    assert done.returncode == 1
+    assert "job is Failed" in done.stderr
+
+
+def test_the_whole_path_leaves_nothing_behind_and_needs_what_the_policy_allows(aws, place, job):
+    """What prepare_data.py and submit.py have put into S3 is gone after one call."""
+    before = len(aws.operations)
+    path = f"s3://{BUCKET}/path"
+    assert aws.run("prepare_data.py", "--place", path, "--data", "demo", "--limit", 20).returncode == 0
+    model = ("--model_id", "facebook/esm2_t6_8M_UR50D")
+    assert aws.run("submit.py", "--place", path, "--role", ROLE, "--", *model).returncode == 0
+    assert len(aws.keys("path/")) > 50
+    assert deploy(aws, "path", "--serverless").returncode == 0
+    others = set(aws.keys()) - set(aws.keys("path/"))
+    done = aws.run("cleanup.py", "--place", path, "--endpoint", "path", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert set(aws.keys()) == others
+    used = set(aws.operations[before:])
+    assert {"CreateTrainingJob", "CreateEndpoint", "DeleteModel"} <= used
+    policy = policy_of("caller_policy.json")
+    for operation in used:
+        resource = f"arn:aws:sagemaker:us-east-1:123456789012:{kind_of(operation)}/name"
+        assert permits(policy, f"sagemaker:{operation}", resource), operation
+
+
+def policy_of(name):
+    text = (SCRIPTS / name).read_text()
+    given = {"BUCKET": BUCKET, "PREFIX": "work", "REGION": "us-east-1", "ACCOUNT": "123456789012"}
+    for word, value in {**given, "role/ROLE": "role/sagemaker"}.items():
+        text = text.replace(word, value)
+    return json.loads(text)
+
+
+def kind_of(operation):
+    """The kind of thing that an operation of SageMaker is on, as in its ARN."""
+    if operation in ("AddTags", "ListTags"):
+        return "endpoint"
+    kinds = [("TrainingJob", "training-job"), ("EndpointConfig", "endpoint-config"), ("Endpoint", "endpoint")]
+    kinds.append(("Model", "model"))
+    return next(kind for word, kind in kinds if operation.endswith(word))
+
+
+def permits(policy, action, resource):
+    """Whether a policy allows an action, by moto's own reading of policies, conditions left out."""
+    statements = [{k: v for k, v in s.items() if k != "Condition"} for s in policy["Statement"]]
+    document = json.dumps({"Version": policy["Version"], "Statement": statements})
+    return IAMPolicy(document).is_action_permitted(action, resource) == PermissionResult.PERMITTED
+
+
+OBJECT, LOGS = "arn:aws:s3:::{}/{}", "arn:aws:logs:us-east-1:123456789012:log-group:{}"
+IMAGES = "arn:aws:ecr:us-east-1:763104351884:repository"
+JOBS = "arn:aws:sagemaker:us-east-1:123456789012:training-job"
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "resource", "allowed"),
+    [
+        ("role_policy.json", "s3:GetObject", OBJECT.format(BUCKET, "work/dataset/task.json"), True),
+        ("role_policy.json", "s3:PutObject", OBJECT.format(BUCKET, "work/output/job/model.tar.gz"), True),
+        ("role_policy.json", "s3:ListBucket", f"arn:aws:s3:::{BUCKET}", True),
+        ("role_policy.json", "logs:PutLogEvents", LOGS.format("/aws/sagemaker/TrainingJobs:log-stream:x"), True),
+        ("role_policy.json", "ecr:BatchGetImage", f"{IMAGES}/huggingface-pytorch-training", True),
+        ("role_policy.json", "ecr:BatchGetImage", f"{IMAGES}/autogluon-training", False),
+        ("role_policy.json", "s3:GetObject", OBJECT.format(BUCKET, "others/data"), False),
+        ("role_policy.json", "s3:GetObject", OBJECT.format("other", "work/dataset"), False),
+        ("role_policy.json", "s3:DeleteObject", OBJECT.format(BUCKET, "work/dataset/task.json"), False),
+        ("role_policy.json", "logs:PutLogEvents", LOGS.format("/aws/lambda/x"), False),
+        ("role_policy.json", "iam:PassRole", ROLE, False),
+        ("role_policy.json", "sagemaker:CreateTrainingJob", f"{JOBS}/x", False),
+        ("caller_policy.json", "sagemaker:CreateTrainingJob", f"{JOBS}/x", True),
+        ("caller_policy.json", "s3:DeleteObjectVersion", OBJECT.format(BUCKET, "work/x"), True),
+        ("caller_policy.json", "iam:PassRole", ROLE, True),
+        ("caller_policy.json", "s3:DeleteObject", OBJECT.format(BUCKET, "others/x"), False),
+        ("caller_policy.json", "s3:DeleteBucket", f"arn:aws:s3:::{BUCKET}", False),
+        ("caller_policy.json", "iam:PassRole", "arn:aws:iam::123456789012:role/admin", False),
+    ],
+)  # fmt: skip
+def test_the_policies_allow_what_is_needed_and_no_more(name, action, resource, allowed):
+    assert permits(policy_of(name), action, resource) == allowed
+
+
+def test_aws_takes_the_policies(aws):
+    iam = aws.client("iam")
+    trust = policy_of("role_trust.json")
+    assert trust["Statement"][0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
+    iam.create_role(RoleName="sagemaker", AssumeRolePolicyDocument=json.dumps(trust))
+    for name in ("role_policy.json", "caller_policy.json"):
+        policy = policy_of(name)
+        iam.put_role_policy(RoleName="sagemaker", PolicyName=name, PolicyDocument=json.dumps(policy))
+        assert not [s for s in policy["Statement"] if "*" in s["Action"] or s["Action"] == "*"]
+    # What a resource cannot narrow, a condition does.
+    (metrics,) = [s for s in policy_of("role_policy.json")["Statement"] if s["Sid"] == "WriteMetrics"]
+    assert metrics["Condition"]["StringLike"]["cloudwatch:namespace"]
+    (listing,) = [s for s in policy_of("role_policy.json")["Statement"] if s["Sid"] == "ListThePlace"]
+    assert listing["Condition"]["StringLike"]["s3:prefix"] == ["work/*"]

@@ -1,0 +1,189 @@
+"""serve_local.py as a process on loopback: right under load, flat in memory, and 4xx for whatever is wrong."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from aws_on_loopback import SCRIPTS
+from conftest import make_model
+
+from esm_efficient import Predictor, compat
+
+REQUESTS, CLIENTS, BAD = 10_000, 8, 2_000
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    model = make_model(id2label={0: "soluble", 1: "membrane"}, label2id={"soluble": 0, "membrane": 1})
+    compat.save_under_own_names(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model_dir):
+    command = [sys.executable, "-W", "ignore", SCRIPTS / "serve_local.py", "--model", model_dir, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    assert "serving" in line, line
+    process.port = int(line.rsplit(":", 1)[1])
+    yield process
+    assert process.poll() is None
+    process.terminate()
+    process.wait(timeout=20)
+
+
+def call(port, method="POST", path="/invocations", body=None, headers=JSON):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    return response.status, json.loads(text)
+
+
+def sequence(rng: random.Random) -> str:
+    return "".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=rng.randint(5, 60)))
+
+
+def test_ping_and_the_three_kinds_of_bodies(server, model_dir):
+    assert call(server.port, "GET", "/ping", headers={}) == (200, {})
+    (expected,) = Predictor.load(model_dir).predict(["MKTAYIAKQR"])
+    bodies = {
+        "application/json": json.dumps({"inputs": [{"name": "P1", "sequence": "MKTAYIAKQR"}]}),
+        "text/csv": "name,sequence\nP1,MKTAYIAKQR\n",
+        "text/x-fasta": ">P1 of somebody\nMKTAY\nIAKQR\n",
+    }
+    for content_type, body in bodies.items():
+        status, (answer,) = call(server.port, body=body, headers={"Content-Type": content_type})
+        assert status == 200
+        assert answer["name"] == "P1"
+        assert answer["label"] == expected.labels[0]
+        assert answer["probabilities"] == pytest.approx(expected.to_dict()["probabilities"], abs=1e-6)
+
+
+def test_ten_thousand_requests_from_eight_clients(server, model_dir):
+    rng = random.Random(0)
+    pool = [sequence(rng) for _ in range(200)]
+    expected = [p.to_dict()["probabilities"]["membrane"] for p in Predictor.load(model_dir).predict(pool)]
+    resident: list[int] = []
+    done, lock = [0], threading.Lock()
+
+    def client(seed: int) -> int:
+        """Its share of the requests over one connection; how many were answered rightly."""
+        own, right = random.Random(seed), 0
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        for _ in range(REQUESTS // CLIENTS):
+            chosen = [own.randrange(len(pool)) for _ in range(own.randint(1, 3))]
+            connection.request("POST", "/invocations", json.dumps({"inputs": [pool[i] for i in chosen]}), JSON)
+            response = connection.getresponse()
+            answers = json.loads(response.read())
+            assert response.status == 200
+            found = [answer["probabilities"]["membrane"] for answer in answers]
+            right += found == pytest.approx([expected[i] for i in chosen], abs=1e-6)
+            with lock:
+                done[0] += 1
+                if done[0] % 1000 == 0:
+                    resident.append(psutil.Process(server.pid).memory_info().rss)
+        connection.close()
+        return right
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        assert sum(clients.map(client, range(CLIENTS))) == REQUESTS
+    assert len(resident) == REQUESTS // 1000
+    # Nine thousand requests that kept a kilobyte each would be at 9 MB.
+    assert max(resident[1:]) - resident[0] < 4 * 1024**2, [r / 1024**2 for r in resident]
+
+
+def bad_request(rng: random.Random) -> tuple[bytes, dict[str, str]]:
+    """A body that holds no valid request, whatever is drawn, and its headers."""
+    good = json.dumps({"inputs": [sequence(rng)]}).encode()
+    kind = rng.randrange(10)
+    content_type = rng.choice(["application/json", "text/csv", "text/x-fasta"])
+    if kind == 0:
+        body = b"\xff" + rng.randbytes(rng.randint(0, 300))
+    elif kind == 1:
+        body, content_type = good[: rng.randint(0, len(good) - 2)], "application/json"
+    elif kind == 2:
+        body, content_type = (
+            good,
+            rng.choice(["text/plain", "application/x-npy", "image/png", "x", "multipart/form-data"]),
+        )
+    elif kind == 3:
+        value = rng.choice([None, 1, 1.5, True, {}, [[]], [None], [1], "", " ", "*", "-", [{"sequence": 5}], [{}], []])
+        body, content_type = json.dumps({"inputs": value}).encode(), "application/json"
+    elif kind == 4:
+        value = sequence(rng) + rng.choice("0123456789!@#\u00e9\u4e2d\u0000/\\<>") + sequence(rng)
+        body, content_type = json.dumps({"inputs": value}).encode(), "application/json"
+    elif kind == 5:
+        body, content_type = json.dumps({"inputs": "M" * rng.randint(1023, 5000)}).encode(), "application/json"
+    elif kind == 6:
+        body, content_type = json.dumps({"inputs": ["MK"] * rng.randint(1001, 1500)}).encode(), "application/json"
+    elif kind == 7:
+        body, content_type = b"[" * rng.randint(1, 100_000), "application/json"
+    elif kind == 8:
+        body, content_type = f"id,label\n{sequence(rng)},1\n".encode(), "text/csv"
+    else:
+        body, content_type = f"{sequence(rng)}\n>x\n".encode(), "text/x-fasta"
+    return body, {"Content-Type": content_type}
+
+
+def test_two_thousand_bad_bodies_are_all_refused_and_the_server_lives(server):
+    rng = random.Random(1)
+    seen: dict[int, int] = {}
+    for _ in range(BAD):
+        body, headers = bad_request(rng)
+        status, answer = call(server.port, body=body, headers=headers)
+        assert 400 <= status < 500, (status, body[:200], headers)
+        assert answer["error"]
+        seen[status] = seen.get(status, 0) + 1
+    assert set(seen) == {400, 413, 415}
+    assert call(server.port, "GET", "/ping", headers={}) == (200, {})
+    assert call(server.port, body='{"inputs": "MKT"}')[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status"),
+    [
+        ("GET", "/", None, {}, 404),
+        ("GET", "/invocations", None, {}, 404),
+        ("POST", "/ping", '{"inputs": "MK"}', JSON, 404),
+        ("PUT", "/invocations", '{"inputs": "MK"}', JSON, 405),
+        ("BREW", "/invocations", None, {}, 405),
+        ("POST", "/invocations", '{"inputs": "MK"}', {**JSON, "Accept": "text/html"}, 406),
+        ("POST", "/invocations", None, {**JSON, "Content-Length": "many"}, 411),
+        ("POST", "/invocations", None, {**JSON, "Content-Length": "-5"}, 411),
+        ("POST", "/invocations", None, {**JSON, "Content-Length": "9" * 30}, 413),
+        ("POST", "/invocations", None, {**JSON, "Content-Length": "7000000"}, 413),
+    ],
+)
+def test_other_paths_methods_and_headers_are_refused(server, method, path, body, headers, status):
+    found, answer = call(server.port, method, path, body, headers)
+    assert found == status
+    assert answer["error"]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST /invocations HTTP/1.1\r\nbroken\r\n\r\n"]
+)
+def test_what_is_no_http_ends_its_own_connection_alone(server, raw):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(raw)
+        answer = connection.recv(4096)
+    assert b" 4" in answer.split(b"\r\n")[0] or b'"error"' in answer
+    # A client that goes away in the middle of its body.
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"POST /invocations HTTP/1.1\r\nContent-Length: 500\r\n\r\nabc")
+    assert call(server.port, "GET", "/ping", headers={}) == (200, {})

@@ -1,0 +1,125 @@
+"""train.py's hyperparameters and failures, and its tracking, without the driver around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from aws_on_loopback import SCRIPTS
+
+from esm_efficient import demo_model_path
+
+
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import train
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    options = ["--place", folder, "--data", "demo", "--max-residues", "150", "--limit", "24"]
+    done = subprocess.run([sys.executable, SCRIPTS / "prepare_data.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "dataset"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, dataset):
+    monkeypatch.setenv("SM_MODEL_DIR", str(tmp_path / "model"))
+    monkeypatch.setenv("SM_OUTPUT_DATA_DIR", str(tmp_path / "output" / "data"))
+    monkeypatch.setenv("SM_CHANNEL_DATASET", str(dataset))
+    monkeypatch.setenv("SM_CHANNEL_MODEL", demo_model_path())
+    return tmp_path
+
+
+def run(monkeypatch, train, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return train.main()
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1", "yes"])
+def test_booleans_come_as_either_launcher_writes_them(train, text):
+    no = {"true": "false", "True": "False", "1": "0", "yes": "no"}[text]
+    options = train.make_parser().parse_args(["--lora", text, "--use_gradient_checkpointing", no])
+    assert options.lora is True
+    assert options.use_gradient_checkpointing is False
+
+
+def test_the_rate_follows_the_batch_of_all_processes(train):
+    parse = train.make_parser().parse_args
+    assert train.make_recipe(parse([]), 1).learning_rate == pytest.approx(1e-3)
+    assert train.make_recipe(parse(["--gradient_accumulation_steps", "4"]), 1).learning_rate == pytest.approx(2e-3)
+    assert train.make_recipe(parse([]), 4).learning_rate == pytest.approx(2e-3)
+    full = train.make_recipe(parse(["--lora", "false", "--per_device_train_batch_size", "2"]), 4)
+    assert (full.trains, full.learning_rate) == ("all", pytest.approx(1e-4))
+    assert train.make_recipe(parse(["--learning_rate", "3e-5"]), 4).learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+        (["--lora", "perhaps"], "'perhaps' is neither true nor false"),
+        (["--epochs", "many"], "invalid float value: 'many'"),
+        (["--lora_preset", "everything"], "everything"),
+        (["--precision", "fp8"], "invalid choice: 'fp8'"),
+    ],
+)
+def test_what_is_wrong_stands_in_the_failure_file(train, job, monkeypatch, arguments, message):
+    assert run(monkeypatch, train, *arguments) == 1
+    failure = (job / "output" / "failure").read_text()
+    assert message in failure[:1024]
+    assert "Traceback" in failure
+    assert not (job / "model").exists()
+
+
+def test_a_missing_channel_and_what_is_no_dataset_are_named(train, job, monkeypatch, tmp_path):
+    monkeypatch.delenv("SM_CHANNEL_DATASET")
+    assert run(monkeypatch, train) == 1
+    assert "no channel named dataset" in (job / "output" / "failure").read_text()
+    (job / "output" / "failure").unlink()
+    monkeypatch.setenv("SM_CHANNEL_DATASET", str(tmp_path))
+    assert run(monkeypatch, train) == 1
+    assert "has no task.json" in (job / "output" / "failure").read_text()
+
+
+def test_what_nobody_foresaw_is_raised_and_stands_in_the_failure_file(train, job, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(train, "finetune", broken)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        run(monkeypatch, train)
+    assert (job / "output" / "failure").read_text().startswith("RuntimeError: the disk is gone")
+
+
+def test_a_tracked_run_and_one_that_must_not_go_on_from_it(job):
+    """Real processes: a tracker lives as long as its process."""
+    store = f"sqlite:///{job}/mlflow.db"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": "proteins"}
+    command = [sys.executable, "-W", "ignore", SCRIPTS / "train.py", "--max_steps", "3", "--lora", "false"]
+    command += ["--save_steps", "2", "--logging_steps", "1", "--report_to", "mlflow"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((job / "model" / "metrics.json").read_text())
+    assert record["recipe"] == "base"
+    assert record["trained_layers"] == [0, 1, 2, 3]
+    assert not (job / "model" / "adapter").exists()
+
+    client = pytest.importorskip("mlflow").MlflowClient(store)
+    experiment = client.get_experiment_by_name("proteins")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(tracked.info.run_id, "loss")] == [1, 2, 3]
+    assert tracked.data.metrics["eval_accuracy"] == record["metrics"]["accuracy"]
+
+    again = subprocess.run([*command, "--seed", "1"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "other values of seed" in (job / "output" / "failure").read_text()
