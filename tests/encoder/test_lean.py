@@ -197,7 +197,7 @@ def test_two_hundred_steps_end_at_the_plain_models_weights():
 
 @pytest.mark.parametrize("recompute", RECOMPUTES)
 def test_lora_dropout_drops_what_the_seeds_say(recompute, monkeypatch):
-    model = build(adapters=None, trains="all-linear")
+    model = build(adapters=None, trains="all-linear", dtype=torch.float64)  # the loss may be near zero
     for module in model.modules():
         if isinstance(module, nn.ModuleDict) and "default" in module and isinstance(module["default"], nn.Identity):
             module["default"] = nn.Dropout(0.4)

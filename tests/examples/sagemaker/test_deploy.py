@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
 import pytest
-import requests
 from aws_on_loopback import BUCKET, ROLE, SCRIPTS
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
@@ -32,7 +32,9 @@ def job(aws):
 def will_answer(aws, answers):
     """What moto's endpoints say next."""
     results = [{"Body": json.dumps(answers), "ContentType": "application/json"}]
-    requests.post(f"{aws.address}/moto-api/static/sagemaker/endpoint-results", json={"results": results}, timeout=20)
+    body = json.dumps({"results": results}).encode()
+    request = urllib.request.Request(f"{aws.address}/moto-api/static/sagemaker/endpoint-results", body)
+    urllib.request.urlopen(request, timeout=20).close()
 
 
 def deploy(aws, name, *options):
