@@ -72,7 +72,6 @@ class Aws:
             "AWS_SECRET_ACCESS_KEY": "testing",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "SAGEMAKER_VALIDATE_ROLE": "false",
             "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

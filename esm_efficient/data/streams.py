@@ -54,6 +54,8 @@ def stream_splits(
 ) -> IterableDatasetDict:
     """Shuffled splits of a table, as streams that hold a thousand rows in memory.
 
+    Shuffling holds one bucket: 10,000 rows, or of more than 1.28 million rows a 128th.
+
     Args:
         table: an Arrow stream of record batches, with ``sequence``, ``accession`` and, if there are any, ``split`` and
             ``partition``. The shuffled splits are made beside it, unless they are there already.

@@ -120,6 +120,8 @@ class Predictor:
         folder = Path(folder)
         adapter = folder / "adapter_config.json"
         home = folder / "base_config" if adapter.is_file() else folder
+        if adapter.is_file() and not (folder / "adapter_model.safetensors").is_file():
+            raise ConfigurationError(f"{folder} has no adapter_model.safetensors, and pickled weights are not read")
         if not (home / "config.json").is_file():
             raise ConfigurationError(f"{folder} has no {home.name}/config.json: expected the folder of a saved model")
         config = AutoConfig.from_pretrained(home)

@@ -37,13 +37,14 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
         self.signals = signals
         self._before: dict[signal.Signals, Any] = {}
-        self._asked = False
+        # What this rank heard, and what all ranks have agreed on, are two things: a signal may come in between.
+        self._heard = self._agreed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Listen."""
-        self._asked = False
+        self._heard = self._agreed = False
         self._before = {number: signal.signal(number, self._hear) for number in self.signals}
 
     def on_train_end(
@@ -56,7 +57,7 @@ class CheckpointCallback(TrainerCallback):
         """Ask for a checkpoint if a rank has heard the signal."""
         if self._anybody_heard(args.device):
             logger.warning("ending after step %d: a signal asked for it", state.global_step)
-            self._asked = control.should_save = control.should_training_stop = True
+            self._agreed = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """List the files; end the run if that was asked for.
@@ -69,7 +70,7 @@ class CheckpointCallback(TrainerCallback):
         if state.is_world_process_zero:
             sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
             (folder / _MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n")
-        if self._asked:
+        if self._agreed:
             PartialState().wait_for_everyone()
             self._restore()
             raise TrainingInterrupted(
@@ -78,7 +79,7 @@ class CheckpointCallback(TrainerCallback):
             )
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._heard = True
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -87,8 +88,8 @@ class CheckpointCallback(TrainerCallback):
 
     def _anybody_heard(self, device: torch.device) -> bool:
         if PartialState().num_processes == 1:
-            return self._asked
-        heard = torch.tensor(float(self._asked), device=device)
+            return self._heard
+        heard = torch.tensor(float(self._heard), device=device)
         torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
         return bool(heard)
 

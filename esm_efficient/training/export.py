@@ -116,7 +116,11 @@ def _card(result: FinetuneResult, base_model: str, dataset: str, description: st
         ("base model", base_model),
         ("recipe", result.recipe),
         ("parameters that trained", f"{result.trainable_parameters:,} of {result.total_parameters:,}"),
-        ("encoder layers that moved", f"{len(result.trained_layers)} of {result.layers}"),
+        # A run that goes on from its last step moves nothing more.
+        *(
+            [("encoder layers that moved", f"{len(result.trained_layers)} of {result.layers}")]
+            * bool(result.trained_layers)
+        ),
         ("optimizer steps", f"{result.steps:,}"),
         ("seed", str(result.seed)),
         ("esm_efficient", __version__),

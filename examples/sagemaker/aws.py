@@ -56,6 +56,11 @@ def run(main: Callable[[], object]) -> None:
         main()
     except (EsmEfficientError, BotoCoreError, ClientError) as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        # A job that failed, a role that is refused: the SDK has a class for each, and their messages say it.
+        if not type(error).__module__.startswith("sagemaker."):
+            raise
+        sys.exit(f"error: {error}")
 
 
 def client(service: str, region: str | None = None) -> Any:
@@ -68,24 +73,20 @@ def keys(s3: Any, place: Place) -> list[str]:
     return [item["Key"] for page in pages for item in page.get("Contents", ())]
 
 
-def owner(s3: Any, place: Place) -> Place | None:
-    """The prefix at or above this one that these scripts have marked as theirs."""
-    names = place.prefix.split("/")
-    for depth in range(len(names), 0, -1):
-        above = Place(place.bucket, "/".join(names[:depth]))
-        try:
-            s3.head_object(Bucket=above.bucket, Key=above.key(MARKER))
-        except ClientError as error:
-            if error.response["Error"]["Code"] not in ("404", "NoSuchKey", "NotFound"):
-                raise
-        else:
-            return above
-    return None
+def is_ours(s3: Any, place: Place) -> bool:
+    """Whether these scripts have marked a prefix as theirs."""
+    try:
+        s3.head_object(Bucket=place.bucket, Key=place.key(MARKER))
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("404", "NoSuchKey", "NotFound"):
+            raise
+        return False
+    return True
 
 
 def claim(s3: Any, place: Place) -> None:
     """Mark a prefix as ours, so that cleanup.py may empty it; one that holds other people's objects is refused."""
-    if owner(s3, place) is not None:
+    if is_ours(s3, place):
         return
     if found := keys(s3, place):
         raise ConfigurationError(

@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 
 from esm_efficient import ConfigurationError
 
-_KINDS = ("endpoint", "endpoint_config", "model")
+KINDS = ("endpoint", "endpoint_config", "model")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,11 +32,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def name_of(kind: str) -> str:
+    """As SageMaker's API has it: ``EndpointConfig``."""
+    return "".join(part.title() for part in kind.split("_"))
+
+
+def words_of(kind: str) -> str:
+    return kind.replace("_", " ")
+
+
 def describe(sagemaker: Any, kind: str, name: str) -> dict[str, Any] | None:
     """An endpoint, a configuration or a model; None if there is none of that name."""
-    word = "".join(part.title() for part in kind.split("_"))
     try:
-        return getattr(sagemaker, f"describe_{kind}")(**{f"{word}Name": name})
+        return getattr(sagemaker, f"describe_{kind}")(**{f"{name_of(kind)}Name": name})
     except ClientError as error:
         if error.response["Error"]["Code"] not in ("ValidationException", "ResourceNotFound"):
             raise
@@ -46,19 +54,17 @@ def describe(sagemaker: Any, kind: str, name: str) -> dict[str, Any] | None:
 def find_endpoint(sagemaker: Any, name: str) -> list[tuple[str, Callable[[], Any]]]:
     """What is left of an endpoint, in the order in which it goes; all three have its name."""
     found = []
-    for kind in _KINDS:
-        word = "".join(part.title() for part in kind.split("_"))
+    for kind in KINDS:
+        word, words = name_of(kind), words_of(kind)
         record = describe(sagemaker, kind, name)
         if record is None:
             continue
         pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=record[f"{word}Arn"])
         tags = {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
         if not TAGS.items() <= tags.items():
-            raise ConfigurationError(
-                f"the {kind.replace('_', ' ')} {name} was not made by these scripts: it is not tagged so"
-            )
+            raise ConfigurationError(f"the {words} {name} was not made by these scripts: it is not tagged so")
         delete = getattr(sagemaker, f"delete_{kind}")
-        found.append((f"{kind.replace('_', ' ')} {name}", lambda d=delete, w=word: d(**{f"{w}Name": name})))
+        found.append((f"{words} {name}", lambda d=delete, w=word: d(**{f"{w}Name": name})))
     return found
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import boto3
 from aws import Place, client, find_image, run, tags
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
+from cleanup import KINDS, describe, words_of
 
 from esm_efficient import ConfigurationError
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
+from esm_efficient.profiling.devices import get_device
 from esm_efficient.reporting import format_table
 
 
@@ -53,15 +55,20 @@ def model_of(sagemaker: Any, job: str) -> str:
     return record["ModelArtifacts"]["S3ModelArtifacts"]
 
 
-def refuse_existing(sagemaker: Any, endpoint: str) -> None:
-    """An endpoint of that name must not be there."""
+def refuse_existing(sagemaker: Any, name: str) -> None:
+    """Nothing of that name must be there: the SDK would put an old model behind the new endpoint."""
+    if there := [words_of(kind) for kind in KINDS if describe(sagemaker, kind, name)]:
+        raise ConfigurationError(
+            f"{' and '.join(there)} named {name} exist already: choose another name, or run cleanup.py --endpoint "
+            f"{name}"
+        )
+
+
+def has_gpu(instance_type: str) -> bool:
     try:
-        sagemaker.describe_endpoint(EndpointName=endpoint)
-    except ClientError as error:
-        if error.response["Error"]["Code"] != "ValidationException":
-            raise
-    else:
-        raise ConfigurationError(f"there is an endpoint named {endpoint}: choose another name, or run cleanup.py")
+        return get_device(instance_type).backend == "cuda"
+    except ConfigurationError:
+        return False
 
 
 def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
@@ -80,7 +87,12 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
         role_arn=options.role,
         sagemaker_session=session,
         instance_type=instance,
-        env_vars={"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_LENGTH": str(options.max_length)},
+        env_vars={
+            "SAGEMAKER_PROGRAM": "inference.py",
+            "ESM_EFFICIENT_MAX_LENGTH": str(options.max_length),
+            # Without a GPU the server would start a worker, with a model of its own, for each core.
+            **({} if has_gpu(instance) else {"SAGEMAKER_MODEL_SERVER_WORKERS": "1"}),
+        },
         log_level=logging.WARNING,
     )
     builder.build(model_name=options.endpoint, tags=tags())
@@ -114,11 +126,23 @@ def main(arguments: list[str] | None = None) -> None:
     model_data = options.model_data or model_of(sagemaker, options.job)
     endpoint = create(options, model_data, region)
     print(f"waiting for {options.endpoint}, which serves {model_data}")
-    waiter = sagemaker.get_waiter("endpoint_in_service")
-    waiter.wait(EndpointName=options.endpoint, WaiterConfig={"Delay": 15, "MaxAttempts": max(1, options.timeout // 15)})
+    attempts = {"Delay": 15, "MaxAttempts": max(1, options.timeout // 15)}
+    try:
+        sagemaker.get_waiter("endpoint_in_service").wait(EndpointName=options.endpoint, WaiterConfig=attempts)
+        answers = ask(endpoint)
+    except (BotoCoreError, ClientError) as error:
+        record = sagemaker.describe_endpoint(EndpointName=options.endpoint)
+        raise ConfigurationError(
+            f"{options.endpoint} is {record['EndpointStatus']} ({record.get('FailureReason') or error}). It is there, "
+            f"and may be billed, until cleanup.py --endpoint {options.endpoint} --yes deletes it"
+        ) from error
     rows = [
-        (answer["name"], answer.get("label", ", ".join(answer.get("labels", []))), f"{answer.get('score', 0):.2f}")
-        for answer in ask(endpoint)
+        (
+            answer["name"],
+            answer.get("label") or ", ".join(answer.get("labels", [])),
+            f"{answer['score']:.2f}" if "score" in answer else "",
+        )
+        for answer in answers
     ]
     print(format_table(rows, ("protein", "prediction", "probability")))
     print(f"in service: cleanup.py --endpoint {options.endpoint} --yes deletes it")

@@ -30,6 +30,8 @@ from esm_efficient import (
     write_demo_table,
 )
 
+KNOWN_TABLES = {"deeploc": "DeepLoc-2.0", "demo": "the demo's synthetic table"}
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = {
         "kind": task.kind,
         "names": task.names,
-        "dataset": "the demo's synthetic table" if options.data == "demo" else "DeepLoc-2.0",
+        "dataset": KNOWN_TABLES.get(options.data, Path(options.data).name),
         "sequences": {name: len(split) for name, split in tokenized.items()},
         "longest": max(max(split["length"]) for split in tokenized.values()),
     }

@@ -49,13 +49,18 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, inference.output_fn(predictions, self.headers.get("Accept")))
         except RequestError as error:
             self.refuse(error.status, str(error))
+        except ConnectionError:
+            self.close_connection = True  # nobody is there to answer
+        except Exception:
+            logger.exception("a request failed")
+            self.refuse(500, "the model could not answer: the server's log says why")
 
     def read_body(self) -> bytes:
         """The body, of which no more is read than may be there."""
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()):
+        if self.headers.get("Transfer-Encoding") or not (length.isascii() and length.isdecimal()):
             raise RequestError("Content-Length must say how many bytes the body has", status=411)
-        if int(length) > inference.LIMITS.bytes:
+        if len(length) > 12 or int(length) > inference.LIMITS.bytes:
             raise RequestError(f"the body may have {inference.LIMITS.bytes:,} bytes", status=413)
         body = self.rfile.read(int(length))
         if len(body) < int(length):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -43,6 +44,7 @@ from esm_efficient.profiling.devices import get_device
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("train.py", "inference.py", "requirements.txt")
+TEST_METRICS = [{"Name": f"test_{name}", "Regex": f"'test_{name}': '?([0-9.e+-]+)"} for name in ("accuracy", "mcc")]
 TRACKING = ("mlflow>=3.0", "sagemaker-mlflow>=0.1")
 
 
@@ -67,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tracking", help="ARN of an MLflow tracking server")
     parser.add_argument("--experiment", default="esm2", help="with --tracking (default: %(default)s)")
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--length", type=int, default=514, help="tokens of the longest protein, to predict memory")
+    parser.add_argument("--length", type=int, help="tokens of the longest protein (default: the data's; dry run: 514)")
     parser.add_argument(
         "--anyway", action="store_true", help="submit although the instance is predicted to be too small"
     )
@@ -96,6 +98,8 @@ def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tup
     """What the job will take of the GPU and whether that fits; for a dry run, or if it does not, what to take."""
     sizes = argparse.Namespace(**{"learning_rate": None, **given})
     recipe = make_recipe(sizes, processes_of(options) * options.instance_count)
+    if given.get("token_budget"):
+        recipe = recipe.replace(micro_batch=max(1, given["token_budget"] // options.length), learning_rate=1.0)
     precision = None if given["precision"] == "auto" else given["precision"]
     asked = {"device": options.instance_type, "length": options.length, "precision": precision}
     cost = estimate(given["model_id"], recipe=recipe, **asked)
@@ -108,6 +112,15 @@ def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tup
     except ConfigurationError as error:
         advice = str(error)  # nothing fits: it says what was tried
     return f"{cost}\n\n{advice}", cost.fits()
+
+
+def longest_of(s3: Any, dataset: Place) -> int:
+    """Tokens of the longest protein, from what prepare_data.py has written."""
+    try:
+        body = s3.get_object(Bucket=dataset.bucket, Key=dataset.key("task.json"))["Body"].read()
+    except s3.exceptions.NoSuchKey as error:
+        raise ConfigurationError(f"{dataset.uri()} has no task.json: run prepare_data.py first") from error
+    return json.loads(body)["longest"]
 
 
 def stage(folder: Path, tracking: bool) -> None:
@@ -124,7 +137,6 @@ def stage(folder: Path, tracking: bool) -> None:
 def make_trainer(
     options: argparse.Namespace, given: Mapping[str, Any], sources: Path, session: Session, place: Place
 ) -> ModelTrainer:
-    run_name = options.run or f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     seconds = int(options.max_hours * 3600)
     waiting = int((options.max_wait_hours or 2 * options.max_hours) * 3600) if options.spot else None
     region = session.boto_region_name
@@ -156,12 +168,14 @@ def make_trainer(
         stopping_condition=StoppingCondition(max_runtime_in_seconds=seconds, max_wait_time_in_seconds=waiting),
         input_data_config=[InputData(channel_name=name, data_source=uri) for name, uri in channels.items()],
         output_data_config=OutputDataConfig(s3_output_path=place.uri("output")),
-        checkpoint_config=CheckpointConfig(s3_uri=place.uri("checkpoints", run_name), local_path="/opt/ml/checkpoints"),
+        checkpoint_config=CheckpointConfig(
+            s3_uri=place.uri("checkpoints", options.run), local_path="/opt/ml/checkpoints"
+        ),
         environment=environment,
         hyperparameters=dict(given),
-        tags=[{"key": tag["Key"], "value": tag["Value"]} for tag in tags({"run": run_name, **own})],
+        tags=[{"key": tag["Key"], "value": tag["Value"]} for tag in tags({"run": options.run, **own})],
     )
-    definitions = [MetricDefinition(name=d["Name"], regex=d["Regex"]) for d in METRIC_DEFINITIONS]
+    definitions = [MetricDefinition(name=d["Name"], regex=d["Regex"]) for d in (*METRIC_DEFINITIONS, *TEST_METRICS)]
     return trainer.with_metric_definitions(definitions)
 
 
@@ -171,6 +185,10 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigurationError("--spot and --warm-pool-minutes do not go together: spare capacity is not kept")
     if options.max_wait_hours is not None and (not options.spot or options.max_wait_hours < options.max_hours):
         raise ConfigurationError("--max-wait-hours goes with --spot, and is not less than --max-hours")
+    if options.model and "--model_id" not in options.hyperparameters:
+        raise ConfigurationError(
+            "--model goes with --model_id: what the weights are of decides the memory and the card"
+        )
     if bad := [pair for pair in options.tag if "=" not in pair]:
         raise ConfigurationError(f"--tag {bad[0]!r}: expected KEY=VALUE")
 
@@ -180,7 +198,12 @@ def main(arguments: list[str] | None = None) -> str | None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     check(options)
+    options.run = options.run or f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     given, place = hyperparameters_of(options), Place.parse(options.place)
+    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # the SDK wants a role that may do more than it needs
+    if options.length is None:
+        dataset = Place.parse(options.dataset) if options.dataset else Place.parse(place.uri("dataset"))
+        options.length = 514 if options.dry_run else longest_of(client("s3", options.region), dataset)
     memory, fits = predict_memory(options, given)
     print(memory)
     if not fits and not (options.anyway or options.dry_run):
@@ -203,6 +226,7 @@ def main(arguments: list[str] | None = None) -> str | None:
         trainer.train(wait=options.wait, logs=options.wait)
     name = trainer._latest_training_job.training_job_name
     print(f"submitted {name}; its model will be below {place.uri('output', name)}")
+    print(f"if it fails for good, --run {options.run} goes on from its checkpoints")
     return name
 
 

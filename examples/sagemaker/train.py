@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -39,6 +40,8 @@ from esm_efficient import (
 )
 
 logger = logging.getLogger("train")
+INDIFFERENT = ("logging_steps", "per_device_eval_batch_size", "report_to", "save_steps")
+"""Hyperparameters that may change between a run and its continuation."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -97,10 +100,19 @@ def make_recipe(options: argparse.Namespace, processes: int) -> Recipe:
     return recipe.replace(learning_rate=rate)
 
 
-def check_same(folder: Path, options: argparse.Namespace, processes: int) -> None:
-    """Refuse checkpoints of a run with other hyperparameters: what came of going on with them would be neither."""
-    path, now = folder / "hyperparameters.json", vars(options) | {"processes": processes}
-    before = json.loads(path.read_text()) if path.is_file() else now
+def identity_of(options: argparse.Namespace, processes: int, data: Path) -> dict[str, Any]:
+    """What decides the weights that a run ends with."""
+    digest = hashlib.sha256()
+    for path in sorted(data.rglob("*.json")):
+        digest.update(path.read_bytes())
+    decisive = {name: value for name, value in vars(options).items() if name not in INDIFFERENT}
+    return decisive | {"processes": processes, "dataset": digest.hexdigest(), "library": esm_efficient.__version__}
+
+
+def check_same(folder: Path, now: dict[str, Any], *, resumes: bool) -> None:
+    """Refuse checkpoints of another run: what came of going on with them would be neither."""
+    path = folder / "run.json"
+    before = json.loads(path.read_text()) if resumes and path.is_file() else now
     if changed := sorted(name for name in now if before.get(name) != now[name]):
         raise ConfigurationError(
             f"{folder} holds checkpoints of a run with other values of {', '.join(changed)}: give them as they were, "
@@ -160,19 +172,19 @@ def run(arguments: list[str], root: Path) -> None:
         "%d sequences an optimizer step, learning rate %.3g", recipe.batch_size * processes, recipe.learning_rate
     )
     checkpoints = root / "checkpoints"
-    check_same(checkpoints, options, processes)
     resumed = last_checkpoint(checkpoints)
+    check_same(checkpoints, identity_of(options, processes, data_folder), resumes=resumed is not None)
     if resumed is not None:
         logger.info("going on from %s", resumed)
     base = os.environ.get("SM_CHANNEL_MODEL", options.model_id)
     with tracked(options) as tracker:
         result = train(options, base, data, task, recipe, checkpoints, resumed)
+        if int(os.environ.get("RANK", 0)) == 0:
+            publish(result, options.model_id, name)
         if tracker is not None:
             import mlflow
 
-            mlflow.log_metrics({f"eval_{name}": value for name, value in result.metrics.items()})
-    if int(os.environ.get("RANK", 0)) == 0:
-        publish(result, options.model_id, name)
+            mlflow.log_metrics({f"{result.evaluated_on}_{name}": value for name, value in result.metrics.items()})
 
 
 def train(
@@ -213,7 +225,7 @@ def train(
 def publish(result: FinetuneResult, base_model: str, dataset: str) -> None:
     """Write the artifact, and the figures beside it."""
     # In the form of the Trainer's own lines, which the job's metric definitions read.
-    logger.info("%s", {f"eval_{name}": str(value) for name, value in result.metrics.items()})
+    logger.info("%s", {f"{result.evaluated_on}_{name}": str(value) for name, value in result.metrics.items()})
     model_dir = Path(os.environ["SM_MODEL_DIR"])
     export_model(result, model_dir, base_model=base_model, dataset=dataset)
     add_code(model_dir)

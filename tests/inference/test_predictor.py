@@ -111,6 +111,10 @@ def test_models_that_cannot_predict_are_refused(tokenizer, tmp_path):
         Predictor(model_for("regression"), tokenizer, max_length=2)
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         Predictor.load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="pickled weights are not read"):
+        Predictor.load(tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["lora", "base"])

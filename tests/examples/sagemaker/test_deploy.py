@@ -72,7 +72,8 @@ def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
     container = model["PrimaryContainer"]
     assert IMAGE.format("cpu" if serverless else "gpu") in container["Image"]
     assert container["ModelDataUrl"] == f"s3://{BUCKET}/work/output/job/output/model.tar.gz"
-    assert container["Environment"] == {"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_LENGTH": "1024"}
+    environment = {"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_LENGTH": "1024"}
+    assert container["Environment"] == environment | ({"SAGEMAKER_MODEL_SERVER_WORKERS": "1"} if serverless else {})
     assert model["ExecutionRoleArn"] == ROLE
     (variant,) = aws.sent("create_endpoint_config")["ProductionVariants"]
     assert variant["ModelName"] == model["ModelName"] == name
@@ -86,7 +87,7 @@ def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
         assert {"Key": "created-by", "Value": "esm-efficient"} in request["Tags"]
 
     again = aws.run("deploy.py", "--job", "job", "--endpoint", name, "--role", ROLE)
-    assert "there is an endpoint named" in again.stderr
+    assert f"endpoint and endpoint config and model named {name} exist already" in again.stderr
     asked = aws.run("cleanup.py", "--endpoint", name)
     assert asked.returncode == 1
     assert f"endpoint {name}" in asked.stderr
@@ -100,6 +101,10 @@ def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
 def test_what_is_left_of_an_endpoint_goes_too(aws, job):
     assert deploy(aws, "half", "--serverless").returncode == 0
     aws.client("sagemaker").delete_endpoint(EndpointName="half")
+    # The model that is left must not come to stand behind a new endpoint.
+    again = deploy(aws, "half", "--serverless")
+    assert again.returncode == 1
+    assert "endpoint config and model named half exist already" in again.stderr
     done = aws.run("cleanup.py", "--endpoint", "half", "--yes")
     assert done.stdout == "deleted endpoint config half\ndeleted model half\n"
 
@@ -138,6 +143,18 @@ def test_a_place_is_emptied_with_all_its_versions_and_nothing_beside_it(aws):
         assert s3.list_objects_v2(Bucket="versions")["KeyCount"] == 1
     assert aws.run("cleanup.py", "--place", "s3://versions", "--yes").returncode == 1
     assert aws.run("cleanup.py", "--yes").returncode == 2
+
+
+def test_an_endpoint_that_does_not_come_up_is_said_to_be_there(aws, job, monkeypatch):
+    from moto.sagemaker.models import FakeEndpoint
+
+    describe = FakeEndpoint.response_object.fget
+    failed = {"EndpointStatus": "Failed", "FailureReason": "the container did not answer"}
+    monkeypatch.setattr(FakeEndpoint, "response_object", property(lambda self: describe(self) | failed))
+    done = deploy(aws, "failed", "--serverless")
+    assert done.returncode == 1
+    assert "failed is Failed (the container did not answer)" in done.stderr
+    assert "cleanup.py --endpoint failed --yes" in done.stderr
 
 
 def test_a_job_without_a_model_is_refused(aws, job, monkeypatch):
@@ -215,6 +232,7 @@ JOBS = "arn:aws:sagemaker:us-east-1:123456789012:training-job"
         ("role_policy.json", "ecr:BatchGetImage", f"{IMAGES}/autogluon-training", False),
         ("role_policy.json", "s3:GetObject", OBJECT.format(BUCKET, "others/data"), False),
         ("role_policy.json", "s3:GetObject", OBJECT.format("other", "work/dataset"), False),
+        ("role_policy.json", "s3:DeleteObject", OBJECT.format(BUCKET, "work/checkpoints/run/checkpoint-1/x"), True),
         ("role_policy.json", "s3:DeleteObject", OBJECT.format(BUCKET, "work/dataset/task.json"), False),
         ("role_policy.json", "logs:PutLogEvents", LOGS.format("/aws/lambda/x"), False),
         ("role_policy.json", "iam:PassRole", ROLE, False),
@@ -236,7 +254,7 @@ def test_aws_takes_the_policies(aws):
     trust = policy_of("role_trust.json")
     assert trust["Statement"][0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
     iam.create_role(RoleName="sagemaker", AssumeRolePolicyDocument=json.dumps(trust))
-    for name in ("role_policy.json", "caller_policy.json"):
+    for name in ("role_policy.json", "caller_policy.json", "tracking_policy.json"):
         policy = policy_of(name)
         iam.put_role_policy(RoleName="sagemaker", PolicyName=name, PolicyDocument=json.dumps(policy))
         assert not [s for s in policy["Statement"] if "*" in s["Action"] or s["Action"] == "*"]

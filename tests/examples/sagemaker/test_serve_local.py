@@ -165,7 +165,8 @@ def test_two_thousand_bad_bodies_are_all_refused_and_the_server_lives(server):
         ("POST", "/invocations", '{"inputs": "MK"}', {**JSON, "Accept": "text/html"}, 406),
         ("POST", "/invocations", None, {**JSON, "Content-Length": "many"}, 411),
         ("POST", "/invocations", None, {**JSON, "Content-Length": "-5"}, 411),
-        ("POST", "/invocations", None, {**JSON, "Content-Length": "9" * 30}, 413),
+        ("POST", "/invocations", None, {**JSON, "Content-Length": "9" * 5000}, 413),
+        ("POST", "/invocations", None, {**JSON, "Content-Length": "3", "Transfer-Encoding": "chunked"}, 411),
         ("POST", "/invocations", None, {**JSON, "Content-Length": "7000000"}, 413),
     ],
 )
@@ -173,6 +174,22 @@ def test_other_paths_methods_and_headers_are_refused(server, method, path, body,
     found, answer = call(server.port, method, path, body, headers)
     assert found == status
     assert answer["error"]
+
+
+def test_what_the_model_cannot_do_is_answered_too(monkeypatch, model_dir):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import serve_local
+
+    def broken(queries, predictor):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(serve_local.inference, "predict_fn", broken)
+    serve_local.Handler.predictor = serve_local.inference.model_fn(model_dir)
+    with serve_local.Server(("127.0.0.1", 0), serve_local.Handler) as own:
+        threading.Thread(target=own.serve_forever, daemon=True).start()
+        status, answer = call(own.server_port, body='{"inputs": "MKT"}')
+        own.shutdown()
+    assert (status, answer) == (500, {"error": "the model could not answer: the server's log says why"})
 
 
 @pytest.mark.parametrize(

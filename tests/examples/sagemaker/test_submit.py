@@ -71,7 +71,11 @@ def test_the_request_field_by_field(aws, place):
         "AlgorithmSpecification": {
             "TrainingImage": IMAGE,
             "TrainingInputMode": "File",
-            "MetricDefinitions": list(METRIC_DEFINITIONS),
+            "MetricDefinitions": [
+                *METRIC_DEFINITIONS,
+                {"Name": "test_accuracy", "Regex": "'test_accuracy': '?([0-9.e+-]+)"},
+                {"Name": "test_mcc", "Regex": "'test_mcc': '?([0-9.e+-]+)"},
+            ],
             "ContainerEntrypoint": ["/bin/bash"],
             "ContainerArguments": request["AlgorithmSpecification"]["ContainerArguments"],
         },
@@ -148,6 +152,7 @@ def test_a_job_that_the_instance_cannot_hold_is_refused_with_what_fits(aws, plac
         (["--spot", "--warm-pool-minutes", "5"], MODEL, "do not go together"),
         (["--max-wait-hours", "5"], MODEL, "goes with --spot"),
         (["--tag", "team"], MODEL, "expected KEY=VALUE"),
+        (["--model", "s3://bucket/model"], ["--epochs", "2"], "--model goes with --model_id"),
         (["--place", "s3://bucket-alone"], MODEL, "expected s3://bucket/prefix"),
         (["--instance-type", "ml.unknown.large"], MODEL, "no device or instance type is named"),
     ],
@@ -161,9 +166,21 @@ def test_what_would_fail_later_is_refused_now(monkeypatch, capsys, options, hype
         script.main(arguments)
 
 
+def test_what_the_data_need_is_predicted_from_the_data(aws, place):
+    record = {"kind": "regression", "names": ["tm"], "dataset": "mine", "longest": 1022}
+    aws.client("s3").put_object(Bucket=BUCKET, Key="long/dataset/task.json", Body=json.dumps(record).encode())
+    long = ["--model_id", "facebook/esm2_t33_650M_UR50D", "--token_budget", "160000"]
+    done = submit(aws, place, "--dataset", f"s3://{BUCKET}/long/dataset", hyperparameters=long)
+    assert done.returncode == 1
+    assert "micro-batch 156 x 1, 1022 tokens" in done.stdout
+    assert "does not fit A10G" in done.stdout
+    done = submit(aws, place, "--dataset", f"s3://{BUCKET}/nothing")
+    assert "run prepare_data.py first" in done.stderr
+
+
 def test_the_place_of_somebody_else_is_refused(aws, place):
     aws.client("s3").put_object(Bucket=BUCKET, Key="other/paper.txt", Body=b"not ours")
-    done = submit(aws, f"s3://{BUCKET}/other")
+    done = submit(aws, f"s3://{BUCKET}/other", "--dataset", f"{place}/dataset")
     assert done.returncode == 1
     assert "holds 1 object(s) that these scripts did not put there" in done.stderr
     assert aws.keys("other") == ["other/paper.txt"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -118,8 +119,28 @@ def test_a_tracked_run_and_one_that_must_not_go_on_from_it(job):
     (tracked,) = client.search_runs([experiment.experiment_id])
     assert tracked.info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(tracked.info.run_id, "loss")] == [1, 2, 3]
-    assert tracked.data.metrics["eval_accuracy"] == record["metrics"]["accuracy"]
+    assert tracked.data.metrics["test_accuracy"] == record["metrics"]["accuracy"]
 
     again = subprocess.run([*command, "--seed", "1"], env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "other values of seed" in (job / "output" / "failure").read_text()
+
+
+def test_what_a_run_may_go_on_with(train, job, tmp_path, dataset):
+    parse = train.make_parser().parse_args
+    now = train.identity_of(parse([]), 2, dataset)
+    train.check_same(tmp_path / "run", now, resumes=False)
+    same = train.identity_of(parse(["--logging_steps", "7", "--save_steps", "9", "--report_to", "mlflow"]), 2, dataset)
+    train.check_same(tmp_path / "run", same, resumes=True)
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    (other / "task.json").write_text("{}")
+    for changed, name in [
+        (train.identity_of(parse(["--epochs", "2"]), 2, dataset), "epochs"),
+        (train.identity_of(parse([]), 4, dataset), "processes"),
+        (train.identity_of(parse([]), 2, other), "dataset"),
+    ]:
+        with pytest.raises(train.ConfigurationError, match=f"other values of {name}"):
+            train.check_same(tmp_path / "run", changed, resumes=True)
+        # Where there is no checkpoint to go on from, nothing is mixed.
+        train.check_same(tmp_path / name, changed, resumes=False)
