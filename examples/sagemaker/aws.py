@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MARKER = "created-by-esm-efficient.json"
 TAGS = {"created-by": "esm-efficient"}
+# The SDK asks IAM whether a role may do what AWS's broadest policy allows, and refuses one that may do less.
+os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
+
 QUIET = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
 
@@ -162,7 +165,6 @@ def dry_session(region: str, bucket: str, operation: str) -> Session:
     """A session that reaches no network: uploads come to nothing, and one operation of SageMaker raises `Unsent`."""
     from sagemaker.core.helper.session_helper import Session
 
-    os.environ["SAGEMAKER_VALIDATE_ROLE"] = "false"  # the SDK would ask IAM for the role
     boto_session = boto3.Session(aws_access_key_id="dry", aws_secret_access_key="run", region_name=region)
     events = boto_session.events
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -200,7 +199,6 @@ def main(arguments: list[str] | None = None) -> str | None:
     check(options)
     options.run = options.run or f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     given, place = hyperparameters_of(options), Place.parse(options.place)
-    os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")  # the SDK wants a role that may do more than it needs
     if options.length is None:
         dataset = Place.parse(options.dataset) if options.dataset else Place.parse(place.uri("dataset"))
         options.length = 514 if options.dry_run else longest_of(client("s3", options.region), dataset)
