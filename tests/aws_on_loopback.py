@@ -164,17 +164,11 @@ class Container:
         return [*algorithm["ContainerEntrypoint"], *algorithm["ContainerArguments"]]
 
     def start(self) -> subprocess.Popen:
-        log = open(self.root / "log.txt", "a")  # noqa: SIM115
-        return subprocess.Popen(
-            self.command,
-            env=os.environ
-            | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-            | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-            | self.environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        options = {"env": os.environ | environment | self.environment, "start_new_session": True}
+        with open(self.root / "log.txt", "a") as log:
+            return subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, **options)
 
     def run(self) -> int:
         return self.start().wait(timeout=240)

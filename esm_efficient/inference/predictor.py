@@ -167,15 +167,15 @@ class Predictor:
         if keep is None and (bad := [f"sequence {i + 1} ({residues[i]})" for i in np.flatnonzero(residues > most)]):
             raise DataError(f"{len(bad)} sequence(s) have more than {most} residues: {listing(bad)}. Say what to keep")
         lengths = np.diff(offsets)
-        result: list[Prediction | None] = [None] * len(sequences)
+        found: dict[int, Prediction] = {}
         budget = max(token_budget, int(lengths.max()))
         for batch in TokenBudgetBatchSampler(lengths, budget, shuffle=False):
             tokens = np.full((len(batch), lengths[batch].max()), self.padding, dtype=np.int64)
             for row, index in enumerate(batch):
                 tokens[row, : lengths[index]] = ids[offsets[index] : offsets[index + 1]]
             for index, logits in zip(batch, self._logits(tokens, lengths[batch]), strict=True):
-                result[index] = self._read(logits[1 : lengths[index] - 1] if logits.ndim == 2 else logits)
-        return [prediction for prediction in result if prediction is not None]
+                found[index] = self._read(logits[1 : lengths[index] - 1] if logits.ndim == 2 else logits)
+        return [found[index] for index in range(len(sequences))]
 
     @torch.inference_mode()
     def _logits(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,6 @@ from esm_efficient.reporting import format_markdown
 if TYPE_CHECKING:
     from esm_efficient.training.finetune import FinetuneResult
 
-logger = logging.getLogger(__name__)
-
-_PIPELINES = {"token_classification": "token-classification"}
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate")
 _PATHS = ("model_dir", "result_path")
 
@@ -88,7 +84,9 @@ def _name_base(path: Path, base_model: str) -> None:
 
 def _card(result: FinetuneResult, base_model: str, dataset: str, description: str, adapted: bool) -> str:
     """The model card, with its metadata as the Hub reads them."""
-    pipeline = _PIPELINES.get(result.task.kind, "text-classification")
+    of_tokens = result.task.kind == "token_classification"
+    pipeline = "token-classification" if of_tokens else "text-classification"
+    auto = f"AutoModelFor{'Token' if of_tokens else 'Sequence'}Classification"
     metrics = {name: value for name, value in sorted(result.metrics.items()) if np.isfinite(value)}
     title = f"{Path(base_model).name}, fine-tuned: {result.task.describe()}"
     data = ModelCardData(
@@ -109,8 +107,6 @@ def _card(result: FinetuneResult, base_model: str, dataset: str, description: st
             for name, value in metrics.items()
         ],
     )
-    auto = "AutoModelForTokenClassification" if pipeline == "token-classification" else ""
-    auto = auto or "AutoModelForSequenceClassification"
     thresholds = "".join(f"\n- {name}: {value:.3f}" for name, value in (result.thresholds or {}).items())
     rows = [
         ("base model", base_model),

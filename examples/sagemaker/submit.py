@@ -184,7 +184,7 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigurationError("--spot and --warm-pool-minutes do not go together: spare capacity is not kept")
     if options.max_wait_hours is not None and (not options.spot or options.max_wait_hours < options.max_hours):
         raise ConfigurationError("--max-wait-hours goes with --spot, and is not less than --max-hours")
-    if options.model and "--model_id" not in options.hyperparameters:
+    if options.model and not any(word.startswith("--model_id") for word in options.hyperparameters):
         raise ConfigurationError(
             "--model goes with --model_id: what the weights are of decides the memory and the card"
         )
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> str | None:
             except Unsent as unsent:
                 print(json.dumps(unsent.request, indent=2, default=str))
             return None
-        claim(client("s3"), place)
+        claim(client("s3", region), place)
         session = Session(boto_session=boto3.Session(region_name=region), default_bucket=place.bucket)
         trainer = make_trainer(options, given, Path(folder), session, place)
         trainer.train(wait=options.wait, logs=options.wait)

@@ -41,6 +41,14 @@ class Signal(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class SignalInSave(TrainerCallback):
+    """Sends it while a checkpoint is written that no signal asked for."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def weights(result):
     return load_file(result.model_dir / "adapter_model.safetensors")
 
@@ -77,6 +85,13 @@ def test_a_signal_ends_the_run_and_going_on_ends_where_the_whole_run_ends(tmp_pa
         **STEPS,
     )
     assert all(torch.equal(found, expected[name]) for name, found in weights(again).items())
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_the_step_that_ranks_agree_on(tmp_path, data):
+    callbacks = [SignalInSave(), CheckpointCallback()]
+    with pytest.raises(TrainingInterrupted, match=r"after optimizer step 3 of 6"):
+        finetune(demo_model_path(), data, output_dir=tmp_path, callbacks=callbacks, **STEPS)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
 @pytest.mark.parametrize("broken", ["adapter_model.safetensors", "optimizer.pt", "files.json"])
