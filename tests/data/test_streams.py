@@ -86,6 +86,8 @@ def test_the_order_is_random_and_of_the_seed(table):
     place = np.array([int(name[1:]) for name in first])
     # Of the rank correlation of n shuffled rows, 1 / sqrt(n) is the standard deviation.
     assert abs(np.corrcoef(place, np.arange(len(place)))[0, 1]) < 5 / np.sqrt(len(place))
+    # Of n shuffled rows half come after a row that stood before them in the file; the variance is n / 12.
+    assert abs(np.count_nonzero(np.diff(place) > 0) - len(place) / 2) < 5 * np.sqrt(len(place) / 12)
 
 
 def test_a_sequence_in_two_splits_is_named_and_leaves_nothing_behind(table, tmp_path, caplog):
