@@ -18,51 +18,52 @@ if TYPE_CHECKING:
         resolve_targets,
     )
     from esm_efficient.comparison import Comparison, compare
+    from esm_efficient.costs.devices import DEVICES, Device, get_device
+    from esm_efficient.costs.memory import OutOfMemoryError, peak_memory
     from esm_efficient.data import (
         ResidueEncoder,
-        Task,
         TokenBudgetBatchSampler,
         deeploc_dataloaders,
         load_deeploc,
         load_sequences,
         stratified_sample,
-        task_of,
         tokenize_dataset,
     )
     from esm_efficient.demo import demo_model_path, write_demo_table
-    from esm_efficient.encoder import apply_lean_encoder, remove_lean_encoder
+    from esm_efficient.encoder import apply_lean_encoder, has_lean_encoder, remove_lean_encoder
     from esm_efficient.errors import (
         AuditError,
         ConfigurationError,
         DataError,
         DownloadError,
         EsmEfficientError,
-        OutOfMemoryError,
         RequestError,
         TargetModuleError,
         TrainingInterrupted,
     )
-    from esm_efficient.inference import Prediction, Predictor
-    from esm_efficient.profiling import DEVICES, Device, peak_memory
+    from esm_efficient.estimation.estimate import Estimate, estimate
+    from esm_efficient.estimation.recommend import Recommendation, recommend
+    from esm_efficient.inference import Prediction, Predictor, Query, RequestLimits, read_request
     from esm_efficient.profiling.callback import ProfilerCallback
-    from esm_efficient.profiling.estimate import Estimate, estimate
     from esm_efficient.profiling.profiler import Profiler
-    from esm_efficient.profiling.recommend import Recommendation, recommend
     from esm_efficient.profiling.report import ProfileReport
     from esm_efficient.recipes import RECIPES, Recipe
+    from esm_efficient.reporting import format_table
+    from esm_efficient.tasks import Task, task_of
     from esm_efficient.training import (
         AuditCallback,
         WeightedTrainer,
+        apply_thresholds,
         classification_metrics,
         compute_metrics_for,
-        labels_of,
         multi_label_metrics,
         regression_metrics,
         tune_thresholds,
     )
     from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
     from esm_efficient.training.export import export_model
-    from esm_efficient.training.finetune import FinetuneResult, finetune, recipe_arguments
+    from esm_efficient.training.finetune import finetune, recipe_arguments
+    from esm_efficient.training.result import FinetuneResult
 
 __version__ = "0.1.0"
 
@@ -76,51 +77,52 @@ _HOME = {
         "resolve_targets",
     ),
     "comparison": ("Comparison", "compare"),
+    "costs.devices": ("DEVICES", "Device", "get_device"),
+    "costs.memory": ("OutOfMemoryError", "peak_memory"),
     "data": (
         "ResidueEncoder",
-        "Task",
         "TokenBudgetBatchSampler",
         "deeploc_dataloaders",
         "load_deeploc",
         "load_sequences",
         "stratified_sample",
-        "task_of",
         "tokenize_dataset",
     ),
     "demo": ("demo_model_path", "write_demo_table"),
-    "encoder": ("apply_lean_encoder", "remove_lean_encoder"),
+    "encoder": ("apply_lean_encoder", "has_lean_encoder", "remove_lean_encoder"),
     "errors": (
         "AuditError",
         "ConfigurationError",
         "DataError",
         "DownloadError",
         "EsmEfficientError",
-        "OutOfMemoryError",
         "RequestError",
         "TargetModuleError",
         "TrainingInterrupted",
     ),
-    "inference": ("Prediction", "Predictor"),
-    "profiling": ("DEVICES", "Device", "peak_memory"),
+    "estimation.estimate": ("Estimate", "estimate"),
+    "estimation.recommend": ("Recommendation", "recommend"),
+    "inference": ("Prediction", "Predictor", "Query", "RequestLimits", "read_request"),
     "profiling.callback": ("ProfilerCallback",),
-    "profiling.estimate": ("Estimate", "estimate"),
     "profiling.profiler": ("Profiler",),
-    "profiling.recommend": ("Recommendation", "recommend"),
     "profiling.report": ("ProfileReport",),
     "recipes": ("RECIPES", "Recipe"),
+    "reporting": ("format_table",),
+    "tasks": ("Task", "task_of"),
     "training": (
         "AuditCallback",
         "WeightedTrainer",
+        "apply_thresholds",
         "classification_metrics",
         "compute_metrics_for",
-        "labels_of",
         "multi_label_metrics",
         "regression_metrics",
         "tune_thresholds",
     ),
     "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
     "training.export": ("export_model",),
-    "training.finetune": ("FinetuneResult", "finetune", "recipe_arguments"),
+    "training.finetune": ("finetune", "recipe_arguments"),
+    "training.result": ("FinetuneResult",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -145,9 +147,11 @@ __all__ = [
     "ProfileReport",
     "Profiler",
     "ProfilerCallback",
+    "Query",
     "Recipe",
     "Recommendation",
     "RequestError",
+    "RequestLimits",
     "ResidueEncoder",
     "TargetModuleError",
     "Task",
@@ -155,6 +159,7 @@ __all__ = [
     "TrainingInterrupted",
     "WeightedTrainer",
     "apply_lean_encoder",
+    "apply_thresholds",
     "classification_metrics",
     "compare",
     "compute_metrics_for",
@@ -163,7 +168,9 @@ __all__ = [
     "estimate",
     "export_model",
     "finetune",
-    "labels_of",
+    "format_table",
+    "get_device",
+    "has_lean_encoder",
     "last_checkpoint",
     "load_deeploc",
     "load_sequences",
@@ -171,6 +178,7 @@ __all__ = [
     "multi_label_metrics",
     "peak_memory",
     "prepare_model",
+    "read_request",
     "recipe_adapters",
     "recipe_arguments",
     "recommend",

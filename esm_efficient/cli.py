@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from esm_efficient.costs.devices import DEFAULT_DEVICE
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
-from esm_efficient.recipes import RECIPES
+from esm_efficient.recipes import RECIPES, Precision
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,14 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("estimate", help="peak memory and time of one training step")
     _add_common(command)
     command.add_argument("--recipe", default="all", choices=RECIPES, help="training method (default: %(default)s)")
-    command.add_argument("--batch", type=int, help="sequences in one forward pass (default: the recipe's)")
+    command.add_argument("--micro-batch", type=int, help="sequences in one forward pass (default: the recipe's)")
     command.add_argument("--accumulation", type=int, help="micro-batches an optimizer step (default: the recipe's)")
     command.add_argument("--preset", help="adapters: qkv, attention, mlp or all-linear (default: the recipe's)")
     command.set_defaults(run=_estimate)
 
     command = commands.add_parser("recommend", help="the recipe and sizes that fit a device and finish soonest")
     _add_common(command)
-    command.add_argument("--batch", type=int, default=8, help="sequences an optimizer step (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, default=8, help="sequences an optimizer step (default: %(default)s)")
     command.add_argument("--recipes", nargs="+", default=["base", "gc", "lora", "all"], choices=RECIPES)
     command.add_argument("--presets", nargs="+", default=["all-linear"], help="adapters to try")
     command.add_argument("--margin", type=float, default=0.1, help="share of memory kept free (default: %(default)s)")
@@ -70,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="650M", help="an ESM-2 size such as 650M, a model id or a folder")
-    command.add_argument("--device", default="A10G", help="a GPU or an instance type (default: %(default)s)")
-    command.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
-    command.add_argument("--precision", choices=["float32", "bf16", "fp16", "pure-bf16"], help="default: the recipe's")
+    command.add_argument("--device", default=DEFAULT_DEVICE, help="a GPU or an instance type (default: %(default)s)")
+    command.add_argument("--tokens", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
+    command.add_argument("--precision", default="auto", choices=get_args(Precision), help="default: %(default)s")
     command.add_argument("--optimizer", default="adamw_fused", help="default: %(default)s")
     command.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
-    command.add_argument("--padding", choices=["padded", "none", "free"])
+    command.add_argument("--padding", choices=["padded", "equal-length", "padding-free"])
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
 
 
@@ -88,15 +89,15 @@ def _estimate(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        from esm_efficient.profiling.estimate import estimate
+        from esm_efficient.estimation.estimate import estimate
 
         result = estimate(
             options.model,
             recipe=options.recipe,
             device=options.device,
-            micro_batch=options.batch,
+            micro_batch=options.micro_batch,
             accumulation=options.accumulation,
-            length=options.length,
+            tokens=options.tokens,
             preset=options.preset,
             **_common(options),
         )
@@ -107,13 +108,13 @@ def _estimate(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
 
 
 def _recommend(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
-    from esm_efficient.profiling.recommend import recommend
+    from esm_efficient.estimation.recommend import recommend
 
     result = recommend(
         options.model,
         options.device,
-        options.length,
-        batch_size=options.batch,
+        options.tokens,
+        batch_size=options.batch_size,
         recipes=options.recipes,
         presets=options.presets,
         margin=options.margin,
@@ -131,7 +132,7 @@ def _compare(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
 
     dataset = None if options.data is None else _load(options.data, options.limit)
     trained: dict[str, Any] = {}
-    if dataset is not None and options.precision is not None:
+    if dataset is not None and options.precision != "auto":
         if options.precision not in ("float32", "bf16"):
             raise ConfigurationError(f"--precision {options.precision} is for estimates: train in float32 or bf16")
         trained["precision"] = options.precision
@@ -145,7 +146,7 @@ def _compare(options: argparse.Namespace) -> tuple[object, dict[str, Any]]:
         epochs=options.epochs,
         seeds=options.seeds,
         device=options.device,
-        length=options.length,
+        tokens=options.tokens,
         estimate_options=_common(options),
         **trained,
     )

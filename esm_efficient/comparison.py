@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esm_efficient.costs.devices import DEFAULT_DEVICE, Device
+from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.devices import Device
-from esm_efficient.profiling.estimate import Estimate, estimate
-from esm_efficient.profiling.lengths import token_lengths
-from esm_efficient.profiling.memory import CATEGORIES, Memory
-from esm_efficient.profiling.models import resolve_config
+from esm_efficient.estimation.estimate import Estimate, estimate
+from esm_efficient.estimation.inputs import resolve_config, token_lengths
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
 from esm_efficient.reporting import format_bytes, format_csv, format_markdown, format_table
 from esm_efficient.reporting.html import Plot, Section, Table, html_page
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from esm_efficient.training.finetune import FinetuneResult
+    from esm_efficient.training.result import FinetuneResult
 
 _BUDGETS = {"steps": "equal numbers of optimizer steps", "epochs": "equal epochs"}
 
@@ -245,8 +244,8 @@ def compare(
     epochs: float = 1.0,
     seeds: Sequence[int] = (0,),
     metric: str = "mcc",
-    device: str | Device = "cpu",
-    length: Any = 512,
+    device: str | Device = DEFAULT_DEVICE,
+    tokens: Any = 512,
     sequences: int = 15_876,
     output_dir: str | Path | None = None,
     estimate_options: Mapping[str, Any] | None = None,
@@ -267,7 +266,7 @@ def compare(
         seeds: of the runs.
         metric: one of `finetune`'s.
         device: that estimates are for; runs take place where they are started.
-        length: tokens of the sequences that estimates are for: one number, or a data set's lengths.
+        tokens: tokens of the sequences that estimates are for: one number, or a data set's lengths.
         sequences: training sequences that estimated epochs are for, unless `length` gives their lengths; the number
             in DeepLoc-2.0 by default.
         output_dir: gets a folder a run; None keeps nothing.
@@ -298,12 +297,12 @@ def compare(
         )
     if dataset is None and finetune_options:
         raise ConfigurationError(f"without a dataset nothing is trained: {', '.join(finetune_options)} go with one")
-    lengths = token_lengths(length)
+    lengths = token_lengths(tokens)
     if dataset is not None:
-        lengths = [min(len(s) + 2, finetune_options.get("max_length", 1024)) for s in dataset["train"]["sequence"]]
+        lengths = [min(len(s) + 2, finetune_options.get("max_tokens", 1024)) for s in dataset["train"]["sequence"]]
     options = dict(estimate_options or {})
     estimates = {
-        recipe.name: estimate(model, recipe=recipe, device=device, length=lengths, **options) for recipe in chosen
+        recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **options) for recipe in chosen
     }
     if dataset is None:
         number = sequences if isinstance(lengths, int) else len(lengths)

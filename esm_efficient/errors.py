@@ -53,20 +53,6 @@ class RequestError(EsmEfficientError, ValueError):
         self.status = status
 
 
-class OutOfMemoryError(EsmEfficientError, RuntimeError):
-    """A device ran out of memory while it was profiled; the message says what was held and what would fit.
-
-    Attributes:
-        phase: of training: forward, backward, optimizer, evaluation or data.
-        held: bytes by category when it happened.
-    """
-
-    def __init__(self, message: str, *, phase: str = "", held: dict[str, int] | None = None) -> None:
-        super().__init__(message)
-        self.phase = phase
-        self.held = held or {}
-
-
 def listing(items: list[str] | tuple[str, ...], limit: int = 5) -> str:
     """Join the first items for a message and say how many are left out.
 

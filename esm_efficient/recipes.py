@@ -14,8 +14,16 @@ from typing import Any, Literal
 
 from esm_efficient.errors import ConfigurationError
 
-Trains = Literal["all", "adapters", "head"]
+Trains = Literal["full", "adapters", "head"]
 Encoder = Literal["lean", "plain"]
+Precision = Literal["auto", "float32", "bf16", "fp16", "pure-bf16"]
+"""Number formats of a training step.
+
+- ``"float32"``: everything in float32.
+- ``"bf16"``, ``"fp16"``: autocast; frozen parameters are held in that type, trainable ones in float32.
+- ``"pure-bf16"``: everything is held in bfloat16. For estimates only: it loses small updates.
+- ``"auto"``: bf16 on a CUDA device that multiplies bfloat16 in hardware, else float32.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,11 @@ class Recipe:
 
     Attributes:
         name: the word it goes by.
-        trains: ``"all"`` parameters, ``"adapters"`` and the head, or the ``"head"`` alone.
+        trains: ``"full"`` for all parameters, ``"adapters"`` and the head, or the ``"head"`` alone.
         learning_rate: peak learning rate of AdamW at `batch_size` sequences an optimizer step.
         micro_batch: sequences in one forward pass on one device.
         accumulation: micro-batches accumulated before one optimizer step.
-        checkpointing: whether activations are recomputed in the backward pass.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
         preset: which layers get adapters (see `esm_efficient.adapters.resolve`); None without adapters.
         r: rank of the adapters; None without adapters.
         encoder: ``"lean"`` computes without padding and keeps less (`esm_efficient.encoder`); ``"plain"`` as
@@ -45,7 +53,7 @@ class Recipe:
     learning_rate: float
     micro_batch: int = 8
     accumulation: int = 1
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     preset: str | None = None
     r: int | None = None
     encoder: Encoder = "lean"
@@ -90,9 +98,9 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("base", "all", 1e-4, description="all parameters"),
-        Recipe("ga", "all", 1e-4, micro_batch=2, accumulation=4, description="all parameters, gradient accumulation"),
-        Recipe("gc", "all", 1e-4, checkpointing=True, description="all parameters, gradient checkpointing"),
+        Recipe("base", "full", 1e-4, description="all parameters"),
+        Recipe("ga", "full", 1e-4, micro_batch=2, accumulation=4, description="all parameters, gradient accumulation"),
+        Recipe("gc", "full", 1e-4, gradient_checkpointing=True, description="all parameters, gradient checkpointing"),
         Recipe("lora", "adapters", 1e-3, preset="all-linear", r=8, description="LoRA on every linear layer"),
         Recipe(
             "all",
@@ -100,7 +108,7 @@ RECIPES: dict[str, Recipe] = {
             1e-3,
             micro_batch=2,
             accumulation=4,
-            checkpointing=True,
+            gradient_checkpointing=True,
             preset="all-linear",
             r=8,
             description="LoRA, gradient accumulation and gradient checkpointing",

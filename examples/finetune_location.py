@@ -73,7 +73,7 @@ def load_data(options: argparse.Namespace) -> DatasetDict:
     return DatasetDict({name: stratified_sample(data[name], n, seed=options.seed) for name, n in sizes.items()})
 
 
-def labels_of(split: Dataset) -> np.ndarray:
+def label_table(split: Dataset) -> np.ndarray:
     return np.array([list(row.values()) for row in split["label"]], dtype=float)
 
 
@@ -86,10 +86,10 @@ def composition(split: Dataset) -> np.ndarray:
 def baselines(data: DatasetDict) -> dict[str, dict[str, float]]:
     """Metrics on the test proteins of what needs no language model."""
     names = list(data["train"].features["label"])
-    train, test = labels_of(data["train"]), labels_of(data["test"])
+    train, test = label_table(data["train"]), label_table(data["test"])
     commonest = np.full(test.shape, -1.0)
     commonest[:, train.sum(0).argmax()] = 1.0
-    found = {"commonest label": multi_label_metrics(commonest, test, names)}
+    found = {"commonest label": multi_label_metrics(test, commonest, names)}
 
     # A label that never or always holds in training has nothing to be learnt.
     learnable = (train.min(0) == 0) & (train.max(0) == 1)
@@ -102,8 +102,8 @@ def baselines(data: DatasetDict) -> dict[str, dict[str, float]]:
         result[:, learnable] = np.log(chances) - np.log1p(-chances)
         return result
 
-    thresholds = tune_thresholds(logits(data["validation"]), labels_of(data["validation"]), names)
-    found["residue composition"] = multi_label_metrics(logits(data["test"]), test, names, thresholds=thresholds)
+    thresholds = tune_thresholds(label_table(data["validation"]), logits(data["validation"]), names)
+    found["residue composition"] = multi_label_metrics(test, logits(data["test"]), names, thresholds=thresholds)
     return found
 
 

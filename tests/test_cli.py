@@ -35,17 +35,17 @@ def test_the_largest_model_is_estimated_offline(tmp_path):
 def test_options_reach_the_function(capsys, tmp_path):
     options = "--recipe lora --preset qkv --batch 3 --accumulation 2 --length 40 --device L4 --attention eager"
     file = tmp_path / "e.json"
-    assert main(["estimate", "--model", "8M", *options.split(), "--padding", "none", "--json", str(file)]) == 0
+    assert main(["estimate", "--model", "8M", *options.split(), "--padding", "equal-length", "--json", str(file)]) == 0
     expected = estimate(
         "8M",
         recipe="lora",
         preset="qkv",
         micro_batch=3,
         accumulation=2,
-        length=40,
+        tokens=40,
         device="L4",
         attention="eager",
-        padding="none",
+        padding="equal-length",
     )
     assert json.loads(file.read_text()) == json.loads(json.dumps(expected.to_dict()))
     assert str(expected) in capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_recommend_prints_what_it_tried(capsys):
 def test_compare_writes_the_page(capsys, tmp_path):
     command = f"compare --model 8M --device L4 --length 40 --recipes base all --steps 7 --output {tmp_path}"
     assert main(command.split()) == 0
-    expected = compare("8M", device="L4", length=40, recipes=["base", "all"], steps=7)
+    expected = compare("8M", device="L4", tokens=40, recipes=["base", "all"], steps=7)
     assert str(expected) in capsys.readouterr().out
     assert (tmp_path / "comparison.html").read_text() == expected.to_html()
 

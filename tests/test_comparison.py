@@ -13,18 +13,18 @@ import pytest
 from datasets import DatasetDict
 
 from esm_efficient import RECIPES, compare, demo_model_path, load_deeploc, stratified_sample
+from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.memory import CATEGORIES
 
 
 @pytest.fixture(scope="module")
 def estimated():
-    return compare("8M", device="A10G", length=100, steps=50, epochs=2, sequences=1000)
+    return compare("8M", device="A10G", tokens=100, steps=50, epochs=2, sequences=1000)
 
 
 @pytest.fixture(scope="module")
 def data(demo_table):
-    splits = load_deeploc(demo_table, max_length=220, validation_partitions=())
+    splits = load_deeploc(demo_table, max_residues=220, validation_partitions=())
     return DatasetDict(train=stratified_sample(splits["train"], 24), test=stratified_sample(splits["test"], 24))
 
 

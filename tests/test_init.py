@@ -52,8 +52,8 @@ def test_the_package_is_typed():
 
 
 ORDER = (
-    *("errors", "compat", "recipes", "data", "demo", "reporting", "adapters", "encoder"),
-    *("profiling", "training", "inference", "comparison", "cli", "__main__"),
+    *("errors", "_torch", "compat", "tasks", "recipes", "data", "demo", "reporting", "adapters", "encoder", "trunk"),
+    *("costs", "estimation", "inference", "profiling", "training", "comparison", "cli", "__main__"),
 )
 
 

@@ -9,11 +9,13 @@ from esm_efficient.recipes import get_recipe
 
 
 def test_the_six_recipes():
-    table = {r.name: (r.trains, r.accumulation > 1, r.checkpointing, r.preset is not None) for r in RECIPES.values()}
+    table = {
+        r.name: (r.trains, r.accumulation > 1, r.gradient_checkpointing, r.preset is not None) for r in RECIPES.values()
+    }
     assert table == {
-        "base": ("all", False, False, False),
-        "ga": ("all", True, False, False),
-        "gc": ("all", False, True, False),
+        "base": ("full", False, False, False),
+        "ga": ("full", True, False, False),
+        "gc": ("full", False, True, False),
         "lora": ("adapters", False, False, True),
         "all": ("adapters", True, True, True),
         "frozen": ("head", False, False, False),
@@ -42,10 +44,10 @@ def test_the_rate_follows_the_root_of_the_accumulated_batch(changes, rate):
     "options",
     [
         {"trains": "adapters"},
-        {"trains": "all", "preset": "qkv", "r": 8},
+        {"trains": "full", "preset": "qkv", "r": 8},
         {"trains": "adapters", "preset": "qkv"},
-        {"trains": "all", "micro_batch": 0},
-        {"trains": "all", "accumulation": 0},
+        {"trains": "full", "micro_batch": 0},
+        {"trains": "full", "accumulation": 0},
     ],
 )
 def test_contradictions_are_refused(options):
@@ -56,5 +58,5 @@ def test_contradictions_are_refused(options):
 def test_an_unknown_recipe_lists_the_known():
     with pytest.raises(ConfigurationError, match="base, ga, gc, lora, all, frozen"):
         get_recipe("everything")
-    mine = Recipe("mine", "all", 1e-5)
+    mine = Recipe("mine", "full", 1e-5)
     assert get_recipe(mine) is mine

@@ -23,6 +23,7 @@ from esm_efficient.adapters.registry import (
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 from esm_efficient.recipes import Recipe, get_recipe
+from esm_efficient.tasks import peft_task_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -155,7 +156,7 @@ def lora_config(
                 f"exclude_modules={given!r} is a pattern; the preset {preset!r} needs a list. Give target_modules too"
             )
         peft_options["exclude_modules"] = [*given, *report.excluded]
-    peft_options.setdefault("task_type", _task_type(model))
+    peft_options.setdefault("task_type", peft_task_type(model))
     if peft_options["task_type"] is None and (heads := _other_heads(model)):
         peft_options.setdefault("modules_to_save", heads)
     return LoraConfig(
@@ -248,14 +249,6 @@ def _suggest(model: nn.Module, target: str, layers: list[str]) -> str:
 
 def _in_head(architecture: Architecture, path: str) -> bool:
     return any(f".{head}." in f".{path}." for head in architecture.heads)
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """Peft's name for the task of a model class; it makes peft train and save the head in full."""
-    names = [parent.__name__ for parent in type(model).__mro__]
-    if any(name.endswith("ForSequenceClassification") for name in names):
-        return "SEQ_CLS"
-    return "TOKEN_CLS" if any(name.endswith("ForTokenClassification") for name in names) else None
 
 
 def _other_heads(model: nn.Module) -> list[str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from esm_efficient.data.deeploc import load_deeploc
-from esm_efficient.data.encoding import tokenize_dataset
 from esm_efficient.data.sequences import Keep
+from esm_efficient.data.tokenizing import LENGTH_COLUMN, tokenize_dataset
 from esm_efficient.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -161,16 +161,17 @@ def _windows(ordered: np.ndarray, of_size: np.ndarray) -> np.ndarray:
     return windows
 
 
-def lengths_of(dataset: Any, column: str = "length") -> np.ndarray:
-    """Tokens of every sequence of a tokenised data set, int64 of shape (sequences,).
+def lengths_of(dataset: Any, column: str = LENGTH_COLUMN) -> np.ndarray:
+    """Return the tokens of every sequence of a tokenised dataset, int64 of shape (sequences,).
 
     Args:
         dataset: of `datasets`, or any sequence of mappings, with ``input_ids``.
-        column: that holds the lengths, if there is one.
+        column: the column of the lengths in tokens; where it is missing, the ids are counted.
     """
     names = getattr(dataset, "column_names", None) or list(dataset[0])
-    if column in names and hasattr(dataset, "with_format"):
-        return np.asarray(dataset.with_format("numpy")[column][:])
+    found = next((name for name in (column, LENGTH_COLUMN) if name in names), None)
+    if found is not None and hasattr(dataset, "with_format"):
+        return np.asarray(dataset.with_format("numpy")[found][:])
     return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
 
 
@@ -187,7 +188,7 @@ def deeploc_dataloaders(
     source: str | Path | None = None,
     *,
     batch_size: int = 8,
-    max_length: int = 1024,
+    max_tokens: int = 1024,
     keep: Keep = "start",
     seed: int = 0,
     num_workers: int = 0,
@@ -199,7 +200,7 @@ def deeploc_dataloaders(
         tokenizer: of an ESM model.
         source: as in `load_deeploc`.
         batch_size: sequences a batch.
-        max_length: the most tokens of a sequence.
+        max_tokens: the most tokens of a sequence.
         keep: what stays of a longer sequence, as in `tokenize_dataset`.
         seed: of the split and of the order of the training batches; each epoch has another order.
         num_workers: processes that prepare batches.
@@ -225,9 +226,9 @@ def deeploc_dataloaders(
     from transformers import DataCollatorWithPadding
 
     data, _ = tokenize_dataset(
-        load_deeploc(source, seed=seed, **load_options), tokenizer, max_length=max_length, keep=keep
+        load_deeploc(source, seed=seed, **load_options), tokenizer, max_tokens=max_tokens, keep=keep
     )
-    data = data.remove_columns("length")
+    data = data.remove_columns(LENGTH_COLUMN)
     collate = DataCollatorWithPadding(tokenizer)
 
     def loader(name: str) -> DataLoader:

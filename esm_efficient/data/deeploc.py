@@ -18,9 +18,10 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 
 from esm_efficient.data.download import cache_folder, fetch, sha256_of
+from esm_efficient.data.leaks import check_leaks
 from esm_efficient.data.readers import compression_of
 from esm_efficient.data.sequences import clean
-from esm_efficient.data.splits import check_leaks, has_classes, split_at_random, split_by_partition
+from esm_efficient.data.splits import split_at_random, split_by_partition
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def load_deeploc(
     source: str | Path | None = None,
     *,
     task: str | Mapping[str, str] = "membrane",
-    min_length: int | None = 100,
-    max_length: int | None = 512,
+    min_residues: int | None = 100,
+    max_residues: int | None = 512,
     split: Literal["partition", "random"] = "partition",
     test_partitions: Sequence[int] = (4,),
     validation_partitions: Sequence[int] = (3,),
@@ -79,8 +80,8 @@ def load_deeploc(
             often several; or label names and the columns of 0 and 1 that hold them, such as
             ``{"nuclear": "Nucleus", "golgi": "Golgi apparatus"}``, where an empty cell is unknown. A single name makes
             two classes, ``"not <name>"`` and ``"<name>"``.
-        min_length: the fewest residues to keep a protein; None for no bound.
-        max_length: the most residues to keep a protein; None for no bound.
+        min_residues: the fewest residues to keep a protein; None for no bound.
+        max_residues: the most residues to keep a protein; None for no bound.
         split: ``"partition"`` uses the table's own homology partitions (at most 30 % identity between two of them);
             ``"random"`` is stratified by class and lets relatives of training proteins into the test set.
         test_partitions: partitions of the test set, with ``split="partition"``.
@@ -93,7 +94,7 @@ def load_deeploc(
     Returns:
         Splits ``train``, ``validation`` (unless empty) and ``test``, with the features ``sequence`` (str), ``label``
         (ClassLabel; with several labels a struct of float32, null where unknown), ``kingdom`` (str), ``accession``
-        (str), ``partition`` (int) and ``length`` (residues).
+        (str), ``partition`` (int) and ``residues`` (their number).
 
     Raises:
         DownloadError: the file cannot be fetched or is not the expected one.
@@ -111,9 +112,9 @@ def load_deeploc(
     path = _locate(source, sha256)
     columns = _label_columns(task)
     table = _clean_table(_read_table(path, columns), path, columns)
-    table = table[table["length"].between(min_length or 0, max_length if max_length is not None else np.inf)]
+    table = table[table["residues"].between(min_residues or 0, max_residues if max_residues is not None else np.inf)]
     if table.empty:
-        raise DataError(f"{path}: no protein has between {min_length} and {max_length} residues")
+        raise DataError(f"{path}: no protein has between {min_residues} and {max_residues} residues")
     whole = _to_dataset(table, task)
     if split == "partition":
         parts = split_by_partition(whole, test_partitions, validation_partitions)
@@ -126,35 +127,6 @@ def load_deeploc(
 
     logger.info("%s: %s", path, ", ".join(f"{name} {len(dataset):,}" for name, dataset in datasets.items()))
     return DatasetDict(datasets)
-
-
-def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
-    """A random sample of rows with the label frequencies of the whole.
-
-    Args:
-        dataset: rows with ``label``; where that is no ClassLabel, the sample is not stratified.
-        size: rows to draw, at least 1; the whole dataset, shuffled, if it has no more.
-        seed: of the draw.
-
-    Returns:
-        The sample, in random order.
-
-    Raises:
-        ConfigurationError: `size` is below 1.
-    """
-    if size < 1:
-        raise ConfigurationError(f"size={size}: a sample has at least one row")
-    if not has_classes(dataset):
-        return dataset.shuffle(seed=seed).select(range(min(size, len(dataset))))
-    labels = np.asarray(dataset["label"][:])
-    classes, counts = np.unique(labels, return_counts=True)
-    # Each class gets its share rounded down, and those with the largest remainders one more.
-    shares = min(size, len(labels)) * counts / len(labels)
-    wanted = np.floor(shares).astype(int)
-    wanted[np.argsort(wanted - shares, kind="stable")[: min(size, len(labels)) - wanted.sum()]] += 1
-    rng = np.random.default_rng(seed)
-    rows = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, wanted, strict=True)]
-    return dataset.select(rng.permutation(np.concatenate(rows)))
 
 
 def _locate(source: str | Path | None, sha256: str | None) -> Path:
@@ -211,7 +183,7 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _clean_table(raw: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Check every row; columns of the result: those of the labels, sequence, kingdom, accession, partition, length."""
+    """Check every row; return the labels, sequence, kingdom, accession, partition and residues."""
     import pandas as pd
 
     names = [f"line {i + 2} ({accession or 'no accession'})" for i, accession in enumerate(raw["ACC"])]
@@ -242,7 +214,7 @@ def _clean_table(raw: pd.DataFrame, path: Path, columns: Mapping[str, str]) -> p
             "kingdom": raw["Kingdom"],
             "accession": raw["ACC"].str.strip(),
             "partition": partition.astype(int),
-            "length": sequence.str.len(),
+            "residues": sequence.str.len(),
         }
     )
 
@@ -267,7 +239,7 @@ def _to_dataset(table: pd.DataFrame, task: str | Mapping[str, str]) -> Dataset:
             "kingdom": Value("string"),
             "accession": Value("string"),
             "partition": Value("int32"),
-            "length": Value("int32"),
+            "residues": Value("int32"),
         }
     )
     rows = {name: label if name == "label" else table[name].tolist() for name in features}

@@ -10,7 +10,6 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +138,35 @@ def split_at_random(
     return parts
 
 
+def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
+    """A random sample of rows with the label frequencies of the whole.
+
+    Args:
+        dataset: rows with ``label``; where that is no ClassLabel, the sample is not stratified.
+        size: rows to draw, at least 1; the whole dataset, shuffled, if it has no more.
+        seed: of the draw.
+
+    Returns:
+        The sample, in random order.
+
+    Raises:
+        ConfigurationError: `size` is below 1.
+    """
+    if size < 1:
+        raise ConfigurationError(f"size={size}: a sample has at least one row")
+    if not has_classes(dataset):
+        return dataset.shuffle(seed=seed).select(range(min(size, len(dataset))))
+    labels = np.asarray(dataset["label"][:])
+    classes, counts = np.unique(labels, return_counts=True)
+    # Each class gets its share rounded down, and those with the largest remainders one more.
+    shares = min(size, len(labels)) * counts / len(labels)
+    wanted = np.floor(shares).astype(int)
+    wanted[np.argsort(wanted - shares, kind="stable")[: min(size, len(labels)) - wanted.sum()]] += 1
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, wanted, strict=True)]
+    return dataset.select(rng.permutation(np.concatenate(rows)))
+
+
 def read_clusters(path: str | Path) -> dict[str, int]:
     """The cluster of each sequence from a file of MMseqs2 or CD-HIT.
 
@@ -191,52 +219,9 @@ def cluster_groups(names: Sequence[str], clusters: Mapping[str, int], path: str 
     return np.array([clusters[accession_of(name)] for name in names])
 
 
-def check_leaks(splits: dict[str, Dataset]) -> None:
-    """Refuse a sequence that stands in two splits; say how many stand more than once in one.
-
-    Raises:
-        DataError: a sequence stands in two splits.
-    """
-    warn_of_repeats(count_repeats(splits))
-
-
-def warn_of_repeats(repeated: int) -> None:
-    """Say how many sequences stand more than once within their split."""
-    if repeated:
-        logger.warning("%d sequence(s) stand more than once within their split", repeated)
-
-
-def count_repeats(splits: dict[str, Dataset]) -> int:
-    """How many sequences stand more than once within their split.
-
-    Raises:
-        DataError: a sequence stands in two splits.
-    """
-    hashes = {name: _hashes(split) for name, split in splits.items()}
-    ordered = {name: np.sort(found) for name, found in hashes.items()}
-    repeated = sum(int(np.count_nonzero(found[1:] == found[:-1])) for found in ordered.values())
-    for first, second in combinations(splits, 2):
-        common = ordered[second][_is_among(ordered[second], ordered[first])]
-        if not len(common):
-            continue
-        rows = {name: splits[name].select(np.flatnonzero(np.isin(hashes[name], common))) for name in (first, second)}
-        owner = {row["sequence"]: row["accession"] for row in rows[first]}
-        shared = [
-            f"{owner[row['sequence']]} = {row['accession']} ({first} and {second})"
-            for row in rows[second]
-            if row["sequence"] in owner
-        ]
-        if shared:
-            raise DataError(
-                f"{len(shared)} sequence(s) stand in two splits, so the test would be on training data: "
-                f"{listing(shared)}. Remove the duplicates, or put them into one partition"
-            )
-    return repeated
-
-
 def sequence_groups(dataset: Dataset) -> np.ndarray:
     """A group for each distinct sequence, int64 of shape (rows,)."""
-    return np.unique(_hashes(dataset), return_inverse=True)[1]
+    return np.unique(sequence_hashes(dataset), return_inverse=True)[1]
 
 
 def check_sizes(test_size: float, validation_size: float) -> None:
@@ -278,13 +263,7 @@ def _column(dataset: Dataset, name: str) -> np.ndarray:
     return np.asarray(dataset.with_format("numpy")[name][:])
 
 
-def _is_among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which values are in an array that is in order."""
-    places = np.searchsorted(ordered, values)
-    return (places < len(ordered)) & (ordered[np.minimum(places, len(ordered) - 1)] == values)
-
-
-def _hashes(dataset: Dataset) -> np.ndarray:
+def sequence_hashes(dataset: Dataset) -> np.ndarray:
     """A 64-bit hash of every sequence, so that millions of them need not be held."""
     blocks = dataset.select_columns("sequence").with_format("arrow").iter(_BLOCK)
     return np.concatenate([np.empty(0, dtype=np.uint64), *(hash_sequences(block["sequence"]) for block in blocks)])

@@ -21,7 +21,7 @@ from esm_efficient.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[Tensor, Tensor, Tensor, "Ends", float], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, "CuSeqlens", float], Tensor]
 
 BACKENDS = ("auto", "flash", "varlen", "flex", "sequences")
 """What computes attention.
@@ -34,7 +34,7 @@ BACKENDS = ("auto", "flash", "varlen", "flex", "sequences")
 """
 
 
-class Ends:
+class CuSeqlens:
     """Where queries and keys of each sequence end, as kernels of variable length take them; made once for all layers.
 
     Args:
@@ -49,12 +49,12 @@ class Ends:
         self.device = device
 
     @classmethod
-    def of(cls, packing: Packing, first_only: bool, device: torch.device) -> Ends:
+    def of(cls, packing: Packing, first_only: bool, device: torch.device) -> CuSeqlens:
         """Those of a packing, which keeps them for the layers that follow."""
         key = ("ends", first_only, device)
         if key not in packing.shared:
             packing.shared[key] = cls(packing, first_only, device)
-        return cast(Ends, packing.shared[key])
+        return cast(CuSeqlens, packing.shared[key])
 
     @cached_property
     def queries(self) -> Tensor:
@@ -107,7 +107,7 @@ def attend(
     chosen = "sequences" if dropout else choose_backend(backend, device, states.dtype, states.shape[-1])
     if chosen == "sequences" and device.type == "cpu" and not dropout and _played is None:
         return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)
-    ends = Ends.of(packing, query is not None, device)
+    ends = CuSeqlens.of(packing, query is not None, device)
     inputs = states[:, 0] if query is None else query[:, 0], states[:, -2], states[:, -1]
     if _played is not None:
         return _played(*inputs, ends, scale).flatten(1)
@@ -124,7 +124,7 @@ def played_by(kernel: Kernel) -> Iterator[None]:
     """Let another function compute attention, such as one that allocates as another device's kernel would.
 
     Args:
-        kernel: takes queries, keys and values of shape (tokens, heads, head width), `Ends` and the scale of the
+        kernel: takes queries, keys and values of shape (tokens, heads, head width), `CuSeqlens` and the scale of the
             scores, and returns the shape of the queries.
     """
     global _played
@@ -230,7 +230,9 @@ def _views(
     return views
 
 
-def by_sequence(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float, dropout: float = 0.0) -> Tensor:
+def by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float, dropout: float = 0.0
+) -> Tensor:
     """Attention by torch's fused function, once for every length in the batch; for any device, through autograd."""
     parts, q_start, k_start = [], 0, 0
     one_each = ends.query_lengths != ends.key_lengths
@@ -252,7 +254,7 @@ def _kernel(name: str) -> Kernel:
     if name == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        def flash(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+        def flash(query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float) -> Tensor:
             longest = max(ends.query_lengths), max(ends.key_lengths)
             return flash_attn_varlen_func(query, key, value, ends.queries, ends.keys, *longest, softmax_scale=scale)
 
@@ -260,7 +262,7 @@ def _kernel(name: str) -> Kernel:
     if name == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        def varlen(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+        def varlen(query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float) -> Tensor:
             longest = max(ends.query_lengths), max(ends.key_lengths)
             return cast(Tensor, varlen_attn(query, key, value, ends.queries, ends.keys, *longest, scale=scale))
 
@@ -268,7 +270,7 @@ def _kernel(name: str) -> Kernel:
     return _flex
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float) -> Tensor:
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     attention = _flex_attention(query.device.type == "cuda")
     return attention(q, k, v, block_mask=ends.block_mask, scale=scale)[0].transpose(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,17 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from esm_efficient.data.batching import TokenBudgetBatchSampler
-from esm_efficient.data.encoding import SPECIAL_TOKENS, ResidueEncoder
-from esm_efficient.data.labels import Kind, Task
+from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.data.sequences import Keep
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.tasks import SPECIAL_TOKENS, Task, auto_class, head_of_config, task_of_model
 
 _POSITIONS = 1024
 """Tokens of the longest sequence that ESM-2 was trained on."""
@@ -72,7 +70,7 @@ class Predictor:
         model: an ESM model with a sequence or token classification head; it is put into evaluation mode and computes
             with the lean encoder from then on.
         tokenizer: of an ESM model.
-        max_length: the most tokens of a sequence, special ones included.
+        max_tokens: the most tokens of a sequence, special ones included.
 
     Attributes:
         task: what the model was trained on, with its label names.
@@ -88,14 +86,14 @@ class Predictor:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_length: int = _POSITIONS
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = _POSITIONS
     ) -> None:
-        if max_length <= SPECIAL_TOKENS:
-            raise ConfigurationError(f"max_length={max_length}: expected room for a residue beside two special tokens")
-        self.task = _task_of(model)
+        if max_tokens <= SPECIAL_TOKENS:
+            raise ConfigurationError(f"max_tokens={max_tokens}: expected room for a residue beside two special tokens")
+        self.task = task_of_model(model)
         self.encoder = ResidueEncoder(tokenizer)
         self.padding = tokenizer.pad_token_id
-        self.max_length = max_length
+        self.max_tokens = max_tokens
         self.model: Any = apply_lean_encoder(model.eval().requires_grad_(False))
         self.thresholds: np.ndarray | None = None
         if self.task.kind == "multi_label_classification":
@@ -104,7 +102,7 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, device: str | torch.device | None = None, max_length: int = _POSITIONS
+        cls, folder: str | Path, *, device: str | torch.device | None = None, max_tokens: int = _POSITIONS
     ) -> Predictor:
         """Load what `finetune` or `export_model` saved; safetensors alone, nothing is unpickled.
 
@@ -112,7 +110,7 @@ class Predictor:
             folder: of a model, or of an adapter with ``base_config/`` beside it, whose base model is then loaded by the
                 name or path in the adapter's config.
             device: to compute on; None for the accelerator if there is one.
-            max_length: the most tokens of a sequence.
+            max_tokens: the most tokens of a sequence.
 
         Raises:
             ConfigurationError: it is no such folder.
@@ -125,8 +123,7 @@ class Predictor:
         if not (home / "config.json").is_file():
             raise ConfigurationError(f"{folder} has no {home.name}/config.json: expected the folder of a saved model")
         config = AutoConfig.from_pretrained(home)
-        of_tokens = any(name.endswith("ForTokenClassification") for name in config.architectures or ())
-        auto = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+        auto = auto_class(head_of_config(config) or "sequence-classification")
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else folder
         model = auto.from_pretrained(base, config=config, dtype=torch.float32, use_safetensors=True)
         if adapter.is_file():
@@ -135,7 +132,7 @@ class Predictor:
         if device is None:
             found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = found or "cpu"
-        return cls(model.to(device), AutoTokenizer.from_pretrained(folder), max_length=max_length)
+        return cls(model.to(device), AutoTokenizer.from_pretrained(folder), max_tokens=max_tokens)
 
     def predict(
         self, sequences: Sequence[str], *, keep: Keep | None = None, token_budget: int = 8192
@@ -160,7 +157,7 @@ class Predictor:
             raise DataError(f"{len(bad)} sequence(s) are no text: {listing(bad)}")
         if not sequences:
             return []
-        most = self.max_length - SPECIAL_TOKENS
+        most = self.max_tokens - SPECIAL_TOKENS
         ids, offsets, residues = self.encoder(sequences, max_residues=most, keep=keep or "start")
         if bad := [f"sequence {i + 1}" for i in np.flatnonzero(residues == 0)]:
             raise DataError(f"{len(bad)} sequence(s) hold no residue: {listing(bad)}")
@@ -198,20 +195,3 @@ class Predictor:
             )
         values = softmax(logits, axis=-1)
         return Prediction(self.task, values, tuple(names[i] for i in np.atleast_1d(values.argmax(-1)).tolist()))
-
-
-def _task_of(model: PreTrainedModel) -> Task:
-    """The task that a model's class and config say."""
-    config: Any = model.config
-    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    if type(model).__name__.endswith("ForTokenClassification"):
-        return Task("token_classification", names)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        raise ConfigurationError(f"{type(model).__name__} has no classification head to predict with")
-    kinds: Mapping[str | None, Kind] = {
-        None: "regression" if len(names) == 1 else "single_label_classification",
-        "regression": "regression",
-        "single_label_classification": "single_label_classification",
-        "multi_label_classification": "multi_label_classification",
-    }
-    return Task(kinds[config.problem_type], names)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from esm_efficient.data.columns import find_column
 from esm_efficient.data.readers import accession_of
+from esm_efficient.data.schema import find_column
 from esm_efficient.data.sequences import clean
 from esm_efficient.errors import DataError, RequestError, listing
 

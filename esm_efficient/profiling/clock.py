@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from esm_efficient.profiling.throughput import synchronize
+from esm_efficient.costs.throughput import synchronize
 
 
 class PhaseClock:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from esm_efficient.adapters.registry import encoder_layers
-from esm_efficient.errors import ConfigurationError, OutOfMemoryError
-from esm_efficient.profiling.allocations import AllocationTracker
-from esm_efficient.profiling.clock import PhaseClock
-from esm_efficient.profiling.counters import (
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.memory import PHASES, Memory, OutOfMemoryError, resident_peak, restart_resident_peak
+from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.profiling.backends import (
     Counter,
     CpuCounter,
     CudaCounter,
@@ -26,15 +27,9 @@ from esm_efficient.profiling.counters import (
     split,
     storage_bytes,
 )
-from esm_efficient.profiling.memory import PHASES, Memory, resident_peak, restart_resident_peak
+from esm_efficient.profiling.clock import PhaseClock
 from esm_efficient.profiling.report import Growth, PhaseFigures, ProfileReport, find_growth
-from esm_efficient.profiling.throughput import (
-    SPECIAL_TOKENS,
-    TokenCounter,
-    WorkCounter,
-    flops_per_token,
-    matmul_rate,
-)
+from esm_efficient.tasks import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -386,7 +381,7 @@ class Profiler:
         self._growth = found or self._growth
 
     def _explain(self, error: torch.OutOfMemoryError) -> OutOfMemoryError:
-        from esm_efficient.profiling.recommend import explain_out_of_memory
+        from esm_efficient.estimation.advice import explain_out_of_memory
 
         phase = self._phase
         if phase == "between":

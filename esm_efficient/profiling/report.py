@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from esm_efficient.profiling.memory import CATEGORIES, Memory
+from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.reporting import format_bytes, format_table
 
 

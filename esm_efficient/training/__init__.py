@@ -2,9 +2,9 @@
 
 from esm_efficient.training.audit import AuditCallback, AuditReport
 from esm_efficient.training.metrics import (
+    apply_thresholds,
     classification_metrics,
     compute_metrics_for,
-    labels_of,
     multi_label_metrics,
     regression_metrics,
     tune_thresholds,
@@ -16,10 +16,10 @@ __all__ = [
     "AuditCallback",
     "AuditReport",
     "WeightedTrainer",
+    "apply_thresholds",
     "balanced_class_weights",
     "classification_metrics",
     "compute_metrics_for",
-    "labels_of",
     "multi_label_metrics",
     "regression_metrics",
     "tune_thresholds",

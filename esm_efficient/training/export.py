@@ -18,7 +18,7 @@ from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_markdown
 
 if TYPE_CHECKING:
-    from esm_efficient.training.finetune import FinetuneResult
+    from esm_efficient.training.result import FinetuneResult
 
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate")
 _PATHS = ("model_dir", "result_path")
@@ -84,7 +84,7 @@ def _name_base(path: Path, base_model: str) -> None:
 
 def _card(result: FinetuneResult, base_model: str, dataset: str, description: str, adapted: bool) -> str:
     """The model card, with its metadata as the Hub reads them."""
-    of_tokens = result.task.kind == "token_classification"
+    of_tokens = result.task.head == "token-classification"
     pipeline = "token-classification" if of_tokens else "text-classification"
     auto = f"AutoModelFor{'Token' if of_tokens else 'Sequence'}Classification"
     metrics = {name: value for name, value in sorted(result.metrics.items()) if np.isfinite(value)}

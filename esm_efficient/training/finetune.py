@@ -6,15 +6,12 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -27,91 +24,24 @@ from transformers import (
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.resolve import recipe_adapters
-from esm_efficient.data.encoding import tokenize_dataset
-from esm_efficient.data.labels import Task, task_of
+from esm_efficient.costs.memory import peak_memory
+from esm_efficient.data.tokenizing import LENGTH_COLUMN, tokenize_dataset
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.profiling.callback import ProfilerCallback
-from esm_efficient.profiling.memory import peak_memory
-from esm_efficient.recipes import Recipe, get_recipe
+from esm_efficient.recipes import Precision, Recipe, get_recipe
+from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
+from esm_efficient.training.result import FinetuneResult
 from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from esm_efficient.profiling.report import ProfileReport
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "float32", "bf16"]
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a run of `finetune` gave and cost.
-
-    Attributes:
-        recipe: name of the recipe.
-        seed: of the run.
-        task: what was learnt (`esm_efficient.data.labels.task_of`).
-        metrics: on the test split, or on the validation split if there is no other (`compute_metrics_for`, and
-            ``loss``).
-        evaluated_on: name of that split.
-        train_loss: mean loss of the optimizer steps.
-        steps: optimizer steps.
-        trainable_parameters: numbers that train.
-        total_parameters: numbers in the model, with adapters.
-        trained_layers: indices of the encoder layers in which a parameter trained and moved.
-        layers: encoder layers of the model.
-        residues_per_second: residues (no padding, no special tokens) trained on, per second of the training loop.
-        peak_memory_bytes: peak while training.
-        peak_memory_kind: what that peak counts.
-        seconds: of the training loop.
-        model_dir: folder of the model, or of the adapter, with the tokenizer. A model's config is in it, that of the
-            model under an adapter in ``base_config/``.
-        result_path: this record as JSON.
-        model: the trained model, in evaluation mode.
-        profile: what the run has cost by phase; None unless it was profiled.
-        thresholds: with several labels a sequence, the probability from which each is said to hold, tuned on the
-            validation split and saved as ``label_thresholds`` in the model's config; None if they were not tuned.
-    """
-
-    recipe: str
-    seed: int
-    task: Task
-    metrics: Mapping[str, float]
-    evaluated_on: str
-    train_loss: float
-    steps: int
-    trainable_parameters: int
-    total_parameters: int
-    trained_layers: tuple[int, ...]
-    layers: int
-    residues_per_second: float
-    peak_memory_bytes: int
-    peak_memory_kind: str
-    seconds: float
-    model_dir: Path
-    result_path: Path
-    model: PreTrainedModel | PeftModel = field(repr=False, compare=False)
-    profile: ProfileReport | None = None
-    thresholds: Mapping[str, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every figure, ready for JSON; a metric that is undefined (NaN) is None, which JSON can hold."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
-        record["metrics"] = {key: value if np.isfinite(value) else None for key, value in self.metrics.items()}
-        return record | {
-            "task": {"kind": self.task.kind, "names": list(self.task.names)},
-            "trained_layers": list(self.trained_layers),
-            "model_dir": str(self.model_dir),
-            "result_path": str(self.result_path),
-            "profile": None if self.profile is None else self.profile.to_dict(),
-        }
 
 
 def recipe_arguments(
@@ -139,6 +69,7 @@ def recipe_arguments(
         "gradient_accumulation_steps": chosen.accumulation,
         "per_device_eval_batch_size": 16,
         "learning_rate": chosen.learning_rate,
+        "length_column_name": LENGTH_COLUMN,
         "num_train_epochs": 1,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0,
@@ -152,7 +83,7 @@ def recipe_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         # The contact head is frozen, so every parameter that trains is used in every step.
         "ddp_find_unused_parameters": False,
-        **compat.checkpointing_arguments(chosen.checkpointing),
+        **compat.checkpointing_arguments(chosen.gradient_checkpointing),
         **compat.installed_names(overrides),
     }
     return TrainingArguments(output_dir=str(output_dir), **options)
@@ -168,7 +99,7 @@ def finetune(
     class_weights: str | Mapping[str, float] | Sequence[float] | None = "balanced",
     focal_gamma: float = 0.0,
     token_budget: int | None = None,
-    max_length: int = 1024,
+    max_tokens: int = 1024,
     seed: int = 0,
     precision: Precision = "auto",
     adapter_options: Mapping[str, Any] | None = None,
@@ -180,7 +111,7 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune ESM-2: tokenise, prepare, train, audit, evaluate, save.
 
-    What is learnt follows from the feature of the column ``label`` (`esm_efficient.data.labels.task_of`): one class or
+    What is learnt follows from the feature of the column ``label`` (`esm_efficient.tasks.task_of`): one class or
     several labels a sequence, one class a residue, or numbers. With several labels, validation and test, the threshold
     of each is tuned on validation and used on test.
 
@@ -194,7 +125,7 @@ def finetune(
         class_weights: as `WeightedTrainer`; numbers to regress have no classes, so that ``"balanced"`` is none there.
         focal_gamma: as `WeightedTrainer`.
         token_budget: as `WeightedTrainer`.
-        max_length: the most tokens of a sequence.
+        max_tokens: the most tokens of a sequence.
         seed: of the head, the adapters and the order of the batches.
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; with bf16 the frozen parameters are held in it.
         adapter_options: options of `lora_config` that win over the recipe's.
@@ -235,11 +166,10 @@ def finetune(
         _tell(loaded, task)
     else:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        auto = AutoModelForTokenClassification if _of_tokens(task) else AutoModelForSequenceClassification
-        loaded = auto.from_pretrained(
+        loaded = auto_class(task.head).from_pretrained(
             model, num_labels=len(task.names), problem_type=task.problem_type, dtype=torch.float32
         )
-    tokenized = dataset if tokenized_before else tokenize_dataset(dataset, tokenizer, max_length=max_length)[0]
+    tokenized = dataset if tokenized_before else tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)[0]
 
     prepared = prepare_model(
         loaded,
@@ -252,12 +182,13 @@ def finetune(
     if chosen.encoder == "lean":
         apply_lean_encoder(prepared)
     audit = AuditCallback()
+    of_tokens = task.head == "token-classification"
     trainer = WeightedTrainer(
         prepared,
         args,
         train_dataset=tokenized["train"],
         eval_dataset=tokenized.get("validation"),
-        data_collator=(DataCollatorForTokenClassification if _of_tokens(task) else DataCollatorWithPadding)(tokenizer),
+        data_collator=(DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(tokenizer),
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
         callbacks=[audit, *callbacks],
@@ -342,7 +273,7 @@ def _uses_bf16(precision: Precision) -> bool:
 
 def _tell(model: PreTrainedModel, task: Task) -> None:
     """Tell a loaded model its task."""
-    if type(model).__name__.endswith("ForTokenClassification") != _of_tokens(task):
+    if (head_of(model) == "token-classification") != (task.head == "token-classification"):
         raise ConfigurationError(f"{type(model).__name__} has no head for {task.describe()}")
     config: Any = model.config
     if config.problem_type not in (None, task.problem_type):
@@ -350,14 +281,10 @@ def _tell(model: PreTrainedModel, task: Task) -> None:
     config.problem_type = task.problem_type
 
 
-def _of_tokens(task: Task) -> bool:
-    return task.kind == "token_classification"
-
-
 def _tune(trainer: WeightedTrainer, validation: Any, task: Task) -> dict[str, float]:
     """The threshold of each label, also written into the model's config."""
     prediction = trainer.predict(validation, metric_key_prefix="validation")
-    found = tune_thresholds(np.asarray(prediction.predictions), np.asarray(prediction.label_ids), task.names)
+    found = tune_thresholds(np.asarray(prediction.label_ids), np.asarray(prediction.predictions), task.names)
     thresholds = dict(zip(task.names, found.tolist(), strict=True))
     trainer.accelerator.unwrap_model(trainer.model).config.label_thresholds = thresholds
     logger.info("thresholds: %s", ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items()))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esm_efficient.data.labels import IGNORE
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import IGNORE
 
 
 class WeightedLoss(Protocol):

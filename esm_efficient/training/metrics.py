@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from esm_efficient.data.labels import IGNORE, Task
 from esm_efficient.errors import DataError
+from esm_efficient.tasks import IGNORE, Task
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> dict[str, float]:
+def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names: Sequence[str]) -> dict[str, float]:
     """Accuracy, MCC, AUROC and F1 of each class, beside the accuracy of always guessing the commonest class.
 
     Args:
-        logits: float of shape (examples, classes).
-        labels: class ids of shape (examples,).
+        y_true: class ids of shape (examples,).
+        y_score: logits, float of shape (examples, classes).
         label_names: names of the classes in the order of their ids.
 
     Returns:
@@ -39,48 +39,48 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_names: 
     Example:
         >>> import numpy as np
         >>> logits = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
-        >>> metrics = classification_metrics(logits, np.array([0, 1, 1, 1]), ["no", "yes"])
+        >>> metrics = classification_metrics(np.array([0, 1, 1, 1]), logits, ["no", "yes"])
         >>> metrics["accuracy"], round(metrics["mcc"], 3), metrics["auroc"]
         (0.75, 0.577, 1.0)
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
 
     classes = np.arange(len(label_names))
-    if logits.shape != (len(labels), len(classes)):
+    if y_score.shape != (len(y_true), len(classes)):
         raise DataError(
-            f"logits have shape {logits.shape}: expected {(len(labels), len(classes))}, one row a label and one column "
-            f"for each of {', '.join(label_names)}"
+            f"logits have shape {y_score.shape}: expected {(len(y_true), len(classes))}, one row per label and one "
+            f"column for each of {', '.join(label_names)}"
         )
-    _check_finite(logits)
-    predicted = logits.argmax(axis=1)
-    scores = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    _check_finite(y_score)
+    predicted = y_score.argmax(axis=1)
+    scores = np.exp(y_score.astype(np.float64) - y_score.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)
-    if len(set(labels.tolist())) < len(classes):
+    if len(set(y_true.tolist())) < len(classes):
         auroc = float("nan")
     elif len(classes) == 2:
-        auroc = float(roc_auc_score(labels, logits[:, 1].astype(np.float64) - logits[:, 0]))
+        auroc = float(roc_auc_score(y_true, y_score[:, 1].astype(np.float64) - y_score[:, 0]))
     else:
-        auroc = float(roc_auc_score(labels, scores, multi_class="ovr", labels=classes))
-    f1 = f1_score(labels, predicted, labels=classes, average=None, zero_division=0.0)
+        auroc = float(roc_auc_score(y_true, scores, multi_class="ovr", labels=classes))
+    f1 = f1_score(y_true, predicted, labels=classes, average=None, zero_division=0.0)
     return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "mcc": float(matthews_corrcoef(labels, predicted)),
+        "accuracy": float(accuracy_score(y_true, predicted)),
+        "mcc": float(matthews_corrcoef(y_true, predicted)),
         "auroc": auroc,
         **{f"f1_{name}": float(value) for name, value in zip(label_names, f1, strict=True)},
         "f1_macro": float(f1.mean()),
-        **(_mcc_each(labels, predicted, label_names) if len(classes) > 2 else {}),
-        "majority_accuracy": float(np.bincount(labels, minlength=len(classes)).max() / len(labels)),
+        **(_mcc_each(y_true, predicted, label_names) if len(classes) > 2 else {}),
+        "majority_accuracy": float(np.bincount(y_true, minlength=len(classes)).max() / len(y_true)),
     }
 
 
 def multi_label_metrics(
-    logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str], *, thresholds: np.ndarray | None = None
+    y_true: np.ndarray, y_score: np.ndarray, label_names: Sequence[str], *, thresholds: np.ndarray | None = None
 ) -> dict[str, float]:
     """How well several labels an example are told, each by itself and all together.
 
     Args:
-        logits: float of shape (examples, labels).
-        labels: 0 or 1, of the same shape; NaN or -100 where unknown, which counts nowhere.
+        y_true: 0 or 1, of shape (examples, labels); NaN or -100 where unknown. Unknown labels count nowhere.
+        y_score: logits, float of the same shape.
         label_names: names of the labels in their order.
         thresholds: probability from which each label is said to hold, of shape (labels,); 0.5 if None.
 
@@ -93,27 +93,27 @@ def multi_label_metrics(
         DataError: the shapes do not fit, or the logits are not finite.
 
     Example:
-        >>> metrics = multi_label_metrics(np.array([[2.0, -1.0], [1.0, 3.0]]), np.array([[1, 0], [0, 1]]), ["a", "b"])
+        >>> metrics = multi_label_metrics(np.array([[1, 0], [0, 1]]), np.array([[2.0, -1.0], [1.0, 3.0]]), ["a", "b"])
         >>> metrics["subset_accuracy"], metrics["jaccard"], round(metrics["f1_micro"], 3)
         (0.5, 0.75, 0.8)
     """
     from sklearn.metrics import f1_score, roc_auc_score
 
-    if logits.shape != labels.shape or logits.shape[1:] != (len(label_names),):
+    if y_score.shape != y_true.shape or y_score.shape[1:] != (len(label_names),):
         raise DataError(
-            f"logits have shape {logits.shape} and labels {labels.shape}: expected (examples, {len(label_names)}), one "
-            f"column for each of {', '.join(label_names)}"
+            f"logits have shape {y_score.shape} and labels {y_true.shape}: expected (examples, {len(label_names)}), "
+            f"one column for each of {', '.join(label_names)}"
         )
-    _check_finite(logits)
-    known = ~np.isnan(labels) & (labels != IGNORE)
-    true = np.where(known, labels, 0).round().astype(int)
-    said = np.where(known, labels_of(logits, thresholds), 0).astype(int)
+    _check_finite(y_score)
+    known = ~np.isnan(y_true) & (y_true != IGNORE)
+    true = np.where(known, y_true, 0).round().astype(int)
+    said = np.where(known, apply_thresholds(y_score, thresholds), 0).astype(int)
     f1, areas = {}, []
     for index, name in enumerate(label_names):
         rows = known[:, index]
         f1[f"f1_{name}"] = float(f1_score(true[:, index], said[:, index], zero_division=0.0))
         if len(set(true[rows, index].tolist())) == 2:
-            areas.append(float(roc_auc_score(true[rows, index], logits[rows, index])))
+            areas.append(float(roc_auc_score(true[rows, index], y_score[rows, index])))
     counted = known.any(axis=1)
     common, either = (true & said).sum(1)[counted], (true | said).sum(1)[counted]
     jaccard = np.where(either, common / np.maximum(either, 1), 1.0)
@@ -128,12 +128,12 @@ def multi_label_metrics(
     }
 
 
-def regression_metrics(predictions: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """How close numbers are, and whether they are in the right order.
 
     Args:
-        predictions: float of shape (examples, numbers), or (examples,) for one.
-        labels: of the same shape; NaN where unknown, which counts nowhere.
+        y_true: float of shape (examples, numbers), or (examples,) for one; NaN where unknown, which counts nowhere.
+        y_pred: float of the same shape.
         names: of the numbers in their order.
 
     Returns:
@@ -144,16 +144,16 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray, names: Seque
         DataError: the shapes do not fit, or the predictions are not finite.
 
     Example:
-        >>> regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 3.0, 9.0]), ["stability"])["spearman"]
+        >>> regression_metrics(np.array([1.0, 3.0, 9.0]), np.array([1.0, 2.0, 4.0]), ["stability"])["spearman"]
         1.0
     """
     from scipy import stats
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-    found, true = predictions.reshape(len(labels), -1), labels.reshape(len(labels), -1)
+    found, true = y_pred.reshape(len(y_true), -1), y_true.reshape(len(y_true), -1)
     if found.shape != true.shape or found.shape[1] != len(names):
         raise DataError(
-            f"predictions have shape {predictions.shape} and labels {labels.shape}: expected {len(names)} an example"
+            f"predictions have shape {y_pred.shape} and labels {y_true.shape}: expected {len(names)} an example"
         )
     _check_finite(found)
     each: dict[str, list[float]] = {key: [] for key in ("spearman", "pearson", "rmse", "mae", "r2")}
@@ -171,32 +171,32 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray, names: Seque
     return result
 
 
-def labels_of(logits: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
-    """Which of several labels are said to hold.
+def apply_thresholds(y_score: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
+    """Turn logits of several labels into a boolean matrix: a label is positive from its threshold on.
 
     Args:
-        logits: float of shape (examples, labels).
-        thresholds: the probability from which each holds, of shape (labels,); 0.5 if None.
+        y_score: logits, float of shape (examples, labels).
+        thresholds: probability from which each label is positive, of shape (labels,); 0.5 if None.
 
     Returns:
         bool of shape (examples, labels).
 
     Example:
-        >>> labels_of(np.array([[0.1, 0.1]]), np.array([0.5, 0.6])).tolist()
+        >>> apply_thresholds(np.array([[0.1, 0.1]]), np.array([0.5, 0.6])).tolist()
         [[True, False]]
     """
-    return _sigmoid(logits) >= (0.5 if thresholds is None else np.asarray(thresholds))
+    return _sigmoid(y_score) >= (0.5 if thresholds is None else np.asarray(thresholds))
 
 
-def tune_thresholds(logits: np.ndarray, labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
+def tune_thresholds(y_true: np.ndarray, y_score: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
     """The threshold of each label that gives it the highest MCC, as DeepLoc 2.0 chooses them.
 
     Give it examples that were neither trained nor tested on. Of thresholds that are equally good the middle one is
     taken.
 
     Args:
-        logits: float of shape (examples, labels).
-        labels: 0 or 1, of the same shape; NaN or -100 where unknown.
+        y_true: 0 or 1, of shape (examples, labels); NaN or -100 where unknown.
+        y_score: logits, float of the same shape.
         label_names: names of the labels in their order.
 
     Returns:
@@ -206,19 +206,19 @@ def tune_thresholds(logits: np.ndarray, labels: np.ndarray, label_names: Sequenc
         DataError: the shapes do not fit, or the logits are not finite.
 
     Example:
-        >>> tune_thresholds(np.array([[-2.0], [-1.0], [0.5]]), np.array([[0], [1], [1]]), ["a"]).round(2).tolist()
+        >>> tune_thresholds(np.array([[0], [1], [1]]), np.array([[-2.0], [-1.0], [0.5]]), ["a"]).round(2).tolist()
         [0.19]
     """
-    if logits.shape != labels.shape or logits.shape[1:] != (len(label_names),):
+    if y_score.shape != y_true.shape or y_score.shape[1:] != (len(label_names),):
         raise DataError(
-            f"logits have shape {logits.shape} and labels {labels.shape}: expected (examples, {len(label_names)})"
+            f"logits have shape {y_score.shape} and labels {y_true.shape}: expected (examples, {len(label_names)})"
         )
-    _check_finite(logits)
-    chances = _sigmoid(logits)
+    _check_finite(y_score)
+    chances = _sigmoid(y_score)
     thresholds = np.full(len(label_names), 0.5)
     for index, name in enumerate(label_names):
-        rows = ~np.isnan(labels[:, index]) & (labels[:, index] != IGNORE)
-        chance, true = chances[rows, index], labels[rows, index].round() == 1
+        rows = ~np.isnan(y_true[:, index]) & (y_true[:, index] != IGNORE)
+        chance, true = chances[rows, index], y_true[rows, index].round() == 1
         if not true.any() or true.all():
             logger.warning("%s: no example, or every one, has the label: its threshold stays at 0.5", name)
             continue
@@ -244,7 +244,7 @@ def compute_metrics_for(
     """A ``compute_metrics`` for a transformers Trainer.
 
     Args:
-        task: from `esm_efficient.data.labels.task_of`; or the names of the classes in the order of their ids, for one
+        task: from `esm_efficient.tasks.task_of`; or the names of the classes in the order of their ids, for one
             class a sequence.
         thresholds: for several labels a sequence, as in `multi_label_metrics`.
 
@@ -265,12 +265,12 @@ def compute_metrics_for(
         found = prediction.predictions
         logits, labels = np.asarray(found[0] if isinstance(found, tuple) else found), np.asarray(prediction.label_ids)
         if known.kind == "multi_label_classification":
-            return multi_label_metrics(logits, labels, known.names, thresholds=thresholds)
+            return multi_label_metrics(labels, logits, known.names, thresholds=thresholds)
         if known.kind == "regression":
-            return regression_metrics(logits, labels, known.names)
+            return regression_metrics(labels, logits, known.names)
         if known.kind == "token_classification":
             logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
-        return classification_metrics(logits, labels, known.names)
+        return classification_metrics(labels, logits, known.names)
 
     return compute
 

@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from esm_efficient import compat
 from esm_efficient.data.batching import TokenBudgetBatchSampler, lengths_of
-from esm_efficient.data.encoding import SPECIAL_TOKENS, WEIGHT_COLUMN
-from esm_efficient.data.labels import IGNORE
+from esm_efficient.data.schema import WEIGHT_COLUMN
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, head_of
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.losses import LOSSES, SquaredError, WeightedLoss
 from esm_efficient.training.weights import (
@@ -272,7 +272,7 @@ class WeightedTrainer(Trainer):
         elif task is None:
             several = _has_float_labels(self.train_dataset if self.train_dataset is not None else self.eval_dataset)
             task = "multi_label_classification" if several else "single_label_classification"
-        if any(name.endswith("ForSequenceClassification") for name in _class_names(model)):
+        if head_of(model) == "sequence-classification":
             config.problem_type = task
         return task
 
@@ -281,8 +281,7 @@ class WeightedTrainer(Trainer):
         """Whether the model's own loss is plain cross-entropy, which this class may stand in for unasked."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         own_forward = type(base).forward.__module__.startswith("transformers.")
-        heads = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
-        return own_forward and any(name.endswith(heads) for name in _class_names(model))
+        return own_forward and head_of(model) is not None
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the weights of sequences, which no model takes, from being dropped as unused."""
@@ -388,9 +387,3 @@ def _nonzero(weight: Any) -> Any:
     """A total weight to divide by; a batch without any label has a sum of zero and stays so."""
     weight = torch.as_tensor(weight)
     return torch.where(weight > 0, weight, torch.ones_like(weight))
-
-
-def _class_names(model: Any) -> list[str]:
-    """Names of a model's class and its parents; of the model under the adapters if there are any."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return [parent.__name__ for parent in type(base).__mro__]

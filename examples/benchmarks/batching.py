@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = options.data or write_demo_table(Path(folder) / "demo.csv")
         data = load_deeploc(None if source == "deeploc" else source)
-    tokens = np.array([length + 2 for split in data.values() for length in split["length"]])
+    tokens = np.array([length + 2 for split in data.values() for length in split["residues"]])
     rng = np.random.default_rng(0)
     size = options.batch_size
     random = [

@@ -44,7 +44,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         source = options.data or write_demo_table(Path(folder) / "demo.csv")
-        data = load_deeploc(None if source == "deeploc" else source, min_length=None, max_length=None)
+        data = load_deeploc(None if source == "deeploc" else source, min_residues=None, max_residues=None)
     sequences = list(itertools.chain.from_iterable(split["sequence"][:] for split in data.values()))
     residues = sum(map(len, sequences))
     longest = max(map(len, sequences))
@@ -64,7 +64,7 @@ def main() -> None:
         rates["ResidueEncoder"].append(residues / (time.perf_counter() - began))
         datasets.disable_caching()
         began = time.perf_counter()
-        tokenize_dataset(data, tokenizer, max_length=longest + 2)
+        tokenize_dataset(data, tokenizer, max_tokens=longest + 2)
         rates["tokenize_dataset"].append(residues / (time.perf_counter() - began))
         ids, offsets, _ = encoder(sample)
         if [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] != expected:

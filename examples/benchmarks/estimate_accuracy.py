@@ -37,7 +37,7 @@ from esm_efficient import (
     recipe_adapters,
     recipe_arguments,
 )
-from esm_efficient.profiling.models import resolve_config
+from esm_efficient.estimation.inputs import resolve_config
 from esm_efficient.reporting import format_bytes, format_table
 
 TOLERANCE = 0.05
@@ -57,7 +57,7 @@ BIONEMO = "NVIDIA BioNeMo Framework documentation, ESM-2, figure of the memory u
 _AS_THE_TUTORIAL = {
     "model": "650M",
     "device": "A10G",
-    "length": 512,
+    "tokens": 512,
     "precision": "pure-bf16",
     "attention": "eager",
     "padding": "padded",
@@ -75,7 +75,7 @@ _CACHED = (
 _AS_BIONEMO = {
     "padding": "padded",
     "device": "A100-80",
-    "length": 1024,
+    "tokens": 1024,
     "precision": "bf16",
     "micro_batch": 2,
     "accumulation": 1,
@@ -222,17 +222,17 @@ def measured_rows(options: argparse.Namespace) -> list[dict]:
     )
     for number, (size, recipe, encoder, precision, tokens, batch) in enumerate(combinations, 1):
         accumulation = 2 if RECIPES[recipe].accumulation > 1 else 1
-        padding = "none" if batch == 1 else "padded"
+        padding = "equal-length" if batch == 1 else "padded"
         predicted = estimate(
             size,
             recipe=recipe,
             device="cpu",
             precision=precision,
             # Of a batch of several, each sequence ends in padding: see measure().
-            length=tokens - (encoder == "lean" and batch > 1),
+            tokens=tokens - (encoder == "lean" and batch > 1),
             micro_batch=batch,
             accumulation=accumulation,
-            padding="free" if encoder == "lean" else padding,
+            padding="padding-free" if encoder == "lean" else padding,
         )
         measured = measure(size, recipe, encoder, precision, tokens, batch, accumulation)
         row = {

@@ -24,7 +24,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 from esm_efficient import RECIPES, Profiler, prepare_model, recipe_adapters
-from esm_efficient.profiling.models import resolve_config
+from esm_efficient.estimation.inputs import resolve_config
 from esm_efficient.reporting import format_table
 
 LIMIT = 0.02

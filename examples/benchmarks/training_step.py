@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import EsmForSequenceClassification
 
 from esm_efficient import apply_lean_encoder, load_deeploc, lora_config, prepare_model
-from esm_efficient.profiling.models import resolve_config
+from esm_efficient.estimation.inputs import resolve_config
 from esm_efficient.reporting import format_bytes, format_table
 
 ROWS, RANK = 8, 8
@@ -242,7 +242,7 @@ def compare_sides(name: str, baseline: Side, lean: Side, batches: list[Batch], s
             right = torch.randn(config.hidden_size, config.intermediate_size)
             product = statistics.median(seconds(lambda left=left, right=right: left @ right) for _ in range(5))
             rate = 2 * left.numel() * right.shape[1] / product
-            need = needed_flops(config, batch, adapters=note["trains"] != "all")
+            need = needed_flops(config, batch, adapters=note["trains"] != "full")
             shares.append(need / lean.seconds[-1] / rate)
         else:
             shares.append(float("nan"))
@@ -283,7 +283,7 @@ def run_baseline(name: str, options: argparse.Namespace) -> list[dict]:
     lean = copy.deepcopy(plain)
     apply_lean_encoder(lean, recompute="layer" if name == "checkpointing" else "none")
     trains = name != "prediction"
-    note = {"trains": "all" if full else "adapters"}
+    note = {"trains": "full" if full else "adapters"}
     if name == "compiled":
         plain = torch.compile(plain, dynamic=True)
         for batch in batches:  # every shape that makes it compile anew
@@ -302,7 +302,7 @@ def run_other(name: str, options: argparse.Namespace) -> list[dict]:
     model = make_model(options.model, full=True).esm
     rows = []
     for trains in (False, True):
-        row: dict = {"package": name, "trains": "all" if trains else "nothing"}
+        row: dict = {"package": name, "trains": "full" if trains else "nothing"}
         lean = apply_lean_encoder(copy.deepcopy(model).train(trains))
         try:
             other = build_other(name, model).train(trains)

@@ -20,8 +20,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from cleanup import KINDS, describe, words_of
 
 from esm_efficient import ConfigurationError
+from esm_efficient.costs.devices import get_device
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
-from esm_efficient.profiling.devices import get_device
 from esm_efficient.reporting import format_table
 
 
@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--serverless", action="store_true")
     parser.add_argument("--memory-mb", type=int, default=6144, help="of a serverless one (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=5, help="requests at once, of a serverless one")
-    parser.add_argument("--max-length", type=int, default=1024, help="the most tokens of a sequence that it takes")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="the most tokens of a sequence that it takes")
     parser.add_argument("--image", help="an inference image of yours")
     parser.add_argument("--region", help="default: the configured one")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds to wait until it is in service")
@@ -89,7 +89,7 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
         instance_type=instance,
         env_vars={
             "SAGEMAKER_PROGRAM": "inference.py",
-            "ESM_EFFICIENT_MAX_LENGTH": str(options.max_length),
+            "ESM_EFFICIENT_MAX_TOKENS": str(options.max_tokens),
             # Without a GPU the server would start a worker, with a model of its own, for each core.
             **({} if has_gpu(instance) else {"SAGEMAKER_MODEL_SERVER_WORKERS": "1"}),
         },

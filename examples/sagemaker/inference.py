@@ -2,7 +2,7 @@
 
 It lies in ``code/`` beside the model, with the library. The request is JSON (``{"inputs": "MKT..."}`` or a list), CSV
 or FASTA, as ``esm_efficient.inference.read_request`` has it; the response is a JSON list with one entry a sequence.
-Limits are set with the endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` and ``ESM_EFFICIENT_MAX_LENGTH`` (tokens).
+Limits are set with the endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from esm_efficient import Predictor, RequestError
 from esm_efficient.inference import Query, RequestLimits, read_request
 
-MAX_LENGTH = int(os.environ.get("ESM_EFFICIENT_MAX_LENGTH", 1024))
+MAX_TOKENS = int(os.environ.get("ESM_EFFICIENT_MAX_TOKENS", 1024))
 LIMITS = RequestLimits(
-    sequences=int(os.environ.get("ESM_EFFICIENT_MAX_SEQUENCES", RequestLimits.sequences)), residues=MAX_LENGTH - 2
+    sequences=int(os.environ.get("ESM_EFFICIENT_MAX_SEQUENCES", RequestLimits.sequences)), residues=MAX_TOKENS - 2
 )
 
 
 def model_fn(model_dir: str, context: Any = None) -> Predictor:
     """Load the model; safetensors alone, nothing is unpickled."""
-    return Predictor.load(model_dir, max_length=MAX_LENGTH)
+    return Predictor.load(model_dir, max_tokens=MAX_TOKENS)
 
 
 def input_fn(body: bytes | str, content_type: str | None, context: Any = None) -> list[Query]:

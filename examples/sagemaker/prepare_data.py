@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="of the model to fine-tune (default: ESM-2's, which all sizes share)")
     parser.add_argument("--min-residues", type=int, default=100)
     parser.add_argument("--max-residues", type=int, default=512)
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence, two special ones included")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens of a sequence, two special ones included")
     parser.add_argument("--split", default="partition", choices=["partition", "random"])
     parser.add_argument("--limit", type=int, help="train on this many proteins, validate and test on a third as many")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,8 +56,8 @@ def load(options: argparse.Namespace) -> DatasetDict:
             None if source == "deeploc" else source,
             task=options.task,
             split=options.split,
-            min_length=options.min_residues,
-            max_length=options.max_residues,
+            min_residues=options.min_residues,
+            max_residues=options.max_residues,
             seed=options.seed,
         )
     if options.limit is None:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     task = task_of(data["train"].features)
     # The tokenizer that comes with the demo model is that of every ESM-2.
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo_model_path())
-    tokenized, report = tokenize_dataset(data, tokenizer, max_length=options.max_length)
+    tokenized, report = tokenize_dataset(data, tokenizer, max_tokens=options.max_tokens)
     if options.place.startswith("s3://"):
         claim(client("s3"), Place.parse(options.place))
     folder = f"{options.place.rstrip('/')}/dataset"
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         "names": task.names,
         "dataset": KNOWN_TABLES.get(options.data, Path(options.data).name),
         "sequences": {name: len(split) for name, split in tokenized.items()},
-        "longest": max(max(split["length"]) for split in tokenized.values()),
+        "longest": max(max(split["tokens"]) for split in tokenized.values()),
     }
     with fsspec.open(f"{folder}/task.json", "w") as handle:
         json.dump(record, handle, indent=2)

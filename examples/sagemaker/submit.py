@@ -38,8 +38,8 @@ from train import make_parser, make_recipe
 
 import esm_efficient
 from esm_efficient import ConfigurationError, estimate, recommend
+from esm_efficient.costs.devices import get_device
 from esm_efficient.profiling.callback import METRIC_DEFINITIONS
-from esm_efficient.profiling.devices import get_device
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("train.py", "inference.py", "requirements.txt")
@@ -100,7 +100,7 @@ def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tup
     if given.get("token_budget"):
         recipe = recipe.replace(micro_batch=max(1, given["token_budget"] // options.length), learning_rate=1.0)
     precision = None if given["precision"] == "auto" else given["precision"]
-    asked = {"device": options.instance_type, "length": options.length, "precision": precision}
+    asked = {"device": options.instance_type, "tokens": options.length, "precision": precision}
     cost = estimate(given["model_id"], recipe=recipe, **asked)
     if cost.fits() and not options.dry_run:
         return str(cost), True

@@ -33,10 +33,10 @@ def rows_of(data) -> set[str]:
 
 
 def test_features_and_labels(demo_table, frame):
-    data = load_deeploc(demo_table, min_length=None, max_length=None)
+    data = load_deeploc(demo_table, min_residues=None, max_residues=None)
     assert list(data) == ["train", "validation", "test"]
     features = data["train"].features
-    assert list(features) == ["sequence", "label", "kingdom", "accession", "partition", "length"]
+    assert list(features) == ["sequence", "label", "kingdom", "accession", "partition", "residues"]
     assert features["label"].names == ["non-membrane", "membrane"]
     by_accession = frame.set_index("ACC")
     seen = 0
@@ -45,7 +45,7 @@ def test_features_and_labels(demo_table, frame):
             source = by_accession.loc[row["accession"]]
             assert row["label"] == float(source["Membrane"])
             assert row["sequence"] == source["Sequence"]
-            assert row["length"] == len(source["Sequence"])
+            assert row["residues"] == len(source["Sequence"])
             assert row["kingdom"] == source["Kingdom"]
             assert row["partition"] == int(source["Partition"])
             seen += 1
@@ -72,10 +72,10 @@ def test_residue_bounds_are_inclusive_and_can_be_lifted(demo_table, frame):
     lengths = frame["Sequence"].str.len()
     assert rows_of(load_deeploc(demo_table)) == set(frame["ACC"][lengths.between(100, 512)])
     shortest = int(lengths[lengths >= 100].min())
-    data = load_deeploc(demo_table, min_length=shortest, max_length=None)
+    data = load_deeploc(demo_table, min_residues=shortest, max_residues=None)
     assert rows_of(data) == set(frame["ACC"][lengths >= shortest])
     with pytest.raises(DataError, match="no protein"):
-        load_deeploc(demo_table, min_length=10**6, max_length=None)
+        load_deeploc(demo_table, min_residues=10**6, max_residues=None)
 
 
 def test_partitions_make_the_splits(demo_table):
@@ -220,7 +220,7 @@ def test_the_real_table(deeploc_csv):
     assert sum(len(split) for split in data.values()) == 15_876
     assert sum(sum(split["label"]) for split in data.values()) == 4_701
     assert len(data["test"]) == sum(p == 4 for split in data.values() for p in split["partition"])
-    whole = load_deeploc(deeploc_csv, min_length=None, max_length=None, validation_partitions=())
+    whole = load_deeploc(deeploc_csv, min_residues=None, max_residues=None, validation_partitions=())
     assert sum(len(split) for split in whole.values()) == 28_303
     assert len(whole["test"]) == 5_462
     raw = pd.read_csv(deeploc_csv)
@@ -238,7 +238,7 @@ def test_the_demo_table_has_the_schema_of_the_real_one(deeploc_csv, tmp_path):
 
 
 def test_locations_are_ten_labels_a_protein(demo_table, frame):
-    data = load_deeploc(demo_table, task="location", min_length=None, max_length=None)
+    data = load_deeploc(demo_table, task="location", min_residues=None, max_residues=None)
     assert list(data["train"].features["label"]) == list(LOCATIONS)
     found = {row["accession"]: row["label"] for split in data.values() for row in split}
     assert len(found) == len(frame)
@@ -250,7 +250,7 @@ def test_labels_of_ones_own_and_empty_cells(frame, write):
     frame["Binds zinc"] = ["1", "", "0"] * (len(frame) // 3)
     table = write(frame)
     both = load_deeploc(
-        table, task={"zinc": "Binds zinc", "golgi": "Golgi apparatus"}, min_length=None, max_length=None
+        table, task={"zinc": "Binds zinc", "golgi": "Golgi apparatus"}, min_residues=None, max_residues=None
     )
     zinc = [row["label"]["zinc"] for split in both.values() for row in split]
     assert sorted({str(value) for value in zinc}) == ["0.0", "1.0", "None"]
@@ -283,7 +283,7 @@ def test_several_labels_are_split_and_sampled_at_random(demo_table):
 
 
 def test_the_real_table_has_ten_locations(deeploc_csv):
-    data = load_deeploc(deeploc_csv, task="location", min_length=None, max_length=None)
+    data = load_deeploc(deeploc_csv, task="location", min_residues=None, max_residues=None)
     labels = [row for split in data.values() for row in split["label"]]
     assert len(labels) == 28303
     assert sum(sum(row.values()) > 1 for row in labels) == 6684

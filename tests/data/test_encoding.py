@@ -90,11 +90,11 @@ def test_lower_case_and_unknown_characters_shift_nothing():
 
 def test_columns_labels_and_counts():
     sequences = ["MKTVAYIAKQ", "XBZMK", "MKTV"]
-    data, report = tokenize_dataset(DatasetDict(train=split(sequences), test=split(["MK"])), TOKENIZER, max_length=7)
-    assert set(data["train"].column_names) == {"input_ids", "attention_mask", "labels", "length"}
+    data, report = tokenize_dataset(DatasetDict(train=split(sequences), test=split(["MK"])), TOKENIZER, max_tokens=7)
+    assert set(data["train"].column_names) == {"input_ids", "attention_mask", "labels", "tokens"}
     assert data["train"]["labels"][:] == [0, 1, 0]
     assert data["train"].features["labels"].names == ["no", "yes"]
-    assert data["train"]["length"][:] == [7, 7, 6]
+    assert data["train"]["tokens"][:] == [7, 7, 6]
     assert [len(row) for row in data["train"]["attention_mask"]] == [7, 7, 6]
     assert all(set(row) == {1} for row in data["train"]["attention_mask"])
     train = report.splits["train"]
@@ -112,7 +112,7 @@ def test_what_is_dropped_is_counted():
 
 @pytest.mark.parametrize(("keep", "expected"), [("start", "MKTV"), ("end", "IAKQ"), ("both", "MKKQ")])
 def test_truncation_keeps_the_chosen_end_between_the_special_tokens(keep, expected):
-    data, _ = tokenize_dataset(DatasetDict(test=split(["MKTVAYIAKQ"])), TOKENIZER, max_length=6, keep=keep)
+    data, _ = tokenize_dataset(DatasetDict(test=split(["MKTVAYIAKQ"])), TOKENIZER, max_tokens=6, keep=keep)
     assert data["test"][0]["input_ids"] == TOKENIZER(expected)["input_ids"]
 
 
@@ -123,7 +123,7 @@ def test_cuts_and_unknown_residues_are_logged_as_a_warning(caplog):
 
 def test_what_cannot_be_tokenised_is_refused():
     with pytest.raises(ConfigurationError, match="no room"):
-        tokenize_dataset(DatasetDict(test=split(["MK"])), TOKENIZER, max_length=2)
+        tokenize_dataset(DatasetDict(test=split(["MK"])), TOKENIZER, max_tokens=2)
     with pytest.raises(DataError, match="row 1 of test"):
         tokenize_dataset(DatasetDict(test=split(["MK", " "])), TOKENIZER)
     with pytest.raises(DataError, match="no column 'sequence'"):
@@ -140,8 +140,8 @@ def test_what_cannot_be_tokenised_is_refused():
 
 
 def test_the_real_table_is_tokenised_as_by_the_tokenizer(deeploc_csv):
-    data = load_deeploc(deeploc_csv, min_length=None, max_length=None)
+    data = load_deeploc(deeploc_csv, min_residues=None, max_residues=None)
     sample = DatasetDict(test=data["test"].select(range(40)))
-    tokenized, _ = tokenize_dataset(sample, TOKENIZER, max_length=10**6)
+    tokenized, _ = tokenize_dataset(sample, TOKENIZER, max_tokens=10**6)
     for row, source in zip(tokenized["test"], sample["test"], strict=True):
         assert row["input_ids"] == TOKENIZER(source["sequence"])["input_ids"]

@@ -10,7 +10,8 @@ from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from esm_efficient.data.splits import check_leaks, read_clusters, sequence_groups, split_by_group
+from esm_efficient.data.leaks import check_leaks
+from esm_efficient.data.splits import read_clusters, sequence_groups, split_by_group
 from esm_efficient.errors import ConfigurationError, DataError
 
 

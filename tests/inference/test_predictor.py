@@ -12,9 +12,9 @@ from scipy.special import expit, softmax
 from transformers import AutoTokenizer, EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification
 
 from esm_efficient import Predictor, demo_model_path, finetune, load_deeploc
-from esm_efficient.data.labels import Task
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference import Prediction
+from esm_efficient.tasks import Task
 
 RESIDUES = list("ACDEFGHIKLMNPQRSTVWY")
 HEADS = {
@@ -86,7 +86,7 @@ def test_what_is_told_of_each_task():
 
 
 def test_sequences_are_cleaned_cut_as_told_or_refused(tokenizer):
-    predictor = Predictor(model_for("single_label_classification"), tokenizer, max_length=12)
+    predictor = Predictor(model_for("single_label_classification"), tokenizer, max_tokens=12)
     clean, raw = predictor.predict(["MKTAYI", "mk-ta\nyi*"])
     np.testing.assert_array_equal(clean.values, raw.values)
     long = "ACDEFGHIKLMNPQ"
@@ -108,7 +108,7 @@ def test_models_that_cannot_predict_are_refused(tokenizer, tmp_path):
     with pytest.raises(ConfigurationError, match="EsmForMaskedLM has no classification head"):
         Predictor(make_model(EsmForMaskedLM), tokenizer)
     with pytest.raises(ConfigurationError, match="expected room for a residue"):
-        Predictor(model_for("regression"), tokenizer, max_length=2)
+        Predictor(model_for("regression"), tokenizer, max_tokens=2)
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         Predictor.load(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -119,7 +119,7 @@ def test_models_that_cannot_predict_are_refused(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["lora", "base"])
 def test_the_folder_of_an_adapter_and_of_a_whole_model_load(tmp_path, demo_table, recipe):
-    data = load_deeploc(demo_table, max_length=160, validation_partitions=())
+    data = load_deeploc(demo_table, max_residues=160, validation_partitions=())
     options = {"max_steps": 2, "precision": "float32", "learning_rate": 1e-2, "disable_tqdm": True}
     result = finetune(demo_model_path(), data, recipe=recipe, output_dir=tmp_path, **options)
     predictor = Predictor.load(result.model_dir, device="cpu")

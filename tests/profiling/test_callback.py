@@ -14,9 +14,9 @@ from conftest import make_dataset, make_model
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from esm_efficient import ProfilerCallback, WeightedTrainer, recipe_arguments
-from esm_efficient.errors import ConfigurationError, OutOfMemoryError
+from esm_efficient.costs.memory import CATEGORIES, OutOfMemoryError
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.callback import METRIC_DEFINITIONS
-from esm_efficient.profiling.memory import CATEGORIES
 from esm_efficient.training.metrics import compute_metrics_for
 
 

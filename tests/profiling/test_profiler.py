@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from esm_efficient import RECIPES, Profiler, apply_lean_encoder, estimate, lora_config, prepare_model
-from esm_efficient.errors import ConfigurationError, EsmEfficientError, OutOfMemoryError
-from esm_efficient.profiling.allocations import AllocationTracker
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.memory import CATEGORIES, OutOfMemoryError
+from esm_efficient.errors import ConfigurationError, EsmEfficientError
+from esm_efficient.profiling.backends import model_tensors, split
 from esm_efficient.profiling.clock import PhaseClock
-from esm_efficient.profiling.counters import model_tensors, split
-from esm_efficient.profiling.memory import CATEGORIES
 
 
 def make_batch(rows=4, tokens=20, padding=0):
@@ -67,7 +67,7 @@ def test_the_peak_is_the_one_that_is_estimated(recipe, lean):
         train(model, optimizer, batches, profiler)
     report = profiler.report()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options = {"length": 59} if lean else {"length": 60, "padding": "padded"}
+    options = {"tokens": 59} if lean else {"tokens": 60, "padding": "padded"}
     expected = estimate(base.config, recipe=recipe, micro_batch=4, accumulation=1, **options)
     assert report.peak.total == pytest.approx(expected.peak.total, rel=0.01)
     assert report.peak_phase == expected.peak_phase
@@ -192,7 +192,7 @@ def test_a_list_that_keeps_activations_is_found_and_named(caplog):
     assert growth.category == "activations"
     # What one forward pass keeps, by the estimator.
     config = model.config
-    held = estimate(config, recipe="base", micro_batch=8, accumulation=1, length=60, padding="none")
+    held = estimate(config, recipe="base", micro_batch=8, accumulation=1, tokens=60, padding="equal-length")
     assert growth.bytes_per_step == pytest.approx(held.phases["backward"].peak.activations, rel=0.3)
     [record] = [r for r in caplog.records if "grows by" in r.getMessage()]
     assert "activations" in record.getMessage()
@@ -211,7 +211,7 @@ def test_a_larger_batch_is_not_missed_between_the_steps_that_are_looked_at():
     lengths = [20, 20, 20, 20, 90, 20, 20]
     with Profiler(model, optimizer, warmup_steps=2, every=100, compare_with_matmul=False) as profiler:
         train(model, optimizer, [make_batch(4, n, padding=1) for n in lengths], profiler)
-    expected = estimate(model.config, recipe="base", micro_batch=4, length=90, padding="padded")
+    expected = estimate(model.config, recipe="base", micro_batch=4, tokens=90, padding="padded")
     assert profiler.report().peak.total == pytest.approx(expected.peak.total, rel=0.01)
 
 

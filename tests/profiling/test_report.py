@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esm_efficient.profiling.memory import CATEGORIES, Memory
+from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.profiling.report import Growth, PhaseFigures, ProfileReport, RankReports, find_growth
 
 MIB = 2**20

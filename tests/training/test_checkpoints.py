@@ -27,7 +27,7 @@ STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "disable_tqd
 
 @pytest.fixture(scope="module")
 def data(demo_table):
-    return load_deeploc(demo_table, max_length=180, validation_partitions=())
+    return load_deeploc(demo_table, max_residues=180, validation_partitions=())
 
 
 class Signal(TrainerCallback):
@@ -135,7 +135,7 @@ def test_tokenised_splits_train_as_the_raw_ones_do_and_several_labels_need_their
     found = finetune(demo_model_path(), tokenized, output_dir=tmp_path, **options)
     assert found.metrics == raw.metrics
     assert found.task == raw.task
-    several = load_deeploc(demo_table, task="location", max_length=180)
+    several = load_deeploc(demo_table, task="location", max_residues=180)
     task = task_of(several["train"].features)
     tokenized = tokenize_dataset(several, tokenizer)[0]
     with pytest.raises(ConfigurationError, match="lists of 10 numbers"):

@@ -22,7 +22,7 @@ SEQUENCES = ["MKTAYIAKQR", "MALWMRLLPLLALLALWGPDPAAA"]
 def run(request, tmp_path_factory, demo_table):
     folder = tmp_path_factory.mktemp("run")
     several = request.param == "several labels"
-    data = load_deeploc(demo_table, task="location" if several else "membrane", max_length=180)
+    data = load_deeploc(demo_table, task="location" if several else "membrane", max_residues=180)
     result = finetune(
         demo_model_path(),
         data,

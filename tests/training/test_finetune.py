@@ -32,7 +32,7 @@ from esm_efficient.errors import ConfigurationError, DataError
 
 @pytest.fixture(scope="module")
 def data(demo_table):
-    splits = load_deeploc(demo_table, max_length=220, validation_partitions=())
+    splits = load_deeploc(demo_table, max_residues=220, validation_partitions=())
     return DatasetDict(train=stratified_sample(splits["train"], 32), test=splits["test"])
 
 
@@ -57,9 +57,9 @@ def test_every_recipe_trains_what_it_says_and_reloads(tmp_path, data, recipe):
     else:
         assert result.trained_layers == (0, 1, 2, 3)
     assert result.trainable_parameters == sum(p.numel() for p in result.model.parameters() if p.requires_grad)
-    assert (result.trainable_parameters < 0.2 * result.total_parameters) == (chosen.trains != "all")
+    assert (result.trainable_parameters < 0.2 * result.total_parameters) == (chosen.trains != "full")
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in result.model.modules())
-    assert checkpointed == chosen.checkpointing
+    assert checkpointed == chosen.gradient_checkpointing
 
     assert set(result.metrics) == {
         "loss", "accuracy", "mcc", "auroc", "f1_non-membrane", "f1_membrane", "f1_macro", "majority_accuracy"
@@ -155,7 +155,7 @@ def test_what_is_missing_is_named(tmp_path, data):
 
 
 def test_a_real_backbone_trains_in_every_layer(tmp_path, checkpoint, deeploc_csv):
-    splits = load_deeploc(deeploc_csv, max_length=120, validation_partitions=())
+    splits = load_deeploc(deeploc_csv, max_residues=120, validation_partitions=())
     small = DatasetDict(train=stratified_sample(splits["train"], 16), test=stratified_sample(splits["test"], 8))
     result = finetune(checkpoint, small, recipe="all", output_dir=tmp_path, disable_tqdm=True)
     assert result.trained_layers == (0, 1, 2, 3, 4, 5)
@@ -204,7 +204,7 @@ TASKS = {
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_trains_is_measured_and_reloads(tmp_path, demo_table, name):
     feature, label, auto, measured = TASKS[name]
-    splits = load_deeploc(demo_table, max_length=220)
+    splits = load_deeploc(demo_table, max_residues=220)
     data = DatasetDict()
     for split, rows in splits.items():
         sequences = rows["sequence"][: 48 if split == "train" else 24]
@@ -247,7 +247,7 @@ def test_every_task_trains_is_measured_and_reloads(tmp_path, demo_table, name):
 
 
 def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
-    data = load_deeploc(demo_table, task="location", max_length=180)
+    data = load_deeploc(demo_table, task="location", max_residues=180)
     options = {"recipe": "frozen", "class_weights": None, "disable_tqdm": True}
     result = finetune(demo_model_path(), data, output_dir=tmp_path / "both", **options)
     assert set(result.thresholds) == set(result.task.names)
@@ -257,7 +257,7 @@ def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
         rows = [result.model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in data["test"]["sequence"]]
     labels = np.array([list(row.values()) for row in data["test"]["label"]], dtype=float)
     scored = [
-        multi_label_metrics(np.array(rows), labels, result.task.names, thresholds=thresholds)["f1_macro"]
+        multi_label_metrics(labels, np.array(rows), result.task.names, thresholds=thresholds)["f1_macro"]
         for thresholds in (np.array(list(result.thresholds.values())), None)
     ]
     assert result.metrics["f1_macro"] == pytest.approx(scored[0], abs=1e-6)
@@ -293,7 +293,7 @@ def test_a_loaded_model_is_told_its_task_or_refused(tmp_path):
 
 
 def test_a_stream_trains_as_the_same_rows_in_memory_do(tmp_path, demo_table):
-    mapped = load_deeploc(demo_table, task={"sticky": "Membrane", "nuclear": "Nucleus"}, max_length=160)
+    mapped = load_deeploc(demo_table, task={"sticky": "Membrane", "nuclear": "Nucleus"}, max_residues=160)
     streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in mapped.items()})
     options = {"recipe": "lora", "class_weights": None, "max_steps": 3, "disable_tqdm": True}
     found = finetune(demo_model_path(), streams, output_dir=tmp_path, **options)

@@ -12,11 +12,11 @@ from sklearn.metrics import matthews_corrcoef
 from transformers import EvalPrediction
 
 from esm_efficient import classification_metrics, compute_metrics_for
-from esm_efficient.data.labels import Task
 from esm_efficient.errors import DataError
+from esm_efficient.tasks import Task
 from esm_efficient.training.metrics import (
+    apply_thresholds,
     confidence_interval,
-    labels_of,
     multi_label_metrics,
     regression_metrics,
     tune_thresholds,
@@ -28,7 +28,7 @@ def test_against_counts_by_hand():
     right = np.array([1, 1, 1, 1, 1, 0, 1, 1, 1, 0], dtype=bool)
     predicted = np.where(right, labels, 1 - labels)
     logits = np.eye(2)[predicted] * 2.0
-    metrics = classification_metrics(logits, labels, ["no", "yes"])
+    metrics = classification_metrics(labels, logits, ["no", "yes"])
     tp, tn, fp, fn = 3, 5, 1, 1
     assert metrics["accuracy"] == pytest.approx(0.8)
     assert metrics["mcc"] == pytest.approx(
@@ -42,23 +42,23 @@ def test_against_counts_by_hand():
 
 def test_auroc_ranks_confident_logits_that_a_softmax_would_round_together():
     logits = np.array([[0.0, 40.0], [0.0, 60.0], [0.0, 80.0]])
-    assert classification_metrics(logits, np.array([0, 0, 1]), ["no", "yes"])["auroc"] == 1.0
+    assert classification_metrics(np.array([0, 0, 1]), logits, ["no", "yes"])["auroc"] == 1.0
 
 
 def test_three_classes_and_an_absent_one():
     logits = np.eye(3)[[0, 1, 2, 1]] * 3.0
-    metrics = classification_metrics(logits, np.array([0, 1, 2, 1]), ["a", "b", "c"])
+    metrics = classification_metrics(np.array([0, 1, 2, 1]), logits, ["a", "b", "c"])
     assert metrics["accuracy"] == metrics["auroc"] == metrics["f1_c"] == metrics["f1_macro"] == metrics["mcc_b"] == 1.0
-    absent = classification_metrics(logits, np.array([0, 1, 1, 1]), ["a", "b", "c"])
+    absent = classification_metrics(np.array([0, 1, 1, 1]), logits, ["a", "b", "c"])
     assert math.isnan(absent["auroc"])
     assert absent["f1_c"] == 0.0
 
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(DataError, match="one row a label"):
-        classification_metrics(np.zeros((3, 2)), np.array([0, 1]), ["no", "yes"])
+        classification_metrics(np.array([0, 1]), np.zeros((3, 2)), ["no", "yes"])
     with pytest.raises(DataError, match="1 of 2 examples are not finite"):
-        classification_metrics(np.array([[0.0, np.nan], [0.0, 1.0]]), np.array([0, 1]), ["no", "yes"])
+        classification_metrics(np.array([0, 1]), np.array([[0.0, np.nan], [0.0, 1.0]]), ["no", "yes"])
 
 
 def test_a_trainers_predictions_are_taken_alone_or_first_of_a_tuple():
@@ -80,7 +80,7 @@ SAID = np.array([[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0]], dtype=float)
 
 
 def test_several_labels_against_counts_by_hand():
-    metrics = multi_label_metrics(SAID * 4 - 2, LABELS, ["a", "b", "c"])
+    metrics = multi_label_metrics(LABELS, SAID * 4 - 2, ["a", "b", "c"])
     assert metrics["f1_a"] == metrics["mcc_a"] == 1.0
     assert metrics["f1_b"] == metrics["mcc_b"] == 0.0
     assert metrics["f1_c"] == pytest.approx(2 / 3)
@@ -95,7 +95,7 @@ def test_several_labels_against_counts_by_hand():
 def test_unknown_labels_count_nowhere():
     labels = LABELS.copy()
     labels[1, 1:] = NAN, -100  # the two that were wrong
-    metrics = multi_label_metrics(SAID * 4 - 2, labels, ["a", "b", "c"])
+    metrics = multi_label_metrics(labels, SAID * 4 - 2, ["a", "b", "c"])
     assert metrics["f1_micro"] == metrics["subset_accuracy"] == metrics["jaccard"] == metrics["mcc_c"] == 1.0
     assert metrics["auroc"] == 1.0  # of b nothing is known to hold
     assert metrics["f1_b"] == 0.0
@@ -104,21 +104,21 @@ def test_unknown_labels_count_nowhere():
 def test_an_example_of_which_nothing_is_known_counts_nowhere():
     labels = np.concatenate([1 - LABELS, np.full_like(LABELS, NAN)])
     logits = np.concatenate([LABELS, LABELS]) * 4 - 2
-    metrics = multi_label_metrics(logits, labels, ["a", "b", "c"])
+    metrics = multi_label_metrics(labels, logits, ["a", "b", "c"])
     assert metrics["jaccard"] == metrics["subset_accuracy"] == 0.0
-    assert math.isnan(multi_label_metrics(logits[4:], labels[4:], ["a", "b", "c"])["jaccard"])
+    assert math.isnan(multi_label_metrics(labels[4:], logits[4:], ["a", "b", "c"])["jaccard"])
 
 
 def test_a_single_label_may_hold_or_not():
-    metrics = multi_label_metrics(np.array([[2.0], [-2.0]]), np.array([[1.0], [1.0]]), ["a"])
+    metrics = multi_label_metrics(np.array([[1.0], [1.0]]), np.array([[2.0], [-2.0]]), ["a"])
     assert metrics["jaccard"] == metrics["subset_accuracy"] == 0.5
 
 
 def test_a_threshold_says_from_which_probability_a_label_holds():
     logits = np.array([[0.0, 0.0], [2.0, -2.0]])
-    assert labels_of(logits).tolist() == [[True, True], [True, False]]
-    assert labels_of(logits, np.array([0.6, 0.1])).tolist() == [[False, True], [True, True]]
-    metrics = multi_label_metrics(logits, np.array([[0, 1], [1, 1]]), ["a", "b"], thresholds=np.array([0.6, 0.1]))
+    assert apply_thresholds(logits).tolist() == [[True, True], [True, False]]
+    assert apply_thresholds(logits, np.array([0.6, 0.1])).tolist() == [[False, True], [True, True]]
+    metrics = multi_label_metrics(np.array([[0, 1], [1, 1]]), logits, ["a", "b"], thresholds=np.array([0.6, 0.1]))
     assert metrics["subset_accuracy"] == 1.0
 
 
@@ -126,7 +126,7 @@ def test_a_threshold_says_from_which_probability_a_label_holds():
 @settings(max_examples=150, deadline=None)
 def test_no_threshold_is_better_than_the_tuned_one(rows):
     logits, labels = np.array([[float(logit)] for logit, _ in rows]), np.array([[float(holds)] for _, holds in rows])
-    (found,) = tune_thresholds(logits, labels, ["a"])
+    (found,) = tune_thresholds(labels, logits, ["a"])
     if len(set(labels.ravel())) == 1 or len(set(logits.ravel())) == 1:
         assert found == 0.5
         return
@@ -139,7 +139,7 @@ def test_no_threshold_is_better_than_the_tuned_one(rows):
 def test_thresholds_leave_out_what_is_unknown_and_say_what_cannot_be_tuned(caplog):
     logits = np.array([[3.0, 0.0], [-1.0, 1.0], [-2.0, 2.0]])
     labels = np.array([[NAN, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    tuned = tune_thresholds(logits, labels, ["a", "b"])
+    tuned = tune_thresholds(labels, logits, ["a", "b"])
     assert 1 / (1 + math.exp(2)) < tuned[0] < 1 / (1 + math.exp(1))
     assert tuned[1] == 0.5
     assert "b: no example, or every one" in caplog.text
@@ -147,14 +147,14 @@ def test_thresholds_leave_out_what_is_unknown_and_say_what_cannot_be_tuned(caplo
 
 def test_numbers_against_counts_by_hand():
     found, true = np.array([[1.0], [2.0], [4.0], [9.0]]), np.array([2.0, 1.0, 5.0, NAN])
-    metrics = regression_metrics(found, true, ["stability"])
+    metrics = regression_metrics(true, found, ["stability"])
     assert metrics["spearman"] == pytest.approx(0.5)
     assert metrics["mae"] == metrics["rmse"] == 1.0
     assert metrics["r2"] == pytest.approx(1 - 3 / (14 / 3 + 4))
     assert metrics["pearson"] == pytest.approx(np.corrcoef([1, 2, 4], [2, 1, 5])[0, 1])
-    several = regression_metrics(np.array([[1.0, 2.0], [2.0, 1.0]]), np.array([[1.0, 1.0], [2.0, 2.0]]), ["a", "b"])
+    several = regression_metrics(np.array([[1.0, 1.0], [2.0, 2.0]]), np.array([[1.0, 2.0], [2.0, 1.0]]), ["a", "b"])
     assert (several["spearman_a"], several["spearman_b"], several["spearman"]) == pytest.approx((1, -1, 0))
-    assert math.isnan(regression_metrics(np.ones(3), np.arange(3.0), ["a"])["spearman"])
+    assert math.isnan(regression_metrics(np.arange(3.0), np.ones(3), ["a"])["spearman"])
 
 
 def test_metrics_follow_the_task():
@@ -171,12 +171,12 @@ def test_metrics_follow_the_task():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(DataError, match=r"expected \(examples, 2\)"):
-        multi_label_metrics(SAID, LABELS, ["a", "b"])
+        multi_label_metrics(LABELS, SAID, ["a", "b"])
     with pytest.raises(DataError, match="not finite"):
-        multi_label_metrics(SAID * NAN, LABELS, ["a", "b", "c"])
+        multi_label_metrics(LABELS, SAID * NAN, ["a", "b", "c"])
     with pytest.raises(DataError, match=r"expected \(examples, 2\)"):
-        tune_thresholds(SAID, LABELS, ["a", "b"])
+        tune_thresholds(LABELS, SAID, ["a", "b"])
     with pytest.raises(DataError, match="expected 1 an example"):
         regression_metrics(np.zeros((3, 2)), np.zeros((3, 2)), ["a"])
     with pytest.raises(DataError, match="not finite"):
-        regression_metrics(np.full(3, NAN), np.zeros(3), ["a"])
+        regression_metrics(np.zeros(3), np.full(3, NAN), ["a"])

@@ -72,7 +72,7 @@ def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
     container = model["PrimaryContainer"]
     assert IMAGE.format("cpu" if serverless else "gpu") in container["Image"]
     assert container["ModelDataUrl"] == f"s3://{BUCKET}/work/output/job/output/model.tar.gz"
-    environment = {"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_LENGTH": "1024"}
+    environment = {"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_TOKENS": "1024"}
     assert container["Environment"] == environment | ({"SAGEMAKER_MODEL_SERVER_WORKERS": "1"} if serverless else {})
     assert model["ExecutionRoleArn"] == ROLE
     (variant,) = aws.sent("create_endpoint_config")["ProductionVariants"]

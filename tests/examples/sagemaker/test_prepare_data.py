@@ -11,7 +11,7 @@ from esm_efficient import load_deeploc, tokenize_dataset, write_demo_table
 
 
 def expected(tmp_path, tokenizer):
-    data = load_deeploc(write_demo_table(tmp_path / "demo.csv"), max_length=180)
+    data = load_deeploc(write_demo_table(tmp_path / "demo.csv"), max_residues=180)
     return tokenize_dataset(data, tokenizer)[0]
 
 
@@ -26,7 +26,7 @@ def test_splits_come_back_from_s3_as_they_were(aws, place, tmp_path, tokenizer):
     assert record["kind"] == "single_label_classification"
     assert record["names"] == ["non-membrane", "membrane"]
     assert record["sequences"] == {name: len(split) for name, split in data.items()}
-    assert record["longest"] == max(max(split["length"]) for split in data.values())
+    assert record["longest"] == max(max(split["tokens"]) for split in data.values())
     assert "work/created-by-esm-efficient.json" in aws.keys("work/created")
 
 

@@ -59,7 +59,7 @@ def test_the_rate_follows_the_batch_of_all_processes(train):
     assert train.make_recipe(parse(["--gradient_accumulation_steps", "4"]), 1).learning_rate == pytest.approx(2e-3)
     assert train.make_recipe(parse([]), 4).learning_rate == pytest.approx(2e-3)
     full = train.make_recipe(parse(["--lora", "false", "--per_device_train_batch_size", "2"]), 4)
-    assert (full.trains, full.learning_rate) == ("all", pytest.approx(1e-4))
+    assert (full.trains, full.learning_rate) == ("full", pytest.approx(1e-4))
     assert train.make_recipe(parse(["--learning_rate", "3e-5"]), 4).learning_rate == 3e-5
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from esm_efficient.costs.devices import DEVICES, GIB, get_device
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.devices import DEVICES, GIB, get_device
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,8 @@ def test_figures_are_in_the_units_they_claim():
             continue
         assert 8 * GIB < device.memory < 200 * GIB
         assert 1e11 < device.bandwidth < 1e13
-        assert all(1e12 < rate < 2e15 for rate in device.flops.values())
-        assert device.flops["float32"] <= device.flops["float16"]
+        assert all(1e12 < rate < 2e15 for rate in device.flops_per_second.values())
+        assert device.flops_per_second["float32"] <= device.flops_per_second["float16"]
         assert device.source
     instances = [name for device in DEVICES.values() for name in device.instances]
     assert len(instances) == len(set(instances))

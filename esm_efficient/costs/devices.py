@@ -26,7 +26,7 @@ class Device:
         name: the word it goes by.
         backend: which of torch's kernels run on it: ``"cuda"``, ``"mps"`` or ``"cpu"``.
         memory: bytes that torch sees; 0 if unknown.
-        flops: matrix-multiply rate by dtype, FLOP/s, as torch uses the device by default: ``float32`` without TF32.
+        flops_per_second: matrix-multiply rate by dtype, with torch's default settings (``float32`` without TF32).
         bandwidth: bytes/s between memory and chip; 0 if unknown.
         instances: EC2 instance types to the number of these devices in each.
         source: where the figures are from.
@@ -35,7 +35,7 @@ class Device:
     name: str
     backend: Backend
     memory: int = 0
-    flops: Mapping[str, float] = field(default_factory=dict, hash=False)
+    flops_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
     bandwidth: float = 0.0
     instances: Mapping[str, int] = field(default_factory=dict, hash=False)
     source: str = ""
@@ -43,7 +43,7 @@ class Device:
     @property
     def has_bf16(self) -> bool:
         """Whether it multiplies bfloat16 matrices in hardware."""
-        return "bfloat16" in self.flops
+        return "bfloat16" in self.flops_per_second
 
 
 def _gpu(
@@ -170,6 +170,10 @@ DEVICES: dict[str, Device] = {
     )
 }
 """Devices by name. Memory is what torch reports as total, which is less than the name says."""
+
+
+DEFAULT_DEVICE = "A10G"
+"""The device of estimates that name none: the GPU of SageMaker's ``ml.g5`` instances."""
 
 
 def get_device(device: str | Device) -> Device:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from esm_efficient.encoder.attention import Ends
-from esm_efficient.profiling.devices import Backend
+from esm_efficient.costs.devices import Backend
+from esm_efficient.encoder.attention import CuSeqlens
 
 _FLOAT32_ON_CUDA = frozenset({F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax})
 
@@ -73,7 +73,7 @@ class Kernels(TorchFunctionMode):
         )[0]
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, ends: Ends, scale: float) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float) -> Tensor:
     """Attention within sequences that lie one after another, as CUDA's kernels of variable length allocate.
 
     In float32 it would be flex attention, which holds the same tensors as the flash kernel.

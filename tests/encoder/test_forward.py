@@ -38,7 +38,7 @@ from esm_efficient.errors import ConfigurationError
 
 HEADS = (EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel)
 RECOMPUTES = ("none", "mlp", "layer")
-TRAINS = ("all", "qkv", "attention", "mlp", "all-linear", "head")
+TRAINS = ("full", "qkv", "attention", "mlp", "all-linear", "head")
 BATCHES = {"padded": [9, 5, 2, 9, 30], "of one length": [7, 7, 7], "of one": [11], "of special tokens": [2, 2, 6]}
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 SEEDS, NO_FURTHER = 20, 1.3
@@ -51,7 +51,7 @@ def build(head=EsmForSequenceClassification, trains="all-linear", *, dtype=torch
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(4)
-    if adapters is None and trains not in ("all", "head"):
+    if adapters is None and trains not in ("full", "head"):
         adapters = lora_config(model, preset=trains, r=4, lora_dropout=0.0)
     model = prepare_model(model, adapters=adapters, head_only=trains == "head")
     for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def test_loss_and_gradient_are_the_plain_models(head, trains, dtype, monkeypatch
         pytest.skip("a bare model has no head")
     if head is EsmForMaskedLM and trains == "head":
         pytest.skip("the head's matrix is that of the embeddings")
-    if head is EsmModel and trains not in ("all", "all-linear"):
+    if head is EsmModel and trains not in ("full", "all-linear"):
         pytest.skip("which layers train is tested with the heads")
     model = build(head, trains, dtype=dtype)
     for lengths in BATCHES.values():
@@ -132,7 +132,7 @@ def test_loss_and_gradient_are_the_plain_models(head, trains, dtype, monkeypatch
             assert distance(found_gradient, gradient) < LIMITS[dtype], (lengths, recompute)
 
 
-@pytest.mark.parametrize("trains", ["all", "all-linear"])
+@pytest.mark.parametrize("trains", ["full", "all-linear"])
 def test_lengths_from_one_to_the_longest(trains):
     model = build(trains=trains, num_hidden_layers=2)
     for lengths in ([1], [1, 2, 3], [1022 + 2, 1, 515], [1024]):
@@ -145,7 +145,7 @@ def test_lengths_from_one_to_the_longest(trains):
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("trains", ["all", "all-linear"])
+@pytest.mark.parametrize("trains", ["full", "all-linear"])
 def test_half_precision_is_no_further_from_the_truth_than_the_plain_model(trains, autocast):
     head = EsmForTokenClassification
     ratios = []
@@ -180,7 +180,7 @@ def test_a_bfloat16_base_with_float32_adapters_outside_autocast(recompute):
 
 
 def test_two_hundred_steps_end_at_the_plain_models_weights():
-    plain = build(trains="all", num_hidden_layers=2)
+    plain = build(trains="full", num_hidden_layers=2)
     lean = apply_lean_encoder(copy.deepcopy(plain))
     batches = [make_batch([12, 5, 9, 20], seed=seed) for seed in range(5)]
     labels = torch.tensor([0, 1, 1, 0])
@@ -388,7 +388,7 @@ def test_a_copy_and_a_pickle_compute_on_their_own_weights():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_hidden_states_and_attentions_are_the_plain_models(head, caplog):
-    model = build(head, "all").eval()
+    model = build(head, "full").eval()
     batch = make_batch([9, 5, 12])
     wanted = {"output_hidden_states": True, "output_attentions": True}
     model.set_attn_implementation("eager")
@@ -409,7 +409,7 @@ def test_hidden_states_and_attentions_are_the_plain_models(head, caplog):
 
 @pytest.mark.parametrize("path", ["encoder.layer.1", "encoder.layer.0.attention.self.query", "encoder.layer.2.output"])
 def test_a_hook_sees_what_it_would_see_without_it(path, caplog):
-    model = build(trains="all").eval()
+    model = build(trains="full").eval()
     seen = []
     batch = make_batch([9, 5, 12])
     model.esm.get_submodule(path).register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -422,7 +422,7 @@ def test_a_hook_sees_what_it_would_see_without_it(path, caplog):
 
 @pytest.mark.parametrize("path", ["esm", "esm.encoder", "classifier", "classifier.dense"])
 def test_whoever_looks_at_a_classifiers_encoder_sees_every_token(path):
-    model = apply_lean_encoder(build(trains="all").eval())
+    model = apply_lean_encoder(build(trains="full").eval())
     batch = make_batch([9, 5, 12])
     tokens = batch["attention_mask"].bool()
     seen = []
@@ -444,7 +444,7 @@ def test_a_head_that_is_put_there_later_reads_every_token():
         def forward(self, features, **kwargs):
             return features.mean(1)
 
-    model = apply_lean_encoder(build(trains="all").eval())
+    model = apply_lean_encoder(build(trains="full").eval())
     model.classifier = MeanPool()
     batch = make_batch([12, 12])
     with torch.no_grad():
@@ -462,7 +462,7 @@ def test_a_pooler_that_reads_padding_is_given_what_it_was_given_before():
 
 
 def test_what_is_not_known_to_be_harmless_is_left_to_transformers(caplog):
-    model = apply_lean_encoder(build(trains="all").eval())
+    model = apply_lean_encoder(build(trains="full").eval())
     ends = torch.tensor([0, 5, 9], dtype=torch.int32)
     with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
         model.esm(**make_batch([9]), cu_seq_lens_q=ends)
@@ -490,7 +490,7 @@ def test_a_layer_of_which_nothing_trains_in_fact_may_be_recomputed():
 
 
 def test_tokens_may_lie_anywhere_in_a_row():
-    model = build(EsmForTokenClassification, "all")
+    model = build(EsmForTokenClassification, "full")
     batch = make_batch([12, 12, 12])
     batch["attention_mask"][0, :4] = 0
     batch["attention_mask"][1, 3:6] = 0
@@ -501,7 +501,7 @@ def test_tokens_may_lie_anywhere_in_a_row():
 
 
 def test_a_first_token_that_is_padding_is_computed_as_before(caplog):
-    model = build(trains="all").eval()
+    model = build(trains="full").eval()
     batch = make_batch([12, 12])
     batch["attention_mask"][0, :4] = 0
     with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
@@ -510,7 +510,7 @@ def test_a_first_token_that_is_padding_is_computed_as_before(caplog):
 
 
 def test_the_encoder_of_a_classifier_gives_every_token_when_it_is_called_itself():
-    model = build(trains="all").eval()
+    model = build(trains="full").eval()
     batch = make_batch([9, 5])
     tokens = batch["attention_mask"].bool()
     with torch.no_grad():
@@ -529,7 +529,7 @@ def test_the_encoder_of_a_classifier_gives_every_token_when_it_is_called_itself(
     ids=str,
 )
 def test_other_members_of_the_family(changes):
-    model = build(EsmForTokenClassification, "all", **changes)
+    model = build(EsmForTokenClassification, "full", **changes)
     batch = make_batch([9, 5, 12], masked=False)
     loss, gradient = gradient_of(model, batch)
     found, found_gradient = gradient_of(apply_lean_encoder(model), batch)
@@ -538,7 +538,7 @@ def test_other_members_of_the_family(changes):
 
 
 def test_position_ids_and_embeddings_may_be_given():
-    model = build(EsmForTokenClassification, "all")
+    model = build(EsmForTokenClassification, "full")
     batch = make_batch([9, 5, 12])
     batch["inputs_embeds"] = torch.randn(3, 12, 32).requires_grad_()
     del batch["input_ids"]
@@ -646,12 +646,12 @@ def test_what_is_kept_is_ten_times_the_width_and_less_with_recomputation(recompu
 
 
 def test_prediction_keeps_nothing():
-    from esm_efficient.profiling.allocations import AllocationTracker
+    from esm_efficient.costs.allocations import AllocationTracker
 
     batch = make_batch([60, 100])
     peaks = []
     for layers in (2, 6):
-        model = apply_lean_encoder(build(num_hidden_layers=layers, trains="all").eval())
+        model = apply_lean_encoder(build(num_hidden_layers=layers, trains="full").eval())
         with torch.no_grad(), AllocationTracker() as tracker:
             tracker.hold(model.parameters(), "weights")
             model(**batch)
@@ -692,7 +692,7 @@ def test_checkpointing_asked_of_the_trainer_recomputes_layers(reentrant, tokeniz
 
 
 def test_threads_do_not_see_each_others_calls():
-    classifier, tagger = (apply_lean_encoder(build(head, "all").eval()) for head in HEADS[:2])
+    classifier, tagger = (apply_lean_encoder(build(head, "full").eval()) for head in HEADS[:2])
     batches = [make_batch(lengths, seed=seed) for seed, lengths in enumerate([[9, 5], [30, 2, 7], [12], [4, 4, 4]])]
 
     def run(number):
@@ -707,7 +707,7 @@ def test_threads_do_not_see_each_others_calls():
 
 
 def test_a_call_that_fails_leaves_nothing_behind():
-    model = apply_lean_encoder(build(trains="all").eval())
+    model = apply_lean_encoder(build(trains="full").eval())
     batch = make_batch([9, 5])
     with torch.no_grad():
         expected = model.esm(**batch).last_hidden_state
@@ -730,8 +730,8 @@ def test_torch_compile_neither_breaks_it_nor_changes_it():
 
 
 def test_it_is_refused_where_it_does_not_apply():
-    with pytest.raises(ConfigurationError, match="recompute='all'"):
-        apply_lean_encoder(make_model(), recompute="all")
+    with pytest.raises(ConfigurationError, match="recompute='full'"):
+        apply_lean_encoder(make_model(), recompute="full")
     with pytest.raises(ConfigurationError, match="attention='fast'"):
         apply_lean_encoder(make_model(), attention="fast")
     with pytest.raises(ConfigurationError, match="Linear holds no EsmModel"):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from esm_efficient.errors import EsmEfficientError
+
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "other")
 """What memory is held for, in the order of tables and plots."""
 
@@ -57,6 +59,22 @@ class PeakMemory:
 
     bytes: int = 0
     kind: str = ""
+
+
+class OutOfMemoryError(EsmEfficientError, torch.OutOfMemoryError):
+    """A device ran out of memory while it was profiled; the message says what was held and what would fit.
+
+    It is torch's own error too, so that ``except torch.OutOfMemoryError`` catches it.
+
+    Attributes:
+        phase: of training: forward, backward, optimizer, evaluation or data.
+        held: bytes by category at that moment.
+    """
+
+    def __init__(self, message: str, *, phase: str = "", held: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.phase = phase
+        self.held = held or {}
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from esm_efficient import RECIPES, Device, Recipe, apply_lean_encoder, estimate, lora_config, prepare_model, recommend
+from esm_efficient.costs.memory import Memory
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.memory import Memory
-from esm_efficient.profiling.recommend import explain_out_of_memory, nearest_fit
+from esm_efficient.estimation.advice import explain_out_of_memory, nearest_fit
 
 MIB = 2**20
 
@@ -76,7 +76,7 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 
 def describe(found):
-    return found.recipe.micro_batch, found.recipe.accumulation, found.recipe.checkpointing, found.recipe.trains
+    return found.recipe.micro_batch, found.recipe.accumulation, found.recipe.gradient_checkpointing, found.recipe.trains
 
 
 def test_the_nearest_setting_changes_as_little_as_it_must():
@@ -87,14 +87,14 @@ def test_the_nearest_setting_changes_as_little_as_it_must():
         return nearest_fit(model, memory=int(mib * MIB), **options)
 
     def peak(**changes):
-        settings = {"recipe": "base", "micro_batch": 4, "length": 200, "device": gpu(1), "precision": "float32"}
+        settings = {"recipe": "base", "micro_batch": 4, "tokens": 200, "device": gpu(1), "precision": "float32"}
         return estimate(model, padding="padded", **(settings | changes)).peak.total / MIB / 0.9
 
     halved = peak(micro_batch=2, accumulation=2)
-    assert describe(nearest(halved + 0.01)) == (2, 2, False, "all")
+    assert describe(nearest(halved + 0.01)) == (2, 2, False, "full")
     single = peak(micro_batch=1, accumulation=4)
     assert single < halved
-    assert describe(nearest(single + 0.01)) == (1, 4, False, "all")
+    assert describe(nearest(single + 0.01)) == (1, 4, False, "full")
     assert describe(nearest(single - 0.1))[2] is True
     leanest = peak(recipe="all", micro_batch=1, accumulation=4)
     assert describe(nearest(leanest + 0.01)) == (1, 4, True, "adapters")
@@ -122,7 +122,7 @@ def test_the_advice_is_for_the_run_as_it_is():
         model,
         recipe=Recipe("own", "adapters", 1e-3, micro_batch=2, accumulation=2, preset="qkv", r=4),
         device=gpu(1),
-        length=100,
+        tokens=100,
         precision="bf16",
         optimizer="adamw_foreach",
         attention="eager",
@@ -141,7 +141,7 @@ def test_an_out_of_memory_error_names_a_setting_that_fits():
         recipe="base",
         micro_batch=2,
         accumulation=2,
-        length=200,
+        tokens=200,
         device=gpu(1),
         precision="float32",
         padding="padded",

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
 
 
 @given(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from esm_efficient.profiling.allocations import AllocationTracker
-from esm_efficient.profiling.memory import Memory
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.memory import Memory
 
 
 def test_an_allocation_counts_from_its_operation_to_its_last_reference():

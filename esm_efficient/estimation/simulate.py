@@ -23,23 +23,22 @@ from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import encoder_layers, ends_with, find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.devices import Device
+from esm_efficient.costs.memory import CATEGORIES
+from esm_efficient.costs.throughput import flops_of
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.attention import by_sequence, played_by
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.allocations import AllocationTracker
-from esm_efficient.profiling.devices import Device
-from esm_efficient.profiling.kernels import Kernels, packed_attention
-from esm_efficient.profiling.memory import CATEGORIES
-from esm_efficient.profiling.optimizers import OPTIMIZERS
-from esm_efficient.profiling.throughput import flops_of
-from esm_efficient.recipes import Recipe
+from esm_efficient.estimation.kernels import Kernels, packed_attention
+from esm_efficient.estimation.optimizers import OPTIMIZERS
+from esm_efficient.recipes import Precision, Recipe
+from esm_efficient.tasks import Head, auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-Precision = Literal["float32", "bf16", "fp16", "pure-bf16"]
-Padding = Literal["padded", "none", "free"]
-Head = Literal["sequence-classification", "token-classification", "masked-lm"]
+Padding = Literal["padded", "equal-length", "padding-free"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "pure-bf16": torch.bfloat16}
 _CUDA_BLOCK = 512
@@ -60,8 +59,8 @@ class Step:
             trainable ones in float32; ``"pure-bf16"``, everything held in bfloat16.
         optimizer: a name in `OPTIMIZERS`.
         attention: transformers' name of the attention implementation, ``"sdpa"`` or ``"eager"``.
-        padding: ``"padded"`` if the batch holds padding, ``"none"`` if all its sequences have the same length,
-            ``"free"`` if the lean encoder computes without padding.
+        padding: ``"padded"`` if the batch holds padding, ``"equal-length"`` if all its sequences have the same length,
+            ``"padding-free"`` if the lean encoder computes without padding.
         head: what the model predicts.
         num_labels: labels of a classification head.
         adapter_options: options of `lora_config` that win over the recipe's, as pairs.
@@ -172,7 +171,7 @@ def _check(step: Step) -> None:
         "precision": (step.precision, ("float32", *_AUTOCAST)),
         "optimizer": (step.optimizer, tuple(OPTIMIZERS)),
         "attention": (step.attention, ("sdpa", "eager")),
-        "padding": (step.padding, ("padded", "none", "free")),
+        "padding": (step.padding, ("padded", "equal-length", "padding-free")),
         "head": (step.head, ("sequence-classification", "token-classification", "masked-lm")),
     }
     for name, (value, known) in choices.items():
@@ -180,30 +179,23 @@ def _check(step: Step) -> None:
             raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(known)}")
     if step.tokens < 1:
         raise ConfigurationError(f"a sequence of {step.tokens} tokens: expected at least 1")
-    if step.padding == "free" and step.attention != "sdpa":
+    if step.padding == "padding-free" and step.attention != "sdpa":
         raise ConfigurationError(f"attention={step.attention!r} goes with padding: the lean encoder has its own")
     wanted = {"float32": "float32", "fp16": "float16"}.get(step.precision, "bfloat16")
-    if step.device.flops and wanted not in step.device.flops:
+    if step.device.flops_per_second and wanted not in step.device.flops_per_second:
         raise ConfigurationError(
             f"the device multiplies no {wanted} matrices: take precision="
-            f"{' or '.join(repr({'float16': 'fp16'}.get(name, name)) for name in step.device.flops)}"
+            f"{' or '.join(repr({'float16': 'fp16'}.get(name, name)) for name in step.device.flops_per_second)}"
         )
 
 
 def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
     """The model, prepared to train, on the meta device: modules cannot change the dtype of fake parameters."""
-    import transformers
-
-    classes = {
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-        "token-classification": transformers.AutoModelForTokenClassification,
-        "masked-lm": transformers.AutoModelForMaskedLM,
-    }
     changed = type(config).from_dict(config.to_dict() | {"num_labels": step.num_labels})
     recipe = step.recipe
     frozen = None if step.precision in ("float32", "pure-bf16") else _AUTOCAST[step.precision]
     with torch.device("meta"), _quiet("esm_efficient.adapters.prepare", "esm_efficient.adapters.resolve"):
-        model = classes[step.head].from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
+        model = auto_class(step.head).from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
         # What lies around the layers may depend on their number, as the contact head does: it stays as it is.
         suffix = find_architecture(model).layers
         for path, module in model.named_modules():
@@ -213,10 +205,10 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
             model,
             adapters=recipe_adapters(recipe, model, **dict(step.adapter_options)),
             head_only=recipe.trains == "head",
-            gradient_checkpointing=recipe.checkpointing,
+            gradient_checkpointing=recipe.gradient_checkpointing,
             dtype=frozen,
         )
-        if step.padding == "free":
+        if step.padding == "padding-free":
             apply_lean_encoder(model)
     return (model.bfloat16() if step.precision == "pure-bf16" else model).train()
 
@@ -265,7 +257,7 @@ def _train(
 def _batch(step: Step) -> dict[str, Tensor]:
     shape = step.recipe.micro_batch, step.tokens
     batch = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
-    if step.padding != "free":  # where all sequences have the average length, and nothing is left to drop
+    if step.padding != "padding-free":  # where all sequences have the average length, and nothing is left to drop
         batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     labels = shape[:1] if step.head == "sequence-classification" else shape
     return batch | {"labels": torch.zeros(labels, dtype=torch.int64)}
@@ -361,8 +353,8 @@ class _Recorder:
         flops = flops_of(func, args, kwargs, result)
         moved = sum(map(_size, _flat((args, tuple(kwargs.values()), result))))
         seconds = 0.0
-        if self._device.flops:
-            rate = self._device.flops.get(_dtype_name(result), self._device.flops["float32"])
+        if self._device.flops_per_second:
+            rate = self._device.flops_per_second.get(_dtype_name(result), self._device.flops_per_second["float32"])
             seconds = max(flops / rate, moved / self._device.bandwidth, self._launch)
         self._cost += (flops, moved, seconds)
 

@@ -16,9 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm_efficient.errors import ConfigurationError
 
-SPECIAL_TOKENS = 2
-"""Tokens of a sequence that are no residues: one before it and one after it."""
-
 
 def flops_of(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
     """FLOPs of one operation by torch's own formulas: two for a multiplication with its addition."""

@@ -14,8 +14,7 @@ from transformers import EsmForTokenClassification
 
 from esm_efficient import RECIPES, Device, demo_model_path, estimate, lora_config, peak_memory, prepare_model
 from esm_efficient.errors import ConfigurationError, TargetModuleError
-from esm_efficient.profiling.lengths import batch_lengths, token_lengths
-from esm_efficient.profiling.models import ESM2_SIZES, resolve_config
+from esm_efficient.estimation.inputs import ESM2_SIZES, batch_lengths, resolve_config, token_lengths
 
 CASES = [
     ("8M", {"recipe": "base", "device": "cpu"}),
@@ -25,7 +24,7 @@ CASES = [
     ("8M", {"recipe": "all", "device": "A10G"}),
     ("8M", {"recipe": "all", "device": "cpu", "adapter_options": {"lora_dropout": 0.1, "use_rslora": True}}),
     ("8M", {"recipe": "frozen", "device": "M4-Max-64"}),
-    ("8M", {"recipe": "base", "device": "L4", "padding": "free", "optimizer": "adamw_foreach"}),
+    ("8M", {"recipe": "base", "device": "L4", "padding": "padding-free", "optimizer": "adamw_foreach"}),
     ("8M", {"recipe": "base", "device": "L4", "head": "masked-lm", "micro_batch": 3}),
     ("8M", {"recipe": "lora", "device": "cpu", "head": "token-classification", "num_labels": 5}),
     ("35M", {"recipe": "all", "device": "H100", "accumulation": 1}),
@@ -41,8 +40,8 @@ def test_two_depths_give_the_figures_of_the_full_depth(size, options):
     # Equal to the byte. CUDA's allocator rounds each tensor up to a block; the list of the gradients' norms grows by a
     # few bytes a layer, and so by a block now and then.
     block = 0 if options["device"] in ("cpu", "M4-Max-64") else 512
-    short = estimate(size, length=100, **options)
-    full = estimate(size, length=100, extrapolate=False, **options)
+    short = estimate(size, tokens=100, **options)
+    full = estimate(size, tokens=100, extrapolate=False, **options)
     for phase, cost in full.phases.items():
         allowed = block if phase == "optimizer" else 0
         assert np.abs(bytes_of(short.phases[phase].peak) - bytes_of(cost.peak)).max() <= allowed
@@ -61,7 +60,7 @@ def test_two_depths_give_the_figures_of_the_full_depth(size, options):
 def test_parameters_are_those_of_the_real_model():
     model = make_model(num_hidden_layers=5)
     prepared = prepare_model(model, adapters=lora_config(model))
-    result = estimate(tiny_config(num_hidden_layers=5), recipe="lora", length=16)
+    result = estimate(tiny_config(num_hidden_layers=5), recipe="lora", tokens=16)
     assert result.trainable_parameters == sum(p.numel() for p in prepared.parameters() if p.requires_grad)
     assert result.total_parameters == sum(p.numel() for p in prepared.parameters())
     weights = sum(t.numel() * t.element_size() for t in [*prepared.parameters(), *prepared.buffers()])
@@ -70,7 +69,7 @@ def test_parameters_are_those_of_the_real_model():
 
 @pytest.mark.parametrize("size", ["8M", "650M", "15B"])
 def test_known_sizes_have_the_parameters_that_their_names_promise(size):
-    result = estimate(size, recipe="frozen", length=8, micro_batch=1)
+    result = estimate(size, recipe="frozen", tokens=8, micro_batch=1)
     promised = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
     assert result.total_parameters == pytest.approx(promised, rel=0.07)
     layers, width, heads = ESM2_SIZES[size]
@@ -79,7 +78,7 @@ def test_known_sizes_have_the_parameters_that_their_names_promise(size):
 
 def test_fifteen_billion_parameters_take_no_memory():
     with peak_memory() as resident:
-        result = estimate("15B", recipe="base", device="A100-80", length=1024)
+        result = estimate("15B", recipe="base", device="A100-80", tokens=1024)
     assert result.peak.weights > 60e9
     assert resident.bytes < 6e9
     assert not result.fits()
@@ -88,23 +87,23 @@ def test_fifteen_billion_parameters_take_no_memory():
 def test_the_same_model_by_every_name_it_goes_by(tmp_path):
     names = ["8M", "esm2_t6_8M", "esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D", resolve_config("8M")[1]]
     resolve_config("8M")[1].save_pretrained(tmp_path)
-    peaks = {estimate(name, recipe="lora", length=32).peak for name in [*names, tmp_path]}
+    peaks = {estimate(name, recipe="lora", tokens=32).peak for name in [*names, tmp_path]}
     assert len(peaks) == 1
     wrapped = make_model()
     wrapped = prepare_model(wrapped, adapters=lora_config(wrapped))
     assert resolve_config(wrapped)[1].hidden_size == 16
-    assert estimate(demo_model_path(), length=32).total_parameters > 800_000
+    assert estimate(demo_model_path(), tokens=32).total_parameters > 800_000
 
 
 def test_the_peak_is_the_highest_point_of_the_timeline():
     for recipe in RECIPES:
-        result = estimate("8M", recipe=recipe, length=40)
+        result = estimate("8M", recipe=recipe, tokens=40)
         assert result.peak.total == max(point.memory.total for point in result.timeline)
 
 
 def test_what_saves_memory_is_said_to_save_it():
     def peak(**options):
-        return estimate("8M", device="A10G", length=256, **({"recipe": "base"} | options)).peak
+        return estimate("8M", device="A10G", tokens=256, **({"recipe": "base"} | options)).peak
 
     base = peak()
     assert peak(recipe="gc").activations < 0.2 * base.activations
@@ -113,12 +112,12 @@ def test_what_saves_memory_is_said_to_save_it():
     assert 1.8 * base.activations < peak(micro_batch=16).activations < 2.1 * base.activations
     assert peak(attention="eager").activations > base.activations
     assert peak(precision="float32").activations > 1.3 * base.activations
-    assert peak(padding="free").activations <= base.activations
+    assert peak(padding="padding-free").activations <= base.activations
     assert peak(recipe="frozen").total < peak(recipe="lora").total
 
 
 def test_accumulated_gradients_are_held_throughout():
-    once, twice = (estimate("8M", recipe="base", length=32, accumulation=n) for n in (1, 2))
+    once, twice = (estimate("8M", recipe="base", tokens=32, accumulation=n) for n in (1, 2))
     assert once.phases["forward"].peak.gradients == 0
     assert twice.phases["forward"].peak.gradients == twice.phases["optimizer"].peak.gradients > 7e6 * 4
     assert twice.phases["forward"].flops == 2 * once.phases["forward"].flops
@@ -126,7 +125,7 @@ def test_accumulated_gradients_are_held_throughout():
 
 
 def test_time_is_a_roofline_of_the_device():
-    options = {"recipe": "base", "length": 256, "precision": "float32"}
+    options = {"recipe": "base", "tokens": 256, "precision": "float32"}
     slow = Device("slow", "cuda", 2**34, {"float32": 1e12}, 1e11)
     fast = Device("fast", "cuda", 2**34, {"float32": 2e12}, 2e11)
     one, two = (estimate("150M", device=device, **options) for device in (slow, fast))
@@ -139,7 +138,7 @@ def test_time_is_a_roofline_of_the_device():
 
 
 def test_flops_are_six_for_each_weight_and_token():
-    result = estimate("150M", recipe="base", length=128, micro_batch=4, padding="none")
+    result = estimate("150M", recipe="base", tokens=128, micro_batch=4, padding="equal-length")
     linear = 30 * 12 * 640 * 640
     attention = 30 * 2 * 128 * 640
     forward = 2 * 4 * 128 * (linear + attention)
@@ -150,20 +149,20 @@ def test_flops_are_six_for_each_weight_and_token():
 def test_a_data_sets_lengths_decide_memory_and_time():
     lengths = [100] * 50 + [400] * 2
     mixed, longest = (
-        estimate("8M", device="A10G", recipe="lora", length=length, padding="padded") for length in (lengths, 400)
+        estimate("8M", device="A10G", recipe="lora", tokens=length, padding="padded") for length in (lengths, 400)
     )
     assert mixed.peak == longest.peak
     assert mixed.seconds < longest.seconds
     assert mixed.residues == pytest.approx(8 * np.mean(np.array(lengths) - 2))
-    packed = estimate("8M", device="A10G", recipe="lora", length=lengths)
-    assert packed == estimate("8M", device="A10G", recipe="lora", length=lengths, padding="free")
+    packed = estimate("8M", device="A10G", recipe="lora", tokens=lengths)
+    assert packed == estimate("8M", device="A10G", recipe="lora", tokens=lengths, padding="padding-free")
     assert packed.peak.total < mixed.peak.total
 
 
 def test_a_data_set_is_as_good_as_its_lengths():
     sequences = Dataset.from_dict({"sequence": ["M" * 10, "M" * 30]})
     assert token_lengths(sequences) == token_lengths(DatasetDict(train=sequences)) == [12, 32]
-    assert token_lengths(sequences.add_column("length", [5, 6])) == [5, 6]
+    assert token_lengths(sequences.add_column("tokens", [5, 6])) == [5, 6]
     assert token_lengths(np.int64(7)) == 7
     with pytest.raises(ConfigurationError, match="expected 'length' or 'sequence'"):
         token_lengths(Dataset.from_dict({"text": ["M"]}))
@@ -189,10 +188,10 @@ def test_lengths_of_batches():
         ("8M", {"optimizer": "lion"}, "optimizer='lion'"),
         ("8M", {"attention": "flash"}, "attention='flash'"),
         ("8M", {"padding": "some"}, "padding='some'"),
-        ("8M", {"padding": "free", "attention": "eager"}, "the lean encoder has its own"),
+        ("8M", {"padding": "padding-free", "attention": "eager"}, "the lean encoder has its own"),
         ("8M", {"head": "regression"}, "head='regression'"),
-        ("8M", {"length": 0}, "0 tokens"),
-        ("8M", {"length": []}, "without any sequence"),
+        ("8M", {"tokens": 0}, "0 tokens"),
+        ("8M", {"tokens": []}, "without any sequence"),
         ("8M", {"micro_batch": 0}, "at least 1"),
         ("8M", {"recipe": "base", "adapter_options": {"r": 4}}, "takes no r"),
         ("8M", {"recipe": "base", "preset": "qkv"}, "a preset and a rank go with"),
@@ -210,12 +209,12 @@ def test_an_unknown_target_is_refused():
 
 def test_memory_of_an_unknown_device_cannot_fit():
     with pytest.raises(ConfigurationError, match="name a GPU"):
-        estimate("8M", length=16).fits()
+        estimate("8M", tokens=16).fits()
 
 
 def test_figures_go_to_json_and_back():
     for device in ("cpu", "A10G"):
-        result = estimate("8M", device=device, length=64)
+        result = estimate("8M", device=device, tokens=64)
         record = json.loads(json.dumps(result.to_dict()))
         assert record["peak_bytes"] == result.peak.total == sum(record["peak"].values()) - record["peak"]["total"]
         assert record["seconds"] == (None if device == "cpu" else result.seconds)
@@ -232,7 +231,7 @@ def test_a_live_model_is_estimated_by_its_config():
 def test_the_8_bit_optimizer_is_bitsandbytes():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     full, eight = (
-        estimate("35M", recipe="base", device="A10G", length=64, optimizer=name)
+        estimate("35M", recipe="base", device="A10G", tokens=64, optimizer=name)
         for name in ("adamw_fused", "adamw_8bit")
     )
     assert 0.25 <= eight.peak.optimizer / full.peak.optimizer < 0.27
@@ -241,4 +240,4 @@ def test_the_8_bit_optimizer_is_bitsandbytes():
 def test_without_bitsandbytes_the_8_bit_optimizer_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigurationError, match="pip install bitsandbytes"):
-        estimate("8M", recipe="base", device="A10G", length=24, optimizer="adamw_8bit")
+        estimate("8M", recipe="base", device="A10G", tokens=24, optimizer="adamw_8bit")

@@ -1,12 +1,19 @@
-"""What people call a model, as the config that it stands for."""
+"""What `estimate` is asked about: the config of a model, and the tokens of its sequences."""
 
 from __future__ import annotations
 
+import math
+import numbers
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from esm_efficient.data.sequences import clean
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.tasks import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,3 +80,55 @@ def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
         emb_layer_norm_before=False,
         token_dropout=True,
     )
+
+
+def token_lengths(tokens: Any) -> int | list[int]:
+    """Return the tokens of one sequence or of many, special tokens included.
+
+    Args:
+        tokens: a number; many numbers; or a dataset (of a DatasetDict the split ``train``) with one of the columns
+            ``tokens``, ``input_ids``, ``residues`` or ``sequence``. Two special tokens are added to residues.
+
+    Raises:
+        ConfigurationError: there is no sequence, or the dataset has none of these columns.
+
+    Example:
+        >>> token_lengths(512), token_lengths([100, 200])
+        (512, [100, 200])
+    """
+    if isinstance(tokens, numbers.Integral):
+        return int(tokens)
+    data = tokens["train"] if isinstance(tokens, dict) and "train" in tokens else tokens
+    columns = getattr(data, "column_names", None)
+    if columns is None:
+        lengths = [int(n) for n in data]
+    elif "tokens" in columns:
+        lengths = [int(n) for n in data["tokens"]]
+    elif "input_ids" in columns:
+        lengths = [len(ids) for ids in data["input_ids"]]
+    elif "residues" in columns:
+        lengths = [int(n) + SPECIAL_TOKENS for n in data["residues"]]
+    elif "sequence" in columns:
+        lengths = [len(clean(sequence)) + SPECIAL_TOKENS for sequence in data["sequence"]]
+    else:
+        raise ConfigurationError(
+            f"the dataset has the columns {', '.join(columns)}: expected one of tokens, input_ids, residues, sequence. "
+            "Rename a column of lengths to say what it counts"
+        )
+    if not lengths:
+        raise ConfigurationError("the dataset has no sequence to take lengths from")
+    return lengths
+
+
+def batch_lengths(lengths: Sequence[int], micro_batch: int, padding: str) -> tuple[int, int, float]:
+    """Tokens a sequence takes in the largest and in the average micro-batch, and the mean residues of a sequence.
+
+    The largest micro-batch is that of the longest sequences. In random micro-batches the average sequence is padded to
+    the mean of the batches' longest.
+    """
+    ordered = np.sort(np.asarray(lengths))[::-1]
+    residues = float(np.mean(np.maximum(ordered - SPECIAL_TOKENS, 0)))
+    if padding == "padding-free":
+        return math.ceil(ordered[:micro_batch].mean()), round(ordered.mean()), residues
+    drawn = np.random.default_rng(0).choice(ordered, size=(1000, micro_batch))
+    return int(ordered[0]), round(drawn.max(axis=1).mean()), residues

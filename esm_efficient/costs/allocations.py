@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esm_efficient.profiling.memory import CATEGORIES, Memory
+from esm_efficient.costs.memory import CATEGORIES, Memory
 
 Observer = Callable[[Any, tuple, dict, Any], None]
 

@@ -74,7 +74,7 @@ def test_every_format_gives_the_same(tmp_path, name):
         assert found == {
             "sequence": row["sequence"],
             "accession": row["id"],
-            "length": len(row["sequence"]),
+            "residues": len(row["sequence"]),
             "label": ["membrane", "soluble"].index(row["label"]),
         }
 
@@ -229,7 +229,7 @@ def test_equal_sequences_are_never_split_at_random(tmp_path):
         (lambda t: t.assign(split="later"), {}, "none of train, validation and test in 40 row.*and 35 more"),
         (lambda t: put(t.assign(w="1"), "w", "-1"), {"sample_weight": "w"}, "w is no number >= 0 in 1 row.*line 4"),
         (lambda t: t[:0], {}, "no sequence is left"),
-        (lambda t: t, {"min_length": 1000}, "no sequence is left"),
+        (lambda t: t, {"min_residues": 1000}, "no sequence is left"),
     ],
 )
 def test_what_is_broken_or_could_be_two_things_is_named(tmp_path, change, options, message):
@@ -263,7 +263,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, options, messa
 def test_bounds_and_nucleotides_are_said(tmp_path, caplog):
     table = frame()[["id", "sequence", "label"]]
     with caplog.at_level(logging.INFO):
-        data = load_sequences(write(table, tmp_path / "a.csv"), min_length=15, max_length=25)
+        data = load_sequences(write(table, tmp_path / "a.csv"), min_residues=15, max_residues=25)
     kept = table[table.sequence.str.len().between(15, 25)]
     assert set(rows_of(data)) == set(kept.id)
     assert f"{len(table) - len(kept)} sequence(s) outside" in caplog.text
@@ -310,7 +310,7 @@ def test_a_split_that_the_bounds_empty_is_an_error(tmp_path):
         "test": write(table.assign(sequence="MKTV" * 50, id="T")[:1], tmp_path / "test.csv"),
     }
     with pytest.raises(DataError, match="no sequence of test is within the bounds"):
-        load_sequences(files, label="golgi", max_length=50)
+        load_sequences(files, label="golgi", max_residues=50)
 
 
 def test_one_wrong_row_does_not_make_residue_labels_classes_of_sequences(tmp_path):
@@ -364,7 +364,7 @@ def test_names_of_uniprot_meet_their_accessions(tmp_path):
 
 
 def test_the_real_table_reads_as_by_its_own_loader(deeploc_csv):
-    own = load_deeploc(deeploc_csv, min_length=None, max_length=None)
+    own = load_deeploc(deeploc_csv, min_residues=None, max_residues=None)
     data = load_sequences(deeploc_csv, label="Membrane")
     assert {name: set(part["accession"]) for name, part in data.items()} == {
         n: set(p["accession"]) for n, p in own.items()
@@ -477,7 +477,7 @@ def test_whatever_a_file_holds_it_comes_through_whole_or_the_error_names_the_row
             warnings.simplefilter("ignore")
             try:
                 data = load_sequences(path, **options)
-                tokenized, _ = tokenize_dataset(data, tokenizer, max_length=70)
+                tokenized, _ = tokenize_dataset(data, tokenizer, max_tokens=70)
             except EsmEfficientError as error:
                 refused[case] = str(error)
                 continue

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from esm_efficient.encoder.attention import attend as lean_attend
 from esm_efficient.encoder.attention import played_by
 from esm_efficient.encoder.packing import Packing
-from esm_efficient.profiling.kernels import Kernels, packed_attention
+from esm_efficient.estimation.kernels import Kernels, packed_attention
 
 
 class Names(TorchDispatchMode):

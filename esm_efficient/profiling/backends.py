@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from esm_efficient.profiling.allocations import AllocationTracker
-from esm_efficient.profiling.memory import Memory
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.memory import Memory
 
 
 class Counter(Protocol):

@@ -1,4 +1,4 @@
-"""apply_lean_encoder(): the same model, computed without padding and with less memory."""
+"""What a model, its encoder and its layers run once the lean encoder is applied to them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from esm_efficient import compat
-from esm_efficient.encoder.attention import BACKENDS
-from esm_efficient.encoder.layer import RECOMPUTES, Recompute, run_layer
+from esm_efficient.encoder.layer import Recompute, run_layer
 from esm_efficient.encoder.packing import Packing, make_packing
 from esm_efficient.encoder.reading import trainable_tensors
 from esm_efficient.errors import ConfigurationError
@@ -28,106 +26,6 @@ _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "return
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PASSIVE = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
 """Whose hooks may see packed tokens, or nothing at all."""
-
-
-def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention: str = "auto") -> Model:
-    """Make an ESM-2 model compute without padding and keep less for the backward pass; loss and gradient stay the same.
-
-    Padding is dropped behind the embeddings and comes back, as zeros, behind the last layer norm. In between, layer
-    norm, query, key, value, rotary positions and LoRA are one autograd Function, the layer behind attention is a second
-    and the MLP a third; they keep about ten times the width per token and layer and recompute the rest. Nothing is
-    computed that nobody reads: no gradient goes below the lowest layer that trains, and where the classification head
-    reads only the first token, the last layer computes only that.
-
-    Parameters, state dict and `save_pretrained` stay as they are, and so do peft's adapters: they can be added, merged
-    and removed before and after. Gradient checkpointing, asked for in any way, becomes ``recompute="layer"``. Adapters
-    other than LoRA's original kind, and quantised layers, run through their own forward on the packed tokens; the log
-    says so. A call that asks for hidden states or attentions, or a model with hooks inside its layers, computes as if
-    nothing had been applied.
-
-    Args:
-        model: a transformers ESM-2 model with any head, with or without peft adapters. It is changed in place, and may
-            be changed again to other options.
-        recompute: ``"none"`` keeps the MLP's pre-activation, ``"mlp"`` recomputes it (6 times the width stay),
-            ``"layer"`` keeps only each layer's input.
-        attention: what computes attention within the sequences, one of `BACKENDS`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigurationError: the model holds no ``EsmModel``, is a decoder, its forward has been replaced, or an option
-            is unknown. From a call: torch.nn.DataParallel has copied the model, or a gradient is differentiated.
-
-    Example:
-        >>> from transformers import AutoModelForSequenceClassification
-        >>> from esm_efficient import apply_lean_encoder, demo_model_path
-        >>> model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
-        >>> model = apply_lean_encoder(model, recompute="mlp")
-        >>> type(model).__name__
-        'EsmForSequenceClassification'
-    """
-    from transformers import EsmForSequenceClassification
-
-    if recompute not in RECOMPUTES:
-        raise ConfigurationError(f"recompute={recompute!r}: expected one of {', '.join(RECOMPUTES)}")
-    if attention not in BACKENDS:
-        raise ConfigurationError(f"attention={attention!r}: expected one of {', '.join(BACKENDS)}")
-    found = list(_encoders(model))
-    if not found:
-        raise ConfigurationError(f"{type(model).__name__} holds no EsmModel of transformers")
-    for esm in found:
-        if esm.config.is_decoder or esm.config.add_cross_attention:
-            raise ConfigurationError("a decoder or a model with cross-attention has no padding-free encoder")
-    remove_lean_encoder(model)
-    for esm in found:
-        for module in (esm, esm.encoder, *_layers(esm)):
-            if "forward" in module.__dict__:
-                raise ConfigurationError(
-                    f"the forward of {type(module).__name__} has been replaced already, by accelerate's hooks or by "
-                    "another library, and would be lost"
-                )
-    for esm in found:
-        state = _State(recompute, attention)
-        for module in (esm, esm.encoder, *_layers(esm)):
-            module._lean = state
-        esm.forward = partial(_model_forward, esm)
-        esm._create_attention_masks = partial(_no_masks, esm)
-        esm.encoder.forward = partial(_encoder_forward, esm.encoder)
-        for layer in _layers(esm):
-            layer.forward = partial(_layer_forward, layer)
-    for module in model.modules():
-        if isinstance(module, EsmForSequenceClassification):
-            of_head: _State = cast(Any, module).esm._lean
-            of_head.handles = [
-                module.register_forward_pre_hook(_head_begins),
-                module.register_forward_hook(_head_ends, always_call=True),
-            ]
-    return model
-
-
-def remove_lean_encoder(model: Model) -> Model:
-    """Undo `apply_lean_encoder`; a model that it was not applied to stays as it is.
-
-    Returns:
-        The model, changed in place.
-    """
-    for esm in _encoders(model):
-        state = esm.__dict__.get("_lean")
-        if state is None:
-            continue
-        for handle in state.handles:
-            handle.remove()
-        _restore_checkpointing(esm)
-        for module in (esm, esm.encoder, *_layers(esm)):
-            for name in ("_lean", "forward", "_create_attention_masks"):
-                module.__dict__.pop(name, None)
-    return model
-
-
-def has_lean_encoder(model: nn.Module) -> bool:
-    """Whether `apply_lean_encoder` is in effect."""
-    return any("_lean" in esm.__dict__ for esm in _encoders(model))
 
 
 @dataclass
@@ -152,7 +50,7 @@ _under_way = _UnderWay()
 
 
 @dataclass
-class _State:
+class LeanState:
     """What has been applied to a model."""
 
     recompute: Recompute
@@ -168,13 +66,14 @@ class _State:
             logger.info(text)
 
 
-def _encoders(model: nn.Module) -> Iterator[Any]:
+def encoders_of(model: nn.Module) -> Iterator[Any]:
+    """The ``EsmModel`` modules in a model."""
     from transformers import EsmModel
 
     return (module for module in model.modules() if isinstance(module, EsmModel))
 
 
-def _layers(esm: Any) -> list[Any]:
+def layers_of(esm: Any) -> list[Any]:
     """The layers, also where each is wrapped."""
     from transformers.models.esm.modeling_esm import EsmLayer
 
@@ -182,7 +81,7 @@ def _layers(esm: Any) -> list[Any]:
 
 
 @torch.compiler.disable
-def _head_begins(model: Any, inputs: Any) -> None:
+def head_begins(model: Any, inputs: Any) -> None:
     """Say that the head behind the encoder reads first tokens alone, if that is so and nobody else looks on."""
     watched = (model.esm, model.esm.encoder, *model.classifier.modules())
     if compat.reads_first_token(model) and not any(map(_is_hooked, watched)):
@@ -190,12 +89,13 @@ def _head_begins(model: Any, inputs: Any) -> None:
 
 
 @torch.compiler.disable
-def _head_ends(model: Any, inputs: Any, output: Any) -> None:
+def head_ends(model: Any, inputs: Any, output: Any) -> None:
+    """Forget what `head_begins` noted, however the forward pass ended."""
     _under_way.first_only_of = None
 
 
 @torch.compiler.disable
-def _model_forward(
+def model_forward(
     esm: Any,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -228,7 +128,7 @@ def _model_forward(
     reason = _why_plain(esm, given, first_only)
     if reason:
         state.say("the encoder computes with padding and keeps everything: %s", reason)
-        _restore_checkpointing(esm)
+        restore_checkpointing(esm)
         return type(esm).forward(esm, **given)
     reads_gradient = inputs_embeds is not None or _reads_gradient(esm.embeddings)
     _under_way.call = _Call(esm, attention_mask, position_ids, not reads_gradient, first_only)
@@ -298,14 +198,14 @@ def _reads_gradient(embeddings: Any) -> bool:
     )
 
 
-def _no_masks(esm: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+def no_masks(esm: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """Keep transformers from making a quadratic mask that nobody reads."""
     if _under_way.call is None:
         return type(esm)._create_attention_masks(esm, attention_mask=attention_mask, **kwargs)
     return None, None
 
 
-def _encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+def encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     """EsmEncoder.forward on packed tokens."""
     from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 
@@ -330,7 +230,7 @@ def _encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     return BaseModelOutputWithCrossAttentions(last_hidden_state=padded)
 
 
-def _layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = None, **kwargs: Any) -> Tensor:
+def layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = None, **kwargs: Any) -> Tensor:
     """EsmLayer.forward on packed tokens; as transformers has it when none are given."""
     state = layer._lean
     if packing is None:
@@ -351,16 +251,16 @@ def _layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = 
 
 def _route_checkpointing(esm: Any) -> None:
     """Keep transformers' own checkpointing from wrapping layers that recompute by themselves."""
-    for layer in _layers(esm):
+    for layer in layers_of(esm):
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if function is not None and function is not _call:
             layer._lean_checkpoint = function
             layer._gradient_checkpointing_func = _call
 
 
-def _restore_checkpointing(esm: Any) -> None:
+def restore_checkpointing(esm: Any) -> None:
     """Undo that."""
-    for layer in _layers(esm):
+    for layer in layers_of(esm):
         if layer.__dict__.get("_lean_checkpoint") is not None:
             layer._gradient_checkpointing_func = layer._lean_checkpoint
             del layer._lean_checkpoint

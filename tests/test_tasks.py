@@ -9,8 +9,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from transformers import AutoTokenizer
 
 from esm_efficient import demo_model_path, tokenize_dataset
-from esm_efficient.data.labels import task_of
 from esm_efficient.errors import DataError
+from esm_efficient.tasks import task_of
 
 TOKENIZER = AutoTokenizer.from_pretrained(demo_model_path())
 CLASSES = ClassLabel(names=["no", "yes"])
@@ -88,7 +88,7 @@ def test_numbers_become_float32_and_null_becomes_nan():
     [("start", [0, 1, 0]), ("end", [-100, 1, 1]), ("both", [0, 1, 1])],
 )
 def test_labels_of_residues_are_cut_with_them_and_special_tokens_have_none(keep, expected):
-    rows = tokenized(List(CLASSES), [[0, 1, 0, None, 1, 1], [1, 0]], ["mk-tvay*", "MK"], max_length=5, keep=keep)
+    rows = tokenized(List(CLASSES), [[0, 1, 0, None, 1, 1], [1, 0]], ["mk-tvay*", "MK"], max_tokens=5, keep=keep)
     assert rows.features["labels"] == List(CLASSES)
     assert rows["labels"][:] == [[-100, *expected, -100], [-100, 1, 0, -100]]
     assert [len(ids) for ids in rows["input_ids"]] == [5, 4]

@@ -19,9 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esm_efficient import __version__
-from esm_efficient.data.cells import (
+from esm_efficient.data.download import cache_folder
+from esm_efficient.data.leaks import check_leaks
+from esm_efficient.data.readers import Block, accession_of, read_blocks
+from esm_efficient.data.schema import (
+    NAMES,
+    WEIGHT_COLUMN,
     LabelKind,
     LabelScan,
+    column_of,
+    compile_pattern,
+    find_column,
+    match_headers,
     sequences_of,
     split_names,
     texts_of,
@@ -29,13 +38,8 @@ from esm_efficient.data.cells import (
     whole_numbers,
     zeros_and_ones,
 )
-from esm_efficient.data.columns import NAMES, column_of, compile_pattern, find_column, match_headers
-from esm_efficient.data.download import cache_folder
-from esm_efficient.data.encoding import WEIGHT_COLUMN
-from esm_efficient.data.readers import Block, accession_of, read_blocks
 from esm_efficient.data.splits import (
     SPLITS,
-    check_leaks,
     check_sizes,
     cluster_groups,
     read_clusters,
@@ -44,11 +48,10 @@ from esm_efficient.data.splits import (
     split_by_partition,
     warn_of_relatives,
 )
-from esm_efficient.data.streams import stream_splits
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDatasetDict
+    from datasets import Dataset, DatasetDict
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +73,10 @@ def load_sequences(
     validation_partitions: Sequence[int] = (3,),
     test_size: float = 0.2,
     validation_size: float = 0.1,
-    min_length: int | None = None,
-    max_length: int | None = None,
+    min_residues: int | None = None,
+    max_residues: int | None = None,
     seed: int = 0,
-    streaming: bool = False,
-) -> DatasetDict | IterableDatasetDict:
+) -> DatasetDict:
     r"""Load sequences of one's own as a labelled, split `DatasetDict`.
 
     The splits are those of the files or of the column `split`, if there are any; else homology partitions; else
@@ -102,17 +104,12 @@ def load_sequences(
         validation_partitions: partitions of the validation set; empty for none.
         test_size: fraction of the rows in the test set, with clusters or at random.
         validation_size: likewise for the validation set; 0 for none.
-        min_length: the fewest residues to keep a sequence.
-        max_length: the most residues to keep a sequence.
+        min_residues: the fewest residues to keep a sequence.
+        max_residues: the most residues to keep a sequence.
         seed: of the splits and of the order of the rows.
-        streaming: read the splits from disk row after row while they are used, instead of mapping files into memory.
-            What is held in memory then does not grow with the file. The rows are shuffled once, on disk. Of clusters
-            and of random splits each row or cluster falls into a split by its hash, so that the sizes are as asked
-            for on average.
 
     Returns:
-        A `DatasetDict`, or with `streaming` an `IterableDatasetDict` whose streams know their number of rows
-        (``.info.splits``). The splits have ``sequence``, ``accession``, ``length`` (residues) and, where there are any,
+        Splits with ``sequence``, ``accession``, ``residues`` (their number) and, where there are any,
         ``label``, ``partition`` and ``sample_weight``.
 
     Raises:
@@ -133,20 +130,10 @@ def load_sequences(
 
     if strange := sorted(set(files) - {"", *SPLITS}):
         raise ConfigurationError(f"files for {listing(strange)}: expected train, validation and test")
-    bounds = (min_length or 0, math.inf if max_length is None else max_length)
+    bounds = (min_residues or 0, math.inf if max_residues is None else max_residues)
     reader = _Reader(label, label_kind, given, bounds, header, labels)
     name = _name_of(files, labels, (label, label_kind, given, bounds, header))
     table = reader.load(files, name)
-    if streaming:
-        return stream_splits(
-            table,
-            clusters=clusters,
-            test_partitions=test_partitions,
-            validation_partitions=validation_partitions,
-            test_size=test_size,
-            validation_size=validation_size,
-            seed=seed,
-        )
     whole = Dataset.from_file(str(table))
     groups = None
     if clusters is not None:
@@ -297,7 +284,7 @@ class _Reader:
         sequences = sequences_of(columns[found["sequence"]], places)
         lengths = np.fromiter(map(len, sequences), dtype=np.int32, count=len(sequences))
         accessions = places if found["accession"] is None else texts_of(columns[found["accession"]])
-        result: dict[str, Any] = {"sequence": sequences, "accession": accessions, "length": lengths}
+        result: dict[str, Any] = {"sequence": sequences, "accession": accessions, "residues": lengths}
         label = None if self.several else find_column("label", names, self.label, path)
         if self.several:
             parts = [zeros_and_ones(column_of(columns, c, path), c, places) for c in self.several.values()]
@@ -337,7 +324,7 @@ class _Reader:
             features: dict[str, Any] = {
                 "sequence": Value("string"),
                 "accession": Value("string"),
-                "length": Value("int32"),
+                "residues": Value("int32"),
             }
             if "label" in names:
                 several = {name: Value("float32") for name in self.several}

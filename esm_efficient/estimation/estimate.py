@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient.costs.devices import DEFAULT_DEVICE, Device, get_device
+from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.profiling.devices import Device, get_device
-from esm_efficient.profiling.lengths import batch_lengths, token_lengths
-from esm_efficient.profiling.memory import CATEGORIES, Memory
-from esm_efficient.profiling.models import resolve_config
-from esm_efficient.profiling.simulate import Head, Padding, Precision, Segment, Simulation, Step, simulate
-from esm_efficient.recipes import Recipe, get_recipe
+from esm_efficient.estimation.inputs import batch_lengths, resolve_config, token_lengths
+from esm_efficient.estimation.simulate import Padding, Segment, Simulation, Step, simulate
+from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.reporting import format_bytes, format_table
+from esm_efficient.tasks import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -124,7 +124,7 @@ class Estimate:
             "recipe": self.recipe.name,
             "micro_batch": self.recipe.micro_batch,
             "accumulation": self.recipe.accumulation,
-            "checkpointing": self.recipe.checkpointing,
+            "gradient_checkpointing": self.recipe.gradient_checkpointing,
             "preset": self.recipe.preset,
             "tokens": self.tokens,
             "device": self.device.name,
@@ -189,12 +189,12 @@ def estimate(
     model: str | Path | PreTrainedConfig | PreTrainedModel,
     *,
     recipe: str | Recipe = "all",
-    device: str | Device = "cpu",
+    device: str | Device = DEFAULT_DEVICE,
     micro_batch: int | None = None,
     accumulation: int | None = None,
-    length: Any = 512,
+    tokens: Any = 512,
     preset: str | None = None,
-    precision: Precision | None = None,
+    precision: Precision = "auto",
     optimizer: str = "adamw_fused",
     attention: str = "sdpa",
     padding: Padding | None = None,
@@ -219,16 +219,16 @@ def estimate(
         device: a name in `DEVICES` or an instance type; ``"cpu"`` gives memory and no time.
         micro_batch: sequences in one forward pass; the recipe's if None.
         accumulation: micro-batches an optimizer step; the recipe's if None.
-        length: tokens of every sequence, special tokens included; or those of many, as numbers or as a data set with
+        tokens: tokens of every sequence, special tokens included; or those of many, as numbers or as a data set with
             a column ``length`` (of tokens) or ``sequence`` (of residues; of a DatasetDict the split ``train``). The
             longest then decide the memory and the average batch the time.
         preset: adapters; the recipe's if None.
         precision: ``"float32"``, ``"bf16"``, ``"fp16"`` (autocast, frozen weights in that type), ``"pure-bf16"``
-            (everything held in bfloat16). If None, what recipes do: bf16 on a CUDA device that has it.
+            (everything held in bfloat16). ``"auto"`` does what `finetune` does: bf16 on a CUDA device that has it.
         optimizer: ``"adamw_fused"`` (Trainer's default), ``"adamw_foreach"``, ``"adamw"``, ``"adamw_8bit"``.
         attention: ``"sdpa"`` or ``"eager"``.
-        padding: ``"padded"``, or ``"none"`` for batches of one length, with transformers' own encoder; ``"free"`` with
-            the lean encoder. If None, what the recipe's encoder does.
+        padding: ``"padded"``, or ``"equal-length"`` for batches of one length, with transformers' own encoder;
+            ``"padding-free"`` with the lean encoder. If None, what the recipe's encoder does.
         head: ``"sequence-classification"``, ``"token-classification"`` or ``"masked-lm"``.
         num_labels: of a classification head.
         adapter_options: options of `lora_config` that win over the recipe's.
@@ -242,7 +242,7 @@ def estimate(
         TargetModuleError: the adapters do not fit the model.
 
     Example:
-        >>> result = estimate("650M", recipe="all", device="A10G", length=512)
+        >>> result = estimate("650M", recipe="all", device="A10G", tokens=512)
         >>> result.fits()
         True
     """
@@ -251,18 +251,18 @@ def estimate(
     changes = {"micro_batch": micro_batch, "accumulation": accumulation, "preset": preset}
     chosen = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})
     target = get_device(device)
-    if precision is None:
+    if precision == "auto":
         precision = "bf16" if target.backend == "cuda" and target.has_bf16 else "float32"
     if padding is None:
-        padding = "free" if chosen.encoder == "lean" and attention == "sdpa" else "padded"
-    given = token_lengths(length)
+        padding = "padding-free" if chosen.encoder == "lean" and attention == "sdpa" else "padded"
+    given = token_lengths(tokens)
     lengths = [given] if isinstance(given, int) else given
     longest, typical, residues = batch_lengths(lengths, chosen.micro_batch, padding)
 
     options = {k: tuple(sorted(v)) if isinstance(v, (list, set)) else v for k, v in (adapter_options or {}).items()}
 
     # What a step does hangs on the device's kernels and rates alone, and devices of any memory share it.
-    rates = Device("", target.backend, flops=target.flops, bandwidth=target.bandwidth)
+    rates = Device("", target.backend, flops_per_second=target.flops_per_second, bandwidth=target.bandwidth)
 
     def run(tokens: int) -> _Run:
         step = Step(
@@ -281,7 +281,7 @@ def estimate(
 
     memory = run(longest)
     time = memory if typical == longest else run(typical)
-    known = bool(target.flops)
+    known = bool(target.flops_per_second)
     phases = {}
     for phase in ("forward", "backward", "optimizer"):
         of_phase = [segment for segment in memory.segments if segment.phase == phase]

@@ -1,0 +1,1 @@
+"""What memory and time are counted in. `devices` loads no torch, so nothing is imported here."""

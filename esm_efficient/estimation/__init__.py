@@ -1,0 +1,1 @@
+"""What training would cost, predicted with no GPU and no weights."""

@@ -1,0 +1,169 @@
+"""What labels stand for: the task of a dataset's features and of a model, and what transformers and peft call it.
+
+| feature of ``label`` | task |
+|---|---|
+| ``ClassLabel`` | one class per sequence |
+| a struct of numbers, ``{"nucleus": Value("float32"), ...}`` | several labels per sequence: 0, 1, or null if unknown |
+| ``List(ClassLabel)`` | one class per residue; null if unknown |
+| ``Value("float32")``, or a list of them with a fixed length | numbers to regress; null if unknown |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from esm_efficient.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+Kind = Literal["single_label_classification", "multi_label_classification", "token_classification", "regression"]
+Head = Literal["sequence-classification", "token-classification", "masked-lm"]
+
+IGNORE = -100
+"""The class id of a token without a label; transformers and torch leave it out of the loss."""
+
+SPECIAL_TOKENS = 2
+"""Tokens added to a sequence: ``<cls>`` before it and ``<eos>`` after it."""
+
+_SUFFIXES: Mapping[str, Head] = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "masked-lm",
+}
+_PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model learns to predict.
+
+    Attributes:
+        kind: a ``problem_type`` of transformers, or ``"token_classification"``.
+        names: of the classes, of the labels, or of the numbers to regress.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+
+    @property
+    def problem_type(self) -> str | None:
+        """The ``problem_type`` of a model's config; None for a token classifier."""
+        return None if self.kind == "token_classification" else self.kind
+
+    @property
+    def head(self) -> Head:
+        """The head that the task needs."""
+        return "token-classification" if self.kind == "token_classification" else "sequence-classification"
+
+    def describe(self) -> str:
+        """One line for a person."""
+        words = {
+            "single_label_classification": "one class per sequence",
+            "multi_label_classification": "several labels per sequence",
+            "token_classification": "one class per residue",
+            "regression": "numbers",
+        }
+        return f"{words[self.kind]}: {', '.join(self.names)}"
+
+
+def task_of(features: Features, column: str = "label") -> Task:
+    """Return the task that the feature of a label column stands for; the module's table lists the features.
+
+    Args:
+        features: of a dataset.
+        column: the label column.
+
+    Raises:
+        DataError: the column is missing, or its feature stands for no task.
+
+    Example:
+        >>> from datasets import ClassLabel, Features, List
+        >>> task_of(Features({"label": List(ClassLabel(names=["free", "binding"]))})).kind
+        'token_classification'
+    """
+    from datasets import ClassLabel, List, Value
+
+    feature = features.get(column)
+    if isinstance(feature, ClassLabel):
+        return Task("single_label_classification", tuple(feature.names))
+    if isinstance(feature, Mapping) and feature and all(_is_number(inner) for inner in feature.values()):
+        return Task("multi_label_classification", tuple(feature))
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, ClassLabel):
+        return Task("token_classification", tuple(inner.names))
+    if isinstance(feature, Value) and feature.dtype.startswith("float"):
+        return Task("regression", (column,))
+    is_vector = isinstance(feature, List) and feature.length > 0
+    if is_vector and isinstance(inner, Value) and inner.dtype.startswith("float"):
+        return Task("regression", tuple(f"{column}_{index}" for index in range(feature.length)))
+    raise DataError(
+        f"the column {column!r} has the feature {feature}. Expected a ClassLabel for one class per sequence "
+        f"(dataset.class_encode_column({column!r}) makes one), a List of ClassLabel for one class per residue, a "
+        "struct of numbers for several labels per sequence, or floats to regress"
+    )
+
+
+def task_of_model(model: Any) -> Task:
+    """Return the task of a classifier or regressor, with the label names of its config.
+
+    Args:
+        model: a transformers model with a sequence or token classification head, with or without peft adapters.
+
+    Raises:
+        ConfigurationError: the model has no such head.
+    """
+    config = model.config
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    head = head_of(model)
+    if head == "token-classification":
+        return Task("token_classification", names)
+    if head != "sequence-classification":
+        raise ConfigurationError(
+            f"{type(model).__name__} has no classification head: expected a ...ForSequenceClassification or a "
+            "...ForTokenClassification"
+        )
+    default: Kind = "regression" if len(names) == 1 else "single_label_classification"
+    return Task(config.problem_type or default, names)
+
+
+def head_of(model: Any) -> Head | None:
+    """Return the kind of head of a model, by its class name and those of its parents; None for an unknown one.
+
+    Args:
+        model: with or without peft adapters.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _head_of_names([parent.__name__ for parent in type(base).__mro__])
+
+
+def head_of_config(config: Any) -> Head | None:
+    """Return the kind of head that a saved config was written for, by its ``architectures``; None if unknown."""
+    return _head_of_names(config.architectures or ())
+
+
+def auto_class(head: Head) -> Any:
+    """Return transformers' auto class for a kind of head."""
+    import transformers
+
+    return {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "token-classification": transformers.AutoModelForTokenClassification,
+        "masked-lm": transformers.AutoModelForMaskedLM,
+    }[head]
+
+
+def peft_task_type(model: Any) -> str | None:
+    """Return peft's ``task_type`` for a model; with it peft trains and saves the head in full. None if it has none."""
+    head = head_of(model)
+    return None if head is None else _PEFT_TASKS.get(head)
+
+
+def _head_of_names(names: Any) -> Head | None:
+    return next((head for name in names for suffix, head in _SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+def _is_number(feature: Any) -> bool:
+    return getattr(feature, "dtype", "").startswith(("float", "int", "uint", "bool"))
