@@ -14,7 +14,7 @@ from esm_efficient.cli import main
 
 
 def test_the_largest_model_is_estimated_offline(tmp_path):
-    command = "estimate --model 15B --recipe all --batch 1 --length 1024 --device A100-80 --json"
+    command = "estimate --model 15B --recipe all --micro-batch 1 --tokens 1024 --device A100-80 --json"
     run = subprocess.run(
         [sys.executable, "-m", "esm_efficient", *command.split(), str(tmp_path / "sub" / "e.json")],
         capture_output=True,
@@ -33,7 +33,7 @@ def test_the_largest_model_is_estimated_offline(tmp_path):
 
 
 def test_options_reach_the_function(capsys, tmp_path):
-    options = "--recipe lora --preset qkv --batch 3 --accumulation 2 --length 40 --device L4 --attention eager"
+    options = "--recipe lora --preset qkv --micro-batch 3 --accumulation 2 --tokens 40 --device L4 --attention eager"
     file = tmp_path / "e.json"
     assert main(["estimate", "--model", "8M", *options.split(), "--padding", "equal-length", "--json", str(file)]) == 0
     expected = estimate(
@@ -52,7 +52,7 @@ def test_options_reach_the_function(capsys, tmp_path):
 
 
 def test_recommend_prints_what_it_tried(capsys):
-    command = "recommend --model 8M --device T4 --length 40 --batch 1 --precision float32 --recipes lora"
+    command = "recommend --model 8M --device T4 --tokens 40 --batch-size 1 --precision float32 --recipes lora"
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "ESM-2 8M on T4" in out
@@ -60,7 +60,7 @@ def test_recommend_prints_what_it_tried(capsys):
 
 
 def test_compare_writes_the_page(capsys, tmp_path):
-    command = f"compare --model 8M --device L4 --length 40 --recipes base all --steps 7 --output {tmp_path}"
+    command = f"compare --model 8M --device L4 --tokens 40 --recipes base all --steps 7 --output {tmp_path}"
     assert main(command.split()) == 0
     expected = compare("8M", device="L4", tokens=40, recipes=["base", "all"], steps=7)
     assert str(expected) in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_compare_trains_on_the_demo(capsys, tmp_path):
         ("estimate --model 9M", "no ESM-2 size"),
         ("estimate --model 8M --device A11", "no device"),
         (
-            "recommend --model 15B --device T4 --precision float32 --batch 1 --length 30 --recipes base",
+            "recommend --model 15B --device T4 --precision float32 --batch-size 1 --tokens 30 --recipes base",
             "nothing that was tried fits",
         ),
         ("compare --model 8M --data /nowhere.csv", "nowhere.csv"),

@@ -60,7 +60,7 @@ def test_a_feature_that_stands_for_no_task_is_refused_with_what_would(feature):
 
 
 def test_no_column_at_all_is_refused():
-    with pytest.raises(DataError, match="Found None"):
+    with pytest.raises(DataError, match="has the feature None"):
         task_of(Features({"sequence": Value("string")}))
 
 
@@ -117,7 +117,7 @@ def test_splits_must_have_the_same_labels_in_the_same_order():
         features = Features({"sequence": Value("string"), "label": ClassLabel(names=names)})
         return Dataset.from_dict({"sequence": ["MK"], "label": [0]}, features=features)
 
-    with pytest.raises(DataError, match=r"train one class a sequence: no, yes; test one class a sequence: yes, no"):
+    with pytest.raises(DataError, match=r"train one class per sequence: no, yes; test one class per sequence: yes, no"):
         tokenize_dataset(DatasetDict(train=split(["no", "yes"]), test=split(["yes", "no"])), TOKENIZER)
     unlabelled = split(["no", "yes"]).remove_columns("label")
     assert (

@@ -123,7 +123,9 @@ class Predictor:
         if not (home / "config.json").is_file():
             raise ConfigurationError(f"{folder} has no {home.name}/config.json: expected the folder of a saved model")
         config = AutoConfig.from_pretrained(home)
-        auto = auto_class(head_of_config(config) or "sequence-classification")
+        # The base config of an adapter may still name the head that the base was pretrained with.
+        of_tokens = head_of_config(config) == "token-classification"
+        auto = auto_class("token-classification" if of_tokens else "sequence-classification")
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else folder
         model = auto.from_pretrained(base, config=config, dtype=torch.float32, use_safetensors=True)
         if adapter.is_file():

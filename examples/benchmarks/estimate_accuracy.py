@@ -165,7 +165,7 @@ def measure(
         model = prepare_model(
             model,
             adapters=recipe_adapters(recipe, model),
-            gradient_checkpointing=recipe.checkpointing,
+            gradient_checkpointing=recipe.gradient_checkpointing,
             dtype=torch.bfloat16 if precision == "bf16" else None,
         )
         if encoder == "lean":

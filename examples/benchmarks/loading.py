@@ -2,8 +2,8 @@
 
     python examples/benchmarks/loading.py --sequences 100000 1000000 --json loading.json
 
-Each size runs in a process of its own, once with splits that are mapped into memory and once with streams: a random CSV
-table is written, loaded, split, encoded and gone through, and the memory of the process is sampled meanwhile.
+Each size runs in a process of its own: a random CSV table is written, loaded, split, encoded and gone through, and the
+memory of the process is sampled meanwhile.
 ``anonymous`` is what the process has allocated; ``resident`` also counts pages of the memory-mapped files, which the
 system takes back when somebody needs them. Both are above what the process holds once the libraries are imported.
 Linux only.
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--residues", type=int, default=300, help="mean length")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--streaming", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -56,7 +54,7 @@ def memory() -> dict[str, int]:
     return {name: 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) for name, field in fields.items()}
 
 
-def run(path: Path, streaming: bool) -> None:
+def run(path: Path) -> None:
     """Load and encode a table, and go through it once; print seconds and peaks."""
     import datasets
     from transformers import AutoTokenizer
@@ -67,7 +65,7 @@ def run(path: Path, streaming: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     small = path.with_name("small.csv")
     write_table(small, 1000, 100)
-    tokenize_dataset(load_sequences(small, streaming=streaming), tokenizer)  # imports what is imported late
+    tokenize_dataset(load_sequences(small), tokenizer)  # imports what is imported late
     before, peak, done = memory(), memory(), threading.Event()
 
     def sample() -> None:
@@ -78,7 +76,7 @@ def run(path: Path, streaming: bool) -> None:
     sampler = threading.Thread(target=sample)
     sampler.start()
     began = time.perf_counter()
-    data = load_sequences(path, streaming=streaming)
+    data = load_sequences(path)
     loaded = time.perf_counter()
     tokenized, report = tokenize_dataset(data, tokenizer)
     encoded = time.perf_counter()
@@ -96,25 +94,23 @@ def run(path: Path, streaming: bool) -> None:
 def main() -> None:
     options = parse_arguments()
     if options.run:
-        run(options.run, options.streaming)
+        run(options.run)
         return
     record = []
-    for sequences, streaming in product(options.sequences, (False, True)):
+    for sequences in options.sequences:
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "table.csv"
             write_table(table, sequences, options.residues)
             environment = os.environ | {"ESM_EFFICIENT_CACHE": folder, "HF_DATASETS_CACHE": folder}
             command = [sys.executable, "-W", "ignore", __file__, "--run", str(table)]
-            command += ["--streaming"] if streaming else []
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         if figures["rows"] != sequences:
             raise SystemExit(f"{figures['rows']} of {sequences} rows came through")
-        record.append({"sequences": sequences, "streaming": streaming} | figures)
+        record.append({"sequences": sequences} | figures)
     rows = [
         (
             f"{f['sequences']:,}",
-            "streams" if f["streaming"] else "mapped",
             f"{f['load_s']:.1f}",
             f"{f['encode_s']:.1f}",
             format_bytes(f["anonymous"]),
@@ -122,7 +118,7 @@ def main() -> None:
         )
         for f in record
     ]
-    print(format_table(rows, ("sequences", "splits", "load s", "encode s", "anonymous", "resident")))
+    print(format_table(rows, ("sequences", "load s", "encode s", "anonymous", "resident")))
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 

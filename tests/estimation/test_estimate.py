@@ -60,7 +60,7 @@ def test_two_depths_give_the_figures_of_the_full_depth(size, options):
 def test_parameters_are_those_of_the_real_model():
     model = make_model(num_hidden_layers=5)
     prepared = prepare_model(model, adapters=lora_config(model))
-    result = estimate(tiny_config(num_hidden_layers=5), recipe="lora", tokens=16)
+    result = estimate(tiny_config(num_hidden_layers=5), recipe="lora", device="cpu", tokens=16)
     assert result.trainable_parameters == sum(p.numel() for p in prepared.parameters() if p.requires_grad)
     assert result.total_parameters == sum(p.numel() for p in prepared.parameters())
     weights = sum(t.numel() * t.element_size() for t in [*prepared.parameters(), *prepared.buffers()])
@@ -134,7 +134,7 @@ def test_time_is_a_roofline_of_the_device():
     moved = sum(cost.bytes_moved for cost in one.phases.values())
     assert max(flops / 1e12, moved / 1e11) <= one.seconds <= flops / 1e12 + moved / 1e11 + 0.1
     assert one.residues_per_second == pytest.approx(8 * 254 / one.seconds)
-    assert math.isnan(estimate("8M", **options).seconds)
+    assert math.isnan(estimate("8M", device="cpu", **options).seconds)
 
 
 def test_flops_are_six_for_each_weight_and_token():
@@ -163,9 +163,11 @@ def test_a_data_set_is_as_good_as_its_lengths():
     sequences = Dataset.from_dict({"sequence": ["M" * 10, "M" * 30]})
     assert token_lengths(sequences) == token_lengths(DatasetDict(train=sequences)) == [12, 32]
     assert token_lengths(sequences.add_column("tokens", [5, 6])) == [5, 6]
+    assert token_lengths(Dataset.from_dict({"residues": [5, 6]})) == [7, 8]
+    assert token_lengths(Dataset.from_dict({"input_ids": [[0, 5, 2], [0, 5, 5, 2]]})) == [3, 4]
     assert token_lengths(np.int64(7)) == 7
-    with pytest.raises(ConfigurationError, match="expected 'length' or 'sequence'"):
-        token_lengths(Dataset.from_dict({"text": ["M"]}))
+    with pytest.raises(ConfigurationError, match="expected one of tokens, input_ids, residues, sequence"):
+        token_lengths(Dataset.from_dict({"length": [5]}))  # of residues or of tokens?
 
 
 def test_lengths_of_batches():
@@ -173,7 +175,7 @@ def test_lengths_of_batches():
     longest, typical, residues = batch_lengths([10, 30], 2, "padded")
     assert (longest, residues) == (30, 18.0)
     assert typical == pytest.approx(25, abs=1)  # three of four pairs hold a long one
-    assert batch_lengths([10, 30], 2, "free") == (20, 20, 18.0)
+    assert batch_lengths([10, 30], 2, "padding-free") == (20, 20, 18.0)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_lengths_of_batches():
         ("8M", {"padding": "padding-free", "attention": "eager"}, "the lean encoder has its own"),
         ("8M", {"head": "regression"}, "head='regression'"),
         ("8M", {"tokens": 0}, "0 tokens"),
-        ("8M", {"tokens": []}, "without any sequence"),
+        ("8M", {"tokens": []}, "no sequence to take lengths from"),
         ("8M", {"micro_batch": 0}, "at least 1"),
         ("8M", {"recipe": "base", "adapter_options": {"r": 4}}, "takes no r"),
         ("8M", {"recipe": "base", "preset": "qkv"}, "a preset and a rank go with"),
@@ -209,7 +211,7 @@ def test_an_unknown_target_is_refused():
 
 def test_memory_of_an_unknown_device_cannot_fit():
     with pytest.raises(ConfigurationError, match="name a GPU"):
-        estimate("8M", tokens=16).fits()
+        estimate("8M", device="cpu", tokens=16).fits()
 
 
 def test_figures_go_to_json_and_back():

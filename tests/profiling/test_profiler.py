@@ -31,7 +31,7 @@ def make_run(recipe="base", *, lean=False, **changes):
     model = make_model(hidden_size=64, intermediate_size=256, num_attention_heads=4, **changes)
     settings = RECIPES[recipe]
     adapters = lora_config(model) if settings.preset else None
-    model = prepare_model(model, adapters=adapters, gradient_checkpointing=settings.checkpointing).train()
+    model = prepare_model(model, adapters=adapters, gradient_checkpointing=settings.gradient_checkpointing).train()
     if lean:
         apply_lean_encoder(model)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
@@ -68,7 +68,7 @@ def test_the_peak_is_the_one_that_is_estimated(recipe, lean):
     report = profiler.report()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     options = {"tokens": 59} if lean else {"tokens": 60, "padding": "padded"}
-    expected = estimate(base.config, recipe=recipe, micro_batch=4, accumulation=1, **options)
+    expected = estimate(base.config, device="cpu", recipe=recipe, micro_batch=4, accumulation=1, **options)
     assert report.peak.total == pytest.approx(expected.peak.total, rel=0.01)
     assert report.peak_phase == expected.peak_phase
     for category in CATEGORIES:
@@ -192,7 +192,9 @@ def test_a_list_that_keeps_activations_is_found_and_named(caplog):
     assert growth.category == "activations"
     # What one forward pass keeps, by the estimator.
     config = model.config
-    held = estimate(config, recipe="base", micro_batch=8, accumulation=1, tokens=60, padding="equal-length")
+    held = estimate(
+        config, device="cpu", recipe="base", micro_batch=8, accumulation=1, tokens=60, padding="equal-length"
+    )
     assert growth.bytes_per_step == pytest.approx(held.phases["backward"].peak.activations, rel=0.3)
     [record] = [r for r in caplog.records if "grows by" in r.getMessage()]
     assert "activations" in record.getMessage()
@@ -211,7 +213,7 @@ def test_a_larger_batch_is_not_missed_between_the_steps_that_are_looked_at():
     lengths = [20, 20, 20, 20, 90, 20, 20]
     with Profiler(model, optimizer, warmup_steps=2, every=100, compare_with_matmul=False) as profiler:
         train(model, optimizer, [make_batch(4, n, padding=1) for n in lengths], profiler)
-    expected = estimate(model.config, recipe="base", micro_batch=4, tokens=90, padding="padded")
+    expected = estimate(model.config, device="cpu", recipe="base", micro_batch=4, tokens=90, padding="padded")
     assert profiler.report().peak.total == pytest.approx(expected.peak.total, rel=0.01)
 
 

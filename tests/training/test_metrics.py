@@ -55,7 +55,7 @@ def test_three_classes_and_an_absent_one():
 
 
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(DataError, match="one row a label"):
+    with pytest.raises(DataError, match="one row per label"):
         classification_metrics(np.array([0, 1]), np.zeros((3, 2)), ["no", "yes"])
     with pytest.raises(DataError, match="1 of 2 examples are not finite"):
         classification_metrics(np.array([0, 1]), np.array([[0.0, np.nan], [0.0, 1.0]]), ["no", "yes"])
