@@ -1,6 +1,7 @@
-"""The only place that asks which version of a library is installed.
+"""The only place that asks which version of a library is installed, or uses a private name of one.
 
-Each function hides one difference between transformers 5.3 and the newest release.
+The libraries are transformers, accelerate, peft and datasets; torch's private names are in `esm_efficient._torch`. Each
+docstring says what breaks without the function, and a test fails when a release drops what it uses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
     from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+
+# --- training ---
 
 
 def checkpointing_arguments(enabled: bool, *, use_reentrant: bool = False) -> dict[str, Any]:
@@ -94,6 +98,9 @@ def tied_weights(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "_tied_weights_keys", None) or ())
 
 
+# --- estimation ---
+
+
 @contextmanager
 def attention_masks(padded: bool) -> Iterator[None]:
     """Decide whether transformers makes an attention mask, where it cannot look at the tokens.
@@ -109,6 +116,9 @@ def attention_masks(padded: bool) -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, original)
+
+
+# --- encoder ---
 
 
 def rotary_table(
@@ -163,3 +173,12 @@ def has_flex_attention() -> bool:
 
     major, minor = torch.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (2, 7)
+
+
+# --- adapters ---
+
+
+# --- profiling ---
+
+
+# --- data and inference ---

@@ -47,3 +47,24 @@ def test_weights_are_saved_under_the_names_of_their_modules(tmp_path, tiny_model
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as handle:
         assert set(handle.keys()) == set(model.state_dict())
+
+
+# --- training ---
+
+
+# --- adapters ---
+
+
+# --- encoder ---
+
+
+# --- costs ---
+
+
+# --- estimation ---
+
+
+# --- profiling ---
+
+
+# --- data and inference ---
