@@ -1,25 +1,27 @@
-"""Which column of a table is what, and what kind of label its cells hold; a bad cell is an error that names its row."""
+"""Which column of a table is what, and how its cells are parsed; an error in a cell names its row.
+
+To add a kind of column, add its usual names to `USUAL_NAMES` and its parser to `OPTIONAL_COLUMNS`.
+"""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from esm_efficient.data.sequences import clean
-from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.errors import DataError, listing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 WEIGHT_COLUMN = "sample_weight"
-"""How much a sequence counts in the loss: a number >= 0, 1 for all if there is no such column."""
+"""The weight of a sequence in the loss: a number >= 0; without the column every weight is 1."""
 
-NAMES = {
+USUAL_NAMES = {
     "sequence": ("sequence", "seq", "protein_sequence", "aa_sequence", "protein", "primary"),
     "label": ("label", "labels", "target", "class", "y"),
     "accession": ("accession", "acc", "id", "entry", "protein_id", "uniprot", "uniprot_id", "name"),
@@ -27,156 +29,70 @@ NAMES = {
     "split": ("split",),
     WEIGHT_COLUMN: (WEIGHT_COLUMN,),
 }
-"""What a column may be called, in any case, to be found without being named."""
+"""Names by which a column is found, in upper or lower case, when the user does not name it."""
 
-
-def compile_pattern(header: str | None) -> re.Pattern[str] | None:
-    """A pattern for headers of FASTA records; None for None.
-
-    Raises:
-        ConfigurationError: it is no regular expression, or names no group.
-    """
-    if header is None:
-        return None
-    try:
-        pattern = re.compile(header)
-    except re.error as error:
-        raise ConfigurationError(f"header={header!r} is no regular expression ({error})") from error
-    if not pattern.groupindex:
-        raise ConfigurationError(f"header={header!r} has no named group, such as (?P<label>...)")
-    return pattern
-
-
-def match_headers(
-    pattern: re.Pattern[str], columns: Mapping[str, list[Any]], path: str | Path, places: list[str]
-) -> dict[str, list[str]]:
-    """What a pattern finds in the headers of FASTA records: a column for each of its named groups.
-
-    Raises:
-        ConfigurationError: the file is no FASTA file.
-        DataError: a header does not match.
-    """
-    if "header" not in columns:
-        raise ConfigurationError(f"{path} is no FASTA file: header= is for the headers of one")
-    matches = [pattern.search(header) for header in columns["header"]]
-    if bad := [place for place, match in zip(places, matches, strict=True) if match is None]:
-        raise DataError(f"the header does not match {pattern.pattern!r} in {len(bad)} record(s): {listing(bad)}")
-    return {name: [match[name] or "" for match in matches if match] for name in pattern.groupindex}
-
-
-def find_column(what: str, names: Sequence[str], given: str | None, path: str | Path) -> str | None:
-    """The column that was named, or the only one that is called like what is wanted; None if there is none.
-
-    Raises:
-        DataError: the column that was named is not there, or it could be any of several.
-    """
-    if given is not None:
-        if given not in names:
-            raise DataError(f"{path} has no column {given!r}; it has {', '.join(names)}")
-        return given
-    found = [name for name in names if name.lower() in NAMES[what]]
-    if len(found) > 1:
-        raise DataError(f"{path}: {what} could be any of {', '.join(map(repr, found))}: name one with {what}=")
-    return found[0] if found else None
-
-
-def column_of(columns: Mapping[str, list[Any]], name: str, path: str | Path) -> list[Any]:
-    """The cells of a column that was named.
-
-    Raises:
-        DataError: it is not there.
-    """
-    find_column("", list(columns), name, path)
-    return columns[name]
-
-
-LabelKind = Literal["class", "residues", "number"]
-
-_MOST_CLASSES = 1000
-_ONES = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0}
-_SPLITS = {
+_SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
 
-def complain(cells: Sequence[Any], places: Sequence[str], bad: Sequence[bool], what: str) -> None:
-    """Raise for the cells that are bad, with their rows.
+def find_column(role: str, names: Collection[str], given: str | None, source: str | Path) -> str | None:
+    """Return the column that the user named, or else the only one with a usual name; None if there is none.
+
+    Args:
+        role: a key of `USUAL_NAMES`.
+        names: the columns of the table.
+        given: the name that the user gave, or None.
+        source: the name of the table in errors.
 
     Raises:
-        DataError: there is one.
+        DataError: the named column is missing, or several columns have a usual name.
     """
-    if shown := [f"{place}: {str(c)!r:.40}" for c, place, b in zip(cells, places, bad, strict=True) if b]:
-        raise DataError(f"{what} in {len(shown)} row(s): {listing(shown)}")
+    if given is not None:
+        return _existing(given, names, source)
+    candidates = [name for name in names if name.lower() in USUAL_NAMES[role]]
+    if len(candidates) > 1:
+        raise DataError(
+            f"{source}: {role} could be any of {listing([repr(name) for name in candidates])}. Keep one of them, or "
+            f"name one with {role}="
+        )
+    return candidates[0] if candidates else None
+
+
+def column_of(columns: Mapping[str, list[Any]], name: str, source: str | Path) -> list[Any]:
+    """Return the cells of a column.
+
+    Raises:
+        DataError: the column is missing.
+    """
+    return columns[_existing(name, columns, source)]
+
+
+def _existing(name: str, names: Collection[str], source: str | Path) -> str:
+    if name not in names:
+        raise DataError(f"{source} has no column {name!r}; it has {', '.join(names)}")
+    return name
+
+
+def refuse_cells(cells: Sequence[Any], places: Sequence[str], wrong: Sequence[bool], problem: str) -> None:
+    """Raise an error that names the rows of the wrong cells and shows the cells.
+
+    Raises:
+        DataError: at least one cell is wrong.
+    """
+    if shown := [f"{place}: {str(cell)!r:.40}" for cell, place, bad in zip(cells, places, wrong, strict=True) if bad]:
+        raise DataError(f"{problem} in {len(shown)} row(s): {listing(shown)}")
 
 
 def texts_of(cells: Sequence[Any]) -> list[str]:
-    """Cells as text; empty for a missing one."""
+    """Return cells as text without outer white space; a missing cell (None or NaN) becomes an empty text."""
     return ["" if cell is None or cell != cell else str(cell).strip() for cell in cells]
 
 
-def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
-    """Cells as clean sequences, as `esm_efficient.data.sequences.clean` makes them.
-
-    Raises:
-        DataError: one is no text, is empty, or holds what is no letter.
-    """
-    complain(cells, places, [not isinstance(cell, str) for cell in cells], "the sequence is no text")
-    cleaned = [clean(cell) for cell in cells]
-    complain(cells, places, [not sequence for sequence in cleaned], "the sequence is empty")
-    wrong = [not (sequence.isascii() and sequence.isalpha()) for sequence in cleaned]
-    complain(cells, places, wrong, "the sequence holds what is no letter")
-    return cleaned
-
-
-def zeros_and_ones(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
-    """Cells as float32, NaN where one is empty.
-
-    Raises:
-        DataError: one is neither 0 nor 1 nor empty.
-    """
-    texts = [text.lower() for text in texts_of(cells)]
-    complain(cells, places, [bool(t) and t not in _ONES for t in texts], f"{column} is neither 0 nor 1 nor empty")
-    return np.array([_ONES.get(text, np.nan) for text in texts], dtype=np.float32)
-
-
-def whole_numbers(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
-    """Cells as int32.
-
-    Raises:
-        DataError: one is no whole number.
-    """
-    values = [number_of(text) for text in texts_of(cells)]
-    wrong = [v is None or v % 1 != 0 or abs(v) >= 2**31 for v in values]
-    complain(cells, places, wrong, f"{column} is no whole number")
-    return np.array(values, dtype=np.int32)
-
-
-def weights_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
-    """Cells as float32.
-
-    Raises:
-        DataError: one is no finite number >= 0.
-    """
-    values = [number_of(text) for text in texts_of(cells)]
-    complain(cells, places, [v is None or v < 0 for v in values], f"{column} is no number >= 0")
-    return np.array(values, dtype=np.float32)
-
-
-def split_names(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
-    """Cells as ``train``, ``validation`` or ``test``, from the usual words for them.
-
-    Raises:
-        DataError: one is none of them.
-    """
-    names = [_SPLITS.get(text.lower(), "") for text in texts_of(cells)]
-    complain(cells, places, [not name for name in names], "the split is none of train, validation and test")
-    return names
-
-
 def number_of(text: str) -> float | None:
-    """A finite number, as people write one."""
+    """Return the finite float32 number that a text writes in plain digits; None for any other text."""
     try:
         value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
@@ -184,139 +100,99 @@ def number_of(text: str) -> float | None:
     return value if abs(value) <= np.finfo(np.float32).max else None
 
 
-def _items(cell: Any) -> list[str | None]:
-    """The items of a list as text; None where one is missing."""
-    return (
-        [None if item is None or item != item else str(item).strip() for item in cell] if isinstance(cell, list) else []
-    )
+def non_letters(sequence: str) -> list[str]:
+    """Return the characters of a clean sequence that are not ASCII letters, sorted and without repeats."""
+    if sequence.isascii() and sequence.isalpha():
+        return []
+    return sorted({character for character in sequence if not (character.isascii() and character.isalpha())})
 
 
-class LabelScan:
-    """Looks at every label of a column, to tell what they are: classes, classes of residues, or numbers.
+def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
+    """Parse cells as sequences, cleaned by `esm_efficient.data.sequences.clean`.
+
+    Raises:
+        DataError: a cell is not text, is empty, or contains other characters than letters.
+    """
+    refuse_cells(cells, places, [not isinstance(cell, str) for cell in cells], "the sequence is not text")
+    sequences = [clean(cell) for cell in cells]
+    refuse_cells(cells, places, [not sequence for sequence in sequences], "the sequence is empty")
+    wrong = [bool(non_letters(sequence)) for sequence in sequences]
+    refuse_cells(cells, places, wrong, "the sequence contains characters that are not letters")
+    return sequences
+
+
+def zeros_and_ones(cells: Sequence[Any], column: str, places: Sequence[str], *, required: bool = False) -> np.ndarray:
+    """Parse cells of 0 and 1, or false and true, as float32; an empty cell is NaN, or an error if `required`.
+
+    Raises:
+        DataError: a cell is neither 0 nor 1 nor empty, or is empty although it is required.
+    """
+    texts = [text.lower() for text in texts_of(cells)]
+    if required:
+        refuse_cells(cells, places, [not text for text in texts], f"the {column} label is missing")
+    values = [{"true": 1.0, "false": 0.0}.get(text, number_of(text)) for text in texts]
+    wrong = [bool(text) and value not in (0, 1) for text, value in zip(texts, values, strict=True)]
+    refuse_cells(cells, places, wrong, f"the {column} label is neither 0 nor 1")
+    return np.array(values, dtype=np.float32)
+
+
+def binary_labels(
+    columns: Mapping[str, list[Any]], label_columns: Mapping[str, str], source: str | Path, places: Sequence[str]
+) -> pa.StructArray:
+    """Parse several columns of 0, 1 and empty cells as one struct of float32, null where a cell is empty.
 
     Args:
-        kind: what they are, if the user says it.
+        columns: the table.
+        label_columns: label name to column.
+        source: the name of the table in errors.
+        places: where each row is.
+
+    Raises:
+        DataError: a column is missing, or a cell is neither 0 nor 1 nor empty.
     """
+    import pyarrow as pa
 
-    def __init__(self, kind: LabelKind | None = None) -> None:
-        if kind not in (None, "class", "residues", "number"):
-            raise ConfigurationError(f'label_kind={kind!r}: expected "class", "residues" or "number"')
-        self.kind = kind
-        self.values: dict[str, str] = {}
-        self.letters: set[str] = set()
-        self.lists: bool | None = None
-        self.rows = self.fitting = 0
-        self.unfit: str | None = None
-        self.number: str | None = None
-        self.text: str | None = None
-        self.fraction: str | None = None
-        self.names: list[str] = []
+    values = [zeros_and_ones(column_of(columns, name, source), name, places) for name in label_columns.values()]
+    return pa.StructArray.from_arrays([pa.array(value, from_pandas=True) for value in values], list(label_columns))
 
-    def update(self, cells: Sequence[Any], residues: np.ndarray, places: Sequence[str]) -> list[Any]:
-        """Look at some labels, and return them as text or lists of text.
 
-        Raises:
-            DataError: a label is missing, or is a list where another is none.
-        """
-        lists = [isinstance(cell, list) for cell in cells]
-        self.lists = lists[0] if self.lists is None else self.lists
-        complain(
-            cells, places, [one != self.lists for one in lists], "the label is a list in some rows and not in others"
-        )
-        found: list[Any] = [_items(cell) for cell in cells] if self.lists else texts_of(cells)
-        complain(cells, places, [len(label) == 0 for label in found], "the label is missing")
-        for label, length, place in zip(found, residues.tolist(), places, strict=True):
-            if len(label) != length:
-                if self.kind == "residues" or self.lists:
-                    raise DataError(f"{place}: {len(label)} labels for {length} residues")
-                self.unfit = self.unfit or f"{place}: {len(label)} letters for {length} residues"
-            elif length > 1:
-                self.fitting += 1
-            self.rows += 1
-            if len(self.letters) <= _MOST_CLASSES:
-                self.letters.update(letter for letter in label if letter is not None)
-            if self.lists:
-                continue
-            if len(self.values) <= _MOST_CLASSES:
-                self.values.setdefault(label, place)
-            value = number_of(label)
-            if value is None:
-                self.text = self.text or f"{place}: {label!r:.40}"
-            else:
-                self.number = self.number or f"{place}: {label!r:.40}"
-                if value % 1:
-                    self.fraction = self.fraction or place
-        return found
+def whole_numbers(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
+    """Parse cells as int32.
 
-    def feature(self) -> Any:
-        """The feature of the column.
+    Raises:
+        DataError: a cell is not a whole number.
+    """
+    values = [number_of(text) for text in texts_of(cells)]
+    wrong = [value is None or value % 1 != 0 or abs(value) >= 2**31 for value in values]
+    refuse_cells(cells, places, wrong, f"{column} is not a whole number")
+    return np.array(values, dtype=np.int32)
 
-        Raises:
-            DataError: the labels could be two things, or are of too many kinds to be classes.
-        """
-        from datasets import ClassLabel, List, Value
 
-        kind = self._decide()
-        if kind == "number":
-            if self.text is not None:
-                raise DataError(f"the label is no finite number in {self.text}")
-            return Value("float32")
-        if kind == "residues":
-            self.names = sorted(self.letters)
-            if len(self.names) > _MOST_CLASSES or any((number_of(name) or 0) % 1 for name in self.names):
-                raise DataError(
-                    f"labels of residues are classes, and here they have values such as {listing(self.names)}: numbers "
-                    "for each residue cannot be learnt"
-                )
-            return List(ClassLabel(names=self.names))
-        numeric = self.text is None and self.fraction is None
-        self.names = sorted({str(int(float(v))) for v in self.values}, key=int) if numeric else sorted(self.values)
-        if len(self.names) > _MOST_CLASSES:
-            raise DataError(
-                f"the label has more than {_MOST_CLASSES} values, such as {listing(self.names)}: no classes"
-            )
-        return ClassLabel(names=self.names)
+def weights_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
+    """Parse cells as float32 weights.
 
-    def _decide(self) -> LabelKind:
-        if self.kind is None:
-            if self.lists or (self.fitting and self.unfit is None):
-                self.kind = "residues"
-            elif 2 * self.fitting > self.rows:
-                raise DataError(
-                    f"most labels have one letter for each residue, and one has not: {self.unfit}. Mend it, or say "
-                    "label_kind="
-                )
-            elif self.number is None:
-                self.kind = "class"
-            elif self.text is not None:
-                raise DataError(
-                    f"the label is a number in {self.number}, and none in {self.text}: mend it, or say "
-                    'label_kind="class"'
-                )
-            elif self.fraction is not None:
-                self.kind = "number"
-            elif {str(number_of(value)) for value in self.values} <= {"0.0", "1.0"}:
-                self.kind = "class"
-            else:
-                raise DataError(
-                    f"the label is a whole number in every row, such as {listing(list(self.values))}: say "
-                    'label_kind="class" or label_kind="number"'
-                )
-        return self.kind
+    Raises:
+        DataError: a cell is not a finite number >= 0.
+    """
+    values = [number_of(text) for text in texts_of(cells)]
+    refuse_cells(cells, places, [value is None or value < 0 for value in values], f"{column} is not a number >= 0")
+    return np.array(values, dtype=np.float32)
 
-    def encode(self, labels: pa.Array) -> pa.Array:
-        """Labels that were looked at, in their final form."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
 
-        if self.kind == "number":
-            return pa.array([float(label) for label in labels.to_pylist()], pa.float64())
-        if self.kind == "class":
-            whole = self.text is None and self.fraction is None
-            texts = pa.array([str(int(float(v))) for v in labels.to_pylist()]) if whole else labels
-            return pc.index_in(texts, pa.array(self.names))
-        rows = labels.to_pylist()
-        # A null among the labels of residues is none of the names, and stays null.
-        ids = pc.index_in(pa.array([letter for row in rows for letter in row], pa.string()), pa.array(self.names))
-        lengths = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
-        return pa.ListArray.from_arrays(pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)), ids)
+def split_names(cells: Sequence[Any], column: str, places: Sequence[str]) -> list[str]:
+    """Parse cells as ``train``, ``validation`` or ``test``, from the usual words for them.
+
+    Raises:
+        DataError: a cell is another word.
+    """
+    names = [_SPLIT_WORDS.get(text.lower(), "") for text in texts_of(cells)]
+    refuse_cells(cells, places, [not name for name in names], f"{column} is not train, validation or test")
+    return names
+
+
+OPTIONAL_COLUMNS = {
+    "partition": (whole_numbers, "int32"),
+    "split": (split_names, "string"),
+    WEIGHT_COLUMN: (weights_of, "float32"),
+}
+"""Columns that a table may have, beside the label: the parser of the cells and the dtype."""

@@ -1,32 +1,32 @@
-"""The body of an HTTP request to sequences: JSON, CSV or FASTA, checked before any of it reaches a model."""
+"""Sequences from the body of an HTTP request: JSON, CSV or FASTA, checked before a model sees them."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from esm_efficient.data.readers import accession_of
-from esm_efficient.data.schema import find_column
+from esm_efficient.data.readers import read_fasta, read_table
+from esm_efficient.data.schema import find_column, non_letters
 from esm_efficient.data.sequences import clean
 from esm_efficient.errors import DataError, RequestError, listing
 
 TYPES = ("application/json", "text/csv", "text/x-fasta")
-"""Content types that are understood; a few other names for FASTA are too."""
+"""Accepted content types; other usual names of FASTA are accepted too."""
 
 _FASTA = ("text/x-fasta", "application/x-fasta", "text/fasta", "chemical/seq-aa-fasta")
-_SHOWN = 40
+_MAX_SHOWN = 40
+"""Characters of a name or content type that an error repeats."""
 
 
 class Query(NamedTuple):
     """A sequence to predict from.
 
     Attributes:
-        name: what the request calls it, or its number, from 1.
-        sequence: cleaned, as by `esm_efficient.data.sequences.clean`.
+        name: its name in the request, or its number, counted from 1.
+        sequence: cleaned by `esm_efficient.data.sequences.clean`.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a request may hold.
+    """The largest request that is accepted.
 
     Attributes:
-        bytes: of the body.
-        sequences: in one request.
-        residues: of one sequence.
-        total_residues: of all sequences of one request.
+        bytes: most bytes of the body.
+        sequences: most sequences per request.
+        residues: most residues per sequence.
+        total_residues: most residues per request.
     """
 
     bytes: int = 6 * 1024**2
@@ -51,123 +51,119 @@ class RequestLimits:
 
 
 def read_request(body: bytes | str, content_type: str | None, limits: RequestLimits = RequestLimits()) -> list[Query]:
-    r"""The sequences of a request.
+    r"""Return the sequences of a request.
 
-    JSON is ``{"inputs": "MKT..."}`` or ``{"inputs": ["MKT...", ...]}``, where an item may also be
-    ``{"name": "P12345", "sequence": "MKT..."}``. CSV has a header with a column of sequences and, if it likes, one of
-    names, both found by their usual names, or no header and a single column. FASTA goes by the first word of each
-    header.
+    JSON is ``{"inputs": "MKT..."}`` or ``{"inputs": ["MKT...", ...]}``; an item may also be
+    ``{"name": "P12345", "sequence": "MKT..."}``, in which ``name`` is optional. CSV has a header with a column of
+    sequences and optionally one of names, both found by their usual names, or it has no header and a single column.
+    FASTA records are named by the first word of their header.
 
     Args:
         body: of the request, in UTF-8.
-        content_type: of the body; parameters after a semicolon do not count. None for JSON.
-        limits: what it may hold.
+        content_type: of the body; parameters after a semicolon are ignored. None for JSON.
+        limits: the largest request that is accepted.
 
     Returns:
         At least one sequence, in the order of the request.
 
     Raises:
-        RequestError: with status 413 for too much, 415 for another content type, 400 for anything else that is wrong.
+        RequestError: with status 413 for a request over a limit, 415 for an unknown content type, 400 for any other
+            fault.
 
     Example:
         >>> read_request(b'{"inputs": ["mk-t", "MAL*"]}', "application/json")
         [Query(name='1', sequence='MKT'), Query(name='2', sequence='MAL')]
     """
     if len(body) > limits.bytes:
-        raise RequestError(f"the body has {len(body):,} bytes, and {limits.bytes:,} are the most", status=413)
+        raise RequestError(f"the body has {len(body):,} bytes; at most {limits.bytes:,} are accepted", status=413)
     kind = (content_type or TYPES[0]).partition(";")[0].strip().lower()
     reader = {TYPES[0]: _json, TYPES[1]: _csv, **dict.fromkeys(_FASTA, _fasta)}.get(kind)
     if reader is None:
-        raise RequestError(f"content type {kind[:_SHOWN]!r}: expected one of {', '.join(TYPES)}", status=415)
-    try:
-        text = body.decode("utf-8-sig") if isinstance(body, bytes | bytearray) else body
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise RequestError(f"content type {kind[:_MAX_SHOWN]!r}: expected one of {', '.join(TYPES)}", status=415)
     queries: list[Query] = []
     total = 0
-    for name, raw in reader(text):
-        if len(queries) == limits.sequences:
-            raise RequestError(f"more than {limits.sequences:,} sequences", status=413)
-        query = Query((name or str(len(queries) + 1))[:200], _checked(raw, len(queries) + 1, limits))
-        total += len(query.sequence)
-        if total > limits.total_residues:
-            raise RequestError(f"more than {limits.total_residues:,} residues in one request", status=413)
-        queries.append(query)
+    try:
+        text = body.decode("utf-8-sig") if isinstance(body, bytes | bytearray) else body
+        for number, (name, raw) in enumerate(reader(text), 1):
+            if number > limits.sequences:
+                raise RequestError(f"more than {limits.sequences:,} sequences", status=413)
+            query = Query((name or str(number))[:200], _checked_sequence(raw, number, limits))
+            total += len(query.sequence)
+            if total > limits.total_residues:
+                raise RequestError(f"more than {limits.total_residues:,} residues in one request", status=413)
+            queries.append(query)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except DataError as error:
+        raise RequestError(str(error)) from error
     if not queries:
-        raise RequestError("the request holds no sequence")
+        raise RequestError("the request contains no sequence")
     return queries
 
 
-def _checked(raw: Any, number: int, limits: RequestLimits) -> str:
-    """A clean sequence of letters, not too long."""
+def _checked_sequence(raw: Any, number: int, limits: RequestLimits) -> str:
+    """The cleaned sequence, which consists of letters and is not too long."""
     if not isinstance(raw, str):
         raise RequestError(f"sequence {number} is {type(raw).__name__}: expected text")
     sequence = clean(raw)
     if not sequence:
-        raise RequestError(f"sequence {number} holds no residue")
+        raise RequestError(f"sequence {number} is empty")
     if len(sequence) > limits.residues:
+        message = f"sequence {number} has {len(sequence):,} residues; at most {limits.residues:,} are accepted"
+        raise RequestError(message, status=413)
+    if unknown := non_letters(sequence):
         raise RequestError(
-            f"sequence {number} has {len(sequence):,} residues, and {limits.residues:,} are the most", status=413
+            f"sequence {number} contains characters that are not residues: {listing([repr(c) for c in unknown])}"
         )
-    if not (sequence.isascii() and sequence.isalpha()):
-        strange = sorted({character for character in sequence if not (character.isascii() and character.isalpha())})
-        raise RequestError(f"sequence {number} holds what is no residue: {listing([repr(c) for c in strange])}")
     return sequence
 
 
 def _json(text: str) -> Iterator[tuple[str, Any]]:
+    """The name, empty if there is none, and the sequence of each input."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {str(error)[:200]}") from error
+        raise RequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(record, dict) or "inputs" not in record:
-        raise RequestError('expected {"inputs": ...} with one sequence or a list of them')
+        raise RequestError('expected {"inputs": ...} with one sequence or a list of sequences')
     if unknown := sorted(set(record) - {"inputs"}):
-        raise RequestError(f"unknown: {listing([repr(name[:_SHOWN]) for name in unknown])}; expected inputs alone")
+        shown = listing([repr(name[:_MAX_SHOWN]) for name in unknown])
+        raise RequestError(f'unknown field(s) {shown}; expected only "inputs"')
     inputs = record["inputs"]
     for number, item in enumerate(inputs if isinstance(inputs, list) else [inputs], 1):
         if not isinstance(item, dict):
             yield "", item
             continue
         if "sequence" not in item or not set(item) <= {"sequence", "name"}:
-            raise RequestError(f"input {number} has not the fields sequence and, if it likes, name")
+            raise RequestError(f'input {number} must have "sequence"; "name" is optional; other fields are refused')
         if not isinstance(item.get("name", ""), str):
             raise RequestError(f"the name of input {number} is {type(item['name']).__name__}: expected text")
         yield item.get("name", ""), item["sequence"]
 
 
 def _csv(text: str) -> Iterator[tuple[str, str]]:
+    """The name, empty if there is none, and the sequence of each row."""
     if "\0" in text:
-        raise RequestError("the CSV holds a null character")
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        filled = ((rows.line_num, row) for row in rows if any(cell.strip() for cell in row))
-        line, header = next(filled, (0, []))
-        if not header:
-            return
-        names = [name.strip() for name in header]
-        sequence = find_column("sequence", names, None, "the CSV")
-        if sequence is None:
-            if len(header) > 1:
-                raise RequestError(f"the CSV has no column called sequence; it has {listing(names)}")
-            yield "", header[0]
-        name = None if sequence is None else find_column("accession", names, None, "the CSV")
-        for line, row in filled:
-            if len(row) != len(header):
-                raise RequestError(f"line {line} of the CSV has {len(row)} cells, and the first has {len(header)}")
+        raise RequestError("the CSV contains a null character")
+    if not text.strip():
+        return
+    names, rows = read_table(io.StringIO(text, newline=""), "the CSV", delimiter=",")
+    sequence = find_column("sequence", names, None, "the CSV")
+    accession = None if sequence is None else find_column("accession", names, None, "the CSV")
+    if sequence is None:
+        if len(names) > 1:
+            shown = listing([name[:_MAX_SHOWN] for name in names])
+            raise RequestError(f"the CSV has no column called sequence; it has {shown}")
+        # Without a header, the first line is a sequence too.
+        sequence = names[0]
+        yield "", sequence
+    for _, row in rows:
+        if any(cell.strip() for cell in row):
             cells = dict(zip(names, row, strict=True))
-            yield cells.get(name or "", "").strip(), cells[sequence] if sequence is not None else row[0]
-    except csv.Error as error:
-        raise RequestError(f"the CSV cannot be read: line {rows.line_num}: {error}") from error
-    except DataError as error:
-        raise RequestError(str(error)) from error
+            yield cells.get(accession or "", "").strip(), cells[sequence]
 
 
 def _fasta(text: str) -> Iterator[tuple[str, str]]:
-    from Bio.SeqIO.FastaIO import SimpleFastaParser
-
-    if not text.lstrip().startswith(">"):
-        raise RequestError("the FASTA does not begin with a header, '>'")
-    for header, sequence in SimpleFastaParser(io.StringIO(text.lstrip())):
-        words = header.split(None, 1)
-        yield accession_of(words[0]) if words else "", sequence
+    """The accession, empty if there is none, and the sequence of each record."""
+    for _, (accession, _, sequence) in read_fasta(io.StringIO(text.lstrip(), newline=""), "the FASTA"):
+        yield accession, sequence
