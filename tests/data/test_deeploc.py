@@ -1,4 +1,4 @@
-"""load_deeploc: every quirk of the table, every way a table can be broken."""
+"""load_deeploc: the peculiarities of the table, and the errors of a wrong one."""
 
 from __future__ import annotations
 
@@ -133,17 +133,17 @@ def test_random_split_is_stratified_seeded_and_warns(demo_table):
         (lambda f: f.drop(columns="Membrane"), "no column 'Membrane'.*Cell membrane"),
         (lambda f: f.rename(columns={"Sequence": "sequence"}), "no column 'Sequence'"),
         (lambda f: put(f, 3, "Membrane", ""), r"label is missing.*line 5 \("),
-        (lambda f: put(f, 3, "Membrane", "nan"), r"label is missing.*line 5 \("),
+        (lambda f: put(f, 3, "Membrane", "nan"), r"label is neither 0 nor 1.*line 5 \(.*'nan'"),
         (lambda f: put(f, 4, "Membrane", "0.5"), r"neither 0 nor 1 in 1 row.*line 6 \("),
         (lambda f: put(f, 4, "Membrane", "2.0"), "neither 0 nor 1"),
         (lambda f: put(f, 0, "Partition", "x"), r"Partition.*line 2 \("),
-        (lambda f: put(f, 0, "Sequence", "  "), r"Sequence is empty.*line 2 \("),
+        (lambda f: put(f, 0, "Sequence", "  "), r"the sequence is empty.*line 2 \("),
         (lambda f: put(f, 0, "Sequence", "MK1V"), r"not letters.*line 2 \("),
         (lambda f: put(f, 1, "ACC", f["ACC"][0]), r"more than once in 2 row.*line 2 .*line 3 "),
         (lambda f: put(f, 1, "ACC", ""), "accession .* empty.*line 3 .no accession"),
     ],
 )
-def test_a_broken_table_names_the_rows(frame, write, change, message):
+def test_an_error_in_a_table_names_the_rows(frame, write, change, message):
     with pytest.raises(DataError, match=f"(?s){message}"):
         load_deeploc(write(change(frame.copy())))
 
@@ -153,7 +153,7 @@ def put(frame, row, column, value):
     return frame
 
 
-def test_many_broken_rows_are_counted(frame, write):
+def test_all_wrong_rows_are_counted(frame, write):
     broken = frame.copy()
     broken["Membrane"] = ""
     with pytest.raises(DataError, match=f"in {len(frame)} row.*and {len(frame) - 5} more"):
@@ -173,15 +173,15 @@ def test_a_sequence_in_two_splits_is_refused_and_within_one_is_counted(frame, wr
         load_deeploc(write(pd.concat([frame, copied.to_frame().T])))
 
 
-def test_what_is_no_table_or_no_file_is_refused(tmp_path):
+def test_a_missing_or_damaged_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="no file at"):
         load_deeploc(tmp_path / "absent.csv")
     broken = {
         "empty.csv": b"",
         "binary.csv": b"\xff\xfe\x00\x01",
-        "text.csv.gz": b"no gzip",
+        "text.csv.gz": b"not gzip",
         "cut.csv.gz": gzip.compress(b"ACC,Sequence\n" * 1000)[:40],
-        "damaged.csv.xz": b"\xfd7zXZ\x00 and then nothing of the kind",
+        "damaged.csv.xz": b"\xfd7zXZ\x00 and then no xz data",
         "cut.csv.xz": lzma.compress(b"ACC,Sequence\n" * 1000)[:60],
     }
     for name, content in broken.items():
@@ -190,12 +190,12 @@ def test_what_is_no_table_or_no_file_is_refused(tmp_path):
             load_deeploc(tmp_path / name)
 
 
-def test_a_sum_is_checked_for_a_local_file_too(demo_table):
+def test_the_checksum_of_a_local_file_is_checked_too(demo_table):
     with pytest.raises(DataError, match="has SHA-256"):
         load_deeploc(demo_table, sha256="0" * 64)
 
 
-def test_lower_case_and_white_space_in_a_sequence_are_folded(frame, write):
+def test_sequences_are_cleaned_of_lower_case_and_white_space(frame, write):
     changed = frame.copy()
     changed["Sequence"] = changed["Sequence"].str.lower() + " "
     assert load_deeploc(write(changed))["test"][:] == load_deeploc(write(frame, "plain.csv"))["test"][:]
@@ -237,7 +237,7 @@ def test_the_demo_table_has_the_schema_of_the_real_one(deeploc_csv, tmp_path):
     assert (ours.dtypes == real.dtypes).all()
 
 
-def test_locations_are_ten_labels_a_protein(demo_table, frame):
+def test_locations_are_ten_labels_per_protein(demo_table, frame):
     data = load_deeploc(demo_table, task="location", min_residues=None, max_residues=None)
     assert list(data["train"].features["label"]) == list(LOCATIONS)
     found = {row["accession"]: row["label"] for split in data.values() for row in split}
@@ -246,7 +246,7 @@ def test_locations_are_ten_labels_a_protein(demo_table, frame):
         assert found[row["ACC"]] == {name: float(row[name]) for name in LOCATIONS}
 
 
-def test_labels_of_ones_own_and_empty_cells(frame, write):
+def test_labels_can_be_any_columns_and_an_empty_cell_is_unknown(frame, write):
     frame["Binds zinc"] = ["1", "", "0"] * (len(frame) // 3)
     table = write(frame)
     both = load_deeploc(
@@ -266,11 +266,11 @@ def test_labels_of_ones_own_and_empty_cells(frame, write):
 
 @pytest.mark.parametrize("task", ["golgi", {}, {"a": 3}, ["Nucleus"]])
 def test_an_unknown_task_is_refused(demo_table, task):
-    with pytest.raises(ConfigurationError, match="label names and"):
+    with pytest.raises(ConfigurationError, match="expected membrane or location, or a mapping of label names"):
         load_deeploc(demo_table, task=task)
 
 
-def test_a_column_that_is_not_there_is_named(demo_table):
+def test_a_missing_column_is_named(demo_table):
     with pytest.raises(DataError, match="no column 'Binds zinc'"):
         load_deeploc(demo_table, task={"zinc": "Binds zinc"})
 

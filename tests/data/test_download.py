@@ -1,4 +1,4 @@
-"""fetch(): a real server on loopback; what is wrong or broken off never looks complete."""
+"""fetch, from a real server on loopback: a wrong or incomplete file is never kept."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_a_file_is_fetched_once_and_checked(server, tmp_path, demo_table):
         ("/absent.csv", None, "404"),
     ],
 )
-def test_what_is_wrong_leaves_nothing_behind(server, tmp_path, path, sha256, message):
+def test_a_failed_download_leaves_no_file(server, tmp_path, path, sha256, message):
     with pytest.raises(DownloadError, match=message):
         fetch(server.url + path, tmp_path / "table.csv", sha256=sha256)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file_in_the_cache_is_named(tmp_path):
+def test_a_damaged_file_in_the_cache_is_an_error(tmp_path):
     (tmp_path / "table.csv").write_text("damaged")
     with pytest.raises(DownloadError, match="Delete it"):
         fetch("http://127.0.0.1:9/table.csv", tmp_path / "table.csv", sha256="0" * 64)
@@ -81,7 +81,7 @@ def test_a_damaged_file_in_the_cache_is_named(tmp_path):
 
 def test_offline_the_error_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path / "cache"))
-    # Port 9 (discard) of loopback answers nothing.
+    # Nothing answers at port 9 (discard) of loopback.
     address = "http://127.0.0.1:9/Swissprot_Train_Validation_dataset.csv"
     monkeypatch.setattr(deeploc, "DEEPLOC_URL", address)
     with pytest.raises(DownloadError) as caught:
@@ -90,7 +90,7 @@ def test_offline_the_error_says_which_file_to_put_where(tmp_path, monkeypatch):
     assert f"get {address} on another machine and put it at {wanted}" in str(caught.value)
 
 
-def test_the_default_table_is_checked_against_the_published_sum(server, tmp_path, monkeypatch):
+def test_the_default_table_is_checked_against_the_published_checksum(server, tmp_path, monkeypatch):
     monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path))
     monkeypatch.setattr(deeploc, "DEEPLOC_URL", f"{server.url}/table.csv")
     with pytest.raises(DownloadError, match=deeploc.DEEPLOC_SHA256):
@@ -99,7 +99,7 @@ def test_the_default_table_is_checked_against_the_published_sum(server, tmp_path
     assert len(load_deeploc()["train"]) > 0
 
 
-def test_an_address_loads_through_the_cache(server, tmp_path, monkeypatch, demo_table):
+def test_an_address_is_loaded_through_the_cache(server, tmp_path, monkeypatch, demo_table):
     monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path))
     for _ in range(2):
         data = load_deeploc(f"{server.url}/table.csv", sha256=server.sha256)
@@ -107,7 +107,7 @@ def test_an_address_loads_through_the_cache(server, tmp_path, monkeypatch, demo_
     assert data["test"][:] == load_deeploc(demo_table)["test"][:]
 
 
-def test_addresses_that_end_alike_are_kept_apart(server, tmp_path, monkeypatch):
+def test_addresses_with_the_same_file_name_are_cached_apart(server, tmp_path, monkeypatch):
     monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path))
     load_deeploc(f"{server.url}/table.csv")
     with pytest.raises(DownloadError, match="404"):
@@ -122,7 +122,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "moved"
 
 
-def test_the_published_sum_is_that_of_the_real_table(deeploc_csv, tmp_path):
+def test_the_published_checksum_is_that_of_the_real_table(deeploc_csv, tmp_path):
     import lzma
 
     packed = deeploc_csv.read_bytes()

@@ -1,4 +1,4 @@
-"""load_sequences: the user's own files, whatever is in them."""
+"""load_sequences: files of every format and content, and the errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write(table: pd.DataFrame, path):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.xz", "a.parquet"])
-def test_every_format_gives_the_same(tmp_path, name):
+def test_every_format_gives_the_same_rows(tmp_path, name):
     table = frame()[["id", "sequence", "label"]]
     rows = rows_of(load_sequences(write(table, tmp_path / name)))
     assert len(rows) == len(table)
@@ -108,7 +108,7 @@ def test_every_format_gives_the_same(tmp_path, name):
         ),
     ],
 )
-def test_the_cells_say_what_a_label_is(tmp_path, options, feature, expected):
+def test_the_cells_tell_the_kind_of_label(tmp_path, options, feature, expected):
     table = frame()
     data = load_sequences(write(table, tmp_path / "a.csv"), **options)
     assert data["train"].features["label"] == feature
@@ -137,7 +137,7 @@ def fasta(table: pd.DataFrame, path):
     return path
 
 
-def test_fasta_takes_labels_from_headers_or_a_second_table_or_none(tmp_path, caplog):
+def test_labels_of_fasta_come_from_headers_or_a_second_table_or_are_absent(tmp_path, caplog):
     table = frame()
     path = fasta(table, tmp_path / "a.fasta")
     by_header = load_sequences(path, header=r"class=(?P<label>\w+) fold=(?P<partition>\d)")
@@ -157,12 +157,12 @@ def test_fasta_takes_labels_from_headers_or_a_second_table_or_none(tmp_path, cap
         load_sequences(path, labels=write(table[table.id != "P2"], tmp_path / "few.csv"), label="label")
     with pytest.raises(DataError, match=r"does not match.*record 3 \(P2\)"):
         load_sequences(path, header=r"class=(?P<label>\w+) fold=[^2]")
-    for header, message in (("(", "no regular expression"), ("class", "no named group")):
+    for header, message in (("(", "not a regular expression"), ("class", "no named group")):
         with pytest.raises(ConfigurationError, match=message):
             load_sequences(path, header=header)
 
 
-def test_splits_come_from_files_a_column_partitions_clusters_or_chance(tmp_path):
+def test_splits_are_those_of_files_a_column_partitions_clusters_or_random(tmp_path):
     table = frame()
     parts = {"train": table[:20], "validation": table[20:30], "test": table[30:]}
     files = {name: write(part, tmp_path / f"{name}.csv") for name, part in parts.items()}
@@ -207,32 +207,44 @@ def test_equal_sequences_are_never_split_at_random(tmp_path):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda t: t.rename(columns={"sequence": "text"}), {}, "no column is called like a sequence.*id, text"),
-        (lambda t: t.assign(Seq=t.sequence), {}, "sequence could be any of 'sequence', 'Seq': name one with sequence="),
+        (lambda t: t.rename(columns={"sequence": "text"}), {}, "no column with a usual name of sequences.*id, text"),
+        (
+            lambda t: t.assign(Seq=t.sequence),
+            {},
+            "sequence could be any of 'sequence', 'Seq'.* name one with sequence=",
+        ),
         (lambda t: t.assign(target=1), {}, "label could be any of 'label', 'target'"),
         (lambda t: t, {"label": "absent"}, "no column 'absent'; it has id, sequence"),
         (lambda t: t, {"label": ["golgi", "absent"]}, "no column 'absent'"),
         (lambda t: t, {"label": "fold"}, "whole number in every row.*label_kind"),
         (lambda t: put(t, "sequence", " -* "), {}, r"the sequence is empty in 1 row\(s\): .*line 4"),
-        (lambda t: put(t, "sequence", "MK1V"), {}, "no letter in 1 row.*line 4: 'MK1V'"),
-        (lambda t: put(t, "sequence", "MK*V"), {}, "no letter in 1 row.*line 4"),
+        (lambda t: put(t, "sequence", "MK1V"), {}, "not letters in 1 row.*line 4: 'MK1V'"),
+        (lambda t: put(t, "sequence", "MK*V"), {}, r"not letters in 1 row.*line 4: 'MK\*V'"),
         (lambda t: put(t, "label", ""), {}, "the label is missing in 1 row.*line 4"),
-        (lambda t: put(t, "stability", "NA"), {"label": "stability"}, "a number in .*line 2.*none in .*line 4: 'NA'"),
+        (lambda t: put(t, "stability", "NA"), {"label": "stability"}, "a number in .*line 2.*not in .*line 4: 'NA'"),
         (
             lambda t: put(t, "stability", "x"),
             {"label": "stability", "label_kind": "number"},
-            "no finite number in .*line 4",
+            "not a finite number in .*line 4",
         ),
-        (lambda t: put(t, "structure", "HE"), {"label": "structure", "label_kind": "residues"}, "line 4: 2 labels for"),
-        (lambda t: put(t, "golgi", "2"), {"label": ["nucleus", "golgi"]}, "golgi is neither 0 nor 1.*line 4: '2'"),
-        (lambda t: put(t, "fold", "x"), {"partition": "fold"}, "fold is no whole number in 1 row.*line 4: 'x'"),
-        (lambda t: t.assign(split="later"), {}, "none of train, validation and test in 40 row.*and 35 more"),
-        (lambda t: put(t.assign(w="1"), "w", "-1"), {"sample_weight": "w"}, "w is no number >= 0 in 1 row.*line 4"),
+        (
+            lambda t: put(t, "structure", "HE"),
+            {"label": "structure", "label_kind": "residues"},
+            r"1 row.*label count differs from residue count.*line 4: 2 labels for",
+        ),
+        (
+            lambda t: put(t, "golgi", "2"),
+            {"label": ["nucleus", "golgi"]},
+            "golgi label is neither 0 nor 1.*line 4: '2'",
+        ),
+        (lambda t: put(t, "fold", "x"), {"partition": "fold"}, "fold is not a whole number in 1 row.*line 4: 'x'"),
+        (lambda t: t.assign(split="later"), {}, "split is not train, validation or test in 40 row.*and 35 more"),
+        (lambda t: put(t.assign(w="1"), "w", "-1"), {"sample_weight": "w"}, "w is not a number >= 0 in 1 row.*line 4"),
         (lambda t: t[:0], {}, "no sequence is left"),
         (lambda t: t, {"min_residues": 1000}, "no sequence is left"),
     ],
 )
-def test_what_is_broken_or_could_be_two_things_is_named(tmp_path, change, options, message):
+def test_an_error_names_the_cell_or_the_column(tmp_path, change, options, message):
     table = frame().drop(columns=[] if "partition" in options or options.get("label") == "fold" else "fold")
     with pytest.raises(DataError, match=message):
         load_sequences(write(change(table.astype(str)), tmp_path / "a.csv"), **options)
@@ -260,7 +272,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, options, messa
         load_sequences({"train": path, "tests": path})
 
 
-def test_bounds_and_nucleotides_are_said(tmp_path, caplog):
+def test_sequences_left_out_and_nucleotides_are_logged(tmp_path, caplog):
     table = frame()[["id", "sequence", "label"]]
     with caplog.at_level(logging.INFO):
         data = load_sequences(write(table, tmp_path / "a.csv"), min_residues=15, max_residues=25)
@@ -270,10 +282,10 @@ def test_bounds_and_nucleotides_are_said(tmp_path, caplog):
     rng = np.random.default_rng(0)
     genes = table.assign(sequence=["".join(rng.choice(list("ACGT"), 30)) for _ in range(40)])
     load_sequences(write(genes, tmp_path / "b.csv"))
-    assert "40 of 40 sequences hold A, C, G, T, U and N alone" in caplog.text
+    assert "40 of 40 sequences contain only A, C, G, T, U and N" in caplog.text
 
 
-def test_what_was_loaded_stays_when_files_and_labels_change(tmp_path, cache):
+def test_loaded_rows_stay_the_same_when_files_and_labels_change(tmp_path, cache):
     table = frame()
     path = write(table, tmp_path / "a.csv")
     first, again = load_sequences(path, label="label"), load_sequences(path, label="label")
@@ -282,7 +294,7 @@ def test_what_was_loaded_stays_when_files_and_labels_change(tmp_path, cache):
     before = rows_of(first)
     write(frame(seed=2), path)
     assert rows_of(load_sequences(path, label="label")) != before
-    # A copy reads the file anew, by its name.
+    # A pickled dataset opens the cached file again, by its name.
     assert rows_of(pickle.loads(pickle.dumps(first))) == before
 
     sequences = fasta(table, tmp_path / "a.fasta")
@@ -292,10 +304,11 @@ def test_what_was_loaded_stays_when_files_and_labels_change(tmp_path, cache):
     ]
     one, other = (load_sequences(sequences, labels=file) for file in labels)
     assert [row["label"] for row in pickle.loads(pickle.dumps(one["train"]))] == one["train"]["label"][:]
-    assert one["train"]["label"][:] == [1 - label for label in other["train"]["label"]]
+    swapped = {name: 1 - row["label"] for name, row in rows_of(other).items()}
+    assert {name: row["label"] for name, row in rows_of(one).items()} == swapped
 
 
-def test_files_that_change_places_change_the_splits(tmp_path):
+def test_files_that_are_swapped_swap_the_splits(tmp_path):
     table = frame()
     one, other = write(table[:20], tmp_path / "one.csv"), write(table[20:], tmp_path / "other.csv")
     first = load_sequences({"train": one, "test": other}, label="label")
@@ -313,7 +326,7 @@ def test_a_split_that_the_bounds_empty_is_an_error(tmp_path):
         load_sequences(files, label="golgi", max_residues=50)
 
 
-def test_one_wrong_row_does_not_make_residue_labels_classes_of_sequences(tmp_path):
+def test_one_wrong_row_does_not_turn_residue_labels_into_classes_of_sequences(tmp_path):
     table = frame()
     table.loc[5, "structure"] = table.loc[5, "structure"][1:]
     with pytest.raises(DataError, match=r"most labels have one letter.*line 7"):
@@ -332,14 +345,14 @@ def test_list_labels_keep_nulls_and_refuse_numbers(tmp_path):
     assert all(label[:2] == [-100, -100] for label in tokenized["train"]["labels"])
     numbers = [np.linspace(0, 1, len(s)).tolist() for s in table.sequence]
     parquet.write_table(pa.table(columns | {"label": numbers}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="numbers for each residue"):
+    with pytest.raises(DataError, match="numbers per residue are not supported"):
         load_sequences(tmp_path / "b.parquet")
     table["stability"] = "1e40"
-    with pytest.raises(DataError, match=r"no finite number in .*line 2"):
+    with pytest.raises(DataError, match=r"not a finite number in .*line 2"):
         load_sequences(write(table, tmp_path / "c.csv"), label="stability", label_kind="number")
 
 
-def test_a_second_table_brings_all_its_columns_under_its_own_names(tmp_path):
+def test_all_columns_of_a_second_table_are_joined(tmp_path):
     table = frame()
     sequences = fasta(table, tmp_path / "a.fasta")
     words = ["train"] * 25 + ["test"] * 15
@@ -353,7 +366,7 @@ def test_a_second_table_brings_all_its_columns_under_its_own_names(tmp_path):
         load_sequences(sequences, labels=write(second.assign(header="x"), tmp_path / "twice.csv"), accession="prot")
 
 
-def test_names_of_uniprot_meet_their_accessions(tmp_path):
+def test_uniprot_names_match_accessions(tmp_path):
     table = frame()
     path = tmp_path / "a.fasta"
     path.write_text("".join(f">sp|{row.id}|X_HUMAN words\n{row.sequence}\n" for row in table.itertuples()))
@@ -363,7 +376,7 @@ def test_names_of_uniprot_meet_their_accessions(tmp_path):
     assert sum(map(len, data.values())) == 40
 
 
-def test_the_real_table_reads_as_by_its_own_loader(deeploc_csv):
+def test_the_real_table_has_the_same_splits_as_from_load_deeploc(deeploc_csv):
     own = load_deeploc(deeploc_csv, min_residues=None, max_residues=None)
     data = load_sequences(deeploc_csv, label="Membrane")
     assert {name: set(part["accession"]) for name, part in data.items()} == {
@@ -372,7 +385,7 @@ def test_the_real_table_reads_as_by_its_own_loader(deeploc_csv):
     assert sum(data["train"]["label"]) == sum(own["train"]["label"])
 
 
-# What a cell may hold that nobody wanted.
+# Cells that are unusual or wrong.
 JUNK = [
     "",
     " ",
@@ -394,7 +407,7 @@ JUNK = [
 ]
 JUNK += ["a,b", "a\tb", "a\nb", "M" * 5000, "mktv", "M K", "\ufeff", "=1+1", "0x1f", "1_000", "\u0661", "x" * 70]
 STRUCTURAL = (
-    "is empty|cannot be read|no column is called like|could be any of|more than one column is named|"
+    "is empty|cannot be read|no column with a usual name|could be any of|more than one column is named|"
     "no sequence is left|"
     "leave nothing for|stand in two splits|has the columns|whole number in every row|more than 1000 values|no file at|"
     "nothing is left"
@@ -402,7 +415,7 @@ STRUCTURAL = (
 
 
 def generate(rng, folder):
-    """A file, its options, and how many rows it has; None if bytes were damaged."""
+    """A random file, its options, and its number of rows; None if bytes were damaged."""
     count = int(rng.integers(0, 14))
     sequences = ["".join(rng.choice(LETTERS, int(n))) for n in rng.integers(1, 60, count)]
     labels = {
@@ -466,10 +479,10 @@ def generate(rng, folder):
     return path, options, count
 
 
-def test_whatever_a_file_holds_it_comes_through_whole_or_the_error_names_the_row(tmp_path, caplog):
-    """More cases: ESM_EFFICIENT_FUZZ=10000."""
+def test_any_file_is_loaded_whole_or_the_error_names_the_row(tmp_path, caplog):
+    """Set ESM_EFFICIENT_FUZZ=10000 for more cases."""
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
-    came_through, refused = 0, {}
+    loaded, refused = 0, {}
     for case in range(int(os.environ.get("ESM_EFFICIENT_FUZZ", "250"))):
         rng = np.random.default_rng(case)
         path, options, count = generate(rng, tmp_path)
@@ -483,6 +496,6 @@ def test_whatever_a_file_holds_it_comes_through_whole_or_the_error_names_the_row
                 continue
         rows = sum(len(part) for part in tokenized.values())
         assert count is None or rows == count, (case, json.dumps(options))
-        came_through += 1
-    assert came_through > 50
+        loaded += 1
+    assert loaded > 50
     assert not [item for item in refused.items() if not re.search(rf"(line|row|record) \d+|{STRUCTURAL}", item[1])]

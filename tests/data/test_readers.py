@@ -1,4 +1,4 @@
-"""Rows of every kind of file come through whole, or the error names the place."""
+"""Readers: every row of a file is read unchanged, or an error names its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 
 
 def rows_of(path, **options):
-    """Column names and rows."""
+    """The columns and the places of all blocks."""
     blocks = list(read_blocks(path, **options))
     columns = {name: [cell for block in blocks for cell in block.columns[name]] for name in blocks[0].columns}
     places = [place for block in blocks for place in block.places]
@@ -40,14 +40,14 @@ CELLS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
     st.integers(1, 5),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_table_comes_through_as_it_was_written(tmp_path_factory, rows, separator, end, mark, packed, size):
+def test_a_table_is_read_as_it_was_written(tmp_path_factory, rows, separator, end, mark, packed, size):
     text = io.StringIO()
     writer = csv.writer(text, delimiter=separator, lineterminator=end, quoting=csv.QUOTE_ALL)
     writer.writerows([("name", "value"), *rows])
     path = tmp_path_factory.mktemp("table") / f"table.csv{packed}"
     path.write_bytes(PACKERS[packed](text.getvalue().encode("utf-8-sig" if mark else "utf-8")))
     if separator == "\t" and any("\n" in cell for row in rows for cell in row):
-        with pytest.raises(DataError, match="goes over several lines"):
+        with pytest.raises(DataError, match="spans several lines"):
             list(read_blocks(path))
         return
     columns, places = rows_of(path, rows=size)
@@ -56,7 +56,7 @@ def test_a_table_comes_through_as_it_was_written(tmp_path_factory, rows, separat
 
 
 @pytest.mark.parametrize("packed", PACKERS)
-def test_fasta_comes_through_with_names_and_places(tmp_path, packed):
+def test_fasta_records_are_read_with_accessions_and_places(tmp_path, packed):
     text = ">sp|P12345|NAME_HUMAN A protein\nMKTV\nAY\n\n>plain words\r\nMK\r\n>a|b\nM K\n>\nMV\n"
     path = tmp_path / "sequences"
     path.write_bytes(PACKERS[packed](text.encode()))
@@ -67,7 +67,7 @@ def test_fasta_comes_through_with_names_and_places(tmp_path, packed):
     assert places == ["record 1 (P12345)", "record 2 (plain)", "record 3 (a|b)", "record 4 ()"]
 
 
-def test_parquet_comes_through(tmp_path):
+def test_parquet_values_are_read_unchanged(tmp_path):
     path = tmp_path / "table.parquet"
     parquet.write_table(pa.table({"sequence": ["MK", "MV", None], "label": [[0, 1], [1], None]}), path)
     columns, places = rows_of(path, rows=2)
@@ -75,7 +75,7 @@ def test_parquet_comes_through(tmp_path):
     assert places == ["row 0", "row 1", "row 2"]
 
 
-def test_the_content_says_what_a_file_is(tmp_path):
+def test_the_format_of_a_file_follows_from_its_content(tmp_path):
     for content, kind in (
         (b"\n\n>a\nMK\n", "fasta"),
         (b"sequence\nMK\n", "table"),
@@ -103,16 +103,16 @@ def test_the_content_says_what_a_file_is(tmp_path):
         (b"\xfd7zXZ\x00nonsense", "LZMAError"),
         (b"PAR1nonsense", "as Parquet"),
         (b"a,b\n" + b"M" * 200_000 + b",1\n", "line 2: field larger"),
-        (b'a\tb\n1\t"2\n3\t4"\n', "line 3: a cell goes over several lines"),
+        (b'a\tb\n1\t"2\n3\t4"\n', "line 3: a cell spans several lines"),
     ],
 )
-def test_what_does_not_parse_names_its_place(tmp_path, content, message):
+def test_an_error_names_the_place_that_cannot_be_parsed(tmp_path, content, message):
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(read_blocks(path))
 
 
-def test_no_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(DataError, match=r"no file at .*absent"):
         list(read_blocks(tmp_path / "absent.csv"))

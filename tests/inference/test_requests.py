@@ -1,4 +1,4 @@
-"""read_request(): bodies that people send, and bodies that nobody should."""
+"""read_request: valid bodies give sequences, all others an error with an HTTP status."""
 
 from __future__ import annotations
 
@@ -34,45 +34,45 @@ LIMITS = RequestLimits(bytes=500, sequences=3, residues=10, total_residues=20)
         (FASTA, "\n>\nMK\n", [("1", "MK")]),
     ],
 )
-def test_sequences_come_through_with_their_names(content_type, body, expected):
+def test_sequences_are_read_with_their_names(content_type, body, expected):
     assert read_request(body.encode(), content_type) == expected
 
 
 @pytest.mark.parametrize(
     ("content_type", "body", "status", "message"),
     [
-        (JSON, b"", 400, "no JSON"),
-        (JSON, b"{", 400, "no JSON"),
-        (JSON, b"[" * 400, 400, "no JSON|expected"),
+        (JSON, b"", 400, "not valid JSON"),
+        (JSON, b"{", 400, "not valid JSON"),
+        (JSON, b"[" * 400, 400, "not valid JSON|expected"),
         (JSON, b"\xff\xfe", 400, "not UTF-8"),
         (JSON, b'"MKT"', 400, "expected .*inputs"),
-        (JSON, b'{"inputs": []}', 400, "holds no sequence"),
+        (JSON, b'{"inputs": []}', 400, "contains no sequence"),
         (JSON, b'{"inputs": [1]}', 400, "sequence 1 is int"),
         (JSON, b'{"inputs": null}', 400, "sequence 1 is NoneType"),
-        (JSON, b'{"inputs": ["MK", " "]}', 400, "sequence 2 holds no residue"),
-        (JSON, b'{"inputs": "MK1"}', 400, "no residue: '1'"),
-        (JSON, b'{"inputs": "M*K"}', 400, r"no residue: '\*'"),
-        (JSON, b'{"inputs": "\\ud800"}', 400, "no residue"),
-        (JSON, b'{"inputs": "MK", "parameters": {}}', 400, "unknown: 'parameters'"),
+        (JSON, b'{"inputs": ["MK", " "]}', 400, "sequence 2 is empty"),
+        (JSON, b'{"inputs": "MK1"}', 400, "not residues: '1'"),
+        (JSON, b'{"inputs": "M*K"}', 400, r"not residues: '\*'"),
+        (JSON, b'{"inputs": "\\ud800"}', 400, "not residues"),
+        (JSON, b'{"inputs": "MK", "parameters": {}}', 400, r"unknown field\(s\) 'parameters'"),
         (JSON, b'{"inputs": [{"name": 1, "sequence": "MK"}]}', 400, "name of input 1 is int"),
-        (JSON, b'{"inputs": [{"id": "a"}]}', 400, "input 1 has not the fields"),
-        (JSON, b'{"inputs": "' + b"M" * 11 + b'"}', 413, "11 residues, and 10"),
+        (JSON, b'{"inputs": [{"id": "a"}]}', 400, 'input 1 must have "sequence"; "name" is optional'),
+        (JSON, b'{"inputs": "' + b"M" * 11 + b'"}', 413, "11 residues; at most 10"),
         (JSON, b'{"inputs": ["M", "M", "M", "M"]}', 413, "more than 3 sequences"),
         (JSON, json.dumps({"inputs": ["M" * 10, "M" * 10, "M"]}).encode(), 413, "more than 20 residues"),
         (JSON, b" " * 501, 413, "501 bytes"),
-        (CSV, b"", 400, "holds no sequence"),
+        (CSV, b"", 400, "contains no sequence"),
         (CSV, b"id,label\na,b\n", 400, "no column called sequence; it has id, label"),
         (CSV, b"seq,sequence\na,b\n", 400, "could be any of"),
-        (CSV, b"id,sequence\na\n", 400, "line 2 .* 1 cells"),
-        (CSV, b'id,sequence\na,"MK\n', 400, "cannot be read: line 2"),
+        (CSV, b"id,sequence\na\n", 400, "the CSV, line 2: 1 cells for 2"),
+        (CSV, b'id,sequence\na,"MK\n', 400, "the CSV, line 2: unexpected end"),
         (CSV, b"sequence\nM\0K\n", 400, "null character"),
         (FASTA, b"MKT\n", 400, "does not begin"),
-        (FASTA, b">a\n>b\nMK\n", 400, "sequence 1 holds no residue"),
+        (FASTA, b">a\n>b\nMK\n", 400, "sequence 1 is empty"),
         ("text/plain", b"MKT", 415, "expected one of application/json"),
         ("application/x-npy", b"\x93NUMPY", 415, "expected one of"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_status(content_type, body, status, message):
+def test_a_wrong_body_is_an_error_with_a_status_and_a_reason(content_type, body, status, message):
     with pytest.raises(RequestError, match=message) as caught:
         read_request(body, content_type, LIMITS)
     assert caught.value.status == status
@@ -84,12 +84,12 @@ SEQUENCES = st.lists(st.tuples(NAMES, st.text("ACDEFGHIKLMNPQRSTVWYXBZUO", min_s
 
 
 @given(SEQUENCES)
-def test_the_three_forms_say_the_same(queries):
+def test_json_csv_and_fasta_give_the_same_queries(queries):
     named = [{"name": name, "sequence": sequence} for name, sequence in queries]
     forms = {
         JSON: json.dumps({"inputs": named}),
         CSV: "name,sequence\n" + "".join(f"{n},{s}\n" for n, s in queries),
-        FASTA: "".join(f">{n} of somebody\n{s[:10]}\n{s[10:]}\n" for n, s in queries),
+        FASTA: "".join(f">{n} and more words\n{s[:10]}\n{s[10:]}\n" for n, s in queries),
     }
     for content_type, body in forms.items():
         assert read_request(body.encode(), content_type) == queries
@@ -107,7 +107,7 @@ def test_the_three_forms_say_the_same(queries):
         ),
     ),
 )
-def test_whatever_the_body_is_sequences_or_a_status_come_back(content_type, body):
+def test_any_body_gives_sequences_or_a_status(content_type, body):
     status, queries = None, []
     try:
         queries = read_request(body, content_type, LIMITS)
