@@ -31,6 +31,7 @@ USUAL_NAMES = {
 }
 """Names by which a column is found, in upper or lower case, when the user does not name it."""
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -61,15 +62,6 @@ def find_column(role: str, names: Collection[str], given: str | None, source: st
     return candidates[0] if candidates else None
 
 
-def column_of(columns: Mapping[str, list[Any]], name: str, source: str | Path) -> list[Any]:
-    """Return the cells of a column.
-
-    Raises:
-        DataError: the column is missing.
-    """
-    return columns[_existing(name, columns, source)]
-
-
 def _existing(name: str, names: Collection[str], source: str | Path) -> str:
     if name not in names:
         raise DataError(f"{source} has no column {name!r}; it has {', '.join(names)}")
@@ -77,11 +69,7 @@ def _existing(name: str, names: Collection[str], source: str | Path) -> str:
 
 
 def refuse_cells(cells: Sequence[Any], places: Sequence[str], wrong: Sequence[bool], problem: str) -> None:
-    """Raise an error that names the rows of the wrong cells and shows the cells.
-
-    Raises:
-        DataError: at least one cell is wrong.
-    """
+    """Raise a DataError that names the rows of the wrong cells and shows these cells, if there are any."""
     if shown := [f"{place}: {str(cell)!r:.40}" for cell, place, bad in zip(cells, places, wrong, strict=True) if bad]:
         raise DataError(f"{problem} in {len(shown)} row(s): {listing(shown)}")
 
@@ -97,7 +85,7 @@ def number_of(text: str) -> float | None:
         value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         return None
-    return value if abs(value) <= np.finfo(np.float32).max else None
+    return value if abs(value) <= _FLOAT32_MAX else None
 
 
 def non_letters(sequence: str) -> list[str]:
@@ -108,11 +96,7 @@ def non_letters(sequence: str) -> list[str]:
 
 
 def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
-    """Parse cells as sequences, cleaned by `esm_efficient.data.sequences.clean`.
-
-    Raises:
-        DataError: a cell is not text, is empty, or contains other characters than letters.
-    """
+    """Parse cells as sequences of letters, cleaned by `esm_efficient.data.sequences.clean`; others are a DataError."""
     refuse_cells(cells, places, [not isinstance(cell, str) for cell in cells], "the sequence is not text")
     sequences = [clean(cell) for cell in cells]
     refuse_cells(cells, places, [not sequence for sequence in sequences], "the sequence is empty")
@@ -122,10 +106,9 @@ def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
 
 
 def zeros_and_ones(cells: Sequence[Any], column: str, places: Sequence[str], *, required: bool = False) -> np.ndarray:
-    """Parse cells of 0 and 1, or false and true, as float32; an empty cell is NaN, or an error if `required`.
+    """Parse cells of 0 and 1, or false and true, as float32; other cells are a DataError.
 
-    Raises:
-        DataError: a cell is neither 0 nor 1 nor empty, or is empty although it is required.
+    An empty cell becomes NaN, or is a DataError if `required`.
     """
     texts = [text.lower() for text in texts_of(cells)]
     if required:
@@ -141,27 +124,18 @@ def binary_labels(
 ) -> pa.StructArray:
     """Parse several columns of 0, 1 and empty cells as one struct of float32, null where a cell is empty.
 
-    Args:
-        columns: the table.
-        label_columns: label name to column.
-        source: the name of the table in errors.
-        places: where each row is.
-
-    Raises:
-        DataError: a column is missing, or a cell is neither 0 nor 1 nor empty.
+    `label_columns` maps label names to columns. A missing column or another cell is a DataError.
     """
     import pyarrow as pa
 
-    values = [zeros_and_ones(column_of(columns, name, source), name, places) for name in label_columns.values()]
+    values = [
+        zeros_and_ones(columns[_existing(name, columns, source)], name, places) for name in label_columns.values()
+    ]
     return pa.StructArray.from_arrays([pa.array(value, from_pandas=True) for value in values], list(label_columns))
 
 
 def whole_numbers(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
-    """Parse cells as int32.
-
-    Raises:
-        DataError: a cell is not a whole number.
-    """
+    """Parse cells as int32; a cell that is not a whole number is a DataError."""
     values = [number_of(text) for text in texts_of(cells)]
     wrong = [value is None or value % 1 != 0 or abs(value) >= 2**31 for value in values]
     refuse_cells(cells, places, wrong, f"{column} is not a whole number")
@@ -169,22 +143,14 @@ def whole_numbers(cells: Sequence[Any], column: str, places: Sequence[str]) -> n
 
 
 def weights_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
-    """Parse cells as float32 weights.
-
-    Raises:
-        DataError: a cell is not a finite number >= 0.
-    """
+    """Parse cells as float32 weights; a cell that is not a finite number >= 0 is a DataError."""
     values = [number_of(text) for text in texts_of(cells)]
     refuse_cells(cells, places, [value is None or value < 0 for value in values], f"{column} is not a number >= 0")
     return np.array(values, dtype=np.float32)
 
 
 def split_names(cells: Sequence[Any], column: str, places: Sequence[str]) -> list[str]:
-    """Parse cells as ``train``, ``validation`` or ``test``, from the usual words for them.
-
-    Raises:
-        DataError: a cell is another word.
-    """
+    """Parse usual words for ``train``, ``validation`` and ``test``; another word is a DataError."""
     names = [_SPLIT_WORDS.get(text.lower(), "") for text in texts_of(cells)]
     refuse_cells(cells, places, [not name for name in names], f"{column} is not train, validation or test")
     return names

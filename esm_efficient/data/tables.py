@@ -1,7 +1,7 @@
-"""Files of sequences to one memory-mapped Arrow table, cached.
+"""Write the rows of files to one Arrow table, which is cached and memory-mapped.
 
-The rows are written twice: block by block with the labels as text, and again with the labels encoded, since only all
-labels of a column tell their kind.
+The rows are written twice: first with the labels as text, then with the labels encoded. The kind of label is known only
+after all labels of a column were read.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _cache_name(files: Mapping[str, str | Path], plan: TablePlan) -> str:
 
 
 def _write_rows(raw: Path, files: Mapping[str, str | Path], plan: TablePlan) -> LabelObservations:
-    """Write all rows to an Arrow file, with single labels still as text; return what these labels look like."""
+    """Write all rows to an Arrow file, with labels of a single column still as text, and return what they look like."""
     import pyarrow as pa
 
     second = None if plan.second_table is None else _SecondTable(plan.second_table, plan.columns["accession"])
@@ -113,7 +113,7 @@ def _write_rows(raw: Path, files: Mapping[str, str | Path], plan: TablePlan) -> 
                     schema = rows.schema
                     writer = stack.enter_context(pa.ipc.new_stream(raw, schema))
                 elif rows.schema != schema:
-                    raise DataError(f"{path} has other columns, or other kinds of cells, than the rows before")
+                    raise DataError(f"{path} has other columns, or other kinds of cells, than the rows before it")
                 writer.write_table(rows)
     counts.check(files)
     if second is not None and second.unused:
@@ -130,7 +130,7 @@ def _parsed_columns(
     second: _SecondTable | None,
     observed: LabelObservations,
 ) -> dict[str, Any]:
-    """The columns of a block as they are written, with single labels still as text."""
+    """The columns of a block as they are first written, with labels of a single column still as text."""
     columns, places = dict(block.columns), [f"{path}, {place}" for place in block.places]
     given = dict(plan.columns)
     if second is not None and given["accession"] not in columns:
@@ -164,7 +164,7 @@ def _parsed_columns(
 
 
 def _write_encoded(raw: Path, encoded: Path, plan: TablePlan, observed: LabelObservations) -> None:
-    """Write the rows again, with labels in their final form."""
+    """Write the rows again, with the labels encoded."""
     import pyarrow as pa
     from datasets import Features, Value
 
@@ -192,13 +192,9 @@ class _SecondTable:
     """A table of labels and other columns, in memory, to be joined by accession.
 
     Attributes:
-        names: its columns, without the accession.
+        names: the columns, without the accession.
         rows: accession to the cells of these columns.
-        unused: accessions that no sequence had so far.
-
-    Args:
-        path: the file.
-        accession: the column of the accessions; None to find it by a usual name.
+        unused: accessions that have not been joined.
     """
 
     def __init__(self, path: str | Path, accession: str | None) -> None:
@@ -218,11 +214,7 @@ class _SecondTable:
         self.unused = set(self.rows)
 
     def columns_for(self, accessions: Sequence[str], places: Sequence[str]) -> dict[str, list[Any]]:
-        """Return the columns of the table for some sequences.
-
-        Raises:
-            DataError: the table has no row for a sequence.
-        """
+        """Return the columns for some sequences; a sequence without a row is a DataError."""
         keys = [accession_of(accession) for accession in accessions]
         if absent := [place for place, key in zip(places, keys, strict=True) if key not in self.rows]:
             raise DataError(f"{len(absent)} sequence(s) have no label in the second table: {listing(absent)}")
@@ -235,7 +227,7 @@ class _RowCounts:
 
     Attributes:
         kept: rows within the bounds of length.
-        left_out: rows outside of them.
+        left_out: rows outside the bounds.
         nucleotides: kept rows with no other letters than A, C, G, T, U and N.
         by_split: split to kept rows; 0 for a split without kept rows.
     """
@@ -254,11 +246,7 @@ class _RowCounts:
             self.by_split[split] += int(kept)
 
     def check(self, files: Mapping[str, str | Path]) -> None:
-        """Refuse an empty table or split, and log what a user may not expect.
-
-        Raises:
-            DataError: no row is kept, or none of a split.
-        """
+        """Refuse an empty table or split, and log rows that were left out or look like nucleotides."""
         if not self.kept:
             raise DataError(f"{listing([str(path) for path in files.values()])}: no sequence is left")
         if empty := sorted(split for split, kept in self.by_split.items() if not kept):

@@ -230,12 +230,12 @@ def test_equal_sequences_are_never_split_at_random(tmp_path):
         (
             lambda t: put(t, "structure", "HE"),
             {"label": "structure", "label_kind": "residues"},
-            "1 row.*label count differs from residue.*line 4: 2 labels",
+            "1 row.*label count differs from residue count.*line 4: 2 labels for",
         ),
         (
             lambda t: put(t, "golgi", "2"),
             {"label": ["nucleus", "golgi"]},
-            "label is neither 0 nor 1.*line 4: '2'",
+            "golgi label is neither 0 nor 1.*line 4: '2'",
         ),
         (lambda t: put(t, "fold", "x"), {"partition": "fold"}, "fold is not a whole number in 1 row.*line 4: 'x'"),
         (lambda t: t.assign(split="later"), {}, "split is not train, validation or test in 40 row.*and 35 more"),
