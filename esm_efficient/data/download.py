@@ -1,4 +1,4 @@
-"""Fetch a file once, check it, and keep it in a cache folder."""
+"""Download a file once, check it, and keep it in a cache folder."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from esm_efficient.errors import DownloadError
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "ESM_EFFICIENT_CACHE"
-_CHUNK = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
-    """The folder for downloaded files: ``$ESM_EFFICIENT_CACHE``, or ``esm_efficient`` in the user's cache folder."""
+    """Return the folder for downloaded files: ``$ESM_EFFICIENT_CACHE``, or ``esm_efficient`` in the user's cache folder."""
     if moved := os.environ.get(CACHE_VARIABLE):
         return Path(moved).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "esm_efficient"
 
 
 def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
-        while chunk := handle.read(_CHUNK):
+        while chunk := handle.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeout: float = 30.0) -> Path:
-    """Download a file with a progress bar unless it is there already.
+    """Download a file with a progress bar, unless it exists.
 
-    The file is written beside its destination under another name, checked, and moved into place in one step, so that
-    an interrupted or wrong download never leaves a file that looks complete.
+    The file is written under another name beside its destination, checked, and moved into place in one step. So an
+    interrupted or wrong download never leaves a file that looks complete.
 
     Args:
         url: http, https or file address.
         destination: where the file goes.
         sha256: the expected SHA-256 in hexadecimal; None to accept any content.
-        timeout: seconds without an answer before giving up.
+        timeout: seconds to wait for an answer.
 
     Returns:
         `destination`.
 
     Raises:
-        DownloadError: the address cannot be reached, the content is cut short or has another SHA-256.
+        DownloadError: the address cannot be reached, the content is incomplete or has another SHA-256.
     """
     destination = Path(destination)
     if destination.exists():
-        if sha256 is not None and (found := sha256_of(destination)) != sha256:
+        if sha256 is not None and (actual := sha256_of(destination)) != sha256:
             raise DownloadError(
-                f"{destination} has SHA-256 {found}, expected {sha256}: it is damaged or another version. Delete it "
-                "to fetch it again."
+                f"{destination} has SHA-256 {actual}, expected {sha256}: it is damaged or another version. Delete it "
+                "to download it again."
             )
         return destination
     advice = f"To work offline, get {url} on another machine and put it at {destination}"
@@ -69,7 +69,7 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
         handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
     except OSError as error:
         raise DownloadError(
-            f"cannot write into {destination.parent} ({error}). Set {CACHE_VARIABLE} to a folder that can be written."
+            f"cannot write into {destination.parent} ({error}). Set {CACHE_VARIABLE} to a folder that is writable."
         ) from error
     temporary = Path(name)
     digest = hashlib.sha256()
@@ -79,7 +79,7 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
                 length = response.headers.get("Content-Length")
                 expected = int(length) if length else None
                 with tqdm(total=expected, unit="B", unit_scale=True, desc=destination.name) as bar:
-                    while chunk := response.read(_CHUNK):
+                    while chunk := response.read(_CHUNK_BYTES):
                         output.write(chunk)
                         digest.update(chunk)
                         bar.update(len(chunk))
@@ -87,11 +87,11 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
             raise DownloadError(f"cannot fetch {url} ({error}). {advice}") from error
         size = temporary.stat().st_size
         if expected is not None and size != expected:
-            raise DownloadError(f"{url} broke off after {size} of {expected} bytes. Try again. {advice}")
+            raise DownloadError(f"{url} ended after {size} of {expected} bytes. Try again. {advice}")
         if sha256 is not None and digest.hexdigest() != sha256:
             raise DownloadError(
-                f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: the file has changed or was altered on "
-                f"the way. Nothing was kept."
+                f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: the file on the server has "
+                "changed, or the download was altered. Nothing was kept."
             )
         temporary.chmod(0o644)  # mkstemp makes it private; a cache folder may be shared
         os.replace(temporary, destination)

@@ -63,7 +63,7 @@ def test_a_file_is_fetched_once_and_checked(server, tmp_path, demo_table):
     ("path", "sha256", "message"),
     [
         ("/table.csv", "0" * 64, "has SHA-256"),
-        ("/cut.csv", None, "broke off|cannot fetch"),
+        ("/cut.csv", None, "ended after|cannot fetch"),
         ("/absent.csv", None, "404"),
     ],
 )
