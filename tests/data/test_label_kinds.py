@@ -61,7 +61,7 @@ def test_lists_and_numbers_of_a_parquet_file(tmp_path):
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     data = load_sequences(tmp_path / "a.parquet")
     assert data["train"].features["label"] == List(ClassLabel(names=["0", "1"]))
-    with pytest.raises(DataError, match="list in every row.*needs one value per row"):
+    with pytest.raises(DataError, match=r"list in every row.*needs one value per row"):
         load_sequences(tmp_path / "a.parquet", label_kind="class")
     parquet.write_table(pa.table(columns | {"label": np.linspace(0, 1, len(table))}), tmp_path / "b.parquet")
     assert load_sequences(tmp_path / "b.parquet")["train"].features["label"] == Value("float32")
