@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import make_model, tiny_config
 from datasets import ClassLabel, Features, List, Value
 from peft import LoraConfig, get_peft_model
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.tasks import auto_class, head_of, head_of_config, peft_task_type, task_of, task_of_model
+from esm_efficient.tasks import IGNORE, auto_class, head_of, head_of_config, peft_task_type, task_of, task_of_model
 
 CLASSES = ClassLabel(names=["no", "yes"])
 SEVERAL = {"nucleus": Value("float32"), "golgi": Value("int8")}
@@ -130,3 +131,7 @@ def test_the_head_and_the_config_of_a_model_give_its_task(model_class, labels, p
 def test_a_model_without_a_classification_head_has_no_task(model_class):
     with pytest.raises(ConfigurationError, match=f"{model_class.__name__} has no classification head"):
         task_of_model(make_model(model_class))
+
+
+def test_the_class_id_of_unlabelled_tokens_is_the_one_that_torch_ignores():
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
