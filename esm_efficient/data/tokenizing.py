@@ -64,8 +64,8 @@ class TokenizationReport:
         return "\n".join(
             f"{name}: {counts.sequences:,} sequences, {counts.residues:,} residues; {counts.residues_cut:,} residues "
             f"cut from {counts.sequences_cut:,} sequences; {counts.unknown_residues:,} unknown and "
-            f"{counts.ambiguous_residues:,} ambiguous residues; {counts.characters_dropped:,} characters that are no "
-            "residues dropped"
+            f"{counts.ambiguous_residues:,} ambiguous residues; {counts.characters_dropped:,} characters "
+            "dropped (white space, gaps, final stops)"
             for name, counts in self.splits.items()
         )
 
