@@ -1,4 +1,4 @@
-"""What labels stand for: the task of a dataset's features and of a model, and what transformers and peft call it.
+"""The task of a dataset's features and of a model, and the names that transformers and peft have for it.
 
 | feature of ``label`` | task |
 |---|---|
@@ -38,11 +38,11 @@ _PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "token-classification": "TO
 
 @dataclass(frozen=True)
 class Task:
-    """What a model learns to predict.
+    """A prediction task.
 
     Attributes:
         kind: a ``problem_type`` of transformers, or ``"token_classification"``.
-        names: of the classes, of the labels, or of the numbers to regress.
+        names: the names of the classes, of the labels, or of the numbers to regress.
     """
 
     kind: Kind
@@ -59,7 +59,7 @@ class Task:
         return "token-classification" if self.kind == "token_classification" else "sequence-classification"
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Return the task in one line of plain words."""
         words = {
             "single_label_classification": "one class per sequence",
             "multi_label_classification": "several labels per sequence",
@@ -70,14 +70,14 @@ class Task:
 
 
 def task_of(features: Features, column: str = "label") -> Task:
-    """Return the task that the feature of a label column stands for; the module's table lists the features.
+    """Return the task for the feature of a label column; the module's table lists the features.
 
     Args:
-        features: of a dataset.
+        features: the features of a dataset.
         column: the label column.
 
     Raises:
-        DataError: the column is missing, or its feature stands for no task.
+        DataError: the column is missing, or no task has its feature.
 
     Example:
         >>> from datasets import ClassLabel, Features, List
@@ -133,7 +133,7 @@ def head_of(model: Any) -> Head | None:
     """Return the kind of head of a model, by its class name and those of its parents; None for an unknown one.
 
     Args:
-        model: with or without peft adapters.
+        model: a transformers model, with or without peft adapters.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return _head_of_names([parent.__name__ for parent in type(base).__mro__])
@@ -156,7 +156,7 @@ def auto_class(head: Head) -> Any:
 
 
 def peft_task_type(model: Any) -> str | None:
-    """Return peft's ``task_type`` for a model; with it peft trains and saves the head in full. None if it has none."""
+    """Return peft's ``task_type`` for a model; with it peft trains and saves the whole head. None without one."""
     head = head_of(model)
     return None if head is None else _PEFT_TASKS.get(head)
 

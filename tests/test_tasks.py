@@ -1,29 +1,27 @@
-"""Which task a data set's features stand for, and what its labels become beside the tokens."""
+"""The task of a dataset's features and of a model, and the names that transformers and peft have for it."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from transformers import AutoTokenizer
+import torch
+from conftest import make_model, tiny_config
+from datasets import ClassLabel, Features, List, Value
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    EsmForMaskedLM,
+    EsmForSequenceClassification,
+    EsmForTokenClassification,
+    EsmModel,
+)
 
-from esm_efficient import demo_model_path, tokenize_dataset
-from esm_efficient.errors import DataError
-from esm_efficient.tasks import task_of
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import IGNORE, auto_class, head_of, head_of_config, peft_task_type, task_of, task_of_model
 
-TOKENIZER = AutoTokenizer.from_pretrained(demo_model_path())
 CLASSES = ClassLabel(names=["no", "yes"])
 SEVERAL = {"nucleus": Value("float32"), "golgi": Value("int8")}
-
-
-def tokenized(feature, labels, sequences=None, *, weights=None, **options):
-    rows = {"sequence": sequences or ["MKTV"] * len(labels), "label": labels}
-    features = {"sequence": Value("string"), "label": feature}
-    if weights is not None:
-        rows["sample_weight"], features["sample_weight"] = weights, Value("float64")
-    data = DatasetDict(test=Dataset.from_dict(rows, features=Features(features)))
-    return tokenize_dataset(data, TOKENIZER, **options)[0]["test"]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def tokenized(feature, labels, sequences=None, *, weights=None, **options):
     ],
     ids=str,
 )
-def test_the_feature_says_the_task(feature, kind, names):
+def test_the_feature_of_the_labels_gives_the_task(feature, kind, names):
     task = task_of(Features({"label": feature}))
     assert (task.kind, task.names) == (kind, names)
     assert task.problem_type == (None if kind == "token_classification" else kind)
@@ -54,87 +52,86 @@ def test_the_feature_says_the_task(feature, kind, names):
     ],
     ids=str,
 )
-def test_a_feature_that_stands_for_no_task_is_refused_with_what_would(feature):
+def test_a_feature_without_a_task_is_refused_with_what_to_do(feature):
     with pytest.raises(DataError, match="class_encode_column"):
         task_of(Features({"label": feature}))
 
 
-def test_no_column_at_all_is_refused():
+def test_a_missing_label_column_is_refused():
     with pytest.raises(DataError, match="has the feature None"):
         task_of(Features({"sequence": Value("string")}))
 
 
-def test_several_labels_become_numbers_and_null_becomes_nan():
-    rows = tokenized(SEVERAL, [{"nucleus": 1.0, "golgi": 0}, {"nucleus": None, "golgi": 1}, {"nucleus": 0.5}])
-    assert rows.features["labels"] == List(Value("float32"), length=2)
-    assert rows["labels"][0] == [1.0, 0.0]
-    assert math.isnan(rows["labels"][1][0])
-    assert rows["labels"][1][1] == 1.0
-    assert rows["labels"][2][0] == 0.5
-    assert math.isnan(rows["labels"][2][1])
+class Subclass(EsmForTokenClassification):
+    """A class of a user, whose own name has no suffix that transformers knows."""
 
 
-def test_numbers_become_float32_and_null_becomes_nan():
-    assert tokenized(Value("float64"), [0.5, -2.0])["labels"][:] == [0.5, -2.0]
-    assert math.isnan(tokenized(Value("float64"), [0.5, None])["labels"][1])
-    assert tokenized(List(Value("float64"), length=2), [[0.5, 1.0], [2.0, 3.0]])["labels"][:] == [
-        [0.5, 1.0],
-        [2.0, 3.0],
-    ]
+def with_adapters(model):
+    return get_peft_model(model, LoraConfig(target_modules=["query"], r=2))
+
+
+HEADS = [
+    (EsmForSequenceClassification, "sequence-classification", "SEQ_CLS", AutoModelForSequenceClassification),
+    (EsmForTokenClassification, "token-classification", "TOKEN_CLS", AutoModelForTokenClassification),
+    (Subclass, "token-classification", "TOKEN_CLS", AutoModelForTokenClassification),
+    (EsmForMaskedLM, "masked-lm", None, AutoModelForMaskedLM),
+    (EsmModel, None, None, None),
+]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("model_class", "head", "task_type", "auto"), HEADS)
+def test_the_class_of_a_model_gives_its_head_with_and_without_adapters(model_class, head, task_type, auto, adapted):
+    model = make_model(model_class)
+    model = with_adapters(model) if adapted else model
+    assert head_of(model) == head
+    assert peft_task_type(model) == task_type
+    if head is not None:
+        assert auto_class(head) is auto
 
 
 @pytest.mark.parametrize(
-    ("keep", "expected"),
-    [("start", [0, 1, 0]), ("end", [-100, 1, 1]), ("both", [0, 1, 1])],
-)
-def test_labels_of_residues_are_cut_with_them_and_special_tokens_have_none(keep, expected):
-    rows = tokenized(List(CLASSES), [[0, 1, 0, None, 1, 1], [1, 0]], ["mk-tvay*", "MK"], max_tokens=5, keep=keep)
-    assert rows.features["labels"] == List(CLASSES)
-    assert rows["labels"][:] == [[-100, *expected, -100], [-100, 1, 0, -100]]
-    assert [len(ids) for ids in rows["input_ids"]] == [5, 4]
-
-
-@pytest.mark.parametrize(
-    ("feature", "labels", "message"),
+    ("architectures", "head"),
     [
-        (CLASSES, [0, None], "missing in 1 row.*row 1 of test"),
-        (CLASSES, [0, -1], "-1 in row 1 of test"),
-        (SEVERAL, [{"nucleus": 2.0, "golgi": 0}], "between 0 and 1 in 1 row.*row 0"),
-        (Value("float32"), [1.0, math.inf], "infinite in 1 row.*row 1"),
-        (List(Value("float32"), length=2), [[1.0, 2.0], None], "2 numbers"),
-        (List(CLASSES), [[0, 1, 0, 1], [0, 1]], r"row 1 of test \(4 residues, 2 labels\)"),
-        (List(CLASSES), [None], r"row 0 of test \(4 residues, 0 labels\)"),
-        (List(CLASSES), [[0, 1, -1, 0]], "-1 in row 0"),
+        (["EsmForSequenceClassification"], "sequence-classification"),
+        (["EsmForTokenClassification"], "token-classification"),
+        (["EsmForMaskedLM"], "masked-lm"),
+        (["EsmModel"], None),
+        ([], None),
+        (None, None),
     ],
 )
-def test_labels_that_do_not_fit_name_the_row(feature, labels, message):
-    with pytest.raises(DataError, match=message):
-        tokenized(feature, labels)
+def test_the_architectures_of_a_config_give_its_head(architectures, head):
+    assert head_of_config(tiny_config(architectures=architectures)) == head
 
 
-def test_splits_must_have_the_same_labels_in_the_same_order():
-    def split(names):
-        features = Features({"sequence": Value("string"), "label": ClassLabel(names=names)})
-        return Dataset.from_dict({"sequence": ["MK"], "label": [0]}, features=features)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("model_class", "labels", "problem_type", "kind"),
+    [
+        (EsmForSequenceClassification, 1, None, "regression"),
+        (EsmForSequenceClassification, 2, None, "single_label_classification"),
+        (EsmForSequenceClassification, 2, "regression", "regression"),
+        (EsmForSequenceClassification, 2, "multi_label_classification", "multi_label_classification"),
+        (EsmForSequenceClassification, 1, "multi_label_classification", "multi_label_classification"),
+        (EsmForTokenClassification, 2, None, "token_classification"),
+        (Subclass, 2, None, "token_classification"),
+    ],
+)
+def test_the_head_and_the_config_of_a_model_give_its_task(model_class, labels, problem_type, kind, adapted):
+    names = ("no", "yes")[:labels]
+    options = {"id2label": dict(enumerate(names)), "problem_type": problem_type}
+    model = make_model(model_class, num_labels=labels, **options)
+    task = task_of_model(with_adapters(model) if adapted else model)
+    assert (task.kind, task.names) == (kind, names)
+    assert task.head == head_of(model)
 
-    with pytest.raises(DataError, match=r"train one class per sequence: no, yes; test one class per sequence: yes, no"):
-        tokenize_dataset(DatasetDict(train=split(["no", "yes"]), test=split(["yes", "no"])), TOKENIZER)
-    unlabelled = split(["no", "yes"]).remove_columns("label")
-    assert (
-        "labels"
-        not in tokenize_dataset(DatasetDict(train=split(["no"]), test=unlabelled), TOKENIZER)[0]["test"].features
-    )
-    with pytest.raises(DataError, match="'test' has no row"):
-        tokenize_dataset(DatasetDict(test=unlabelled.select([])), TOKENIZER)
+
+@pytest.mark.parametrize("model_class", [EsmForMaskedLM, EsmModel])
+def test_a_model_without_a_classification_head_has_no_task(model_class):
+    with pytest.raises(ConfigurationError, match=f"{model_class.__name__} has no classification head"):
+        task_of_model(make_model(model_class))
 
 
-def test_labels_of_residues_may_come_in_lists_of_a_fixed_length():
-    rows = tokenized(List(CLASSES, length=4), [[0, 1, 0, 1]])
-    assert rows["labels"][0] == [-100, 0, 1, 0, 1, -100]
-
-
-def test_weights_of_sequences_are_kept_and_checked():
-    assert tokenized(CLASSES, [0, 1], weights=[0.5, 2])["sample_weight"][:] == [0.5, 2.0]
-    for wrong in (None, -1.0, math.nan, math.inf):
-        with pytest.raises(DataError, match=r"sample_weight.*row 1 of test"):
-            tokenized(CLASSES, [0, 1], weights=[1.0, wrong])
+def test_the_class_id_of_unlabelled_tokens_is_the_one_that_torch_ignores():
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE

@@ -1,4 +1,4 @@
-"""Sequences in, `datasets.Dataset` out."""
+"""Load, split, encode, tokenise and batch sequences, as `datasets.Dataset`."""
 
 from esm_efficient.data.batching import DeepLocLoaders, TokenBudgetBatchSampler, deeploc_dataloaders
 from esm_efficient.data.deeploc import load_deeploc

@@ -1,4 +1,4 @@
-"""From token ids to batches of tensors: of a fixed number of sequences, or of a budget of tokens."""
+"""Make batches of tokenised sequences: of a fixed number of sequences, or of a budget of tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from esm_efficient.data.deeploc import load_deeploc
+from esm_efficient.data.encoding import offsets_from_lengths
 from esm_efficient.data.sequences import Keep
 from esm_efficient.data.tokenizing import LENGTH_COLUMN, tokenize_dataset
 from esm_efficient.errors import ConfigurationError
@@ -22,34 +23,37 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ALIKE, _MIXED = 0.03, 4
-"""Sequences change places whose lengths differ by so little, or that are in so many neighbouring batches."""
+_LENGTH_TOLERANCE = 0.03
+"""Sequences are shuffled with others that are shorter by at most this fraction."""
+
+_NEIGHBOURING_BATCHES = 4
+"""Sequences of this many neighbouring batches are shuffled together, whatever their lengths."""
 
 
 class TokenBudgetBatchSampler:
-    """Batches of sequences of similar length, as many as a budget of tokens holds.
+    """Makes batches of sequences of similar length, with as many sequences as fit into a budget of tokens.
 
-    A batch of n sequences whose longest has m tokens takes n x m tokens, padding included, and no more than the budget;
-    a sequence that is longer than that is alone in its batch. An epoch yields every sequence exactly once over all
-    ranks, and as many batches on each. Which sequences of nearly equal length come together, and the order of the
-    batches, are drawn anew in each epoch; the number of batches never changes.
+    A batch of n sequences that has m tokens in the longest takes n x m tokens, padding included. This is at most the
+    budget; a longer sequence is alone in its batch. An epoch yields every sequence exactly once over all ranks, and the
+    same number of batches on each rank. Each epoch shuffles the batches, and the sequences with others of nearly equal
+    length; the number of batches never changes.
 
     It is a batch sampler for `torch.utils.data.DataLoader`.
 
     Args:
-        lengths: tokens of each sequence.
-        budget: the most tokens of a batch.
-        seed: of the order; the same on all ranks.
-        shuffle: draw an order in each epoch, or go from the longest to the shortest.
-        ranks: processes that share the batches.
-        rank: which of them this is.
+        lengths: tokens per sequence.
+        budget: the most tokens per batch.
+        seed: seed of the order; the same on all ranks.
+        shuffle: shuffle in each epoch, or go from the longest sequence to the shortest.
+        ranks: number of processes that share the batches.
+        rank: the rank of this process.
 
     Attributes:
-        epoch: what the order is drawn for; see `set_epoch`.
+        epoch: number of the epoch, which the order depends on; see `set_epoch`.
 
     Raises:
-        ConfigurationError: there is no sequence, a length or the budget is below 1, `rank` is none of the ranks, or the
-            sequences cannot be spread evenly over the ranks because every one fills a batch.
+        ConfigurationError: there is no sequence, a length or the budget is below 1, `rank` is not one of the ranks, or
+            the sequences cannot be spread evenly over the ranks because every one fills a batch.
 
     Example:
         >>> sampler = TokenBudgetBatchSampler([4, 9, 5, 4], budget=10, shuffle=False)
@@ -86,39 +90,37 @@ class TokenBudgetBatchSampler:
                 "%d sequence(s) exceed the budget of %d tokens (the longest has %d): each is alone in its batch",
                 *(over, budget, int(ordered[0])),
             )
-        sizes = _spread(_fill(ordered, budget), ranks)
-        self._ends = np.cumsum(sizes)
-        self._windows = _windows(ordered, np.repeat(sizes, sizes))
+        batch_sizes = _spread_over_ranks(_batch_sizes(ordered, budget), ranks)
+        self._offsets = offsets_from_lengths(batch_sizes)
+        self._shuffle_groups = _shuffle_groups(ordered, np.repeat(batch_sizes, batch_sizes))
 
     def __len__(self) -> int:
-        """Batches of an epoch on one rank."""
-        return len(self._ends) // self.ranks
+        """Return the batches per epoch on one rank."""
+        return (len(self._offsets) - 1) // self.ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Indices of the sequences of each of this rank's batches, from where the epoch was resumed."""
+        """Yield the indices of the sequences of each batch of this rank, from where the epoch was resumed."""
         skipped, self._skipped = self._skipped, 0
-        order, batches = self._order, np.arange(len(self._ends))
+        order, batches = self._order, np.arange(len(self._offsets) - 1)
         if self.shuffle:
             rng = np.random.default_rng((self.seed, self.epoch))
-            order = order[np.lexsort((rng.random(len(order)), self._windows))]
+            order = order[np.lexsort((rng.random(len(order)), self._shuffle_groups))]
             batches = rng.permutation(batches)
-        starts = np.concatenate(([0], self._ends[:-1]))
         for batch in batches[self.rank :: self.ranks][skipped:].tolist():
-            yield order[starts[batch] : self._ends[batch]].tolist()
+            yield order[self._offsets[batch] : self._offsets[batch + 1]].tolist()
 
     def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
-        """Say which epoch is iterated next; transformers' Trainer and accelerate do.
+        """Set the epoch of the next iteration; transformers' Trainer and accelerate call this.
 
         Args:
             epoch: number of the epoch.
-            skip: batches of this rank that were used already, where an epoch is resumed in its middle. It holds for the
-                next iteration only.
+            skip: batches of this rank to skip in the next iteration, to resume an epoch in its middle.
         """
         self.epoch, self._skipped = epoch, skip
 
 
-def _fill(ordered: np.ndarray, budget: int) -> list[int]:
-    """Sequences of each batch, from the longest sequence on."""
+def _batch_sizes(ordered: np.ndarray, budget: int) -> list[int]:
+    """Return the sequences per batch, with the batches filled from the longest sequence on."""
     sizes, start = [], 0
     while start < len(ordered):
         size = min(max(budget // int(ordered[start]), 1), len(ordered) - start)
@@ -127,8 +129,8 @@ def _fill(ordered: np.ndarray, budget: int) -> list[int]:
     return sizes
 
 
-def _spread(sizes: list[int], ranks: int) -> np.ndarray:
-    """Batches cut in two until every rank gets as many."""
+def _spread_over_ranks(sizes: list[int], ranks: int) -> np.ndarray:
+    """Return the sequences per batch after batches are halved until every rank has the same number of batches."""
     missing = -len(sizes) % ranks
     if missing > sum(size - 1 for size in sizes):
         raise ConfigurationError(
@@ -136,47 +138,54 @@ def _spread(sizes: list[int], ranks: int) -> np.ndarray:
             f"batch that is empty or over the budget: raise the budget, or leave out {len(sizes) % ranks} sequence(s)"
         )
     while missing:
-        # The largest are cut, each once a round, so that none gets much smaller than the others.
-        chosen = set(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:missing])
-        chosen = {i for i in chosen if sizes[i] > 1}
-        missing -= len(chosen)
-        halves = [(n - n // 2, n // 2) if i in chosen else (n,) for i, n in enumerate(sizes)]
-        sizes = list(itertools.chain.from_iterable(halves))
+        # Each round halves the largest batches once, so that no batch gets much smaller than the others.
+        halved = set(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:missing])
+        halved = {i for i in halved if sizes[i] > 1}
+        missing -= len(halved)
+        parts = [(n - n // 2, n // 2) if i in halved else (n,) for i, n in enumerate(sizes)]
+        sizes = list(itertools.chain.from_iterable(parts))
     return np.array(sizes)
 
 
-def _windows(ordered: np.ndarray, of_size: np.ndarray) -> np.ndarray:
-    """Runs of sequences that may change places: of similar length, in batches of one size, so that all fit."""
-    windows = np.empty(len(ordered), dtype=np.int64)
+def _shuffle_groups(ordered: np.ndarray, batch_size_of: np.ndarray) -> np.ndarray:
+    """Return a group number per sequence; sequences of a group are shuffled with each other.
+
+    A group has sequences of similar length, in batches of one size, so that every batch stays within the budget.
+
+    Args:
+        ordered: tokens per sequence, from the longest on.
+        batch_size_of: sequences in the batch of each sequence.
+    """
+    groups = np.empty(len(ordered), dtype=np.int64)
     rising = -ordered
     start = number = 0
     while start < len(ordered):
-        shortest = (1 - _ALIKE) * ordered[start]
-        same = int(np.searchsorted(rising, -shortest, side="right"))
-        same = max(same, min(start + _MIXED * int(of_size[start]), len(ordered)))
-        different = np.flatnonzero(of_size[start:same] != of_size[start])
-        end = start + int(different[0]) if len(different) else same
-        windows[start:end] = number
+        shortest = (1 - _LENGTH_TOLERANCE) * ordered[start]
+        stop = int(np.searchsorted(rising, -shortest, side="right"))
+        stop = max(stop, min(start + _NEIGHBOURING_BATCHES * int(batch_size_of[start]), len(ordered)))
+        other_size = np.flatnonzero(batch_size_of[start:stop] != batch_size_of[start])
+        end = start + int(other_size[0]) if len(other_size) else stop
+        groups[start:end] = number
         start, number = end, number + 1
-    return windows
+    return groups
 
 
 def lengths_of(dataset: Any, column: str = LENGTH_COLUMN) -> np.ndarray:
     """Return the tokens of every sequence of a tokenised dataset, int64 of shape (sequences,).
 
     Args:
-        dataset: of `datasets`, or any sequence of mappings, with ``input_ids``.
-        column: the column of the lengths in tokens; where it is missing, the ids are counted.
+        dataset: a dataset of `datasets`, or any sequence of mappings, with ``input_ids``.
+        column: the column of the lengths in tokens; if it is missing, the ids are counted.
     """
-    names = getattr(dataset, "column_names", None) or list(dataset[0])
-    found = next((name for name in (column, LENGTH_COLUMN) if name in names), None)
-    if found is not None and hasattr(dataset, "with_format"):
-        return np.asarray(dataset.with_format("numpy")[found][:])
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    length_column = next((name for name in (column, LENGTH_COLUMN) if name in columns), None)
+    if length_column is not None and hasattr(dataset, "with_format"):
+        return np.asarray(dataset.with_format("numpy")[length_column][:])
     return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
 
 
 class DeepLocLoaders(NamedTuple):
-    """The three DataLoaders of `deeploc_dataloaders`; ``validation`` is None when the split has none."""
+    """The three DataLoaders of `deeploc_dataloaders`; ``validation`` is None without a validation split."""
 
     train: DataLoader
     validation: DataLoader | None
@@ -187,6 +196,8 @@ def deeploc_dataloaders(
     tokenizer: PreTrainedTokenizerBase,
     source: str | Path | None = None,
     *,
+    min_residues: int | None = 100,
+    max_residues: int | None = 512,
     batch_size: int = 8,
     max_tokens: int = 1024,
     keep: Keep = "start",
@@ -194,24 +205,26 @@ def deeploc_dataloaders(
     num_workers: int = 0,
     **load_options: Any,
 ) -> DeepLocLoaders:
-    """Plain torch DataLoaders over DeepLoc-2.0, for people with a training loop of their own.
+    """Make plain torch DataLoaders over DeepLoc-2.0, for a custom training loop.
 
     Args:
-        tokenizer: of an ESM model.
-        source: as in `load_deeploc`.
-        batch_size: sequences a batch.
-        max_tokens: the most tokens of a sequence.
-        keep: what stays of a longer sequence, as in `tokenize_dataset`.
-        seed: of the split and of the order of the training batches; each epoch has another order.
+        tokenizer: the tokenizer of an ESM model.
+        source: the table, as in `load_deeploc`.
+        min_residues: the fewest residues of a protein; shorter proteins are left out. None for no bound.
+        max_residues: the most residues of a protein; longer proteins are left out. None for no bound.
+        batch_size: sequences per batch.
+        max_tokens: the most tokens per sequence, the two special tokens included; longer sequences are truncated.
+        keep: the part of a longer sequence to keep, as in `tokenize_dataset`.
+        seed: seed of the split and of the order of the training batches; each epoch has another order.
         num_workers: processes that prepare batches.
-        **load_options: everything else that `load_deeploc` takes.
+        **load_options: other options of `load_deeploc`.
 
     Returns:
         Loaders for training (shuffled), validation and test. A batch is a dict of int64 tensors: ``input_ids`` and
         ``attention_mask`` of shape (batch, tokens of the longest), ``labels`` of shape (batch,).
 
     Raises:
-        DownloadError, DataError, ConfigurationError: as `load_deeploc` and `tokenize_dataset`.
+        DownloadError, DataError, ConfigurationError: as raised by `load_deeploc` and `tokenize_dataset`.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -225,9 +238,8 @@ def deeploc_dataloaders(
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
-    data, _ = tokenize_dataset(
-        load_deeploc(source, seed=seed, **load_options), tokenizer, max_tokens=max_tokens, keep=keep
-    )
+    table = load_deeploc(source, min_residues=min_residues, max_residues=max_residues, seed=seed, **load_options)
+    data, _ = tokenize_dataset(table, tokenizer, max_tokens=max_tokens, keep=keep)
     data = data.remove_columns(LENGTH_COLUMN)
     collate = DataCollatorWithPadding(tokenizer)
 

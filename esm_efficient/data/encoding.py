@@ -1,7 +1,7 @@
-"""Residues to token ids, whole batches at once, equal to `EsmTokenizer` on every letter that it knows.
+"""Encode residues as token ids, whole batches at once; equal to `EsmTokenizer` on every letter that it knows.
 
 `EsmTokenizer` folds a run of unknown characters into a single ``<unk>``, which shifts every later residue. Here each
-unknown character is one ``<unk>``; what is no residue at all is dropped as `esm_efficient.data.sequences.clean` says.
+unknown character is one ``<unk>``. `esm_efficient.data.sequences.clean` says which characters are dropped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DROPPED = 255
+"""The entry of a dropped character in the table of ids."""
 
 
 class Encoded(NamedTuple):
-    """Token ids of many sequences, one after another.
+    """The token ids of many sequences, joined into one array.
 
     Attributes:
         ids: uint8 of shape (tokens of all sequences,).
         offsets: int64 of shape (sequences + 1,): sequence i is ``ids[offsets[i]:offsets[i + 1]]``.
-        residues: int64 of shape (sequences,): residues of each before it was cut.
+        residues: int64 of shape (sequences,): residues per sequence before truncation.
     """
 
     ids: np.ndarray
@@ -36,16 +37,16 @@ class Encoded(NamedTuple):
 
 
 class ResidueEncoder:
-    """Turns sequences into the token ids of an ESM model, without a loop over residues.
+    """Encodes sequences as the token ids of an ESM model, without a loop over residues.
 
     Args:
-        tokenizer: of an ESM model; its vocabulary says which id a residue has.
+        tokenizer: the tokenizer of an ESM model; its vocabulary gives the ids.
 
     Attributes:
-        cls: id of ``<cls>``, put before a sequence.
-        eos: id of ``<eos>``, put after it.
-        unknown: id of ``<unk>``, for a character that is no residue of the vocabulary.
-        ambiguous: ids of X, B and Z.
+        cls: the id of ``<cls>``, which comes before a sequence.
+        eos: the id of ``<eos>``, which comes after a sequence.
+        unknown: the id of ``<unk>``, for a character that is not in the vocabulary.
+        ambiguous: the ids of X, B and Z.
 
     Raises:
         ConfigurationError: the tokenizer lacks one of the 25 residue letters or a special token, or has ids above 254.
@@ -68,7 +69,9 @@ class ResidueEncoder:
             )
         specials = {name: getattr(tokenizer, name) for name in ("cls_token_id", "eos_token_id", "unk_token_id")}
         if absent := [name for name, value in specials.items() if value is None]:
-            raise ConfigurationError(f"the tokenizer has no {', '.join(absent)}")
+            raise ConfigurationError(
+                f"the tokenizer has no {', '.join(absent)}: expected the tokenizer of an ESM model"
+            )
         if (highest := max(*vocabulary.values(), *specials.values())) >= _DROPPED:
             raise ConfigurationError(f"the tokenizer has the id {highest}: an ESM model's vocabulary has 33 tokens")
         self.cls, self.eos, self.unknown = specials.values()
@@ -76,7 +79,7 @@ class ResidueEncoder:
         self._table = self._make_table(vocabulary)
 
     def _make_table(self, vocabulary: Mapping[str, int]) -> np.ndarray:
-        """The id of every ASCII character, uint8 of shape (256,)."""
+        """Return the id of every ASCII character, uint8 of shape (256,)."""
         table = np.full(256, self.unknown, dtype=np.uint8)
         for token, index in vocabulary.items():
             if len(token) == 1 and token.isascii():
@@ -95,82 +98,91 @@ class ResidueEncoder:
         """Encode sequences.
 
         Args:
-            sequences: texts, cleaned on the way as by `esm_efficient.data.sequences.clean`.
-            max_residues: the most residues to keep of each; None for all.
-            keep: what stays of a longer one: its ``"start"``, its ``"end"``, or ``"both"`` ends.
-            special: put ``<cls>`` before each and ``<eos>`` after it.
+            sequences: texts; they are cleaned as by `esm_efficient.data.sequences.clean`.
+            max_residues: the most residues to keep per sequence; None for all.
+            keep: the part of a longer sequence to keep: its ``"start"``, its ``"end"``, or ``"both"`` ends.
+            special: put ``<cls>`` before each sequence and ``<eos>`` after it.
 
         Raises:
-            ConfigurationError: `keep` is none of these, or `max_residues` is below 1.
+            ConfigurationError: `keep` has another value, or `max_residues` is below 1.
         """
-        check_cut(max_residues, keep)
-        ids, lengths = self._residues(sequences)
+        check_truncation(max_residues, keep)
+        ids, lengths = self._residue_ids(sequences)
         residues = lengths
         if max_residues is not None and lengths.max(initial=0) > max_residues:
-            kept = kept_by(lengths, max_residues, keep)
-            ids, lengths = ids[kept], np.minimum(lengths, max_residues)
+            ids = ids[truncation_mask(lengths, max_residues, keep)]
+            lengths = np.minimum(lengths, max_residues)
         if not special:
-            return Encoded(ids, offsets_of(lengths), residues)
-        offsets = offsets_of(lengths + SPECIAL_TOKENS)
+            return Encoded(ids, offsets_from_lengths(lengths), residues)
+        offsets = offsets_from_lengths(lengths + SPECIAL_TOKENS)
         tokens = np.empty(offsets[-1], dtype=np.uint8)
-        inner = np.ones(len(tokens), dtype=bool)
-        inner[offsets[:-1]] = inner[offsets[1:] - 1] = False
-        tokens[inner] = ids
+        tokens[residue_positions(offsets)] = ids
         tokens[offsets[:-1]], tokens[offsets[1:] - 1] = self.cls, self.eos
         return Encoded(tokens, offsets, residues)
 
-    def _residues(self, sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all residues, and how many each sequence has."""
+    def _residue_ids(self, sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all residues, and the number of residues per sequence."""
         text = "".join(sequences)
         if not text.isascii() or STOP in text:
-            # Only in the few that hold such a character, other white space or a final stop must be looked for.
+            # Other white space and final stops can only be in a sequence with such a character.
             sequences = [s if s.isascii() and STOP not in s else clean(s) for s in sequences]
             text = "".join(sequences)
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-        # A character outside of ASCII becomes '?', which is no token: one <unk> for one character.
+        # A character outside ASCII becomes '?', which is not in the vocabulary: one <unk> per character.
         ids = self._table[np.frombuffer(text.encode("ascii", "replace"), dtype=np.uint8)]
         dropped = ids == _DROPPED
         if not dropped.any():
             return ids, lengths
-        so_far = np.concatenate(([0], np.cumsum(dropped)))
-        offsets = offsets_of(lengths)
-        return ids[~dropped], lengths - (so_far[offsets[1:]] - so_far[offsets[:-1]])
+        dropped_before = offsets_from_lengths(dropped)
+        offsets = offsets_from_lengths(lengths)
+        return ids[~dropped], lengths - (dropped_before[offsets[1:]] - dropped_before[offsets[:-1]])
 
 
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several pieces begins, and the end of the last: int64 of shape (pieces + 1,)."""
+def offsets_from_lengths(lengths: np.ndarray) -> np.ndarray:
+    """Return the start of each sequence in a joined array, and the end of the last: int64 of shape (sequences + 1,)."""
     return np.concatenate(([0], np.cumsum(lengths)))
 
 
-def kept_by(lengths: np.ndarray, most: int, keep: Keep = "start") -> np.ndarray:
-    """Which residues stay when sequences are cut.
+def residue_positions(offsets: np.ndarray) -> np.ndarray:
+    """Return which tokens are residues, bool of shape (tokens,): all but the first and the last of each sequence.
 
     Args:
-        lengths: residues of each sequence.
-        most: the most residues to keep of each, at least 1.
-        keep: what stays: the ``"start"``, the ``"end"``, or ``"both"`` ends (the start gets the odd residue).
+        offsets: the start of each sequence, with its two special tokens, and the end of the last.
+    """
+    inner = np.ones(offsets[-1], dtype=bool)
+    inner[offsets[:-1]] = inner[offsets[1:] - 1] = False
+    return inner
+
+
+def truncation_mask(lengths: np.ndarray, max_residues: int, keep: Keep = "start") -> np.ndarray:
+    """Return which residues stay when sequences are truncated.
+
+    Args:
+        lengths: residues per sequence.
+        max_residues: the most residues to keep per sequence, at least 1.
+        keep: the part to keep: the ``"start"``, the ``"end"``, or ``"both"`` ends (the start gets the odd residue).
 
     Returns:
         bool of shape (residues of all sequences,).
 
     Raises:
-        ConfigurationError: `keep` is none of these, or `most` is below 1.
+        ConfigurationError: `keep` has another value, or `max_residues` is below 1.
 
     Example:
-        >>> kept_by(np.array([4, 2]), 3, "both").tolist()
+        >>> truncation_mask(np.array([4, 2]), 3, "both").tolist()
         [True, True, False, True, True, True]
     """
-    check_cut(most, keep)
-    tail = {"start": 0, "end": most, "both": most // 2}[keep]
-    place = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
-    return (place < most - tail) | (place >= np.repeat(lengths - tail, lengths))
+    check_truncation(max_residues, keep)
+    tail = {"start": 0, "end": max_residues, "both": max_residues // 2}[keep]
+    position = np.arange(lengths.sum()) - np.repeat(offsets_from_lengths(lengths)[:-1], lengths)
+    return (position < max_residues - tail) | (position >= np.repeat(lengths - tail, lengths))
 
 
-def check_cut(max_residues: int | None, keep: str) -> None:
-    """Refuse a cut that leaves nothing or that has no name.
+def check_truncation(max_residues: int | None, keep: str) -> None:
+    """Refuse a truncation that leaves nothing, or an unknown value of `keep`.
 
     Raises:
-        ConfigurationError: `keep` is no kind of cut, or `max_residues` is below 1.
+        ConfigurationError: `keep` is unknown, or `max_residues` is below 1.
     """
     if keep not in get_args(Keep):
         raise ConfigurationError(f"keep={keep!r}: expected one of {', '.join(get_args(Keep))}")

@@ -1,4 +1,4 @@
-"""Protein sequences: their letters, and what is none of them."""
+"""The letters of protein sequences, and how a sequence is cleaned."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ STANDARD_RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 """The 20 amino acids of the genetic code."""
 
 AMBIGUOUS_RESIDUES = "XBZ"
-"""Letters that stand for more than one amino acid; ESM-2 has a token for each."""
+"""Letters that mean one of several amino acids; ESM-2 has a token for each."""
 
 RESIDUES = STANDARD_RESIDUES + AMBIGUOUS_RESIDUES + "UO"
 """The 25 residue letters that ESM-2 has a token for."""
 
-
 GAPS = "-."
-"""What an alignment puts where a sequence has no residue."""
+"""The characters of an alignment where a sequence has no residue."""
 
 STOP = "*"
-"""The stop codon, which a translated sequence may end with."""
+"""The stop codon, which may be at the end of a translated sequence."""
 
 _FOLD = str.maketrans({letter: letter.upper() for letter in "abcdefghijklmnopqrstuvwxyz"} | dict.fromkeys(GAPS))
 
 
 def clean(sequence: str) -> str:
-    r"""What is left of a text once everything that is no residue is gone.
+    r"""Return a text without the characters that are not residues.
 
-    White space and the gaps of an alignment (``-`` and ``.``) are dropped wherever they stand, and stops (``*``) at
-    the end. The letters a to z become capitals. Everything else stays, each character for one residue: also a stop
-    inside the sequence, which is then unknown.
+    White space and the gaps of an alignment (``-`` and ``.``) are dropped everywhere, and stops (``*``) at the end. The
+    letters a to z become capitals. Every other character stays and is one residue. A stop inside the sequence stays
+    too, as an unknown residue.
 
     Example:
         >>> clean("mk-tv\n AYI* ")

@@ -1,7 +1,7 @@
-"""Rows into training, validation and test: by homology partition, by cluster, or at random; and what leaks between.
+"""Split rows into training, validation and test sets: by homology partition, by cluster, or at random.
 
-Proteins descend from each other. A test protein with a relative among the training proteins can be told by memory, and
-a random split is full of those: its score is not that of a protein nobody has seen.
+Proteins are related by descent. A model can predict a test protein from memory if it was trained on a relative. A
+random split has many such pairs, so its score is not the score on an unseen protein.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,34 +19,33 @@ from esm_efficient.data.readers import accession_of, open_text
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
-_BLOCK = 10_000
+_HASH_BATCH_ROWS = 10_000
 _CD_HIT_MEMBER = re.compile(r"^\d+\t\S+, >(?P<name>.+?)\.\.\. ")
 
 
 def split_by_partition(dataset: Dataset, test: Sequence[int], validation: Sequence[int]) -> dict[str, Dataset]:
-    """Cut rows by their column ``partition``; what is in neither list is for training.
+    """Split rows by their column ``partition``; partitions in neither list are for training.
 
     Raises:
-        ConfigurationError: the lists overlap, name a partition that is not there, or leave nothing to test or train on.
+        ConfigurationError: the lists overlap, name a partition that is not in the table, or leave nothing to test or
+            train on.
     """
-    where = _column(dataset, "partition")
-    check_partitions(np.unique(where).tolist(), test, validation)
-    of_test, of_validation = np.isin(where, list(test)), np.isin(where, list(validation))
-    return _parts(dataset, of_test, of_validation)
+    partitions = _column(dataset, "partition")
+    check_partitions(np.unique(partitions).tolist(), test, validation)
+    return _select_splits(dataset, np.isin(partitions, list(test)), np.isin(partitions, list(validation)))
 
 
 def check_partitions(present: Sequence[int], test: Sequence[int], validation: Sequence[int]) -> None:
-    """Refuse partitions that are not there, that are named twice, or that leave nothing to test or train on.
+    """Refuse partitions that are absent, that are named twice, or that leave nothing to test or train on.
 
     Raises:
-        ConfigurationError: they do, or a list is no list of whole numbers.
+        ConfigurationError: the partitions do one of these, or a list is not a list of whole numbers.
     """
     for name, partitions in (("test_partitions", test), ("validation_partitions", validation)):
         if isinstance(partitions, int | str) or not all(isinstance(p, int | np.integer) for p in partitions):
@@ -62,89 +61,120 @@ def check_partitions(present: Sequence[int], test: Sequence[int], validation: Se
 
 
 def split_by_group(
-    dataset: Dataset, groups: np.ndarray, *, test_size: float, validation_size: float, seed: int
+    dataset: Dataset,
+    groups: np.ndarray,
+    *,
+    test_size: float,
+    validation_size: float,
+    seed: int,
+    classes: np.ndarray | None = None,
 ) -> dict[str, Dataset]:
-    """Cut rows at random, with all rows of a group on one side.
+    """Split rows at random, with all rows of a group in one split.
 
-    Groups are taken in random order for the test set as long as they fit into its share, then for the validation set.
+    Groups are drawn in random order for the test set as long as they fit into its share, then for the validation set.
 
     Args:
         dataset: the rows.
-        groups: int of shape (rows,): the group of each.
+        groups: int of shape (rows,): the group of each row.
         test_size: fraction of the rows in the test set.
-        validation_size: likewise for the validation set; 0 for none.
-        seed: of the order of the groups.
+        validation_size: fraction of the rows in the validation set; 0 for none.
+        seed: seed of the random order of the groups.
+        classes: int of shape (rows,): the class of each row, to give every split the class frequencies of the whole
+            (`apportion`). A group counts for the class of its first row. None to ignore classes.
 
     Raises:
         ConfigurationError: the fractions leave nothing to train on, or there are too few groups for the splits.
     """
     check_sizes(test_size, validation_size)
-    _, code, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(counts))
-    of_test = _take(counts, order, test_size * len(dataset))
-    of_validation = _take(counts, order[~of_test[order]], validation_size * len(dataset))
-    parts = _parts(dataset, of_test[code], of_validation[code])
+    _, first_rows, group_of_row, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    rows = len(dataset)
+    test_rows = max(round(test_size * rows), 1)
+    validation_rows = min(max(round(validation_size * rows), 1), rows - test_rows) if validation_size else 0
+    strata = np.zeros(len(sizes), dtype=np.int64)
+    if classes is not None:
+        strata = np.unique(classes[first_rows], return_inverse=True)[1]
+    stratum_rows = np.bincount(strata, weights=sizes).astype(np.int64)
+    quotas = apportion(stratum_rows, (test_rows, validation_rows, rows - test_rows - validation_rows))
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    by_stratum = np.split(order[np.argsort(strata[order], kind="stable")], np.cumsum(np.bincount(strata))[:-1])
+    in_test = _draw(by_stratum, sizes, quotas[:, 0])
+    in_validation = _draw([stratum[~in_test[stratum]] for stratum in by_stratum], sizes, quotas[:, 1])
+    splits = _select_splits(dataset, in_test[group_of_row], in_validation[group_of_row])
     for name, share in (("test", test_size), ("validation", validation_size)):
-        found = len(parts.get(name, ()))
-        if abs(found - share * len(dataset)) > max(1, 0.25 * share * len(dataset)):
-            logger.warning(
-                "%s has %d of %d rows, not %.0f %%: groups are large", name, found, len(dataset), 100 * share
-            )
+        size = len(splits.get(name, ()))
+        if abs(size - share * rows) > max(1, 0.25 * share * rows):
+            logger.warning("%s has %d of %d rows, not %.0f %%: groups are large", name, size, rows, 100 * share)
     wanted = {"train", "test"} | ({"validation"} if validation_size else set())
-    if empty := sorted(wanted - {name for name, part in parts.items() if len(part)}):
+    if empty := sorted(wanted - {name for name, split in splits.items() if len(split)}):
         raise ConfigurationError(
-            f"{len(counts)} groups of {len(dataset)} rows leave nothing for {', '.join(empty)} with "
-            f"test_size={test_size} and validation_size={validation_size}"
+            f"{len(sizes)} groups of {rows} rows leave nothing for {', '.join(empty)} with test_size={test_size} and "
+            f"validation_size={validation_size}"
         )
-    return parts
+    return splits
 
 
-def _take(counts: np.ndarray, order: np.ndarray, rows: float) -> np.ndarray:
-    """Which groups to take so that they have so many rows and no more; the smallest if none fits."""
-    taken = np.zeros(len(counts), dtype=bool)
-    if rows <= 0 or not len(order):
-        return taken
-    sizes = counts[order]
-    if sizes.max() == 1:
-        taken[order[: max(round(rows), 1)]] = True
-        return taken
-    held = 0
-    for group, size in zip(order, sizes, strict=True):
-        if held + size <= rows + 0.5:
-            taken[group] = True
-            held += int(size)
-    if not held:
-        taken[order[sizes.argmin()]] = True
-    return taken
+def _draw(by_stratum: Sequence[np.ndarray], sizes: np.ndarray, quotas: np.ndarray) -> np.ndarray:
+    """Mark the groups to take: per stratum, in order, those that fit into its quota of rows.
+
+    Rows that a stratum could not fill are added to the quota of the next. If no group fits, the smallest is taken.
+
+    Returns:
+        bool of shape (groups,).
+    """
+    drawn = np.zeros(len(sizes), dtype=bool)
+    free = 0
+    for stratum, quota in zip(by_stratum, quotas.tolist(), strict=True):
+        free += quota
+        for group, size in zip(stratum.tolist(), sizes[stratum].tolist(), strict=True):
+            if size <= free:
+                drawn[group] = True
+                free -= size
+    candidates = np.concatenate(by_stratum)
+    if quotas.any() and not drawn.any() and len(candidates):
+        drawn[candidates[sizes[candidates].argmin()]] = True
+    return drawn
 
 
 def split_at_random(
     dataset: Dataset, *, test_size: float, validation_size: float, seed: int, stacklevel: int = 3
 ) -> dict[str, Dataset]:
-    """Cut rows at random, with equal frequencies of classes in every part, and warn of what that does.
+    """Split rows at random, and warn that relatives of training proteins get into the test set.
+
+    Equal sequences are in one split. Where the label is a ClassLabel, every split has the class frequencies of the
+    whole, within one row per class if no sequence is repeated.
+
+    Args:
+        dataset: rows with ``sequence``.
+        test_size: fraction of the rows in the test set.
+        validation_size: fraction of the rows in the validation set; 0 for none.
+        seed: seed of the draw.
+        stacklevel: the caller that the warning names, 1 for this function.
+
+    Returns:
+        The splits; their rows are in the order of the dataset.
 
     Raises:
-        ConfigurationError: the fractions leave nothing to train on.
+        ConfigurationError: the fractions leave nothing to train on, or there are too few sequences for the splits.
     """
-    check_sizes(test_size, validation_size)
+    splits = split_by_group(
+        dataset,
+        sequence_groups(dataset),
+        test_size=test_size,
+        validation_size=validation_size,
+        seed=seed,
+        classes=_column(dataset, "label") if has_classes(dataset) else None,
+    )
     warn_of_relatives(stacklevel=stacklevel + 1)
-    # Several labels a sequence cannot be stratified at once.
-    options: dict[str, Any] = {"seed": seed, "stratify_by_column": "label" if has_classes(dataset) else None}
-    cut = dataset.train_test_split(test_size=test_size, **options)
-    parts = {"train": cut["train"], "test": cut["test"]}
-    if validation_size:
-        rest = cut["train"].train_test_split(test_size=validation_size / (1 - test_size), **options)
-        parts = {"train": rest["train"], "validation": rest["test"], "test": cut["test"]}
-    return parts
+    return splits
 
 
 def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
-    """A random sample of rows with the label frequencies of the whole.
+    """Draw a random sample of rows with the label frequencies of the whole.
 
     Args:
-        dataset: rows with ``label``; where that is no ClassLabel, the sample is not stratified.
+        dataset: rows with ``label``; if the label is not a ClassLabel, the sample is not stratified.
         size: rows to draw, at least 1; the whole dataset, shuffled, if it has no more.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         The sample, in random order.
@@ -154,31 +184,60 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
     """
     if size < 1:
         raise ConfigurationError(f"size={size}: a sample has at least one row")
+    size = min(size, len(dataset))
     if not has_classes(dataset):
-        return dataset.shuffle(seed=seed).select(range(min(size, len(dataset))))
-    labels = np.asarray(dataset["label"][:])
+        return dataset.shuffle(seed=seed).select(range(size))
+    labels = _column(dataset, "label")
     classes, counts = np.unique(labels, return_counts=True)
-    # Each class gets its share rounded down, and those with the largest remainders one more.
-    shares = min(size, len(labels)) * counts / len(labels)
-    wanted = np.floor(shares).astype(int)
-    wanted[np.argsort(wanted - shares, kind="stable")[: min(size, len(labels)) - wanted.sum()]] += 1
+    wanted = apportion(counts, (size, len(labels) - size))[:, 0]
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, wanted, strict=True)]
     return dataset.select(rng.permutation(np.concatenate(rows)))
 
 
-def read_clusters(path: str | Path) -> dict[str, int]:
-    """The cluster of each sequence from a file of MMseqs2 or CD-HIT.
+def apportion(counts: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Divide the rows of each class among two or three parts in proportion to the sizes of the parts.
+
+    The method is that of largest remainders: shares are rounded down, and the classes with the largest remainders of
+    the first part get one row more there. The other parts get the rows that are left.
 
     Args:
-        path: MMseqs2's two columns of representative and member (``*_cluster.tsv``), or CD-HIT's ``*.clstr``; plain,
-            gzip or xz. The name of a CD-HIT member must not have been cut (``-d 0``).
+        counts: int of shape (classes,): rows per class.
+        sizes: rows per part; they add up to the rows of all classes.
 
     Returns:
-        Name of a sequence, of UniProt's names the accession, to the number of its cluster.
+        int of shape (classes, parts), with row sums `counts` and column sums `sizes`. Each entry is within one row of
+        the exact share.
+
+    Example:
+        >>> apportion(np.array([7, 2, 1]), (5, 2, 3)).tolist()
+        [[4, 1, 2], [1, 0, 1], [0, 1, 0]]
+    """
+    table, remainders = np.divmod(np.outer(counts, sizes), counts.sum())
+    unplaced, missing = counts - table.sum(1), np.asarray(sizes) - table.sum(0)
+    order = np.argsort(-remainders[:, 0], kind="stable")
+    order = order[unplaced[order] > 0]
+    for place, index in enumerate(order):
+        # A part that lacks as many rows as there are classes left must take one from each of them.
+        left = len(order) - place
+        parts = sorted(np.flatnonzero(missing), key=lambda part: missing[part] < left)[: unplaced[index]]
+        table[index, parts] += 1
+        missing[parts] -= 1
+    return table
+
+
+def read_clusters(path: str | Path) -> dict[str, int]:
+    """Read the cluster of each sequence from a file of MMseqs2 or CD-HIT.
+
+    Args:
+        path: the two columns of MMseqs2, representative and member (``*_cluster.tsv``), or the ``*.clstr`` of CD-HIT;
+            plain, gzip or xz. CD-HIT must not have shortened the names (``-d 0``).
+
+    Returns:
+        The number of the cluster by the name of the sequence; of a UniProt name, by the accession.
 
     Raises:
-        DataError: a line is neither, or a sequence stands in two clusters.
+        DataError: a line has neither format, or a sequence is in two clusters.
     """
     clusters: dict[str, int] = {}
     numbers: dict[str, int] = {}
@@ -198,21 +257,21 @@ def read_clusters(path: str | Path) -> dict[str, int]:
                 cluster = numbers.setdefault(representative, len(numbers))
             else:
                 raise DataError(
-                    f"{path}, line {number}: neither a representative and a member, as of MMseqs2, nor a cluster of "
-                    f"CD-HIT: {line!r:.80}"
+                    f"{path}, line {number}: expected a representative and a member (MMseqs2) or a line of a CD-HIT "
+                    f"cluster, got {line!r:.80}"
                 )
             if clusters.setdefault(accession_of(name), cluster) != cluster:
-                raise DataError(f"{path}, line {number}: {name} stands in two clusters")
+                raise DataError(f"{path}, line {number}: {name} is in two clusters")
     if not clusters:
-        raise DataError(f"{path} names no sequence")
+        raise DataError(f"{path} names no sequence: expected the clusters of MMseqs2 or CD-HIT")
     return clusters
 
 
 def cluster_groups(names: Sequence[str], clusters: Mapping[str, int], path: str | Path) -> np.ndarray:
-    """The cluster of each accession, int64 of shape (accessions,).
+    """Return the cluster of each accession, int64 of shape (accessions,).
 
     Raises:
-        DataError: one is in no cluster of the file at `path`.
+        DataError: an accession is in no cluster of the file at `path`.
     """
     if absent := [name for name in names if accession_of(name) not in clusters]:
         raise DataError(f"{path} has no cluster for {len(absent)} of {len(names)} sequences: {listing(absent)}")
@@ -220,15 +279,15 @@ def cluster_groups(names: Sequence[str], clusters: Mapping[str, int], path: str 
 
 
 def sequence_groups(dataset: Dataset) -> np.ndarray:
-    """A group for each distinct sequence, int64 of shape (rows,)."""
+    """Return a group number per row, int64 of shape (rows,); rows with equal sequences have the same number."""
     return np.unique(sequence_hashes(dataset), return_inverse=True)[1]
 
 
 def check_sizes(test_size: float, validation_size: float) -> None:
-    """Refuse fractions that leave nothing.
+    """Refuse fractions that leave nothing to train on.
 
     Raises:
-        ConfigurationError: they are no fractions, or leave nothing to train on.
+        ConfigurationError: a size is not a fraction, or the sizes leave nothing to train on.
     """
     if not (0 < test_size < 1 and 0 <= validation_size < 1 and test_size + validation_size < 1):
         raise ConfigurationError(
@@ -238,7 +297,7 @@ def check_sizes(test_size: float, validation_size: float) -> None:
 
 
 def warn_of_relatives(*, stacklevel: int) -> None:
-    """Say what a random split does."""
+    """Warn that a random split puts relatives into the training set and the test set."""
     warnings.warn(
         "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
         "skill. Split by homology partition or by cluster for a figure to report.",
@@ -248,30 +307,27 @@ def warn_of_relatives(*, stacklevel: int) -> None:
 
 
 def has_classes(dataset: Dataset) -> bool:
-    """Whether the label is one class of several."""
+    """Return whether the label is a ClassLabel: one class per sequence."""
     return hasattr(dataset.features.get("label"), "names")
 
 
-def _parts(dataset: Dataset, test: np.ndarray, validation: np.ndarray) -> dict[str, Dataset]:
-    parts = {"train": dataset.select(np.flatnonzero(~test & ~validation))}
-    if validation.any():
-        parts["validation"] = dataset.select(np.flatnonzero(validation))
-    return parts | {"test": dataset.select(np.flatnonzero(test))}
+def sequence_hashes(dataset: Dataset) -> np.ndarray:
+    """Return a hash per sequence, uint64 of shape (rows,); the sequences themselves need not fit into memory."""
+    from pandas.util import hash_array
+
+    batches = dataset.select_columns("sequence").with_format("arrow").iter(_HASH_BATCH_ROWS)
+    texts = (np.array(batch["sequence"].to_pylist(), dtype=object) for batch in batches)
+    return np.concatenate([np.empty(0, dtype=np.uint64), *(hash_array(text, categorize=False) for text in texts)])
+
+
+def _select_splits(dataset: Dataset, in_test: np.ndarray, in_validation: np.ndarray) -> dict[str, Dataset]:
+    """Select the rows of each split; there is no validation split without rows for it."""
+    splits = {"train": dataset.select(np.flatnonzero(~in_test & ~in_validation))}
+    if in_validation.any():
+        splits["validation"] = dataset.select(np.flatnonzero(in_validation))
+    return splits | {"test": dataset.select(np.flatnonzero(in_test))}
 
 
 def _column(dataset: Dataset, name: str) -> np.ndarray:
+    """Return a column of numbers as an array of shape (rows,)."""
     return np.asarray(dataset.with_format("numpy")[name][:])
-
-
-def sequence_hashes(dataset: Dataset) -> np.ndarray:
-    """A 64-bit hash of every sequence, so that millions of them need not be held."""
-    blocks = dataset.select_columns("sequence").with_format("arrow").iter(_BLOCK)
-    return np.concatenate([np.empty(0, dtype=np.uint64), *(hash_sequences(block["sequence"]) for block in blocks)])
-
-
-def hash_sequences(sequences: pa.Array | pa.ChunkedArray, *, seed: int = 0) -> np.ndarray:
-    """A hash of each sequence, uint64 of shape (rows,); others for another seed."""
-    from pandas.util import hash_array
-
-    texts = np.array(sequences.to_pylist(), dtype=object)
-    return hash_array(texts, hash_key=f"{seed:016d}"[-16:], categorize=False)

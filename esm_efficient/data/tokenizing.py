@@ -1,4 +1,4 @@
-"""Sequences and labels of a dataset to what a transformers Trainer takes, with a report of what was changed."""
+"""Tokenise the sequences and labels of a dataset for a transformers Trainer, and report what was changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esm_efficient.data.encoding import ResidueEncoder, kept_by
+from esm_efficient.data.encoding import ResidueEncoder, residue_positions, truncation_mask
 from esm_efficient.data.schema import WEIGHT_COLUMN
 from esm_efficient.data.sequences import Keep
 from esm_efficient.errors import ConfigurationError, DataError, listing
@@ -17,7 +17,7 @@ from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, Features
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 LENGTH_COLUMN = "tokens"
 """The column of the number of tokens of a sequence, special tokens included."""
 
-_COUNTS = ("_cut", "_unknown", "_ambiguous", "_dropped")
+_COUNT_COLUMNS = ("_cut", "_unknown", "_ambiguous", "_dropped")
+_COUNT_BATCH_ROWS = 100_000
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What tokenising one split counted."""
+    """The counts of one tokenised split; `TokenizationReport` explains them."""
 
     sequences: int
     residues: int
@@ -46,9 +47,9 @@ class TokenizationReport:
     """What tokenising did to each split.
 
     Attributes:
-        splits: split name to counts. ``residues`` are those kept, ``residues_cut`` those dropped by truncation,
-            ``unknown_residues`` those kept that became ``<unk>``, ``ambiguous_residues`` those kept that are X, B or Z,
-            ``characters_dropped`` the white space, gaps and final stops.
+        splits: counts by the name of the split. ``residues`` were kept, ``residues_cut`` were truncated;
+            ``unknown_residues`` were kept as ``<unk>``, ``ambiguous_residues`` were kept as X, B or Z;
+            ``characters_dropped`` were white space, gaps and final stops.
     """
 
     splits: Mapping[str, SplitCounts]
@@ -60,44 +61,39 @@ class TokenizationReport:
         return SplitCounts(*(sum(getattr(counts, name) for counts in self.splits.values()) for name in fields))
 
     def __str__(self) -> str:
-        lines = []
-        for name, counts in self.splits.items():
-            lines.append(
-                f"{name}: {counts.sequences:,} sequences, {counts.residues:,} residues; {counts.residues_cut:,} "
-                f"residues cut from {counts.sequences_cut:,} sequences; {counts.unknown_residues:,} unknown and "
-                f"{counts.ambiguous_residues:,} ambiguous residues; {counts.characters_dropped:,} characters that are "
-                "no residues dropped"
-            )
-        return "\n".join(lines)
+        return "\n".join(
+            f"{name}: {counts.sequences:,} sequences, {counts.residues:,} residues; {counts.residues_cut:,} residues "
+            f"cut from {counts.sequences_cut:,} sequences; {counts.unknown_residues:,} unknown and "
+            f"{counts.ambiguous_residues:,} ambiguous residues; {counts.characters_dropped:,} characters "
+            "dropped (white space, gaps, final stops)"
+            for name, counts in self.splits.items()
+        )
 
 
 def tokenize_dataset(
-    dataset: DatasetDict | IterableDatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_tokens: int = 1024,
-    keep: Keep = "start",
-) -> tuple[DatasetDict | IterableDatasetDict, TokenizationReport]:
+    dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 1024, keep: Keep = "start"
+) -> tuple[DatasetDict, TokenizationReport]:
     """Turn sequences into ``input_ids``, ``attention_mask`` and ``labels`` for a transformers Trainer.
 
-    What the labels become follows from their feature (`esm_efficient.tasks.task_of`): class ids stay; several
-    labels a sequence become a list of float32, NaN where one is unknown; labels of residues are put beside the tokens,
-    -100 beside special ones, and cut with them; numbers become float32.
+    The feature of the labels decides what they become (`esm_efficient.tasks.task_of`). Class ids stay. Several labels
+    per sequence become a list of float32, NaN where a label is unknown. Labels of residues are aligned with the tokens,
+    with -100 for special tokens, and truncated with them. Numbers become float32.
 
     Args:
         dataset: splits with ``sequence`` (str) and, to train or evaluate, ``label``; ``sample_weight`` is kept, other
-            columns are dropped. Streams stay streams; they are gone through once for the counts.
-        tokenizer: of an ESM model.
-        max_tokens: the most *tokens* of a sequence, with the two special ones.
-        keep: what stays of a longer sequence: its ``"start"``, its ``"end"``, or ``"both"`` ends.
+            columns are dropped.
+        tokenizer: the tokenizer of an ESM model.
+        max_tokens: the most tokens per sequence, the two special tokens included.
+        keep: the part of a longer sequence to keep: its ``"start"``, its ``"end"``, or ``"both"`` ends.
 
     Returns:
         The tokenised splits, with ``tokens`` (their number) for sampling by length; and the counts of what was cut,
-        dropped and unknown, which are logged too.
+        dropped and unknown, which are also logged.
 
     Raises:
-        ConfigurationError: `max_tokens` leaves no room for a residue, or the tokenizer is not one of an ESM model.
-        DataError: a split has no ``sequence`` column, a sequence is empty or missing, or a label does not fit.
+        ConfigurationError: `max_tokens` leaves no room for a residue, or the tokenizer is not that of an ESM model.
+        DataError: a split is streamed, empty or without ``sequence``; a sequence is empty or missing; a label is
+            invalid; or the splits have different labels.
 
     Example:
         >>> from datasets import Dataset, DatasetDict
@@ -109,71 +105,82 @@ def tokenize_dataset(
         >>> tokenized["test"][0]["input_ids"], report.total.unknown_residues
         ([0, 20, 15, 11, 3, 2], 1)
     """
+    from datasets import DatasetDict
+
     if max_tokens <= SPECIAL_TOKENS:
         raise ConfigurationError(f"max_tokens={max_tokens} leaves no room for a residue beside {SPECIAL_TOKENS} tokens")
     encoder = ResidueEncoder(tokenizer)
+    label_columns = {name: _check_split(name, split) for name, split in dataset.items()}
+    tasks = {name: task_of(dataset[name].features, column) for name, column in label_columns.items() if column}
+    if len(set(tasks.values())) > 1:
+        raise DataError(
+            f"the splits have different labels: {'; '.join(f'{n} {t.describe()}' for n, t in tasks.items())}. A "
+            "model knows labels by their position: give every split the same labels in the same order"
+        )
     splits, counts = {}, {}
-    tasks: dict[str, Task] = {}
     for name, split in dataset.items():
-        streamed = not hasattr(split, "__len__")
-        if not (streamed or len(split)):
-            raise DataError(f"split {name!r} has no row")
-        if split.features is None:
-            raise DataError(f"split {name!r} is a stream that does not know its features: give it some with cast()")
-        if "sequence" not in split.features:
-            raise DataError(f"split {name!r} has no column 'sequence'; it has {', '.join(split.features)}")
-        column = next((name for name in ("label", "labels") if name in split.features), None)
-        task = None if column is None else task_of(split.features, column)
-        if task is not None:
-            tasks[name] = task
-            if task != next(iter(tasks.values())):
-                raise DataError(
-                    f"the splits have different labels: {'; '.join(f'{n} {t.describe()}' for n, t in tasks.items())}. "
-                    "Labels are told by their place: their names must stand in one order"
-                )
-        options = {"encoder": encoder, "max_residues": max_tokens - SPECIAL_TOKENS, "keep": keep}
+        column, task = label_columns[name], tasks.get(name)
         encoded = split.with_format("arrow").map(
             _encode_table,
             batched=True,
             with_indices=True,
-            fn_kwargs={**options, "column": column, "task": task, "split": name},
-            features=_features_of(split.features, column, task),
-            # A stream holds what the function returns; columns to remove would be taken from that.
-            **({} if streamed else {"desc": name, "remove_columns": split.column_names}),
+            fn_kwargs={
+                "encoder": encoder,
+                "max_residues": max_tokens - SPECIAL_TOKENS,
+                "keep": keep,
+                "column": column,
+                "task": task,
+                "split": name,
+            },
+            features=_tokenised_features(split.features, column, task),
+            remove_columns=split.column_names,
+            desc=name,
         )
-        counts[name] = _count(encoded)
-        splits[name] = encoded.remove_columns(list(_COUNTS)).with_format(None)
+        counts[name] = _sum_counts(encoded)
+        splits[name] = encoded.remove_columns(list(_COUNT_COLUMNS)).with_format(None)
     report = TokenizationReport(counts)
     total = report.total
     level = logging.WARNING if total.unknown_residues or total.residues_cut else logging.INFO
     logger.log(level, "tokenised\n%s", report)
-
-    from datasets import DatasetDict, IterableDatasetDict
-
-    return (IterableDatasetDict if isinstance(dataset, IterableDatasetDict) else DatasetDict)(splits), report
+    return DatasetDict(splits), report
 
 
-def _count(encoded: Dataset | IterableDataset) -> SplitCounts:
-    """The counts of a split, summed a block at a time; a stream is encoded for it."""
+def _check_split(name: str, split: Any) -> str | None:
+    """Refuse a split that cannot be tokenised; return the name of its label column, None without one."""
+    if not hasattr(split, "__len__"):
+        raise DataError(
+            f"split {name!r} is streamed ({type(split).__name__}), and tokenize_dataset needs its length. Load it "
+            "without streaming, or map a ResidueEncoder over it yourself"
+        )
+    if not len(split):
+        raise DataError(f"split {name!r} has no row")
+    if "sequence" not in split.features:
+        raise DataError(f"split {name!r} has no column 'sequence'; it has {', '.join(split.features)}")
+    return next((column for column in ("label", "labels") if column in split.features), None)
+
+
+def _sum_counts(encoded: Dataset) -> SplitCounts:
+    """Sum the counts of a split, some rows at a time."""
     totals = np.zeros(len(SplitCounts.__dataclass_fields__), dtype=np.int64)
-    for block in encoded.select_columns([LENGTH_COLUMN, *_COUNTS]).with_format("numpy").iter(100_000):
-        length, cut, unknown, ambiguous, dropped = (block[name] for name in (LENGTH_COLUMN, *_COUNTS))
-        residues = length.sum() - SPECIAL_TOKENS * len(length)
-        marked = (unknown.sum(), ambiguous.sum(), dropped.sum())
-        totals += np.array([len(length), residues, np.count_nonzero(cut), cut.sum(), *marked])
+    batches = encoded.select_columns([LENGTH_COLUMN, *_COUNT_COLUMNS]).with_format("numpy").iter(_COUNT_BATCH_ROWS)
+    for batch in batches:
+        tokens, cut, unknown, ambiguous, dropped = (batch[name] for name in (LENGTH_COLUMN, *_COUNT_COLUMNS))
+        residues = tokens.sum() - SPECIAL_TOKENS * len(tokens)
+        sums = (len(tokens), residues, np.count_nonzero(cut), cut.sum(), unknown.sum(), ambiguous.sum(), dropped.sum())
+        totals += np.array(sums)
     return SplitCounts(*totals.tolist())
 
 
-def _features_of(features: Features, column: str | None, task: Task | None) -> Features:
-    """The features of a split once it is tokenised."""
+def _tokenised_features(features: Features, column: str | None, task: Task | None) -> Features:
+    """Return the features of a tokenised split, the columns of counts included."""
     from datasets import Features, List, Value
 
     result = {"input_ids": List(Value("int32")), "attention_mask": List(Value("int8"))}
     if task is not None:
-        result["labels"] = label_feature(task, features[column])
+        result["labels"] = _label_feature(task, features[column])
     if WEIGHT_COLUMN in features:
         result[WEIGHT_COLUMN] = Value("float32")
-    return Features(result | dict.fromkeys((LENGTH_COLUMN, *_COUNTS), Value("int64")))
+    return Features(result | dict.fromkeys((LENGTH_COLUMN, *_COUNT_COLUMNS), Value("int64")))
 
 
 def _encode_table(
@@ -187,130 +194,130 @@ def _encode_table(
     task: Task | None,
     split: str,
 ) -> pa.Table:
-    """Encode a batch of rows; the underscored columns count and are removed by the caller."""
+    """Encode a batch of rows; the caller sums and removes the columns of counts."""
     import pyarrow as pa
 
     rows = [f"row {index} of {split}" for index in indices]
     sequences = table["sequence"].to_pylist()
     if bad := [row for row, sequence in zip(rows, sequences, strict=True) if not isinstance(sequence, str)]:
-        raise DataError(f"the sequence of {len(bad)} row(s) is missing or no text: {listing(bad)}")
+        raise DataError(f"the sequence of {len(bad)} row(s) is missing or not a text: {listing(bad)}")
     ids, offsets, residues = encoder(sequences, max_residues=max_residues, keep=keep)
-    if bad := [rows[i] for i in np.flatnonzero(residues == 0)]:
-        raise DataError(f"{len(bad)} sequence(s) are empty: {listing(bad)}")
+    _complain(residues == 0, rows, "the sequence is empty")
     lengths = np.diff(offsets)
-    places = pa.array(offsets.astype(np.int32))
+    list_offsets = pa.array(offsets.astype(np.int32))
     columns: dict[str, Any] = {
-        "input_ids": pa.ListArray.from_arrays(places, pa.array(ids.astype(np.int32))),
-        "attention_mask": pa.ListArray.from_arrays(places, pa.array(np.ones(len(ids), dtype=np.int8))),
+        "input_ids": pa.ListArray.from_arrays(list_offsets, pa.array(ids.astype(np.int32))),
+        "attention_mask": pa.ListArray.from_arrays(list_offsets, pa.array(np.ones(len(ids), dtype=np.int8))),
     }
     if task is not None:
         labels = table[column].combine_chunks()
-        kept = kept_by(residues, max_residues, keep) if task.kind == "token_classification" else np.empty(0, bool)
-        columns["labels"] = encode_labels(labels, task, residues, kept, offsets, rows)
+        if task.kind == "token_classification":
+            kept = truncation_mask(residues, max_residues, keep)
+            columns["labels"] = _encode_residue_labels(labels, task, residues, kept, offsets, rows)
+        else:
+            columns["labels"] = _encode_sequence_labels(labels, task, rows)
     if WEIGHT_COLUMN in table.column_names:
-        columns[WEIGHT_COLUMN] = _sample_weights(table[WEIGHT_COLUMN], rows)
-    marked = (ids == encoder.unknown, np.isin(ids, encoder.ambiguous))
-    unknown, ambiguous = (np.add.reduceat(mark, offsets[:-1], dtype=np.int64) for mark in marked)
+        columns[WEIGHT_COLUMN] = weights = _float32(table[WEIGHT_COLUMN].combine_chunks())
+        _complain(~(np.isfinite(weights) & (weights >= 0)), rows, f"the {WEIGHT_COLUMN} is not a finite number >= 0")
+    marks = (ids == encoder.unknown, np.isin(ids, encoder.ambiguous))
+    unknown, ambiguous = (np.add.reduceat(mark, offsets[:-1], dtype=np.int64) for mark in marks)
     dropped = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) - residues
-    counted = (lengths, residues + SPECIAL_TOKENS - lengths, unknown, ambiguous, dropped)
-    return pa.table(columns | dict(zip((LENGTH_COLUMN, *_COUNTS), counted, strict=True)))
+    counts = (lengths, residues + SPECIAL_TOKENS - lengths, unknown, ambiguous, dropped)
+    return pa.table(columns | dict(zip((LENGTH_COLUMN, *_COUNT_COLUMNS), counts, strict=True)))
 
 
-def _sample_weights(column: pa.ChunkedArray, rows: list[str]) -> np.ndarray:
-    weights = np.array([np.nan if w is None else w for w in column.to_pylist()], dtype=np.float32)
-    if bad := [rows[i] for i in np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))]:
-        raise DataError(f"the {WEIGHT_COLUMN} is no finite number >= 0 in {len(bad)} row(s): {listing(bad)}")
-    return weights
+def _complain(bad: np.ndarray, rows: list[str], problem: str) -> None:
+    """Raise a DataError that names the rows where `bad`, bool of shape (rows,), is true."""
+    if len(places := np.flatnonzero(bad)):
+        raise DataError(f"{problem} in {len(places)} row(s): {listing([rows[i] for i in places])}")
 
 
-def label_feature(task: Task, feature: Any) -> Any:
-    """The feature of the labels that a model trains on."""
+def _label_feature(task: Task, feature: Any) -> Any:
+    """Return the feature of the labels that a model trains on."""
     from datasets import List, Value
 
     if task.kind == "multi_label_classification":
         return List(Value("float32"), length=len(task.names))
     if task.kind == "regression":
         return Value("float32") if len(task.names) == 1 else List(Value("float32"), length=len(task.names))
-    # Beside the tokens stand two more labels than residues: a list of a fixed length would have another one.
+    # A list of a fixed length would have another length with the labels of the special tokens.
     return List(feature.feature) if task.kind == "token_classification" else feature
 
 
-def encode_labels(
-    labels: pa.Array, task: Task, residues: np.ndarray, kept: np.ndarray, offsets: np.ndarray, rows: list[str]
-) -> pa.Array:
-    """Labels as a model trains on them.
-
-    Args:
-        labels: the column of a batch of sequences.
-        task: what they are.
-        residues: of each sequence, before it is cut.
-        kept: bool, which residues of all sequences stay.
-        offsets: where each sequence's tokens begin, special ones included, and the end of the last.
-        rows: what to call each row in a message.
+def _encode_sequence_labels(labels: pa.Array, task: Task, rows: list[str]) -> pa.Array:
+    """Return the labels of sequences, one entry per row, as a model trains on them.
 
     Raises:
-        DataError: a label is missing, or is none of the task's.
+        DataError: a label is missing, or is not valid for the task.
     """
     import pyarrow as pa
 
+    size = len(task.names)
     if task.kind == "single_label_classification":
-        values = _classes(labels, task, rows)
-        if bad := np.flatnonzero(values == IGNORE).tolist():
-            raise DataError(f"the label is missing in {len(bad)} row(s): {listing([rows[i] for i in bad])}")
-        return pa.array(values)
+        class_ids = _class_ids(labels, task, rows)
+        _complain(class_ids == IGNORE, rows, "the label is missing")
+        return pa.array(class_ids)
     if task.kind == "multi_label_classification":
-        parts = [_numbers(labels.field(index)) for index in range(labels.type.num_fields)]
-        table = np.stack(parts, axis=1)
+        table = np.stack([_float32(labels.field(index)) for index in range(size)], axis=1)
         table[labels.is_null().to_numpy(zero_copy_only=False)] = np.nan
-        if bad := np.flatnonzero(~(np.isnan(table) | ((table >= 0) & (table <= 1))).all(1)).tolist():
-            raise DataError(f"a label is not between 0 and 1 in {len(bad)} row(s): {listing([rows[i] for i in bad])}")
-        return pa.FixedSizeListArray.from_arrays(pa.array(table.ravel()), len(task.names))
-    if task.kind == "regression":
-        flat = _numbers(labels.flatten() if len(task.names) > 1 else labels)
-        if len(flat) != len(rows) * len(task.names):
-            raise DataError(f"a row has not {len(task.names)} numbers: {listing(rows)}")
-        if bad := np.flatnonzero(np.isinf(flat.reshape(len(rows), -1)).any(1)).tolist():
-            raise DataError(f"a number is infinite in {len(bad)} row(s): {listing([rows[i] for i in bad])}")
-        return pa.array(flat) if len(task.names) == 1 else pa.FixedSizeListArray.from_arrays(flat, len(task.names))
-    return _token_labels(labels, task, residues, kept, offsets, rows)
+        valid = np.isnan(table) | ((table >= 0) & (table <= 1))
+        _complain(~valid.all(axis=1), rows, "a label is not between 0 and 1")
+        return pa.FixedSizeListArray.from_arrays(pa.array(table.ravel()), size)
+    values = _float32(labels.flatten() if size > 1 else labels)
+    if len(values) != len(rows) * size:
+        raise DataError(f"expected {size} numbers per row, got {len(values)} in {len(rows)} row(s): {listing(rows)}")
+    _complain(np.isinf(values.reshape(len(rows), size)).any(axis=1), rows, "a number is infinite")
+    return pa.array(values) if size == 1 else pa.FixedSizeListArray.from_arrays(values, size)
 
 
-def _token_labels(
+def _encode_residue_labels(
     labels: pa.Array, task: Task, residues: np.ndarray, kept: np.ndarray, offsets: np.ndarray, rows: list[str]
 ) -> pa.Array:
-    """Labels of residues, with `IGNORE` beside special tokens."""
+    """Return the labels of residues, aligned with the tokens; `IGNORE` for special tokens.
+
+    Args:
+        labels: a list of class ids per sequence.
+        task: the task.
+        residues: residues per sequence before truncation.
+        kept: which residues of all sequences are kept, bool.
+        offsets: the start of each sequence's tokens, special tokens included, and the end of the last.
+        rows: the name of each row for a message.
+
+    Raises:
+        DataError: the labels of a sequence are not as many as its residues, or a label is not a class.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.fill_null(pc.list_value_length(labels).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-    if bad := np.flatnonzero(found != residues).tolist():
-        shown = [f"{rows[i]} ({residues[i]} residues, {max(found[i], 0)} labels)" for i in bad]
+    given = pc.fill_null(pc.list_value_length(labels).cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
+    if bad := np.flatnonzero(given != residues).tolist():
+        shown = [f"{rows[i]} ({residues[i]} residues, {given[i]} labels)" for i in bad]
         raise DataError(
-            f"{len(bad)} row(s) have not one label for each residue: {listing(shown)}. For several labels of a whole "
-            "sequence, make the column a struct of numbers"
+            f"{len(bad)} row(s): label count differs from residue count: {listing(shown)}. For several labels of a "
+            "whole sequence, make the column a struct of numbers"
         )
-    values = _classes(labels.flatten(), task, np.repeat(rows, residues).tolist() if len(rows) else [])
-    beside = np.full(offsets[-1], IGNORE, dtype=np.int64)
-    inner = np.ones(len(beside), dtype=bool)
-    inner[offsets[:-1]] = inner[offsets[1:] - 1] = False
-    beside[inner] = values[kept]
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(beside))
+    row_of_residue = np.repeat(np.array(rows, dtype=object), residues)
+    aligned = np.full(offsets[-1], IGNORE, dtype=np.int64)
+    aligned[residue_positions(offsets)] = _class_ids(labels.flatten(), task, row_of_residue)[kept]
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(aligned))
 
 
-def _classes(labels: pa.Array, task: Task, rows: list[str]) -> np.ndarray:
-    """Class ids, int64, with `IGNORE` for null."""
+def _class_ids(labels: pa.Array, task: Task, rows: list[str] | np.ndarray) -> np.ndarray:
+    """Return class ids, int64, with `IGNORE` for null."""
     import pyarrow.compute as pc
 
-    values = pc.fill_null(labels, IGNORE).to_numpy(zero_copy_only=False).astype(np.int64)
-    strange = (values != IGNORE) & ((values < 0) | (values >= len(task.names)))
-    if strange.any():
-        shown = [f"{values[i]} in {rows[i]}" for i in np.flatnonzero(strange)[:6].tolist()]
-        raise DataError(f"a label is no class of the {len(task.names)} ({', '.join(task.names)}): {listing(shown)}")
-    return values
+    ids = pc.fill_null(labels, IGNORE).to_numpy(zero_copy_only=False).astype(np.int64)
+    bad = np.flatnonzero((ids != IGNORE) & ((ids < 0) | (ids >= len(task.names))))
+    if len(bad):
+        shown = [f"{ids[i]} in {rows[i]}" for i in bad[:6].tolist()]
+        raise DataError(
+            f"a label is not one of the {len(task.names)} classes {', '.join(task.names)}: {listing(shown)}"
+        )
+    return ids
 
 
-def _numbers(values: pa.Array) -> np.ndarray:
-    """float32, NaN for null."""
+def _float32(values: pa.Array) -> np.ndarray:
+    """Return numbers as float32, NaN for null."""
     import pyarrow as pa
 
-    return values.cast(pa.float32()).to_numpy(zero_copy_only=False).astype(np.float32)
+    return values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).astype(np.float32)

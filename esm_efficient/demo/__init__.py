@@ -1,4 +1,4 @@
-"""A tiny pretrained ESM-2 and a synthetic table in the DeepLoc-2.0 schema: everything runs offline."""
+"""A tiny pretrained ESM-2 and a synthetic table in the DeepLoc-2.0 schema, to run everything offline."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["demo_model_path", "write_demo_table"]
 
 
 def demo_model_path() -> str:
-    """The folder of the tiny ESM-2 that is shipped with the library, for ``from_pretrained``.
+    """Return the folder of the tiny ESM-2 that the library contains, for ``from_pretrained``.
 
-    Its card, ``README.md`` in that folder, says on what it was trained and how well it predicts a residue.
+    The model card, ``README.md`` in that folder, gives the training data and the accuracy.
 
     Example:
         >>> from transformers import AutoConfig

@@ -15,4 +15,4 @@ KNOWN_PROTEINS = {
     ),
     "ubiquitin (soluble)": "MQIFVKTLTGKTITLEVEPSDTIENVKAKIQDKEGIPPDQQRLIFAGKQLEDGRTLSDYNIQKESTLHLVLRLRGG",
 }
-"""What a protein is to its sequence."""
+"""Sequences by the description of the protein."""

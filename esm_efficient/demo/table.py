@@ -1,10 +1,10 @@
-"""A synthetic table in the schema of DeepLoc-2.0: invented proteins, so that everything runs offline.
+"""Write a synthetic table in the schema of DeepLoc-2.0, with invented proteins, to run everything offline.
 
-No row is a real protein. Membrane-like proteins carry hydrophobic helices of 19-24 residues with more positive charge
-on one side; soluble-like proteins are drawn from the average composition of proteins, with short greasy stretches and
-now and then a signal peptide, which looks like a helix and is not one. Proteins come in homologous families, and a
-family lies in one partition, as in the real table; so do its quirks: rows sorted by sequence, an unnamed first
-column, CRLF line ends, labels as floats, proteins too short or too long to be kept, and a few X, U and B.
+No row is a real protein. Membrane-like proteins have hydrophobic helices of 19-24 residues with more positive charge
+on one side. Soluble-like proteins are drawn from the average composition of proteins, with short hydrophobic stretches
+and sometimes a signal peptide, which resembles a helix. Proteins belong to homologous families, and each family is in
+one partition, as in the real table. The format is that of the real table too: rows sorted by sequence, an unnamed first
+column, CRLF line ends, labels as floats, proteins that are too short or too long to keep, and a few X, U and B.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AVERAGE = {
     "A": 8.3, "R": 5.5, "N": 4.1, "D": 5.5, "C": 1.4, "Q": 3.9, "E": 6.7, "G": 7.1, "H": 2.3, "I": 5.9,
     "L": 9.7, "K": 5.8, "M": 2.4, "F": 3.9, "P": 4.7, "S": 6.6, "T": 5.3, "W": 1.1, "Y": 2.9, "V": 6.9,
 }  # fmt: skip
-# What a membrane-spanning helix is made of, per cent, after the usual ranking of hydrophobicity scales.
+# Composition of a membrane-spanning helix, per cent, after the usual ranking of hydrophobicity scales.
 _HELIX = {
     "L": 19, "I": 12, "V": 13, "A": 12, "F": 10, "G": 9, "M": 4, "S": 5, "T": 5, "W": 2, "Y": 3, "C": 2, "P": 2, "N": 1,
     "Q": 1,
@@ -41,19 +41,20 @@ _RARE = "XUB"
 
 
 def _draw(rng: np.random.Generator, weights: Mapping[str, float], size: int) -> str:
+    """Draw a sequence of `size` letters with these relative frequencies."""
     values = np.array(list(weights.values()), dtype=float)
     return "".join(rng.choice(list(weights), size=size, p=values / values.sum()))
 
 
 def _ancestor(rng: np.random.Generator, membrane: bool, length: int) -> str:
-    """The founding sequence of a family."""
+    """Draw the first sequence of a family."""
     sequence = "M" + _draw(rng, _AVERAGE, length - 1)
     if membrane:
-        # Mostly several helices; some proteins with one, which are the hard cases.
+        # Most proteins have several helices; those with one are the hard cases.
         wanted = int(rng.choice([1, 2, 4, 7], p=[0.25, 0.2, 0.25, 0.3]))
         starts = np.linspace(8, length - 34, num=min(wanted, max(1, (length - 12) // 32))).astype(int)
         for number, start in enumerate(starts):
-            # Positive charge lies on the inner side: before every other helix, after the ones between.
+            # Positive charge is on the inner side: before helices with an even number, after the others.
             helix = _draw(rng, _HELIX, int(rng.integers(19, 25)))
             helix = "RK" + helix if number % 2 == 0 else helix + "KR"
             sequence = sequence[:start] + helix + sequence[start + len(helix) :]
@@ -69,15 +70,15 @@ def _ancestor(rng: np.random.Generator, membrane: bool, length: int) -> str:
 
 
 def _relative(rng: np.random.Generator, ancestor: str, identity: float) -> str:
-    """A mutated copy: substitutions that keep greasy residues greasy, and now and then a lost or doubled stretch."""
-    greasy = set("AILVFMGW")
+    """Mutate a copy: most substitutions keep hydrophobic residues hydrophobic; half of the copies lose a stretch."""
+    hydrophobic = set("AILVFMGW")
     letters = list(ancestor)
     mutated = np.flatnonzero(rng.random(len(letters)) > identity)
     conservative = rng.random(len(mutated)) < 0.7
     helical, average = _draw(rng, _HELIX, len(mutated)), _draw(rng, _AVERAGE, len(mutated))
     for n, i in enumerate(mutated):
         if i:  # the first residue stays M
-            letters[i] = helical[n] if letters[i] in greasy and conservative[n] else average[n]
+            letters[i] = helical[n] if letters[i] in hydrophobic and conservative[n] else average[n]
     sequence = "".join(letters)
     if rng.random() < 0.5 and len(sequence) > 80:
         cut = int(rng.integers(1, 9))
@@ -90,9 +91,9 @@ def write_demo_table(path: str | Path, *, proteins: int = 1400, seed: int = 0) -
     """Write a synthetic table in the exact schema of the DeepLoc-2.0 CSV.
 
     Args:
-        path: of the file to write; its folder is made if need be.
+        path: the file to write; its folder is created if necessary.
         proteins: rows to write, at least 100.
-        seed: the same seed gives the same file.
+        seed: seed of the draw; the same seed gives the same file.
 
     Returns:
         The path.
@@ -143,6 +144,7 @@ def write_demo_table(path: str | Path, *, proteins: int = 1400, seed: int = 0) -
 
 
 def _locations(rng: np.random.Generator, membrane: bool) -> dict[str, float]:
+    """Draw one or two locations, as a column of 0 and 1 per location."""
     weights = _MEMBRANE_LOCATIONS if membrane else _SOLUBLE_LOCATIONS
     chances = np.array(list(weights.values()))
     number = 1 if rng.random() < 0.75 else 2

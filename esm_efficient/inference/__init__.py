@@ -1,4 +1,4 @@
-"""A fine-tuned model and sequences in, predictions with the training's own label names out."""
+"""Predict from sequences with a fine-tuned model, with the label names of its training."""
 
 from esm_efficient.inference.predictor import Prediction, Predictor
 from esm_efficient.inference.requests import Query, RequestLimits, read_request

@@ -1,4 +1,4 @@
-"""Batches of a token budget, and DataLoaders for a loop of one's own."""
+"""Batches of a token budget, and DataLoaders for a custom training loop."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def all_ranks(lengths, budget, ranks, *, epoch=0, **options):
 
 @given(LENGTHS, st.integers(1, 200), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3), st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_an_epoch_holds_every_sequence_once_within_the_budget_evenly(lengths, budget, ranks, epoch, seed, shuffle):
+def test_an_epoch_has_every_sequence_once_within_the_budget_evenly_over_ranks(
+    lengths, budget, ranks, epoch, seed, shuffle
+):
     least = len(TokenBudgetBatchSampler(lengths, budget))
     if -(-least // ranks) * ranks > len(lengths):
-        # No multiple of the ranks lies between the fewest batches and one a sequence.
+        # No multiple of the ranks is between the fewest batches and one batch per sequence.
         with pytest.raises(ConfigurationError, match="cannot be spread evenly"):
             TokenBudgetBatchSampler(lengths, budget, ranks=ranks)
         return
@@ -47,7 +49,7 @@ def test_an_epoch_holds_every_sequence_once_within_the_budget_evenly(lengths, bu
 
 @given(LENGTHS, st.integers(30, 200), st.integers(1, 3), st.integers(0, 20))
 @settings(max_examples=100, deadline=None)
-def test_an_epoch_resumed_in_its_middle_goes_on_where_it_was(lengths, budget, ranks, skip):
+def test_an_epoch_that_is_resumed_in_its_middle_continues_there(lengths, budget, ranks, skip):
     assume(-(-len(TokenBudgetBatchSampler(lengths, budget)) // ranks) * ranks <= len(lengths))
     sampler = TokenBudgetBatchSampler(lengths, budget, ranks=ranks, rank=ranks - 1, seed=1)
     sampler.set_epoch(2)
@@ -55,10 +57,10 @@ def test_an_epoch_resumed_in_its_middle_goes_on_where_it_was(lengths, budget, ra
     again = TokenBudgetBatchSampler(lengths, budget, ranks=ranks, rank=ranks - 1, seed=1)
     again.set_epoch(2, skip=skip)
     assert list(again) == whole[skip:]
-    assert list(again) == whole  # what was skipped is skipped once
+    assert list(again) == whole  # batches are skipped in one iteration only
 
 
-def test_epochs_and_seeds_give_other_batches_and_the_same_number():
+def test_epochs_and_seeds_give_other_batches_but_the_same_number():
     lengths = np.random.default_rng(0).integers(100, 513, size=500)
     orders = {}
     for seed, epoch in itertools.product((0, 1), (0, 1)):
@@ -66,7 +68,7 @@ def test_epochs_and_seeds_give_other_batches_and_the_same_number():
         orders[seed, epoch] = batches
     assert len({len(batches) for batches in orders.values()}) == 1
     assert len({str(batches) for batches in orders.values()}) == 4
-    # Not only the order of the batches: who is together changes too.
+    # Not only the order of the batches changes: their members do too.
     together = [{frozenset(batch) for batch in batches} for batches in orders.values()]
     assert len(together[0] & together[1]) < len(together[0]) / 2
     assert all_ranks(lengths, 4096, 1, seed=0, epoch=0)[0] == orders[0, 0]
@@ -78,7 +80,7 @@ def test_batches_are_nearly_free_of_padding():
     assert lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches) > 0.97
 
 
-def test_a_sequence_over_the_budget_is_alone_and_said(caplog):
+def test_a_sequence_over_the_budget_is_alone_and_logged(caplog):
     (batches,) = all_ranks([5, 30, 5, 40], 12, 1)
     assert sorted(map(sorted, batches)) == [[0, 2], [1], [3]]
     assert "2 sequence(s) exceed the budget of 12 tokens (the longest has 40)" in caplog.text
@@ -95,19 +97,19 @@ def test_a_sequence_over_the_budget_is_alone_and_said(caplog):
         ([9, 9, 9], 10, {"ranks": 2}, "leave out 1 sequence"),
     ],
 )
-def test_what_cannot_be_batched_is_refused(lengths, budget, options, message):
+def test_invalid_lengths_budgets_and_ranks_are_refused(lengths, budget, options, message):
     with pytest.raises(ConfigurationError, match=message):
         TokenBudgetBatchSampler(lengths, budget, **options)
 
 
-def test_a_plain_dataloader_takes_it():
+def test_a_plain_dataloader_accepts_the_sampler():
     data = [torch.full((n,), n) for n in (3, 9, 4, 4)]
     sampler = TokenBudgetBatchSampler([len(row) for row in data], 10)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=lambda rows: [len(r) for r in rows])
     assert sorted(map(sorted, loader)) == [[3], [4, 4], [9]]
 
 
-def test_batches_hold_every_protein_once_with_its_label(demo_table, tokenizer, tiny_model):
+def test_loaders_yield_every_protein_once_with_its_label(demo_table, tokenizer, tiny_model):
     loaders = deeploc_dataloaders(tokenizer, demo_table, batch_size=7, seed=5)
     data = load_deeploc(demo_table, seed=5)
     for name in ("train", "validation", "test"):
@@ -138,3 +140,19 @@ def test_training_order_changes_by_epoch_and_follows_the_seed(demo_table, tokeni
 
 def test_without_a_validation_partition_there_is_no_validation_loader(demo_table, tokenizer):
     assert deeploc_dataloaders(tokenizer, demo_table, validation_partitions=()).validation is None
+
+
+def test_residues_and_tokens_are_bounded_separately(demo_table, tokenizer):
+    """`max_residues` leaves proteins out; `max_tokens` truncates those that are left."""
+    bounds = {"min_residues": 60, "max_residues": 200}
+    whole = load_deeploc(demo_table, seed=0, **bounds)
+    loaders = deeploc_dataloaders(tokenizer, demo_table, batch_size=1, max_tokens=102, **bounds)
+    lengths = [batch["input_ids"].shape[1] for batch in loaders.test]
+    assert lengths == [min(n + 2, 102) for n in whole["test"]["residues"][:]]
+    assert max(lengths) == 102 > min(lengths)
+    unbounded = deeploc_dataloaders(tokenizer, demo_table, min_residues=None, max_residues=None)
+    with pytest.warns(UserWarning, match="homologous"):
+        at_random = deeploc_dataloaders(tokenizer, demo_table, min_residues=None, max_residues=None, split="random")
+    for name in ("train", "validation", "test"):
+        assert len(getattr(unbounded, name).dataset) > len(getattr(loaders, name).dataset)
+    assert sum(len(loader.dataset) for loader in at_random) == sum(len(loader.dataset) for loader in unbounded)

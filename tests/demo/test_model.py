@@ -1,4 +1,4 @@
-"""The demo model: small, the real architecture, better than frequencies, and documented."""
+"""The demo model is small, has the real architecture, predicts better than chance, and has a model card."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_the_tokenizer_is_that_of_esm2():
     assert (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id) == (1, 32, 3)
 
 
-def test_it_has_learnt_more_than_nothing():
-    """Masked one by one, the residues of ubiquitin are likelier in their own places than shuffled ones are there."""
+def test_it_predicts_residues_from_their_context():
+    """With one residue masked at a time, the residues of ubiquitin are more likely than shuffled ones."""
     model = AutoModelForMaskedLM.from_pretrained(demo_model_path()).eval()
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     ids = tokenizer(UBIQUITIN, return_tensors="pt")["input_ids"][0]
@@ -60,7 +60,7 @@ def test_it_has_learnt_more_than_nothing():
     assert own > shuffled
 
 
-def test_the_card_says_how_on_what_and_how_well():
+def test_the_card_gives_method_data_licence_and_accuracy():
     card = (Path(demo_model_path()) / "README.md").read_text()
     for words in ("mmseqs2-examples", "CC BY 4.0", "pretrain_demo_model.py", "| this model |", "Held out"):
         assert words in card

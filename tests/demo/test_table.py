@@ -1,4 +1,4 @@
-"""The synthetic table: the schema and the quirks of the real one, families that respect partitions."""
+"""The synthetic table has the schema and the format of the real one, and every family is in one partition."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
 
 
 def test_families_lie_within_one_partition(frame):
-    """Two proteins that share a run of 12 residues are relatives; chance does not give that."""
+    """Two proteins that share a run of 12 residues are relatives: unrelated proteins do not share one."""
     where: dict[str, set[int]] = {}
     for sequence, partition in zip(frame["Sequence"], frame["Partition"], strict=True):
         for i in range(len(sequence) - 11):
@@ -55,11 +55,11 @@ def test_families_lie_within_one_partition(frame):
     assert shared == []
     rng = np.random.default_rng(0)
     runs = pd.Series([s[i : i + 12] for s in frame["Sequence"] for i in range(0, len(s) - 11)])
-    assert runs.duplicated().sum() > 100, "there are relatives at all"
+    assert runs.duplicated().sum() > 100, "the table has relatives"
     assert difflib.SequenceMatcher(None, *frame["Sequence"].sample(2, random_state=int(rng.integers(9)))).ratio() < 0.5
 
 
-def test_membrane_proteins_are_greasy_but_composition_alone_does_not_settle_it(frame):
+def test_membrane_proteins_are_hydrophobic_but_composition_alone_does_not_separate_them(frame):
     greasy = frame["Sequence"].map(lambda s: sum(s.count(r) for r in "AILVFGMW") / len(s))
     membrane, soluble = greasy[frame["Membrane"] == 1], greasy[frame["Membrane"] == 0]
     assert membrane.mean() > soluble.mean() + 0.03

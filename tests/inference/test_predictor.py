@@ -1,13 +1,20 @@
-"""Predictor: what plain transformers computes one sequence at a time, with the training's names and thresholds."""
+"""Predictor: equal to plain transformers on one sequence at a time, with the names and thresholds of the training."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+from pathlib import Path
+from unittest.mock import MagicMock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from huggingface_hub.errors import RepositoryNotFoundError
 from scipy.special import expit, softmax
 from transformers import AutoTokenizer, EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification
 
@@ -71,7 +78,7 @@ def test_predictions_are_those_of_one_sequence_at_a_time(tokenizer, kind, budget
         assert json.loads(json.dumps(prediction.to_dict())) == prediction.to_dict()
 
 
-def test_what_is_told_of_each_task():
+def test_the_dict_of_a_prediction_fits_its_task():
     several = Task("multi_label_classification", ("a", "b"))
     assert Prediction(several, np.array([0.9, 0.1]), ("a",)).to_dict() == {
         "labels": ["a"],
@@ -85,7 +92,7 @@ def test_what_is_told_of_each_task():
     }
 
 
-def test_sequences_are_cleaned_cut_as_told_or_refused(tokenizer):
+def test_sequences_are_cleaned_and_long_ones_truncated_or_refused(tokenizer):
     predictor = Predictor(model_for("single_label_classification"), tokenizer, max_tokens=12)
     clean, raw = predictor.predict(["MKTAYI", "mk-ta\nyi*"])
     np.testing.assert_array_equal(clean.values, raw.values)
@@ -96,9 +103,9 @@ def test_sequences_are_cleaned_cut_as_told_or_refused(tokenizer):
         found, expected = predictor.predict([long], keep=keep) + predictor.predict([part])
         np.testing.assert_allclose(found.values, expected.values, atol=1e-7)
     assert predictor.predict([]) == []
-    with pytest.raises(DataError, match="hold no residue: sequence 1"):
+    with pytest.raises(DataError, match="are empty: sequence 1"):
         predictor.predict(["--*"])
-    with pytest.raises(DataError, match="are no text: sequence 2"):
+    with pytest.raises(DataError, match="are not texts: sequence 2"):
         predictor.predict(["MK", None])
     with pytest.raises(DataError, match="put it into a list"):
         predictor.predict("MKT")
@@ -111,20 +118,126 @@ def test_models_that_cannot_predict_are_refused(tokenizer, tmp_path):
         Predictor(model_for("regression"), tokenizer, max_tokens=2)
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         Predictor.load(tmp_path)
+    shutil.copytree(demo_model_path(), tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "whole" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"the safetensors of the model .*whole cannot be loaded"):
+        Predictor.load(tmp_path / "whole")
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(ConfigurationError, match="pickled weights are not read"):
         Predictor.load(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", ["lora", "base"])
-def test_the_folder_of_an_adapter_and_of_a_whole_model_load(tmp_path, demo_table, recipe):
+def train(recipe, demo_table, output_dir):
     data = load_deeploc(demo_table, max_residues=160, validation_partitions=())
     options = {"max_steps": 2, "precision": "float32", "learning_rate": 1e-2, "disable_tqdm": True}
-    result = finetune(demo_model_path(), data, recipe=recipe, output_dir=tmp_path, **options)
-    predictor = Predictor.load(result.model_dir, device="cpu")
-    assert predictor.task.names == ("non-membrane", "membrane")
+    result = finetune(demo_model_path(), data, recipe=recipe, output_dir=output_dir, **options)
     given = data["test"]["sequence"][:5]
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
-    expected = softmax(np.stack([logits_of(result.model, tokenizer, s) for s in given]), axis=-1)
+    return result, given, softmax(np.stack([logits_of(result.model, tokenizer, s) for s in given]), axis=-1)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "base"])
+def test_an_adapter_and_a_whole_model_load_from_their_folders(tmp_path, demo_table, recipe):
+    result, given, expected = train(recipe, demo_table, tmp_path)
+    predictor = Predictor.load(result.model_dir, device="cpu")
+    assert predictor.task.names == ("non-membrane", "membrane")
     np.testing.assert_allclose([p.values for p in predictor.predict(given)], expected, atol=1e-5)
+
+
+def put_into_cache(cache: Path, name: str, folder: Path, revision: str = "main") -> None:
+    """Lay out a model as huggingface_hub does after a download: refs, snapshots, and blobs that they link to."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(f"{name} {revision}".encode()).hexdigest()
+    for part in ("blobs", "refs"):
+        (home / part).mkdir(parents=True, exist_ok=True)
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            blob = home / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copy(path, blob)
+            link = home / "snapshots" / commit / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    (home / "refs" / revision).write_text(commit)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "base"])
+def test_an_adapter_and_a_whole_model_load_by_their_hub_names(tmp_path, demo_table, offline, monkeypatch, recipe):
+    result, given, expected = train(recipe, demo_table, tmp_path / "output")
+    cache = tmp_path / "cache"
+    if recipe == "lora":
+        path = Path(result.model_dir) / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "someone/base"}))
+    put_into_cache(cache, "someone/membrane", result.model_dir)
+    put_into_cache(cache, "someone/membrane", result.model_dir, revision="v2")
+    if recipe == "lora":
+        with pytest.raises(ConfigurationError, match="the base model 'someone/base' of the adapter"):
+            Predictor.load("someone/membrane", cache_dir=cache)
+        put_into_cache(cache, "someone/base", demo_model_path())
+    for options in ({}, {"revision": "v2"}):
+        predictor = Predictor.load("someone/membrane", cache_dir=cache, device="cpu", **options)
+        np.testing.assert_allclose([p.values for p in predictor.predict(given)], expected, atol=1e-5)
+    with pytest.raises(ConfigurationError, match=r"no complete copy of the model 'someone/membrane' \(revision 'v3'\)"):
+        Predictor.load("someone/membrane", cache_dir=cache, revision="v3")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    assert Predictor.load("someone/membrane", device="cpu").task == predictor.task
+
+
+def test_a_pickled_adapter_on_the_hub_is_refused(tmp_path, offline):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    put_into_cache(tmp_path / "cache", "someone/pickled", folder)
+    with pytest.raises(ConfigurationError, match="pickled weights are not read"):
+        Predictor.load("someone/pickled", cache_dir=tmp_path / "cache")
+
+
+def test_only_safetensors_and_text_are_downloaded(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        Predictor.load("someone/membrane", revision="v2", cache_dir=tmp_path)
+    assert asked == {
+        "name": "someone/membrane",
+        "revision": "v2",
+        "cache_dir": tmp_path,
+        "allow_patterns": ["*.safetensors", "*.json", "*.txt"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nope", r"there is no folder nope, and a Hub name has the form owner/name"),
+        ("/nope/at/all", "there is no folder /nope/at/all, and"),
+        ("output/nope/model", "there is no folder output/nope/model, and"),
+        (Path("output/adapter"), "there is no folder output/adapter$"),
+        (
+            "someone/absent",
+            "no folder someone/absent, the cache .* has no complete copy .*HF_HUB_OFFLINE.*Check the name",
+        ),
+    ],
+)
+def test_the_error_for_a_missing_model_says_what_was_looked_for(tmp_path, offline, name, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Predictor.load(name, cache_dir=tmp_path)
+
+
+def test_the_error_of_the_hub_is_passed_on(monkeypatch):
+    def refuse(name, **options):
+        raise RepositoryNotFoundError("404: no such repository", response=MagicMock())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ConfigurationError, match=r"does not give the model 'someone/absent': 404.*hf auth login"):
+        Predictor.load("someone/absent")
