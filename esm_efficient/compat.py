@@ -6,8 +6,10 @@ docstring says what breaks without the function, and a test fails when a release
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -179,6 +181,62 @@ def has_flex_attention() -> bool:
 
 
 # --- profiling ---
+
+GUARDED_METHODS = ("_run_epoch", "_evaluate", "_finalize_training")
+"""Methods of Trainer that ``train()`` calls after ``on_train_begin``. Without them, a callback would not see errors."""
+
+
+def running_trainer() -> Trainer | None:
+    """Return the Trainer that is calling a callback now, or None if there is none.
+
+    transformers passes a callback no Trainer. Without it, a callback could not log figures, so that no tracker would
+    get them. The Trainer is found on the call stack, as the innermost ``self`` that is one.
+    """
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def guard_training(trainer: Trainer, guard: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+    """Run everything that ``trainer.train()`` calls after ``on_train_begin`` in a context manager.
+
+    transformers tells callbacks of no error. Without it, a run that fails would leave hooks on the model.
+
+    Args:
+        trainer: the Trainer in training.
+        guard: makes the context manager; it is called once per call of a guarded method, also of nested ones.
+
+    Returns:
+        A function that takes the guards off.
+    """
+    owners: list[tuple[Any, str]] = [(trainer, name) for name in GUARDED_METHODS]
+    owners.append((trainer.callback_handler, "on_epoch_begin"))
+    before = [(owner, name, vars(owner).get(name)) for owner, name in owners]
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with guard():
+                return method(*args, **kwargs)
+
+        return call
+
+    def restore() -> None:
+        for owner, name, own in before:
+            if own is not None:
+                setattr(owner, name, own)
+            elif name in vars(owner):
+                delattr(owner, name)
+
+    for owner, name in owners:
+        setattr(owner, name, guarded(getattr(owner, name)))
+    return restore
 
 
 # --- data and inference ---

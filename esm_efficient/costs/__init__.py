@@ -1,1 +1,1 @@
-"""What memory and time are counted in. `devices` loads no torch, so nothing is imported here."""
+"""What memory and time are counted in. This file imports nothing, because `costs.devices` must not load torch."""

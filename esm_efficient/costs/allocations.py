@@ -1,7 +1,7 @@
-"""Every storage that torch's operations allocate, counted from the operation to the last reference.
+"""Count every storage that torch's operations allocate, from the operation to the last reference.
 
-One counter serves two ends: under fake tensors it predicts a step without computing it, and on a CPU, which keeps no
-such count itself, it measures a real one.
+The counter is used twice. Under fake tensors it predicts the memory of a step that is not computed. On a CPU, where
+torch keeps no such count, it measures a real step.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 
+from esm_efficient._torch import TorchDispatchMode, storage_key
 from esm_efficient.costs.memory import CATEGORIES, Memory
 
 Observer = Callable[[Any, tuple, dict, Any], None]
@@ -22,21 +22,21 @@ Observer = Callable[[Any, tuple, dict, Any], None]
 class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of live storages by category while it is entered.
 
-    What an operation allocates is put under `category`, which whoever knows the phase of training sets; activations
-    are what the forward pass computes, its recomputation in the backward pass included. Weights, and gradients and
-    optimizer state once they are there, are moved to their own category by `hold`. The words are those of torch's
-    ``MemTracker`` (torch.distributed._tools), which counts per module.
+    An allocation counts under `category`, which the caller sets when the phase of training changes. Activations are
+    what the forward pass computes, and what the backward pass recomputes of it. Weights, gradients and optimizer state
+    are moved to their own categories by `hold`. The categories are those of torch's ``MemTracker``
+    (torch.distributed._tools), which counts per module.
 
-    Memory that a kernel takes for itself, without a tensor, is not seen.
+    Memory that a kernel allocates without a tensor is not counted.
 
     Args:
-        granularity: bytes that the size of an allocation is rounded up to, such as 512 for torch's CUDA allocator.
+        granularity: sizes are rounded up to a multiple of this many bytes, such as 512 for torch's CUDA allocator.
         observer: called after every operation with the operation, its arguments and its result.
 
     Attributes:
-        held: bytes now, by category.
-        category: what new allocations count as.
-        recomputes: whether allocations count as activations while gradients are enabled, whatever the category.
+        held: bytes of live storages now, by category.
+        category: the category of new allocations.
+        recomputes: count allocations as activations while gradients are enabled, whatever `category` is.
 
     Example:
         >>> with AllocationTracker() as tracker:
@@ -64,21 +64,21 @@ class AllocationTracker(TorchDispatchMode):
 
     @property
     def peak(self) -> Memory:
-        """Bytes at the moment of the highest total since `reset_peak`."""
+        """Bytes by category at the moment of the highest total since `reset_peak`."""
         return Memory(**self._peak)
 
     def reset_peak(self) -> None:
-        """Start looking for a new peak from what is held now."""
+        """Start a new peak from the bytes that are live now."""
         self._peak_total, self._peak = self._total, dict(self.held)
 
     def hold(self, tensors: Iterable[Tensor | None], category: str) -> None:
-        """Count tensors under a category from now on, whether they were seen before or not."""
+        """Count tensors under a category from now on, whether they were counted before or not."""
         for tensor in tensors:
             if tensor is None:
                 continue
-            allocation = self._live.get(tensor.untyped_storage()._cdata)
+            allocation = self._live.get(storage_key(tensor.untyped_storage()))
             if allocation is None:
-                self._see(tensor, category)
+                self._add(tensor, category)
             elif allocation.category != category:
                 self.held[allocation.category] -= allocation.bytes
                 self.held[category] += allocation.bytes
@@ -94,25 +94,25 @@ class AllocationTracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         category = "activations" if self.recomputes and torch.is_grad_enabled() else self.category
         if isinstance(result, Tensor):
-            self._see(result, category)
+            self._add(result, category)
         elif isinstance(result, (tuple, list)):
             for item in result:
                 if isinstance(item, Tensor):
-                    self._see(item, category)
+                    self._add(item, category)
         if self.observer is not None:
             self.observer(func, args, kwargs, result)
         return result
 
-    def _see(self, tensor: Tensor, category: str) -> None:
+    def _add(self, tensor: Tensor, category: str) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self._live:
             return
         size = storage.nbytes()
         if size == 0:
             return
         size = -(-size // self.granularity) * self.granularity
-        # torch keeps a storage's Python object for as long as the storage lives, so its end is the storage's.
+        # The Python object of a storage lives as long as the storage, so the weak reference shows when it is freed.
         self._live[key] = _Allocation(size, category, weakref.ref(storage, lambda _: self._free(key)))
         self.held[category] += size
         self._total += size
@@ -132,3 +132,19 @@ class _Allocation:
         self.bytes = size
         self.category = category
         self.reference = reference
+
+
+def storage_bytes(tensors: Iterable[Tensor | None], device: torch.device) -> int:
+    """Return the bytes of the tensors' storages on a device; a storage that several tensors share counts once."""
+    sizes = {}
+    for tensor in tensors:
+        if tensor is not None and tensor.device == device:
+            storage = tensor.untyped_storage()
+            sizes[storage_key(storage)] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def model_tensors(model: nn.Module) -> Iterable[Tensor]:
+    """Yield the parameters and buffers of a model."""
+    yield from model.parameters()
+    yield from model.buffers()

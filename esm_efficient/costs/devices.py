@@ -1,7 +1,7 @@
-"""GPUs and the instance types that carry them, as data.
+"""Table of GPUs and of the instance types that have them.
 
 Rates are the vendors' dense peak figures (no sparsity), from the data sheets that `Device.source` names. Instance types
-are EC2's; SageMaker's have ``ml.`` before them.
+are those of EC2; SageMaker puts ``ml.`` before them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can hold and do.
+    """Memory, speed and instance types of a device.
 
     Attributes:
-        name: the word it goes by.
-        backend: which of torch's kernels run on it: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+        name: the name in `DEVICES`.
+        backend: the torch backend that runs on it: ``"cuda"``, ``"mps"`` or ``"cpu"``.
         memory: bytes that torch sees; 0 if unknown.
         flops_per_second: matrix-multiply rate by dtype, with torch's default settings (``float32`` without TF32).
-        bandwidth: bytes/s between memory and chip; 0 if unknown.
-        instances: EC2 instance types to the number of these devices in each.
-        source: where the figures are from.
+        bandwidth: bytes per second between memory and chip; 0 if unknown.
+        instances: EC2 instance types that have the device, and the number of devices in each.
+        source: the document that the figures are from.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Device:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it multiplies bfloat16 matrices in hardware."""
+        """Whether the device multiplies bfloat16 matrices in hardware."""
         return "bfloat16" in self.flops_per_second
 
 
@@ -58,7 +58,7 @@ def _gpu(
     instances: Mapping[str, int] | None = None,
     source: str,
 ) -> Device:
-    """A device from the figures of a data sheet: GiB, GB/s and TFLOP/s."""
+    """Return a device from the figures of a data sheet: GiB, GB/s and TFLOP/s."""
     flops = {"float32": fp32 * 1e12, "float16": half * 1e12}
     if bf16:
         flops["bfloat16"] = half * 1e12
@@ -161,29 +161,29 @@ DEVICES: dict[str, Device] = {
             half=165.2,
             source="NVIDIA Ada whitepaper (half precision with float32 accumulation)",
         ),
-        # Apple states the shared memory and its bandwidth; the GPU may use about three quarters of the memory, and
-        # has no faster unit for half precision. Rates are those of float32 arithmetic.
+        # Apple states the shared memory and its bandwidth. The GPU may use about three quarters of the memory. It has
+        # no faster unit for half precision, so both rates are those of float32 arithmetic.
         _gpu("M1-Max-32", 21.3, 400, fp32=10.4, half=10.4, backend="mps", source="Apple specifications"),
         _gpu("M2-Ultra-64", 48.0, 800, fp32=27.2, half=27.2, backend="mps", source="Apple specifications"),
         _gpu("M3-Max-64", 48.0, 400, fp32=14.2, half=14.2, backend="mps", source="Apple specifications (40 cores)"),
         _gpu("M4-Max-64", 48.0, 546, fp32=17.2, half=17.2, backend="mps", source="Apple specifications (40 cores)"),
     )
 }
-"""Devices by name. Memory is what torch reports as total, which is less than the name says."""
+"""Devices by name. Memory is the total that torch reports, which is less than the name says."""
 
 
 DEFAULT_DEVICE = "A10G"
-"""The device of estimates that name none: the GPU of SageMaker's ``ml.g5`` instances."""
+"""The default device of estimates: the GPU of SageMaker's ``ml.g5`` instances."""
 
 
 def get_device(device: str | Device) -> Device:
-    """The device of that name or on that instance type; a `Device` is returned as it is.
+    """Return the device of a name or of an instance type; a `Device` is returned unchanged.
 
     Args:
-        device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; capitals do not matter.
+        device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; upper and lower case are equal.
 
     Raises:
-        ConfigurationError: nothing has that name.
+        ConfigurationError: no device and no instance type has the name.
 
     Example:
         >>> get_device("ml.g5.2xlarge").name
@@ -196,6 +196,6 @@ def get_device(device: str | Device) -> Device:
         if wanted == known.name.lower() or wanted in known.instances:
             return known
     raise ConfigurationError(
-        f"no device or instance type is named {device!r}; there are {', '.join(DEVICES)}, and the instance types "
-        f"{', '.join(instance for known in DEVICES.values() for instance in known.instances)}"
+        f"no device or instance type is named {device!r}: expected one of the devices {', '.join(DEVICES)}, or of the "
+        f"instance types {', '.join(instance for known in DEVICES.values() for instance in known.instances)}"
     )

@@ -1,4 +1,4 @@
-"""Memory by category, and the peak of a stretch of work from what the device itself counts."""
+"""Memory by category, the phases of training, and the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
 from esm_efficient.errors import EsmEfficientError
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "other")
-"""What memory is held for, in the order of tables and plots."""
+"""What memory is used for, in the order of tables and plots."""
 
-PHASES = ("data", "forward", "backward", "optimizer", "evaluation")
-"""The parts of training that costs are told apart by; ``data`` is the wait between steps."""
+Phase = Literal["data", "forward", "backward", "optimizer", "evaluation"]
+"""A phase of training; ``data`` is the wait for a batch."""
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""The phases, in the order of tables and plots."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are held for.
+    """Bytes by category.
 
     Attributes:
         weights: parameters and buffers of the model, adapters included.
-        gradients: of the parameters.
+        gradients: gradients of the parameters.
         optimizer: state of the optimizer.
-        activations: what a forward pass computes, kept for the backward pass or about to be freed, and what the
-            backward pass recomputes of it.
-        other: the rest: gradients of activations, temporaries, inputs, workspaces.
+        activations: results of the forward pass, whether kept for the backward pass or soon freed, and what the
+            backward pass recomputes of them.
+        other: everything else: gradients of activations, temporaries, inputs, workspaces.
     """
 
     weights: int = 0
@@ -40,20 +44,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the categories."""
         return sum(getattr(self, name) for name in CATEGORIES)
 
     def to_dict(self) -> dict[str, int]:
-        """The categories and their ``total``."""
+        """Return the categories and their ``total``."""
         return {name: getattr(self, name) for name in CATEGORIES} | {"total": self.total}
 
 
 @dataclass
 class PeakMemory:
-    """The peak of a stretch of work; filled in when the stretch ends.
+    """Peak memory of a block of code; it is filled in when the block ends.
 
     Attributes:
-        bytes: the peak.
+        bytes: the peak in bytes.
         kind: what was counted: tensors on a CUDA device, or all memory of the process on a CPU.
     """
 
@@ -62,13 +66,13 @@ class PeakMemory:
 
 
 class OutOfMemoryError(EsmEfficientError, torch.OutOfMemoryError):
-    """A device ran out of memory while it was profiled; the message says what was held and what would fit.
+    """A device ran out of memory in a profiled run; the message says what filled it and which setting would fit.
 
-    It is torch's own error too, so that ``except torch.OutOfMemoryError`` catches it.
+    The class is a subclass of torch's error, so that ``except torch.OutOfMemoryError`` catches it.
 
     Attributes:
-        phase: of training: forward, backward, optimizer, evaluation or data.
-        held: bytes by category at that moment.
+        phase: the phase of training, one of `PHASES`.
+        held: bytes by category at that moment, and their ``total``.
     """
 
     def __init__(self, message: str, *, phase: str = "", held: dict[str, int] | None = None) -> None:
@@ -81,12 +85,12 @@ class OutOfMemoryError(EsmEfficientError, torch.OutOfMemoryError):
 def peak_memory() -> Iterator[PeakMemory]:
     """Measure the peak memory of a ``with`` block.
 
-    On CUDA it is the allocator's own peak of allocated bytes on the current device. Elsewhere it is the resident
-    memory of the whole process, Python and libraries included: on Linux the peak within the block, on other systems
-    the peak since the process started, and ``kind`` says which.
+    On CUDA the peak is that of the bytes that torch's allocator handed out on the current device. Elsewhere it is the
+    resident memory of the whole process, with Python and libraries: on Linux the peak within the block, on other
+    systems the peak since the process started. ``kind`` says which.
 
     Yields:
-        A `PeakMemory` that holds its figures once the block has ended.
+        A `PeakMemory`; its figures are set when the block ends.
 
     Example:
         >>> with peak_memory() as peak:
@@ -111,7 +115,7 @@ def peak_memory() -> Iterator[PeakMemory]:
 
 
 def restart_resident_peak() -> bool:
-    """Start the kernel's count of the resident peak anew; False where that cannot be done."""
+    """Reset the kernel's peak of resident memory; return False on systems that cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -120,17 +124,30 @@ def restart_resident_peak() -> bool:
 
 
 def resident_peak() -> int:
-    """The resident peak in bytes."""
+    """Return the peak resident memory of the process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     if sys.platform == "win32":
-        import psutil  # accelerate needs it too
+        import psutil  # accelerate requires it, so it is installed
 
         return psutil.Process().memory_info().peak_wset
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def driver_bytes(device: torch.device) -> tuple[int | None, str]:
+    """Return the bytes that all processes use on a device, and the source of the figure; None on a CPU."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory(), "Metal, this process"
+    if device.type != "cuda":
+        return None, ""
+    try:
+        return torch.cuda.device_memory_used(device), "NVML"
+    except Exception as error:  # NVML can be missing or fail in many ways, and none of them may end a training
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free, f"CUDA driver; NVML failed: {error}"

@@ -1,4 +1,4 @@
-"""How much work a model does: tokens, FLOPs, and the rate of a device to hold them against."""
+"""Count the work of a model in tokens and FLOPs, and measure the rate of a device to compare it with."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from esm_efficient._torch import TorchDispatchMode, cpu_attention_operations, operation_of
 from esm_efficient.errors import ConfigurationError
+
+_CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = cpu_attention_operations()
 
 
 def flops_of(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    """FLOPs of one operation by torch's own formulas: two for a multiplication with its addition."""
-    packet, aten = func._overloadpacket, torch.ops.aten
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+    """Return the FLOPs of one operation by torch's formulas; a multiply-add counts as two."""
+    operation = operation_of(func)
+    if operation is _CPU_ATTENTION:
         return flop_counter.sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+    if operation is _CPU_ATTENTION_BACKWARD:
         return flop_counter.sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-    formula = flop_counter.flop_registry.get(packet)
+    formula = flop_counter.flop_registry.get(operation)
     return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
 class WorkCounter(TorchDispatchMode):
-    """Counts the FLOPs of the operations that run while it is entered, but for those of recomputation.
+    """Counts the FLOPs of the operations that run while it is entered; recomputation is not counted.
 
     Args:
-        phase: says which phase of training runs.
+        phase: returns the phase of training that runs now.
 
     Attributes:
         flops: FLOPs so far.
-        by_dtype: the same by the dtype of the result.
+        by_dtype: FLOPs so far by the dtype of the result.
     """
 
     def __init__(self, phase: Callable[[], str]) -> None:
@@ -48,7 +50,7 @@ class WorkCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count it."""
+        """Run an operation and count its FLOPs."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         phase = self._phase()
@@ -62,11 +64,11 @@ class WorkCounter(TorchDispatchMode):
 
 
 class TokenCounter:
-    """Counts what goes into a model, on the device and without waiting for it.
+    """Counts the sequences and tokens that go into a model, on the device and without waiting for it.
 
     Attributes:
-        samples: sequences.
-        slots: tokens with padding.
+        samples: number of sequences.
+        slots: number of tokens, padding included.
     """
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ class TokenCounter:
         self._sums: Tensor | None = None
 
     def add(self, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Count a batch by its ``input_ids`` and ``attention_mask``; its shape, or None if it has no tokens."""
+        """Count a batch by its ``input_ids`` and ``attention_mask``; return its shape, or None without tokens."""
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             return None
@@ -91,7 +93,7 @@ class TokenCounter:
         return rows, width
 
     def totals(self) -> tuple[float, float]:
-        """Tokens without padding, and the sum of the squares of the sequences' lengths."""
+        """Return the number of tokens without padding, and the sum of the squared lengths of the sequences."""
         if self._sums is None:
             return 0.0, 0.0
         tokens, squares = self._sums.tolist()
@@ -99,13 +101,13 @@ class TokenCounter:
 
 
 def flops_per_token(batches: list[tuple[int, int, float]]) -> tuple[float, float]:
-    """What a transformer needs for a sequence: a part in proportion to its length and, of attention, to its square.
+    """Fit the FLOPs of a sequence as ``linear * tokens + square * tokens**2``; the square part is attention.
 
     Args:
-        batches: sequences, tokens a sequence (padding included) and FLOPs of each measured batch.
+        batches: per measured batch the number of sequences, the tokens per sequence (padding included) and the FLOPs.
 
     Returns:
-        FLOPs per token, and FLOPs per token and token of its sequence; zeros without batches.
+        ``linear`` and ``square``; zeros without batches.
 
     Example:
         >>> flops_per_token([(2, 10, 2 * (10 * 7 + 100 * 3)), (1, 20, 20 * 7 + 400 * 3)])
@@ -124,12 +126,15 @@ def flops_per_token(batches: list[tuple[int, int, float]]) -> tuple[float, float
 
 
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, repeats: int = 5) -> float:
-    """Measure how fast a device multiplies large matrices, FLOP/s: the most that a model can hope for.
+    """Measure the rate at which a device multiplies large matrices, an upper limit for any model.
 
     Args:
-        device: where.
-        dtype: of the matrices.
-        repeats: measurements; the median counts.
+        device: the device to measure.
+        dtype: dtype of the matrices.
+        repeats: number of measurements; their median is returned.
+
+    Returns:
+        FLOP/s.
 
     Raises:
         ConfigurationError: `repeats` is below 1.
@@ -153,12 +158,12 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, repeats: int 
             times.append(time.perf_counter() - began)
     del left, right
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # so that what was taken for this is in nobody's figures
+        torch.cuda.empty_cache()  # so that the memory of these matrices appears in no report
     return 2 * size**3 / statistics.median(times[2:])
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done everything that it was given."""
+    """Wait until a device has finished all work that was given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

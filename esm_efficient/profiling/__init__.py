@@ -1,1 +1,1 @@
-"""What training costs, measured while it runs."""
+"""Costs of training, measured while it runs."""

@@ -1,4 +1,4 @@
-"""Seconds of the phases of training, by the device's own clock."""
+"""Time of the phases of training, by the clock of the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from esm_efficient.costs.throughput import synchronize
 
 
 class PhaseClock:
-    """Adds up the time of phases that follow one another.
+    """Sums the time of phases that follow one another.
 
-    On CUDA the ends of phases are events on the current stream, which the host does not wait for. Elsewhere they are
-    the host's clock once the device has done its work.
+    On CUDA a phase ends with an event on the current stream, and the host does not wait for it. Elsewhere the host
+    waits for the device and reads its own clock.
 
     Args:
-        device: whose work is timed.
+        device: the device that is timed.
 
     Example:
         >>> clock = PhaseClock(torch.device("cpu"))
@@ -29,26 +29,29 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._pending: deque[tuple[str, Any, Any]] = deque()
+        self._seconds: dict[str, float] = {}
+        self._began: Any = None
         self.restart()
 
     def restart(self) -> None:
-        """Forget every phase and begin one now."""
+        """Forget all phases and begin a new one."""
         synchronize(self._device)
-        self._pending: deque[tuple[str, Any, Any]] = deque()
-        self._seconds: dict[str, float] = {}
+        self._pending.clear()
+        self._seconds.clear()
         self._began = self._now()
 
     def lap(self, phase: str) -> None:
-        """End the phase that runs, under its name, and begin the next."""
+        """End the current phase, which has this name, and begin the next."""
         now = self._now()
         self._pending.append((phase, self._began, now))
         self._began = now
 
     def seconds(self, *, wait: bool = True) -> dict[str, float]:
-        """Seconds by phase.
+        """Return the seconds of each phase.
 
         Args:
-            wait: wait for phases that the device has not ended yet; otherwise they are left out.
+            wait: wait for phases that the device has not finished yet; otherwise they are left out.
         """
         while self._pending:
             phase, began, ended = self._pending[0]

@@ -1,25 +1,25 @@
-"""What a profiled run has cost, as a record and as a page of text."""
+"""Costs of a profiled run, as a record and as text."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from esm_efficient.costs.memory import CATEGORIES, Memory
+from esm_efficient.profiling.growth import Growth
 from esm_efficient.reporting import format_bytes, format_table
 
 
 @dataclass(frozen=True)
 class PhaseFigures:
-    """What one phase of training has cost on one rank.
+    """Costs of one phase of training on one rank.
 
     Attributes:
-        peak: bytes of tensors at the phase's highest moment, by category.
-        reserved: bytes that torch's allocator had taken from the device at most; 0 where it keeps no such count.
-        seconds: spent in the phase after warm-up, all steps together.
+        peak: bytes of tensors at the highest moment of the phase, by category.
+        reserved: most bytes that torch's allocator had reserved on the device; 0 where it does not count them.
+        seconds: time in the phase after the warm-up, summed over all steps.
     """
 
     peak: Memory
@@ -28,70 +28,10 @@ class PhaseFigures:
 
 
 @dataclass(frozen=True)
-class Growth:
-    """Memory that each step leaves behind.
-
-    Attributes:
-        bytes_per_step: at the end of a step, more than at the end of the one before.
-        category: what most of it counts as.
-        steps: over how many steps it was seen.
-    """
-
-    bytes_per_step: float
-    category: str
-    steps: int
-
-    def __str__(self) -> str:
-        cure = {
-            "activations": "outputs of the forward pass stay alive: is a loss, a logit or a hidden state kept in a "
-            "list without detach()?",
-            "gradients": "gradients pile up: are they of parameters that were made anew?",
-            "optimizer": "the optimizer's state grows: are parameters added to it?",
-            "weights": "the model grows.",
-            "other": "tensors made outside the forward pass stay alive: are batches or gradients kept in a list?",
-        }[self.category]
-        return (
-            f"memory held at the end of a step grows by {format_bytes(round(self.bytes_per_step))} a step "
-            f"({self.category}, seen over {self.steps} steps): {cure}"
-        )
-
-
-def find_growth(ends: Sequence[Memory], *, noise: int = 256 * 1024) -> Growth | None:
-    """Find memory that is kept from step to step.
-
-    What was held at the ends of the later half must all be more than at any end of the earlier half: memory that is
-    kept grows, while that of longer and shorter batches comes and goes.
-
-    Args:
-        ends: what was held at the ends of steps, in order.
-        noise: bytes that the halves must differ by at least.
-
-    Returns:
-        The growth between the halves' medians, or None; None with fewer than 6 steps.
-
-    Example:
-        >>> find_growth([Memory(activations=i * 2**20) for i in range(6)]).bytes_per_step / 2**20
-        1.0
-    """
-    half = len(ends) // 2
-    if half < 3:
-        return None
-    early, late = ends[:half], ends[-half:]
-    if min(memory.total for memory in late) <= max(memory.total for memory in early) + noise:
-        return None
-    between = len(ends) - half  # steps from the middle of the one half to that of the other
-    grown = {
-        name: statistics.median(getattr(m, name) for m in late) - statistics.median(getattr(m, name) for m in early)
-        for name in CATEGORIES
-    }
-    return Growth(sum(grown.values()) / between, max(grown, key=lambda name: grown[name]), len(ends))
-
-
-@dataclass(frozen=True)
 class ProfileReport:
-    """What a run has cost on one rank.
+    """Costs of a run on one rank.
 
-    Rates leave the warm-up steps out. A rate that could not be measured is NaN.
+    Rates do not include the warm-up steps. A rate that could not be measured is NaN.
 
     Attributes:
         device: such as ``"cuda:0"``.
@@ -100,17 +40,17 @@ class ProfileReport:
         peak_phase: the phase with the highest peak.
         steps: optimizer steps, warm-up included.
         warmup_steps: optimizer steps that no rate includes.
-        samples_per_second: sequences trained on.
-        residues_per_second: residues trained on, padding and special tokens not counted.
-        tokens_per_second: tokens computed, padding included.
-        non_padding: share of the tokens that are no padding.
-        model_flops_per_second: FLOP/s of the tokens that are no padding, recomputation not counted.
-        matmul_flops_per_second: what the device was measured to reach in one large matrix product of the same dtype.
-        driver_bytes: memory in use on the device by every process, at the end; None without a GPU.
-        driver: where that is from.
-        resident_bytes: peak resident memory of the process, Python and libraries included.
+        samples_per_second: training sequences per second.
+        residues_per_second: training residues per second, without padding and special tokens.
+        tokens_per_second: tokens per second, padding included.
+        non_padding: share of the tokens that are not padding.
+        model_flops_per_second: FLOP/s for the tokens that are not padding, without recomputation.
+        matmul_flops_per_second: FLOP/s measured in one large matrix product of the same dtype on the device.
+        driver_bytes: bytes that all processes use on the device at the end; None without a GPU.
+        driver: source of `driver_bytes`.
+        resident_bytes: peak resident memory of the process, with Python and libraries.
         growth: memory that each step leaves behind, or None.
-        rank: of this process.
+        rank: rank of this process.
         ranks: number of processes.
     """
 
@@ -135,21 +75,21 @@ class ProfileReport:
 
     @property
     def peak(self) -> Memory:
-        """Bytes of tensors at the run's highest moment, by category."""
+        """Bytes of tensors at the highest moment of the run, by category."""
         return self.phases[self.peak_phase].peak if self.phases else Memory()
 
     @property
     def reserved(self) -> int:
-        """Bytes that torch's allocator had taken from the device at most; 0 where it keeps no such count."""
+        """Most bytes that torch's allocator had reserved on the device; 0 where it does not count them."""
         return max((figures.reserved for figures in self.phases.values()), default=0)
 
     @property
     def utilisation(self) -> float:
-        """Model FLOP/s as a share of the measured rate of matrix products."""
+        """Model FLOP/s as a share of the measured FLOP/s of matrix products."""
         return self.model_flops_per_second / self.matmul_flops_per_second
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure, ready for JSON; what could not be measured is None."""
+        """Return all figures, ready for JSON; a figure that could not be measured is None."""
         rates = ["samples_per_second", "residues_per_second", "tokens_per_second", "non_padding"]
         rates += ["model_flops_per_second", "matmul_flops_per_second", "utilisation"]
         return {
@@ -176,7 +116,7 @@ class ProfileReport:
         }
 
     def metrics(self, prefix: str = "profile/") -> dict[str, float]:
-        """The figures as a flat mapping for an experiment tracker; what could not be measured is left out."""
+        """Return the figures as a flat dict for an experiment tracker, without those that could not be measured."""
         flat: dict[str, float] = {"peak_bytes": self.peak.total, "reserved_bytes": self.reserved}
         flat |= {f"peak_{category}_bytes": getattr(self.peak, category) for category in CATEGORIES}
         for name, figures in self.phases.items():
@@ -203,22 +143,22 @@ class ProfileReport:
             for name, figures in self.phases.items()
         ]
         lines = [
-            f"{self.steps} optimizer steps on {self.device} ({self.warmup_steps} of them warm-up, in no rate)",
+            f"{self.steps} optimizer steps on {self.device} ({self.warmup_steps} of them warm-up, not in the rates)",
             f"counted: {self.counted}",
             "",
             format_table(rows, ("peak of phase", *CATEGORIES, "total", "time")),
             "",
             f"peak: {format_bytes(self.peak.total)} in {self.peak_phase}",
-            f"process: {format_bytes(self.resident_bytes)} resident at most, Python and libraries included",
+            f"process: at most {format_bytes(self.resident_bytes)} resident, with Python and libraries",
         ]
         if self.reserved:
-            lines.append(f"reserved by torch's allocator: {format_bytes(self.reserved)} at most")
+            lines.append(f"reserved by torch's allocator: at most {format_bytes(self.reserved)}")
         if self.driver_bytes is not None:
-            lines.append(f"in use on the device by every process: {format_bytes(self.driver_bytes)} ({self.driver})")
+            lines.append(f"used on the device by all processes: {format_bytes(self.driver_bytes)} ({self.driver})")
         if not math.isnan(self.residues_per_second):
             lines.append(
                 f"{self.samples_per_second:,.2f} samples/s, {self.residues_per_second:,.0f} residues/s, "
-                f"{self.tokens_per_second:,.0f} tokens/s, of which {self.non_padding:.1%} are no padding"
+                f"{self.tokens_per_second:,.0f} tokens/s, {self.non_padding:.1%} of them not padding"
             )
         if not math.isnan(self.utilisation):
             lines.append(
@@ -232,31 +172,31 @@ class ProfileReport:
 
 @dataclass(frozen=True)
 class RankReports:
-    """The reports of every rank of a run, and what they sum to.
+    """The reports of all ranks of a run, and their sums.
 
     Attributes:
-        reports: one a rank, in order.
+        reports: one report per rank, in order.
     """
 
     reports: Sequence[ProfileReport] = field(default_factory=tuple)
 
     @property
     def peak_bytes(self) -> int:
-        """Peaks of all ranks together."""
+        """Sum of the peaks of all ranks."""
         return sum(report.peak.total for report in self.reports)
 
     @property
     def residues_per_second(self) -> float:
-        """Of all ranks together."""
+        """Residues per second of all ranks together."""
         return sum(report.residues_per_second for report in self.reports)
 
     @property
     def samples_per_second(self) -> float:
-        """Of all ranks together."""
+        """Sequences per second of all ranks together."""
         return sum(report.samples_per_second for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every rank's figures and the sums, ready for JSON."""
+        """Return the figures of each rank and the sums, ready for JSON."""
         sums = {name: getattr(self, name) for name in ("peak_bytes", "samples_per_second", "residues_per_second")}
         return {
             "ranks": [report.to_dict() for report in self.reports],
@@ -264,7 +204,7 @@ class RankReports:
         }
 
     def metrics(self, prefix: str = "profile/") -> dict[str, float]:
-        """The first rank's figures, and with several ranks each one's peak and rate and the sums."""
+        """Return the first rank's figures; with several ranks also the peak and rate of each, and the sums."""
         flat = self.reports[0].metrics(prefix)
         if len(self.reports) > 1:
             for report in self.reports:

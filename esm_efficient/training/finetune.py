@@ -196,7 +196,9 @@ def finetune(
         focal_gamma=focal_gamma,
         token_budget=token_budget,
     )
-    profiler = ProfilerCallback(trainer) if profile else None
+    profiler = ProfilerCallback() if profile else None
+    if profiler is not None:
+        trainer.add_callback(profiler)
     trainable = sum(p.numel() for p in prepared.parameters() if p.requires_grad)
     total = sum(p.numel() for p in prepared.parameters())
     with peak_memory() as peak:

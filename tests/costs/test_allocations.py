@@ -1,4 +1,4 @@
-"""The counter of live storages: against arithmetic, against autograd, against torch's own profiler."""
+"""AllocationTracker: compared with arithmetic, with autograd and with torch's own profiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes
 from esm_efficient.costs.memory import Memory
 
 
@@ -45,7 +45,7 @@ def test_a_view_keeps_its_storage_alive():
     assert tracker.current.total == 0
 
 
-def test_what_autograd_saves_stays_until_the_backward_pass():
+def test_tensors_saved_by_autograd_live_until_the_backward_pass():
     weight = torch.randn(8, 8, requires_grad=True)
     tracker = AllocationTracker()
     with tracker:
@@ -62,7 +62,7 @@ def test_what_autograd_saves_stays_until_the_backward_pass():
     assert tracker.current == Memory(weights=256, gradients=256)
 
 
-def test_what_is_recomputed_counts_as_activations():
+def test_recomputed_tensors_count_as_activations():
     x = torch.randn(10, requires_grad=True)
     tracker = AllocationTracker()
     with tracker:
@@ -82,7 +82,7 @@ def test_sizes_are_rounded_up_to_the_granularity():
     assert len(kept) == 3
 
 
-def test_holding_moves_a_tensor_between_categories_once():
+def test_hold_moves_a_tensor_between_categories_once():
     x = torch.zeros(10)
     tracker = AllocationTracker()
     tracker.hold([x, None, x.view(2, 5)], "weights")
@@ -92,7 +92,7 @@ def test_holding_moves_a_tensor_between_categories_once():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 500)), max_size=40))
-def test_held_and_peak_are_those_of_arithmetic(steps):
+def test_current_and_peak_bytes_agree_with_arithmetic(steps):
     alive: list[torch.Tensor] = []
     expected = peak = 0
     tracker = AllocationTracker()
@@ -108,7 +108,7 @@ def test_held_and_peak_are_those_of_arithmetic(steps):
     assert tracker.peak.total == peak
 
 
-def test_the_peak_is_that_of_torchs_own_memory_records():
+def test_the_peak_agrees_with_torchs_own_memory_records():
     def work():
         torch.manual_seed(0)
         layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
@@ -125,3 +125,12 @@ def test_the_peak_is_that_of_torchs_own_memory_records():
             held += event.nbytes()
             peak = max(peak, held)
     assert tracker.peak.total == pytest.approx(peak, rel=0.02)
+
+
+def test_bytes_of_storages_count_shared_memory_once_and_other_devices_not_at_all():
+    tied = torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.Sequential(tied, torch.nn.BatchNorm1d(4, affine=False))
+    model.append(torch.nn.Linear(4, 4, bias=False))
+    model[2].weight = torch.nn.Parameter(tied.weight[:2])
+    tensors = [*model_tensors(model), None, torch.empty(100, device="meta")]
+    assert storage_bytes(tensors, torch.device("cpu")) == 4 * 16 + 2 * 4 * 4 + 8

@@ -1,3 +1,5 @@
+"""Devices: found by name and by instance type, with figures in the stated units."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,17 +22,17 @@ from esm_efficient.errors import ConfigurationError
         ("rtx-4090", "RTX-4090"),
     ],
 )
-def test_devices_go_by_their_own_names_and_those_of_instances(name, device):
+def test_devices_are_found_by_their_names_and_by_instance_types(name, device):
     assert get_device(name).name == device
     assert get_device(get_device(name)) is DEVICES[device]
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_an_unknown_name_is_an_error_that_lists_the_known_names():
     with pytest.raises(ConfigurationError, match=r"(?s)'V100'.*A100-80.*g5\.2xlarge"):
         get_device("V100")
 
 
-def test_figures_are_in_the_units_they_claim():
+def test_figures_are_in_the_stated_units():
     for device in DEVICES.values():
         if device.backend == "cpu":
             continue

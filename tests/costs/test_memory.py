@@ -1,4 +1,4 @@
-"""Peak memory: a block that takes memory shows it, also when it fails."""
+"""Memory: peaks of blocks, also of those that fail; our out-of-memory error is torch's too."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from esm_efficient import peak_memory
+from esm_efficient.costs.memory import OutOfMemoryError, driver_bytes
+from esm_efficient.errors import EsmEfficientError
 
 MEBIBYTE = 2**20
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count from the start of the process")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the device's tensors there")
-def test_the_peak_of_the_process_is_that_of_the_block():
+def test_the_peak_of_the_process_is_measured_per_block():
     with peak_memory() as before:
         pass
     with peak_memory() as large:
@@ -27,15 +29,39 @@ def test_the_peak_of_the_process_is_that_of_the_block():
     assert after.bytes < large.bytes - 200 * MEBIBYTE
 
 
-def test_the_figures_are_there_when_the_block_fails():
+def test_the_figures_are_set_when_the_block_fails():
     with pytest.raises(RuntimeError, match="broken"), peak_memory() as peak:
         raise RuntimeError("broken")
     assert peak.bytes > 0
     assert peak.kind
 
 
+def test_our_out_of_memory_error_is_an_error_of_torch_and_of_the_library():
+    error = OutOfMemoryError("no memory", phase="forward", held={"weights": 1})
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert isinstance(error, EsmEfficientError)
+    assert not isinstance(torch.OutOfMemoryError("no memory"), OutOfMemoryError)
+    assert (error.phase, error.held, str(error)) == ("forward", {"weights": 1}, "no memory")
+    for kind in (torch.OutOfMemoryError, torch.cuda.OutOfMemoryError, RuntimeError, EsmEfficientError):
+        with pytest.raises(kind):
+            raise error
+
+
+def test_the_driver_reports_no_memory_of_a_cpu():
+    assert driver_bytes(torch.device("cpu")) == (None, "")
+
+
+def test_without_nvml_the_cuda_driver_is_asked(monkeypatch):
+    def fail(device):
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(torch.cuda, "device_memory_used", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    assert driver_bytes(torch.device("cuda")) == (70, "CUDA driver; NVML failed: pynvml")
+
+
 @pytest.mark.cuda
-def test_on_cuda_the_allocators_own_peak():
+def test_on_cuda_the_peak_is_the_allocators_own():
     with peak_memory() as peak:
         tensor = torch.ones(64 * MEBIBYTE // 4, device="cuda")
         expected = torch.cuda.memory_allocated()

@@ -1,3 +1,5 @@
+"""Throughput: FLOPs and tokens are counted exactly, and the rate of products is plausible."""
+
 from __future__ import annotations
 
 import pytest
@@ -14,20 +16,20 @@ from esm_efficient.errors import ConfigurationError
     st.floats(0, 1e5),
     st.lists(st.tuples(st.integers(1, 64), st.integers(10, 1024)), min_size=2, max_size=8),
 )
-def test_the_parts_of_the_work_are_found_from_any_batches(linear, square, shapes):
+def test_the_two_parts_of_the_flops_are_found_from_any_batches(linear, square, shapes):
     batches = [(rows, n, rows * (linear * n + square * n * n)) for rows, n in shapes]
-    found, found_square = flops_per_token(batches)
-    total = sum(rows * (found * n + found_square * n * n) for rows, n in shapes)
+    fitted, fitted_square = flops_per_token(batches)
+    total = sum(rows * (fitted * n + fitted_square * n * n) for rows, n in shapes)
     assert total == pytest.approx(sum(flops for *_, flops in batches), rel=1e-3)
     if max(n for _, n in shapes) > 2 * min(n for _, n in shapes):
-        assert found == pytest.approx(linear, rel=0.01, abs=0.01 * square * 1024)
+        assert fitted == pytest.approx(linear, rel=0.01, abs=0.01 * square * 1024)
 
 
-def test_without_batches_there_is_no_work():
+def test_without_batches_there_are_no_flops():
     assert flops_per_token([]) == (0.0, 0.0)
 
 
-def test_batches_without_a_mask_hold_no_padding():
+def test_batches_without_a_mask_count_as_unpadded():
     counter = TokenCounter()
     assert counter.add({"input_ids": torch.zeros(2, 7)}) == (2, 7)
     assert counter.add({"inputs_embeds": torch.zeros(2, 7, 3)}) is None
@@ -37,7 +39,7 @@ def test_batches_without_a_mask_hold_no_padding():
 
 
 @pytest.mark.parametrize(("phase", "counted"), [("forward", True), ("backward", False), ("optimizer", False)])
-def test_work_is_counted_forward_and_backward_but_not_recomputed(phase, counted):
+def test_flops_are_counted_forward_and_backward_and_not_in_recomputation(phase, counted):
     counter = WorkCounter(lambda: phase)
     with counter:
         torch.ones(2, 3) @ torch.ones(3, 5)
@@ -47,7 +49,7 @@ def test_work_is_counted_forward_and_backward_but_not_recomputed(phase, counted)
     assert counter.flops == {"forward": 120, "backward": 60, "optimizer": 0}[phase]
 
 
-def test_the_rate_is_that_of_a_product_that_anyone_can_time():
+def test_the_matmul_rate_is_plausible_and_needs_repeats():
     rate = matmul_rate("cpu", torch.float32)
     assert 1e9 < rate < 1e14
     with pytest.raises(ConfigurationError, match="repeats=0"):

@@ -1,3 +1,5 @@
+"""PhaseClock: laps add up, and CUDA events are not waited for unless asked."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +9,7 @@ from esm_efficient.profiling.clock import PhaseClock
 
 
 class Event:
-    """Stands for a CUDA event: it is reached when the test says so."""
+    """A CUDA event that is reached when the test sets it."""
 
     def __init__(self, moment):
         self.moment, self.reached = moment, False
@@ -22,7 +24,7 @@ class Event:
         return 1000.0 * (other.moment - self.moment)
 
 
-def test_the_laps_of_the_host_add_up(monkeypatch):
+def test_laps_of_the_host_add_up(monkeypatch):
     moments = iter([0.0, 1.0, 3.0, 3.5])
     monkeypatch.setattr(PhaseClock, "_now", lambda _: next(moments))
     clock = PhaseClock(torch.device("cpu"))
@@ -31,7 +33,7 @@ def test_the_laps_of_the_host_add_up(monkeypatch):
     assert clock.seconds() == {"forward": 1.5, "backward": 2.0}
 
 
-def test_events_that_are_not_reached_are_waited_for_only_if_asked(monkeypatch):
+def test_pending_events_are_waited_for_only_if_asked(monkeypatch):
     events = [Event(moment) for moment in (0, 2, 5)]
     left = iter(events)
     monkeypatch.setattr(PhaseClock, "_now", lambda _: next(left))
@@ -44,7 +46,7 @@ def test_events_that_are_not_reached_are_waited_for_only_if_asked(monkeypatch):
     assert clock.seconds() == {"forward": 2.0, "backward": 3.0}
 
 
-def test_a_restart_forgets(monkeypatch):
+def test_a_restart_forgets_all_phases(monkeypatch):
     moments = iter([0.0, 1.0, 7.0, 9.0])
     monkeypatch.setattr(PhaseClock, "_now", lambda _: next(moments))
     clock = PhaseClock(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Profiler: phases, categories, rates and leaks of real loops; and that it leaves nothing behind."""
+"""Profiler: phases, categories, rates and leaks of real loops; it leaves nothing installed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from esm_efficient import RECIPES, Profiler, apply_lean_encoder, estimate, lora_config, prepare_model
-from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors
 from esm_efficient.costs.memory import CATEGORIES, OutOfMemoryError
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
-from esm_efficient.profiling.backends import model_tensors, split
+from esm_efficient.profiling.backends import TotalsBackend
 from esm_efficient.profiling.clock import PhaseClock
 
 
@@ -60,7 +60,7 @@ def hooks_of(model, optimizer):
 
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("recipe", ["base", "gc", "lora", "all"])
-def test_the_peak_is_the_one_that_is_estimated(recipe, lean):
+def test_measured_peak_equals_the_estimate(recipe, lean):
     model, optimizer = make_run(recipe, lean=lean)
     batches = [make_batch(4, 60, padding=1) for _ in range(4)]
     with Profiler(model, optimizer, compare_with_matmul=False) as profiler:
@@ -79,7 +79,7 @@ def test_the_peak_is_the_one_that_is_estimated(recipe, lean):
         assert sum(getattr(peak, category) for category in CATEGORIES) == peak.total <= report.peak.total
 
 
-def test_phases_share_all_the_time_there_is():
+def test_phases_share_the_whole_time():
     model, optimizer = make_run()
     with Profiler(model, optimizer, warmup_steps=1, compare_with_matmul=False) as profiler:
         train(model, optimizer, [make_batch()] * 4, profiler)
@@ -94,7 +94,7 @@ def test_phases_share_all_the_time_there_is():
     assert report.samples_per_second == pytest.approx(3 * 4 / trained)
 
 
-def test_padding_and_special_tokens_are_no_residues():
+def test_padding_and_special_tokens_do_not_count_as_residues():
     model, optimizer = make_run()
     with Profiler(model, optimizer, warmup_steps=0) as profiler:
         train(model, optimizer, [make_batch(4, 20, padding=5), make_batch(2, 10)], profiler)
@@ -105,7 +105,7 @@ def test_padding_and_special_tokens_are_no_residues():
 
 
 @pytest.mark.parametrize("recipe", ["base", "all"])
-def test_model_flops_are_those_of_torchs_counter_without_recomputation(recipe):
+def test_model_flops_equal_torchs_counter_without_recomputation(recipe):
     model, optimizer = make_run(recipe)
     batches = [make_batch(4, n) for n in (20, 64, 30, 50)]
     with Profiler(model, optimizer, warmup_steps=2) as profiler:
@@ -113,18 +113,18 @@ def test_model_flops_are_those_of_torchs_counter_without_recomputation(recipe):
     report = profiler.report()
     plain, other = make_run("lora" if recipe == "all" else "base")
     if recipe == "all":
-        plain.enable_input_require_grads()  # as checkpointing does, so that the first layer passes a gradient on too
+        plain.enable_input_require_grads()  # as with checkpointing: the first layer has an input gradient
     counter = FlopCounterMode(display=False)
     with counter:
         train(plain, other, batches[2:])
     seconds = 8 / report.samples_per_second
-    # torch's counter has no formula for the CPU's attention kernel: two products forward and five backward a head.
+    # torch's counter has no formula for the CPU's attention kernel: two products forward and five backward per head.
     attention = sum(2 * 4 * 7 * 2 * n * n * 64 for n in (30, 50))
     assert report.model_flops_per_second * seconds == pytest.approx(counter.get_total_flops() + attention, rel=0.02)
     assert 0 < report.utilisation < 1
 
 
-def test_nothing_stays_behind():
+def test_no_hook_is_left_installed():
     model, optimizer = make_run()
     before = hooks_of(model, optimizer)
     with Profiler(model, optimizer) as profiler:
@@ -136,7 +136,7 @@ def test_nothing_stays_behind():
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
-def test_training_is_the_same_with_and_without():
+def test_profiling_does_not_change_training():
     weights = []
     for profiled in (False, True):
         torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_training_is_the_same_with_and_without():
     assert torch.equal(*weights)
 
 
-def test_the_random_numbers_of_training_are_left_alone():
+def test_profiling_does_not_change_random_numbers():
     model, optimizer = make_run()
     batches = [make_batch()] * 4
     state = torch.get_rng_state()
@@ -161,7 +161,7 @@ def test_the_random_numbers_of_training_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_time_and_memory_of_the_last_evaluation_count(monkeypatch):
+def test_time_and_memory_of_the_last_evaluation_are_counted(monkeypatch):
     model, optimizer = make_run()
     with Profiler(model, optimizer, warmup_steps=1, compare_with_matmul=False) as profiler:
         train(model, optimizer, [make_batch()] * 3, profiler)
@@ -175,14 +175,14 @@ def test_the_time_and_memory_of_the_last_evaluation_count(monkeypatch):
     assert report.phases["evaluation"].peak.activations > 64 * 100 * 64 * 4
 
 
-def test_a_leak_is_found_at_the_default_interval_too():
+def test_a_leak_is_found_at_the_default_interval():
     model, optimizer = make_run()
     with Profiler(model, optimizer) as profiler:
         train(model, optimizer, [make_batch(8, 60)] * 75, profiler, keep=[])
     assert profiler.report().growth.category == "activations"
 
 
-def test_a_list_that_keeps_activations_is_found_and_named(caplog):
+def test_activations_kept_in_a_list_are_found_and_named(caplog):
     model, optimizer = make_run(num_hidden_layers=3)
     kept: list = []
     with caplog.at_level(logging.WARNING), Profiler(model, optimizer, warmup_steps=2, every=1) as profiler:
@@ -190,7 +190,7 @@ def test_a_list_that_keeps_activations_is_found_and_named(caplog):
     growth = profiler.report().growth
     assert growth is not None
     assert growth.category == "activations"
-    # What one forward pass keeps, by the estimator.
+    # The memory that one forward pass keeps, by the estimator.
     config = model.config
     held = estimate(
         config, device="cpu", recipe="base", micro_batch=8, accumulation=1, tokens=60, padding="equal-length"
@@ -201,14 +201,14 @@ def test_a_list_that_keeps_activations_is_found_and_named(caplog):
     assert "detach()" in record.getMessage()
 
 
-def test_batches_of_different_lengths_are_no_leak():
+def test_batches_of_different_lengths_are_not_reported_as_a_leak():
     model, optimizer = make_run()
     with Profiler(model, optimizer, every=1) as profiler:
         train(model, optimizer, [make_batch(4, 10 + 5 * (i % 7) + i) for i in range(20)], profiler)
     assert profiler.report().growth is None
 
 
-def test_a_larger_batch_is_not_missed_between_the_steps_that_are_looked_at():
+def test_a_larger_batch_between_detailed_steps_is_counted():
     model, optimizer = make_run()
     lengths = [20, 20, 20, 20, 90, 20, 20]
     with Profiler(model, optimizer, warmup_steps=2, every=100, compare_with_matmul=False) as profiler:
@@ -218,7 +218,7 @@ def test_a_larger_batch_is_not_missed_between_the_steps_that_are_looked_at():
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
-def test_running_out_of_memory_says_where_and_what_was_held(where):
+def test_out_of_memory_error_names_the_phase_and_what_was_held(where):
     model, optimizer = make_run()
 
     def fail(*_):
@@ -241,6 +241,7 @@ def test_running_out_of_memory_says_where_and_what_was_held(where):
     assert error.phase == where
     assert isinstance(error, EsmEfficientError)
     assert isinstance(error.__cause__, torch.OutOfMemoryError)
+    assert not isinstance(error.__cause__, OutOfMemoryError)
     assert error.held["weights"] > 0
     assert error.held["total"] == sum(error.held[category] for category in CATEGORIES)
     assert "3 x 17 tokens" in str(error)
@@ -248,50 +249,39 @@ def test_running_out_of_memory_says_where_and_what_was_held(where):
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
-class Totals:
-    """A device that, like CUDA's allocator, tells totals and peaks, and nothing of what they are for."""
+class TrackedTotals(TotalsBackend):
+    """The backend of a GPU on top of a count of the CPU's tensors, of which it reads the totals only."""
 
-    counted = "totals"
+    tracker: AllocationTracker
 
-    def __init__(self, tracker):
-        self.totals = tracker
+    def _current(self):
+        return self.tracker.current.total
 
-    def current(self):
-        return self.totals.current.total
-
-    def take_peak(self):
-        peak = self.totals.peak.total
-        self.totals.reset_peak()
+    def _take_peak(self):
+        peak = self.tracker.peak.total
+        self.tracker.reset_peak()
         return peak, 2 * peak
 
 
-class ProfilerOfTotals(Profiler):
-    """The profiler as it is on a GPU, on top of a count of the CPU's tensors."""
-
-    def __enter__(self):
-        self.totals = AllocationTracker()
-        self.totals.hold(model_tensors(self.model), "weights")
-        self.totals.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.totals.__exit__(*error)
-
-    def _make_counter(self):
-        return Totals(self.totals)
-
-
 @pytest.mark.parametrize("recipe", ["base", "gc", "lora", "all"])
-def test_totals_alone_are_split_much_as_exact_counts_are(recipe):
-    reports = []
-    for kind in (Profiler, ProfilerOfTotals):
-        model, optimizer = make_run(recipe, num_hidden_layers=6)
-        batches = [make_batch(8, 60, padding=1) for _ in range(3)]
-        with kind(model, optimizer, warmup_steps=0, every=1) as profiler:
+def test_totals_are_split_nearly_as_exact_counts_are(monkeypatch, recipe):
+    def run():
+        with Profiler(model, optimizer, warmup_steps=0, every=1) as profiler:
             train(model, optimizer, batches, profiler)
-        reports.append(profiler.report())
-    exact, split_up = reports
+        return profiler.report()
+
+    def make_input():
+        model, optimizer = make_run(recipe, num_hidden_layers=6)
+        return model, optimizer, [make_batch(8, 60, padding=1) for _ in range(3)]
+
+    model, optimizer, batches = make_input()
+    exact = run()
+    model, optimizer, batches = make_input()
+    with AllocationTracker() as tracker:
+        tracker.hold(model_tensors(model), "weights")
+        monkeypatch.setattr(TrackedTotals, "tracker", tracker, raising=False)
+        monkeypatch.setattr("esm_efficient.profiling.profiler.make_backend", TrackedTotals)
+        split_up = run()
     assert split_up.reserved == 2 * max(f.peak.total for f in split_up.phases.values())
     for phase in ("forward", "backward", "optimizer"):
         ours, theirs = split_up.phases[phase].peak, exact.phases[phase].peak
@@ -300,13 +290,7 @@ def test_totals_alone_are_split_much_as_exact_counts_are(recipe):
             assert abs(getattr(ours, category) - getattr(theirs, category)) <= 0.25 * theirs.total
 
 
-def test_a_split_sums_to_the_peak_whatever_it_is_given():
-    for peak in (0, 10, 35, 100):
-        for held in (0, 50, 200):
-            assert split(peak, held, weights=20, gradients=5, optimizer=10).total == peak
-
-
-def test_a_model_without_tokens_has_no_rates_of_tokens():
+def test_a_model_without_tokens_has_no_token_rates():
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Profiler(model, optimizer, warmup_steps=0) as profiler:
@@ -320,12 +304,33 @@ def test_a_model_without_tokens_has_no_rates_of_tokens():
     assert "residues/s" not in report.metrics()
 
 
-def test_what_cannot_be_profiled_is_refused():
+def test_impossible_options_are_refused():
     with pytest.raises(ConfigurationError, match="no parameters"):
         Profiler(torch.nn.Identity())
     for options in ({"warmup_steps": -1}, {"every": 0}):
         with pytest.raises(ConfigurationError, match="expected at least 0 and 1"):
             Profiler(torch.nn.Linear(1, 1), **options)
+
+
+def test_a_profiler_that_was_not_started_says_so():
+    profiler = Profiler(torch.nn.Linear(1, 1))
+    for method in (profiler.report, profiler.step):
+        with pytest.raises(ConfigurationError, match="has not been started"):
+            method()
+
+
+def test_a_profiler_measures_one_loop_after_the_other_and_not_two_at_once():
+    model, optimizer = make_run()
+    before = hooks_of(model, optimizer)
+    profiler = Profiler(model, optimizer, compare_with_matmul=False)
+    with profiler:
+        train(model, optimizer, [make_batch()] * 3, profiler)
+        with pytest.raises(ConfigurationError, match="running already"):
+            profiler.__enter__()
+    with profiler:
+        train(model, optimizer, [make_batch()] * 2, profiler)
+    assert profiler.report().steps == 2
+    assert hooks_of(model, optimizer) == before
 
 
 @pytest.mark.cuda

@@ -1,0 +1,36 @@
+"""Phases: which stage counts as which phase, and which phase an error is reported for."""
+
+from __future__ import annotations
+
+import torch
+
+from esm_efficient.profiling.phases import PhaseTracker, output_tensors
+
+
+def phases_of(*stages):
+    tracker = PhaseTracker()
+    return [tracker.switch(stage) for stage in stages]
+
+
+def test_clipping_belongs_to_the_optimizer_and_waiting_to_data():
+    assert phases_of("forward", "backward", "between", "optimizer", "between", "forward") == [
+        *("data", "forward", "backward", "optimizer", "optimizer", "data")
+    ]
+
+
+def test_the_time_before_and_between_evaluations_counts_as_evaluation():
+    assert phases_of("evaluation", "evaluation", "forward") == ["evaluation"] * 3
+
+
+def test_an_error_between_backward_pass_and_step_is_reported_for_the_optimizer():
+    tracker = PhaseTracker()
+    failed = [tracker.failed_phase]
+    for stage in ("forward", "backward", "between", "optimizer", "between"):
+        tracker.switch(stage)
+        failed.append(tracker.failed_phase)
+    assert failed == ["data", "forward", "backward", "optimizer", "optimizer", "data"]
+
+
+def test_tensors_are_found_in_every_kind_of_output():
+    x = torch.zeros(1)
+    assert [list(output_tensors(output)) for output in (x, {"a": x, "b": 1}, (x, None), None)] == [[x], [x], [x], []]
