@@ -27,7 +27,7 @@ def test_labels_that_are_ignored_do_not_count():
 def test_absent_classes_and_strange_labels_are_named():
     with pytest.raises(DataError, match="label b, c"):
         balanced_class_weights([0, 0], NAMES)
-    with pytest.raises(DataError, match=r"\[7\] are no class"):
+    with pytest.raises(DataError, match=r"\[7\] are not class ids"):
         balanced_class_weights([0, 7], NAMES)
 
 
