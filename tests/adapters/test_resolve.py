@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
-from esm_efficient import lora_config, resolve_targets
+from esm_efficient import lora_config, recipe_adapters, resolve_targets
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 
 HEADS = [EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel]
@@ -171,6 +171,14 @@ def test_an_unknown_architecture_lists_its_linear_layers():
     with pytest.raises(TargetModuleError, match=r"up \(1\), down \(1\)"):
         resolve_targets(Other())
     assert resolve_targets(Other(), ["up"]).modules == ("up",)
+
+
+def test_adapter_options_override_those_of_the_recipe(tiny_model):
+    model = tiny_model()
+    assert recipe_adapters("all", model, r=3, preset="qkv").r == 3
+    assert recipe_adapters("base", model) is None
+    with pytest.raises(ConfigurationError, match="has no adapters"):
+        recipe_adapters("base", model, r=3)
 
 
 def test_the_report_counts_each_target(tiny_model):
