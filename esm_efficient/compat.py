@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def checkpointing_arguments(enabled: bool, *, use_reentrant: bool = False) -> dict[str, Any]:
-    """Keyword arguments of ``TrainingArguments`` that switch gradient checkpointing on or off.
+    """Return the keyword arguments of ``TrainingArguments`` that switch gradient checkpointing on or off.
 
     transformers 5.23 renames ``gradient_checkpointing`` to ``activation_checkpointing``.
     """
@@ -37,9 +37,9 @@ def checkpointing_arguments(enabled: bool, *, use_reentrant: bool = False) -> di
 
 
 def installed_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``TrainingArguments`` with checkpointing under the name that the installed transformers takes.
+    """Return options of ``TrainingArguments`` with checkpointing under the name that the installed transformers takes.
 
-    Under both names at once the older one would be dropped without a word.
+    If both names were given, transformers would ignore the older one without a message.
     """
     new, old = checkpointing_arguments(False).keys(), ("gradient_checkpointing", "activation_checkpointing")
     name = next(iter(new))
@@ -48,24 +48,15 @@ def installed_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asks_for_checkpointing(args: TrainingArguments) -> bool:
-    """Whether training arguments switch gradient checkpointing on, under either name."""
+    """Return whether training arguments switch gradient checkpointing on, under either name."""
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
-def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
-    """Switch gradient checkpointing on for a transformers model (not a wrapper of one)."""
-    options = {"use_reentrant": use_reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
 def declare_loss_normalised(trainer: Trainer) -> None:
-    """Tell a Trainer that its loss is already divided by the whole accumulated batch.
+    """Tell a Trainer that its loss is already divided by the weight of the whole accumulated batch.
 
-    From transformers 5.20 there is an attribute for it. Before, the Trainer divides by the accumulation steps unless
-    the model is said to accept loss arguments.
+    Without it, the Trainer divides the loss by the accumulation steps once more. transformers 5.20 and later have an
+    attribute for this. Earlier versions divide unless the model claims to accept loss arguments.
     """
     from transformers import Trainer
 
@@ -78,26 +69,67 @@ def declare_loss_normalised(trainer: Trainer) -> None:
 def leave_division_to_trainer(accelerator: Accelerator) -> None:
     """Keep accelerate from dividing a loss by the accumulation steps.
 
-    Trainer does that itself, or does not because its loss is normalised. transformers 5.3 nevertheless tells
-    accelerate the number of steps, so that under accumulation every gradient is too small by that factor.
+    The Trainer divides the loss itself, or leaves it because it is normalised. transformers 5.3 nevertheless passes the
+    number of steps to accelerate; without this function every accumulated gradient is too small by that factor.
     """
     accelerator.gradient_accumulation_steps = 1
 
 
 def save_under_own_names(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` write a model's weights under the names that its modules have.
+    """Make ``save_pretrained`` write a model's weights under the names of its modules.
 
-    transformers 5 writes the weights of an ESM model that was built from a config, or loaded from a file with such
-    names, as LayerNorm's legacy ``gamma`` and ``beta``. ``from_pretrained`` reads them; resuming a Trainer does not,
-    and goes on with the LayerNorms that the model had, with no more than a warning.
+    transformers 5 writes LayerNorm's weights under the legacy names ``gamma`` and ``beta`` if the ESM model was built
+    from a config, or loaded from a file with such names. ``from_pretrained`` reads them. Without this function, a
+    Trainer that resumes does not: it only warns, and keeps the LayerNorm weights that the model had.
     """
     conversions: Any = []
     model._weight_conversions = conversions
 
 
 def tied_weights(model: nn.Module) -> tuple[str, ...]:
-    """Names of the weights that a checkpoint may leave out because they are another weight too."""
+    """Return the names of the weights that a checkpoint may lack because they are tied to another weight.
+
+    Without them, resuming a model with tied weights would fail as if its checkpoint were incomplete.
+    """
     return tuple(getattr(model, "_tied_weights_keys", None) or ())
+
+
+def keep_column(trainer: Trainer, column: str) -> None:
+    """Make a Trainer pass a dataset column to the batches although the model's forward does not take it.
+
+    Without it, the Trainer drops the column as unused, and the weights of the sequences have no effect.
+    """
+    trainer._set_signature_columns_if_needed()
+    columns: Any = trainer
+    columns._signature_columns = [*columns._signature_columns, column]
+
+
+def without_unused_columns(trainer: Trainer, dataset: Any, collate: Any) -> tuple[Any, Any]:
+    """Return a training dataset and a collator that drop the columns which the model's forward does not take.
+
+    `Trainer.get_train_dataloader` does the same. Without it, a data loader of our own would collate strings and
+    pass them to the model.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset, description="training"), collate
+    return dataset, trainer._get_collator_with_removed_columns(collate, description="training")
+
+
+def check_loaded_weights(trainer: Trainer, check: Callable[[Sequence[str]], None]) -> None:
+    """Call a function with the names of the weights that a checkpoint lacks, before a Trainer warns of them.
+
+    Without it, training resumes from an incomplete checkpoint with no more than a warning.
+    """
+    warn = trainer._issue_warnings_after_load
+
+    def check_and_warn(load_result: Any) -> None:
+        check(load_result.missing_keys)
+        warn(load_result)
+
+    replaced: Any = trainer
+    replaced._issue_warnings_after_load = check_and_warn
 
 
 # --- estimation ---
@@ -178,6 +210,25 @@ def has_flex_attention() -> bool:
 
 
 # --- adapters ---
+
+
+def enable_checkpointing(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Switch gradient checkpointing on for a transformers model (not for a wrapper of one)."""
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def require_input_gradients(model: PreTrainedModel) -> None:
+    """Make the embeddings' output require a gradient, once.
+
+    Without it, reentrant checkpointing over frozen embeddings computes no gradient for any adapter. The private name
+    is the hook that is registered already; a second one could not be removed again.
+    """
+    if getattr(model, "_require_grads_hook", None) is None:
+        model.enable_input_require_grads()
 
 
 # --- profiling ---

@@ -1,22 +1,25 @@
-"""The errors of the library. Each one says what was given, what was expected, and what to do."""
+"""The errors of the library. Each message says what was given, what was expected, and what to do.
+
+`OutOfMemoryError` is in `esm_efficient.costs.memory`: it derives from torch's class, and this module loads no torch.
+"""
 
 from __future__ import annotations
 
 
 class EsmEfficientError(Exception):
-    """Base class: ``except EsmEfficientError`` catches everything that the library raises on purpose."""
+    """Base class of all errors that the library raises on purpose."""
 
 
 class DataError(EsmEfficientError, ValueError):
-    """A table, a sequence or a label is not what it should be; the message names the rows."""
+    """A table, a sequence or a label is invalid; the message names the rows."""
 
 
 class DownloadError(EsmEfficientError, OSError):
-    """A file could not be fetched or is not the file that it should be; the message says what to put where."""
+    """A file could not be downloaded, or its checksum is wrong; the message says which file to put where."""
 
 
 class TargetModuleError(EsmEfficientError, ValueError):
-    """An adapter target matches nothing, or matches what must not be adapted."""
+    """An adapter target matches no layer, or a layer that must not be adapted."""
 
 
 class ConfigurationError(EsmEfficientError, ValueError):
@@ -24,10 +27,10 @@ class ConfigurationError(EsmEfficientError, ValueError):
 
 
 class AuditError(EsmEfficientError, RuntimeError):
-    """A parameter that should train got no gradient or did not move.
+    """A trainable parameter got no gradient or did not move.
 
     Attributes:
-        without_gradient: names of the parameters whose gradient is missing or stayed zero.
+        without_gradient: names of the parameters with no gradient, or a gradient of zero at every step.
         unmoved: names of the parameters that had a gradient and did not change.
     """
 
@@ -38,14 +41,14 @@ class AuditError(EsmEfficientError, RuntimeError):
 
 
 class TrainingInterrupted(EsmEfficientError):
-    """A signal has ended a run; a checkpoint of its last step was written."""
+    """A signal ended a run after a checkpoint of its last step was written."""
 
 
 class RequestError(EsmEfficientError, ValueError):
-    """A request for predictions is not what it should be.
+    """A request for predictions is invalid.
 
     Attributes:
-        status: the HTTP status to answer with, from 400 to 499.
+        status: HTTP status of the answer, from 400 to 499.
     """
 
     def __init__(self, message: str, *, status: int = 400) -> None:
@@ -54,7 +57,7 @@ class RequestError(EsmEfficientError, ValueError):
 
 
 def listing(items: list[str] | tuple[str, ...], limit: int = 5) -> str:
-    """Join the first items for a message and say how many are left out.
+    """Join the first items for a message, with the number of items left out.
 
     Example:
         >>> listing(["a", "b", "c"], limit=2)

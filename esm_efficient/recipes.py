@@ -1,8 +1,8 @@
-"""The named training methods, as data: what each one does, not how.
+"""The named training methods, as data.
 
-A recipe fixes the *accumulated batch*: accumulation splits it into smaller micro-batches and so lowers memory, and the
-number of optimizer steps stays what it was. That is what makes the recipes comparable. Accumulating whole batches
-instead takes fewer steps, and at an unchanged learning rate it learns less.
+A recipe fixes the *accumulated batch*. Accumulation divides it into smaller micro-batches: it needs less memory, and
+the number of optimizer steps stays the same. The recipes are therefore comparable. If accumulation enlarged the batch
+instead, a run would take fewer steps, and at an unchanged learning rate it would learn less.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Encoder = Literal["lean", "plain"]
 Precision = Literal["auto", "float32", "bf16", "fp16", "pure-bf16"]
 """Number formats of a training step.
 
-- ``"float32"``: everything in float32.
-- ``"bf16"``, ``"fp16"``: autocast; frozen parameters are held in that type, trainable ones in float32.
-- ``"pure-bf16"``: everything is held in bfloat16. For estimates only: it loses small updates.
 - ``"auto"``: bf16 on a CUDA device that multiplies bfloat16 in hardware, else float32.
+- ``"float32"``: everything in float32.
+- ``"bf16"``: autocast to bfloat16; frozen parameters are bfloat16, trainable ones float32.
+- ``"fp16"``: the same with float16. For estimates only: training would need a loss scale.
+- ``"pure-bf16"``: everything in bfloat16. For estimates only: training would lose small updates.
 """
 
 
@@ -31,21 +32,20 @@ class Recipe:
     """A named training method.
 
     Attributes:
-        name: the word it goes by.
-        trains: ``"full"`` for all parameters, ``"adapters"`` and the head, or the ``"head"`` alone.
-        learning_rate: peak learning rate of AdamW at `batch_size` sequences an optimizer step.
+        name: name of the recipe.
+        trains: ``"full"`` for all parameters, ``"adapters"`` for adapters and the head, ``"head"`` for the head alone.
+        learning_rate: peak learning rate of AdamW at `batch_size` sequences per optimizer step.
         micro_batch: sequences in one forward pass on one device.
-        accumulation: micro-batches accumulated before one optimizer step.
+        accumulation: micro-batches per optimizer step.
         gradient_checkpointing: whether activations are recomputed in the backward pass.
-        preset: which layers get adapters (see `esm_efficient.adapters.resolve`); None without adapters.
+        preset: the layers that get adapters (`esm_efficient.adapters.resolve`); None without adapters.
         r: rank of the adapters; None without adapters.
-        encoder: ``"lean"`` computes without padding and keeps less (`esm_efficient.encoder`); ``"plain"`` as
-            transformers does. Loss and gradient are the same.
+        encoder: ``"lean"`` for the encoder that computes without padding and saves less for the backward pass
+            (`esm_efficient.encoder`), ``"plain"`` for that of transformers. Loss and gradient are the same.
         description: one line for a table.
 
     Raises:
-        ConfigurationError: adapters without a preset and a rank or the other way round, sizes below 1, or an unknown
-            encoder.
+        ConfigurationError: preset and rank do not fit `trains`, a size is below 1, or the encoder is unknown.
     """
 
     name: str
@@ -62,27 +62,27 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.trains == "adapters") != (self.preset is not None) or (self.preset is None) != (self.r is None):
             raise ConfigurationError(
-                f"recipe {self.name!r}: a preset and a rank go with trains='adapters' and with nothing else; got "
-                f"trains={self.trains!r}, preset={self.preset!r}, r={self.r!r}"
+                f"recipe {self.name!r}: got trains={self.trains!r}, preset={self.preset!r}, r={self.r!r}: expected a "
+                "preset and a rank with trains='adapters', and neither otherwise"
             )
         if self.encoder not in ("lean", "plain"):
             raise ConfigurationError(f"recipe {self.name!r}: encoder={self.encoder!r}: expected 'lean' or 'plain'")
         if self.micro_batch < 1 or self.accumulation < 1:
             raise ConfigurationError(
-                f"recipe {self.name!r}: micro_batch and accumulation must be at least 1; got {self.micro_batch} and "
-                f"{self.accumulation}"
+                f"recipe {self.name!r}: micro_batch={self.micro_batch} and accumulation={self.accumulation}: expected "
+                "at least 1 for both"
             )
 
     @property
     def batch_size(self) -> int:
-        """Sequences an optimizer step on one device: the accumulated batch."""
+        """Sequences per optimizer step on one device: the accumulated batch."""
         return self.micro_batch * self.accumulation
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with other settings; the learning rate follows the accumulated batch unless it is given.
+        """Return a copy with other settings, with the learning rate scaled to the accumulated batch unless it is given.
 
-        Under Adam a batch k times as large wants a rate sqrt(k) times as large (Malladi et al. 2022, "On the SDEs and
-        Scaling Rules for Adaptive Gradient Algorithms").
+        For Adam, a batch k times as large needs a learning rate sqrt(k) times as large (Malladi et al. 2022, "On the
+        SDEs and Scaling Rules for Adaptive Gradient Algorithms").
 
         Example:
             >>> RECIPES["lora"].replace(accumulation=4).learning_rate
@@ -119,13 +119,13 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name; a `Recipe` is returned as it is.
+    """Return the recipe of a name; a `Recipe` is returned unchanged.
 
     Raises:
-        ConfigurationError: no recipe has that name.
+        ConfigurationError: the recipe is unknown.
     """
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
-        raise ConfigurationError(f"no recipe is named {recipe!r}; there are {', '.join(RECIPES)}")
+        raise ConfigurationError(f"no recipe is named {recipe!r}: expected one of {', '.join(RECIPES)}")
     return RECIPES[recipe]

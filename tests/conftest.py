@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 from esm_efficient import demo_model_path, write_demo_table
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes with several threads each would wait for one another; those that tests start inherit it.
+    # Several processes with several threads each would compete for the cores; processes started by tests inherit this.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 else:
@@ -38,13 +38,13 @@ def from_environment(variable: str) -> Path:
 
 @pytest.fixture(scope="session")
 def deeploc_csv() -> Path:
-    """The real DeepLoc-2.0 table."""
+    """Path of the real DeepLoc-2.0 table."""
     return from_environment("ESM_EFFICIENT_DEEPLOC_CSV")
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
-    """A real ESM-2 backbone."""
+    """Path of a real ESM-2 backbone."""
     return from_environment("ESM_EFFICIENT_CHECKPOINT")
 
 
@@ -78,13 +78,13 @@ def tiny_config(**changes) -> EsmConfig:
 
 
 def make_model(head=EsmForSequenceClassification, *, seed: int = 0, **changes):
-    """A freshly initialised two-layer ESM-2: ``make_model(num_labels=3)``."""
+    """Return a newly initialised two-layer ESM-2: ``make_model(num_labels=3)``."""
     torch.manual_seed(seed)
     return head(tiny_config(**changes))
 
 
 def make_dataset(size: int = 32, *, classes: int = 2, seed: int = 0) -> Dataset:
-    """Tokenised random sequences of uneven length with uneven labels."""
+    """Return tokenised random sequences of unequal length with imbalanced labels."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(5, 20, size=size)
     ids = [[0, *rng.integers(4, 24, size=n).tolist(), 2] for n in lengths]
@@ -113,7 +113,7 @@ TASK_LOSS = {
 
 
 def make_task_dataset(kind: str, size: int = 32, *, seed: int = 0) -> Dataset:
-    """Tokenised random sequences with the labels of a task, some unknown, and weights of sequences."""
+    """Return tokenised random sequences with the labels of a task, some unknown, and with sample weights."""
     rng = np.random.default_rng(seed)
     data = make_dataset(size, seed=seed)
     lengths = [len(ids) for ids in data["input_ids"]]
@@ -133,7 +133,7 @@ def make_task_dataset(kind: str, size: int = 32, *, seed: int = 0) -> Dataset:
 
 
 def task_loss(kind: str, logits: torch.Tensor, batch: dict) -> torch.Tensor:
-    """The loss of a whole batch of `make_task_dataset`, written out."""
+    """Return the loss of a whole batch of `make_task_dataset`, computed from its definition."""
     labels, weights = batch["labels"], batch.get("sample_weight")
     if kind == "tokens":
         return torch.nn.functional.cross_entropy(
@@ -145,13 +145,13 @@ def task_loss(kind: str, logits: torch.Tensor, batch: dict) -> torch.Tensor:
         return (-table * (1 - right) ** 2 * right.log()).sum() / table.sum()
     known = ~labels.isnan()
     weights = weights.reshape(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)[known]
-    found, labels = logits.reshape(labels.shape)[known], labels[known]
+    outputs, labels = logits.reshape(labels.shape)[known], labels[known]
     if "several" in kind:
         positive = torch.tensor([1.0, 3.0, 0.5] if "weighted" in kind else [1.0] * 3).expand(known.shape)[known]
-        chance = found.sigmoid()
-        values = -(positive * labels * chance.log() + (1 - labels) * (1 - chance).log())
+        probability = outputs.sigmoid()
+        values = -(positive * labels * probability.log() + (1 - labels) * (1 - probability).log())
     else:
-        values = (found - labels) ** 2
+        values = (outputs - labels) ** 2
     return (values * weights).sum() / weights.sum()
 
 
@@ -167,18 +167,18 @@ def tiny_dataset():
 
 @pytest.fixture(scope="session")
 def aws(tmp_path_factory):
-    """S3 and SageMaker on loopback."""
+    """S3 and SageMaker, served on the loopback interface."""
     from aws_on_loopback import BUCKET, Aws
 
-    found = Aws(tmp_path_factory.mktemp("aws"))
-    found.client("s3").create_bucket(Bucket=BUCKET)
-    yield found
-    found.server.stop()
+    services = Aws(tmp_path_factory.mktemp("aws"))
+    services.client("s3").create_bucket(Bucket=BUCKET)
+    yield services
+    services.server.stop()
 
 
 @pytest.fixture(scope="session")
 def place(aws) -> str:
-    """A place in S3 with the demo's splits and the demo's model, as prepare_data.py and a user put them there."""
+    """URL of a folder in S3 with the demo's splits from prepare_data.py, and the demo's model."""
     from aws_on_loopback import BUCKET
 
     done = aws.run("prepare_data.py", "--place", f"s3://{BUCKET}/work", "--data", "demo", "--max-residues", 180)

@@ -1,4 +1,4 @@
-"""Errors share one base class and the built-in class that a caller would expect."""
+"""All errors have one base class, and also the built-in class that a caller would expect."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_base_classes(error, builtin):
     assert issubclass(error, builtin)
 
 
-def test_listing_says_how_many_are_left_out():
+def test_listing_gives_the_number_of_items_left_out():
     assert errors.listing(["a", "b"]) == "a, b"
     assert errors.listing(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -1,4 +1,4 @@
-"""Recipes: data that says what, and arithmetic that keeps the accumulated batch and the rate together."""
+"""Recipes: their settings, and a learning rate that scales with the accumulated batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_six_recipes():
     }
 
 
-def test_every_recipe_takes_as_many_optimizer_steps():
+def test_every_recipe_takes_the_same_number_of_optimizer_steps():
     assert {r.batch_size for r in RECIPES.values()} == {8}
 
 
@@ -36,7 +36,7 @@ def test_every_recipe_takes_as_many_optimizer_steps():
         ({"r": 16}, 1e-3),
     ],
 )
-def test_the_rate_follows_the_root_of_the_accumulated_batch(changes, rate):
+def test_the_learning_rate_scales_with_the_root_of_the_accumulated_batch(changes, rate):
     assert RECIPES["lora"].replace(**changes).learning_rate == pytest.approx(rate)
 
 
@@ -50,13 +50,13 @@ def test_the_rate_follows_the_root_of_the_accumulated_batch(changes, rate):
         {"trains": "full", "accumulation": 0},
     ],
 )
-def test_contradictions_are_refused(options):
+def test_contradictory_settings_are_refused(options):
     with pytest.raises(ConfigurationError):
         Recipe("mine", learning_rate=1e-3, **options)
 
 
-def test_an_unknown_recipe_lists_the_known():
+def test_the_error_for_an_unknown_recipe_lists_the_known_ones():
     with pytest.raises(ConfigurationError, match="base, ga, gc, lora, all, frozen"):
         get_recipe("everything")
-    mine = Recipe("mine", "full", 1e-5)
-    assert get_recipe(mine) is mine
+    custom = Recipe("custom", "full", 1e-5)
+    assert get_recipe(custom) is custom

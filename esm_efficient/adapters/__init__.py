@@ -1,4 +1,4 @@
-"""What gets trained."""
+"""Which parameters train: adapters, heads, frozen parts."""
 
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import PRESETS, ROLES, Architecture, register_architecture

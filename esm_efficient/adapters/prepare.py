@@ -1,4 +1,4 @@
-"""Adapters, gradient checkpointing, dtypes and frozen parts, in the one order that works."""
+"""Prepare a model for training: adapters, gradient checkpointing, dtypes and frozen parts, in the right order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esm_efficient import compat
-from esm_efficient.adapters.registry import Architecture, ends_with, find_architecture, is_unread
+from esm_efficient.adapters.registry import Architecture, ends_with, find_architecture, is_in_head, is_unread
 from esm_efficient.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -30,28 +30,30 @@ def prepare_model(
     dtype: torch.dtype | None = None,
     label_names: Sequence[str] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Make a model ready to train; what is asked for is done in the one order that works.
+    """Prepare a model for training, with all steps in the order that works.
 
-    The label names go into the config. The contact head is frozen, because no loss reads it (under distributed
-    training with checkpointing an unread parameter is an error). Adapters are added. Gradient checkpointing is
-    switched on together with gradients of the embeddings' output, without which reentrant checkpointing cuts every
-    adapter off from its gradient. Last, what trains is put into float32 and what is frozen into `dtype`: updates
-    smaller than a bfloat16 can show are lost in weights held in bfloat16.
+    1. The label names are written into the config.
+    2. The contact head is frozen, because no loss uses it. In distributed training with checkpointing, a trainable
+       parameter without a gradient is an error.
+    3. Adapters are added.
+    4. Gradient checkpointing is switched on, and the embeddings' output requires a gradient. Otherwise reentrant
+       checkpointing computes no gradient for any adapter.
+    5. Trainable parameters become float32 and frozen ones `dtype`. A bfloat16 weight loses small updates.
 
     Args:
         model: a transformers ESM-2 model with any head. It is changed in place.
         adapters: a peft config, such as `lora_config` returns; None to train without adapters.
-        head_only: freeze the encoder and train the head alone.
+        head_only: freeze the encoder and train only the head.
         gradient_checkpointing: recompute activations in the backward pass.
-        use_reentrant: torch's older kind of checkpointing.
-        dtype: of the frozen parameters, such as ``torch.bfloat16``; None to leave them.
+        use_reentrant: use torch's older kind of checkpointing.
+        dtype: type of the frozen parameters, such as ``torch.bfloat16``; None leaves them unchanged.
         label_names: names of the classes, in the order of their ids.
 
     Returns:
         The model, wrapped by peft if there are adapters.
 
     Raises:
-        ConfigurationError: the options contradict each other, or the number of label names is not the head's.
+        ConfigurationError: the options contradict each other, or the number of label names does not fit the head.
         TargetModuleError: the architecture is not in the registry.
 
     Example:
@@ -66,23 +68,24 @@ def prepare_model(
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
-        raise ConfigurationError("the model has adapters already: give prepare_model the model without them")
+        raise ConfigurationError("the model has adapters already: pass the model without them")
     if adapters is not None and head_only:
         raise ConfigurationError("adapters and head_only exclude each other: adapters train the head too")
     architecture = find_architecture(model)
     if label_names is not None:
         _name_labels(model, label_names)
     for name, parameter in model.named_parameters():
-        if is_unread(architecture, name) or (head_only and not _in_head(architecture, name)):
+        if is_unread(architecture, name) or (head_only and not is_in_head(architecture, name)):
             parameter.requires_grad_(False)
     if head_only and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigurationError(f"{type(model).__name__} has no head to train ({', '.join(architecture.heads)})")
+        raise ConfigurationError(
+            f"{type(model).__name__} has no head to train: expected {', '.join(architecture.heads)}"
+        )
 
     prepared: PreTrainedModel | PeftModel = model if adapters is None else get_peft_model(model, adapters)
     if gradient_checkpointing:
         compat.enable_checkpointing(model, use_reentrant=use_reentrant)
-        if getattr(model, "_require_grads_hook", None) is None:
-            model.enable_input_require_grads()
+        compat.require_input_gradients(model)
     for parameter in prepared.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -109,12 +112,8 @@ def _name_labels(model: PreTrainedModel, label_names: Sequence[str]) -> None:
     model.config.label2id = {name: index for index, name in enumerate(names)}
 
 
-def _in_head(architecture: Architecture, path: str) -> bool:
-    return any(path.startswith(head + ".") for head in architecture.heads)
-
-
 def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
-    """Let a float32 head read a bfloat16 encoder outside autocast too."""
+    """Convert the inputs of a float32 head, so that it works behind a bfloat16 encoder outside autocast too."""
 
     def to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(value.float() if value.is_floating_point() else value for value in inputs)
@@ -123,7 +122,7 @@ def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
         return
     for path, module in model.named_modules():
         if any(ends_with(path, head) for head in architecture.heads):
-            # peft trains a copy of the head inside a wrapper, and keeps the copy when adapters are merged.
+            # peft trains a copy of the head inside a wrapper. After merging, the copy is the head.
             copies = getattr(module, "modules_to_save", None)
             for head in [module] if copies is None else copies.values():
                 if all(parameter.requires_grad for parameter in head.parameters()):

@@ -1,7 +1,7 @@
-"""Which layers of which architecture play which role: architecture -> role -> module path suffix.
+"""The layers of each known architecture: architecture -> role -> module path suffix.
 
-A suffix is matched as peft matches ``target_modules``: whole path components from the right. None of them names the
-contact head, which no task but contact prediction reads, or a classification head, which is trained in full.
+A suffix matches whole path components from the right, as ``target_modules`` of peft does. No suffix names the contact
+head, which only contact prediction uses, or a classification head, which trains in full.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the library knows of one encoder architecture.
+    """Names and paths of one encoder architecture.
 
     Attributes:
-        name: of the entry.
+        name: name of the entry.
         encoder: class name of the encoder inside any task model.
-        package: the top-level package that defines this class; empty for any. Two packages have an ``ESM2``.
         layers: path suffix of the list of layers.
-        roles: role to the path suffix of its linear layer.
-        unread: path suffixes of modules that training never reads; they are frozen.
-        heads: path suffixes of the heads; beside adapters a classifier trains in full and a language-model head not.
+        roles: role -> path suffix of its linear layer.
+        unread: path suffixes of modules that no training loss uses; they are frozen.
+        heads: path suffixes of the heads. With adapters, a classifier trains in full and a language-model head is
+            frozen.
+        package: the top-level package that defines the class; empty for any. Two packages define an ``ESM2``.
+
+    Raises:
+        ConfigurationError: the roles are not those of `ROLES`.
     """
 
     name: str
@@ -53,8 +57,8 @@ class Architecture:
     def __post_init__(self) -> None:
         if set(self.roles) != set(ROLES):
             raise ConfigurationError(
-                f"architecture {self.name!r} has the roles {', '.join(self.roles)}: expected {', '.join(ROLES)}. Where "
-                "one layer plays several, such as query, key and value in one, give each of them its path"
+                f"architecture {self.name!r} has the roles {', '.join(self.roles)}: expected {', '.join(ROLES)}. If "
+                "one layer computes several, such as query, key and value, give its path for each of them"
             )
 
 
@@ -104,16 +108,16 @@ ARCHITECTURES: list[Architecture] = [
         heads=("sequence_head",),
     ),
 ]
-"""The encoders that are known: transformers' ESM-1b, ESM-1v and ESM-2 and what derives from them, ESM-2 of fair-esm,
-and ESM C of EvolutionaryScale's package esm. `register_architecture` adds to them.
+"""The known encoders: ESM-1b, ESM-1v and ESM-2 of transformers and classes derived from them, ESM-2 of fair-esm, and
+ESM C of EvolutionaryScale's package esm. `register_architecture` adds more.
 """
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Make another encoder known, or replace the entry of that name.
+    """Add an encoder to the registry, or replace the entry of the same name.
 
     Args:
-        architecture: what the library has to know of it.
+        architecture: names and paths of the encoder.
 
     Example:
         >>> from esm_efficient.adapters import Architecture, register_architecture
@@ -133,7 +137,7 @@ def register_architecture(architecture: Architecture) -> None:
 
 
 def ends_with(path: str, suffix: str) -> bool:
-    """Whether a module path ends with a suffix of whole components.
+    """Return whether a module path ends with a suffix of whole components.
 
     Example:
         >>> ends_with("esm.encoder.layer.0.output.dense", "output.dense"), ends_with("a.my_dense", "dense")
@@ -143,32 +147,31 @@ def ends_with(path: str, suffix: str) -> bool:
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """The registry's entry for a model, with any head and with or without adapters.
+    """Return the registry's entry for a model, with any head and with or without adapters.
 
     Raises:
-        TargetModuleError: no entry knows the model; the message lists its linear layers by suffix, and how to make it
-            known.
+        TargetModuleError: no entry fits the model; the message lists its linear layers and how to register it.
     """
     known = {(architecture.encoder, architecture.package): architecture for architecture in ARCHITECTURES}
     for kind in dict.fromkeys(map(type, model.modules())):
-        for parent in kind.__mro__:  # the class itself first, so that an entry of its own goes before its parent's
+        for parent in kind.__mro__:  # the class itself first: its own entry wins over that of its parent
             for package in (parent.__module__.split(".")[0], ""):
                 if (parent.__name__, package) in known:
                     return known[parent.__name__, package]
     raise TargetModuleError(
-        f"{type(model).__name__} is of no known architecture ({', '.join(a.encoder for a in ARCHITECTURES)}). Give "
-        f"target_modules yourself; the linear layers of this model end with: {', '.join(_suffixes(model))}. Or make it "
-        "known: register_architecture(Architecture(name=..., encoder=<class name>, layers=<path of their list>, "
+        f"{type(model).__name__} contains no known encoder ({', '.join(a.encoder for a in ARCHITECTURES)}). Give "
+        f"target_modules; the linear layers of this model end with: {', '.join(_suffix_counts(model))}. Or register "
+        "the encoder: register_architecture(Architecture(name=..., encoder=<class name>, layers=<path of the list>, "
         f"roles={{{', '.join(f'{role!r}: ...' for role in ROLES)}}}))"
     )
 
 
-def _suffixes(model: nn.Module) -> list[str]:
-    """How the linear layers end, with numbers of layers left out, and how many end so."""
+def _suffix_counts(model: nn.Module) -> list[str]:
+    """Return the path suffix of each kind of linear layer after the layer number, with the number of such layers."""
     counts: dict[str, int] = {}
     for path, _ in linear_layers(model):
         parts = path.split(".")
-        # What stands after the number of the layer; a whole path without one.
+        # The part after the layer's number, or the whole path if it has no number.
         last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
         suffix = ".".join(parts[last + 1 :])
         counts[suffix] = counts.get(suffix, 0) + 1
@@ -176,7 +179,7 @@ def _suffixes(model: nn.Module) -> list[str]:
 
 
 def encoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The encoder's layers, first to last; none if the architecture is not known."""
+    """Return the encoder's layers from first to last, or an empty list if the architecture is unknown."""
     try:
         suffix = find_architecture(model).layers
     except TargetModuleError:
@@ -185,7 +188,7 @@ def encoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Path and module of every linear layer; adapters' own layers are left out."""
+    """Return the path and module of every linear layer, without the layers inside adapters."""
     from torch import nn
 
     return [
@@ -196,5 +199,14 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_unread(architecture: Architecture, path: str) -> bool:
-    """Whether a module or parameter lies in a part that training never reads."""
-    return any(f".{suffix}." in f".{path}." for suffix in architecture.unread)
+    """Return whether a module or parameter belongs to a part that no training loss uses."""
+    return _is_inside(path, architecture.unread)
+
+
+def is_in_head(architecture: Architecture, path: str) -> bool:
+    """Return whether a module or parameter belongs to a head."""
+    return _is_inside(path, architecture.heads)
+
+
+def _is_inside(path: str, suffixes: tuple[str, ...]) -> bool:
+    return any(f".{suffix}." in f".{path}." for suffix in suffixes)

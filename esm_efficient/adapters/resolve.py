@@ -1,7 +1,7 @@
-"""A preset and a model in, a peft `LoraConfig` and a report of every match out.
+"""Match adapter targets against a model, and make a peft `LoraConfig` from them.
 
-peft says nothing of a target that matches no layer as long as another one does. Here each target's matches are
-counted, and a target without any is an error that names what was probably meant.
+peft ignores a target that matches no layer if another target matches one. Here a target without a match is an error
+that suggests a correction.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from esm_efficient.adapters.registry import (
     Architecture,
     ends_with,
     find_architecture,
+    is_in_head,
     is_unread,
     linear_layers,
 )
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TargetMatch:
-    """The layers that one target matches: paths in the model, without those that are excluded."""
+    """Paths of the layers that one target matches, without excluded ones."""
 
     target: str
     modules: tuple[str, ...]
@@ -42,12 +43,12 @@ class TargetMatch:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What a set of targets matches in a model.
+    """The layers that a set of targets matches in a model.
 
     Attributes:
-        matches: one entry a target, in the order given. A layer counts for every target of the user's own that it
-            ends with, and for the one role that it plays.
-        excluded: suffixes that are left out although a target ends like them.
+        matches: one entry per target, in the order given. With user-given suffixes one layer may appear under several;
+            with a preset, under exactly one.
+        excluded: suffixes of layers that a target matches but that must get no adapter.
     """
 
     matches: tuple[TargetMatch, ...]
@@ -55,7 +56,7 @@ class TargetReport:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Every matched path once, in the order of the first match."""
+        """Each matched path once, in the order of the first match."""
         return tuple(dict.fromkeys(path for match in self.matches for path in match.modules))
 
     def __str__(self) -> str:
@@ -68,18 +69,18 @@ class TargetReport:
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> TargetReport:
-    """Match a preset, or a list of suffixes as peft takes them, against a model.
+    """Match a preset, or a list of path suffixes as in peft, against a model.
 
     Args:
         model: a transformers model, with any head.
-        targets: ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``, or path suffixes such as ``"query"``.
+        targets: ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``, or path suffixes such as ``["query"]``.
 
     Returns:
-        The layers of every target.
+        The layers that each target matches.
 
     Raises:
-        TargetModuleError: a target matches no layer, or one that training never reads, such as the contact head.
-        ConfigurationError: no preset has that name.
+        TargetModuleError: a target matches no layer, or a layer that no training loss uses, such as the contact head.
+        ConfigurationError: the preset is unknown, or the list is empty.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -93,17 +94,17 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str] = "all-linear
     if isinstance(targets, str):
         if targets not in PRESETS:
             raise ConfigurationError(
-                f"no preset is named {targets!r}; there are {', '.join(PRESETS)}. Give suffixes as a list"
+                f"unknown preset {targets!r}: expected one of {', '.join(PRESETS)}, or a list of path suffixes"
             )
         architecture = find_architecture(model)
         chosen = [architecture.roles[role] for role in PRESETS[targets]]
         excluded = _shadowed(architecture, chosen)
-        found = {suffix: [path for path in layers if _role_suffix(architecture, path) == suffix] for suffix in chosen}
+        matched = {suffix: [path for path in layers if _role_suffix(architecture, path) == suffix] for suffix in chosen}
     else:
         if not targets:
-            raise ConfigurationError("the list of target modules is empty")
-        found = {target: [path for path in layers if ends_with(path, target)] for target in targets}
-    matches = tuple(TargetMatch(target, tuple(paths)) for target, paths in found.items())
+            raise ConfigurationError("the list of target modules is empty: expected at least one path suffix")
+        matched = {target: [path for path in layers if ends_with(path, target)] for target in targets}
+    matches = tuple(TargetMatch(target, tuple(paths)) for target, paths in matched.items())
     _check(model, matches, layers)
     return TargetReport(matches, excluded)
 
@@ -118,25 +119,23 @@ def lora_config(
     lora_dropout: float = 0.0,
     **peft_options: Any,
 ) -> LoraConfig:
-    """A peft `LoraConfig` whose targets are known to exist in the model.
+    """Return a peft `LoraConfig` after checking that its targets exist in the model.
 
     Args:
         model: the model that will get the adapters; it is not changed.
-        preset: which layers; ignored if `target_modules` is given.
+        preset: the layers to adapt; ignored if `target_modules` is given.
         r: rank.
-        target_modules: suffixes of your own, checked like a preset.
+        target_modules: path suffixes instead of a preset; they are checked too.
         lora_alpha: scale; 2 `r` if None.
-        lora_dropout: dropout on the input of every adapter. Above zero, a copy of each input is kept for the backward
-            pass.
-        **peft_options: every other option of `peft.LoraConfig`, passed on as it is.
+        lora_dropout: dropout on the input of each adapter. Above zero, the backward pass needs a copy of each input.
+        **peft_options: further options of `peft.LoraConfig`.
 
     Returns:
-        The config. The classification head, if the model has one, is trained in full and saved with the adapter.
+        The config. A classification head trains in full and is saved with the adapter.
 
     Raises:
         TargetModuleError: as `resolve_targets`.
-        ConfigurationError: no preset has that name, or ``exclude_modules`` is a pattern beside a preset that needs a
-            list.
+        ConfigurationError: the preset is unknown, or ``exclude_modules`` is a pattern and the preset needs a list.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -153,11 +152,12 @@ def lora_config(
         given = peft_options.pop("exclude_modules", None) or []
         if isinstance(given, str):
             raise ConfigurationError(
-                f"exclude_modules={given!r} is a pattern; the preset {preset!r} needs a list. Give target_modules too"
+                f"exclude_modules={given!r} is a pattern, but the preset {preset!r} extends it as a list: expected a "
+                "list of suffixes, or target_modules instead of the preset"
             )
         peft_options["exclude_modules"] = [*given, *report.excluded]
     peft_options.setdefault("task_type", peft_task_type(model))
-    if peft_options["task_type"] is None and (heads := _other_heads(model)):
+    if peft_options["task_type"] is None and (heads := _heads_unknown_to_peft(model)):
         peft_options.setdefault("modules_to_save", heads)
     return LoraConfig(
         r=r,
@@ -169,62 +169,62 @@ def lora_config(
 
 
 def recipe_adapters(recipe: str | Recipe, model: nn.Module, **options: Any) -> LoraConfig | None:
-    """The adapters of a recipe for a model: a peft `LoraConfig`, or None for a recipe without any.
+    """Return a recipe's adapters for a model: a peft `LoraConfig`, or None for a recipe without adapters.
 
     Args:
         recipe: a name or a `Recipe`.
-        model: the model that will get them.
-        **options: of `lora_config`, which win over the recipe's.
+        model: the model that will get the adapters.
+        **options: options of `lora_config` that override those of the recipe.
 
     Raises:
-        ConfigurationError: no recipe has that name, or options are given to one without adapters.
+        ConfigurationError: the recipe is unknown, or options are given for a recipe without adapters.
         TargetModuleError: as `lora_config`.
     """
     chosen = get_recipe(recipe)
     if chosen.preset is None:
         if options:
-            raise ConfigurationError(f"recipe {chosen.name!r} has no adapters, so it takes no {', '.join(options)}")
+            raise ConfigurationError(f"recipe {chosen.name!r} has no adapters: leave out {', '.join(options)}")
         return None
     return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, **options})
 
 
 def _shadowed(architecture: Architecture, chosen: list[str]) -> tuple[str, ...]:
-    """Suffixes of roles that were not chosen but end like one that was ("attention.output.dense", "output.dense")."""
+    """Return suffixes of roles not chosen that end with a chosen one ("attention.output.dense" with "output.dense")."""
     others = [suffix for suffix in architecture.roles.values() if suffix not in chosen]
     return tuple(other for other in others if any(ends_with(other, suffix) for suffix in chosen))
 
 
 def _role_suffix(architecture: Architecture, path: str) -> str | None:
-    """The suffix of the role that a layer plays; of two that match, the longer is meant."""
+    """Return the suffix of a layer's role: the longest that matches."""
     return max((suffix for suffix in architecture.roles.values() if ends_with(path, suffix)), key=len, default=None)
 
 
 def _check(model: nn.Module, matches: tuple[TargetMatch, ...], layers: list[str]) -> None:
-    """Refuse targets that match nothing or what is never read; warn of those that reach into a head."""
+    """Refuse targets that match no layer or an unused one; warn of targets that also match layers of a head."""
     if empty := [match.target for match in matches if not match.modules]:
-        advice = "\n".join(f"  {target}: {_suggest(model, target, layers)}" for target in empty)
+        advice = "\n".join(f"  {target}: {_suggestion(model, target, layers)}" for target in empty)
         raise TargetModuleError(f"{len(empty)} of {len(matches)} target modules match no linear layer:\n{advice}")
     try:
         architecture = find_architecture(model)
     except TargetModuleError:
-        return  # a model of the user's own: there is no list of its heads to check against
+        return  # the heads of an unknown architecture are unknown too
     for match in matches:
         if unread := [path for path in match.modules if is_unread(architecture, path)]:
             raise TargetModuleError(
-                f"target {match.target!r} matches {unread[0]}, which training never reads: an adapter there would "
+                f"target {match.target!r} matches {unread[0]}, which no training loss uses: an adapter there would "
                 "get no gradient. Leave it out"
             )
-        if in_head := [path for path in match.modules if _in_head(architecture, path)]:
+        if in_head := [path for path in match.modules if is_in_head(architecture, path)]:
             logger.warning(
-                "target %r also matches %s: a head needs no adapter. A longer suffix, such as 'output.dense', leaves "
-                "it out",
+                "target %r also matches %s: a head needs no adapter. Use a longer suffix, such as 'output.dense', to "
+                "leave it out",
                 match.target,
                 ", ".join(in_head),
             )
 
 
-def _suggest(model: nn.Module, target: str, layers: list[str]) -> str:
-    """What was probably meant by a target without a match."""
+def _suggestion(model: nn.Module, target: str, layers: list[str]) -> str:
+    """Return advice for a target without a match."""
     owner, _, child = target.rpartition(".")
     inside = [
         f"{path}.{child}"
@@ -236,23 +236,19 @@ def _suggest(model: nn.Module, target: str, layers: list[str]) -> str:
             architecture = find_architecture(model)
         except TargetModuleError:
             return f"{owner} is a class, and peft matches paths such as {inside[0]!r}"
-        what = f"{owner} is a class, and peft matches paths: "
+        reason = f"{owner} is a class, and peft matches paths: "
         if is_unread(architecture, inside[0]):
-            return what + "leave it out, training never reads it"
-        if _in_head(architecture, inside[0]):
-            return what + "leave it out, a head needs no adapter"
-        return what + f"use {_role_suffix(architecture, inside[0])!r}"
+            return reason + "leave it out, no training loss uses it"
+        if is_in_head(architecture, inside[0]):
+            return reason + "leave it out, a head needs no adapter"
+        return reason + f"use {_role_suffix(architecture, inside[0])!r}"
     suffixes = sorted({".".join(path.split(".")[-n:]) for path in layers for n in (1, 2, 3)})
     close = difflib.get_close_matches(target, suffixes, n=3)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else "nothing in the model is named like it"
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "no layer of the model has a similar name"
 
 
-def _in_head(architecture: Architecture, path: str) -> bool:
-    return any(f".{head}." in f".{path}." for head in architecture.heads)
-
-
-def _other_heads(model: nn.Module) -> list[str]:
-    """Heads of a model class that peft does not know; a language-model head is pretrained and stays frozen."""
+def _heads_unknown_to_peft(model: nn.Module) -> list[str]:
+    """Return the names of a model's heads, without a language-model head, which is pretrained and stays frozen."""
     children = dict(model.named_children())
     known = {head for architecture in ARCHITECTURES for head in architecture.heads}
     return [name for name in children if name in known and name not in ("lm_head", "sequence_head")]

@@ -1,4 +1,4 @@
-"""A dataset and a model in, a fine-tuned model out."""
+"""Fine-tune a model on a dataset: weights, losses, trainer, audit, metrics, checkpoints, export."""
 
 from esm_efficient.training.audit import AuditCallback, AuditReport
 from esm_efficient.training.metrics import (

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run can rely on: known to be whole, and written when the machine is about to go."""
+"""Checkpoints of runs that are interrupted: written on a signal, and checked for completeness before they are used."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MANIFEST = "files.json"
 
 
 class CheckpointCallback(TrainerCallback):
-    """Lists the files of every checkpoint once it is written, and on a signal writes one and ends the run.
+    """List the files of every checkpoint after it is written; on a signal, write a checkpoint and end the run.
 
-    A machine that is reclaimed sends a signal and goes soon after. The optimizer step that is under way is finished,
-    the checkpoint is written, and `TrainingInterrupted` is raised. The ranks agree on the step, whichever of them got
-    the signal. Go on from `last_checkpoint`: the run ends where it would have ended.
+    A machine sends a signal shortly before it is reclaimed. The callback then lets the current optimizer step finish
+    and writes a checkpoint, and `TrainingInterrupted` is raised. All ranks stop after the same step, whichever rank got
+    the signal. A run that resumes from `last_checkpoint` has the same result as one that was not interrupted.
 
     Args:
-        signals: to end on. They are listened to while training, in the main thread; others are not touched.
+        signals: signals that end the run. They are handled during training, in the main thread.
 
     Example:
         >>> finetune(model, data, callbacks=[CheckpointCallback()], save_strategy="steps")  # doctest: +SKIP
@@ -37,33 +37,33 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
         self.signals = signals
         self._before: dict[signal.Signals, Any] = {}
-        # What this rank heard, and what all ranks have agreed on, are two things: a signal may come in between.
-        self._heard = self._agreed = False
+        # A signal may come after the ranks have agreed to continue: what this rank received is stored separately.
+        self._received = self._agreed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen."""
-        self._heard = self._agreed = False
-        self._before = {number: signal.signal(number, self._hear) for number in self.signals}
+        """Install the signal handlers."""
+        self._received = self._agreed = False
+        self._before = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen no more."""
-        self._restore()
+        """Restore the previous signal handlers."""
+        self._restore_handlers()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint if a rank has heard the signal."""
-        if self._anybody_heard(args.device):
-            logger.warning("ending after step %d: a signal asked for it", state.global_step)
+        """Request a checkpoint if a rank has received a signal."""
+        if self._any_rank_received(args.device):
+            logger.warning("a signal was received: the run ends after step %d", state.global_step)
             self._agreed = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """List the files; end the run if that was asked for.
+        """List the checkpoint's files; end the run if a signal was received.
 
         Raises:
-            TrainingInterrupted: a signal has ended the run.
+            TrainingInterrupted: a signal was received.
         """
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
@@ -72,45 +72,45 @@ class CheckpointCallback(TrainerCallback):
             (folder / _MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n")
         if self._agreed:
             PartialState().wait_for_everyone()
-            self._restore()
+            self._restore_handlers()
             raise TrainingInterrupted(
-                f"a signal ended the run after optimizer step {state.global_step} of {state.max_steps}; {folder} has "
-                "everything to go on from"
+                f"a signal ended the run after optimizer step {state.global_step} of {state.max_steps}: resume it from "
+                f"{folder}"
             )
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def _anybody_heard(self, device: torch.device) -> bool:
+    def _any_rank_received(self, device: torch.device) -> bool:
         if PartialState().num_processes == 1:
-            return self._heard
-        heard = torch.tensor(float(self._heard), device=device)
-        torch.distributed.all_reduce(heard, op=torch.distributed.ReduceOp.MAX)
-        return bool(heard)
+            return self._received
+        received = torch.tensor(float(self._received), device=device)
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        return bool(received)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint with all of its files, of those that a `CheckpointCallback` has listed.
+    """Return the newest complete checkpoint that a `CheckpointCallback` wrote.
 
     Args:
-        folder: the ``output_dir`` of the run; it need not exist.
+        folder: the ``output_dir`` of the run; it may be missing.
 
     Returns:
-        Its folder, for ``resume_from_checkpoint``; None if there is none. One that is cut off, because its run was
-        killed or it was not copied whole, is passed over with a warning.
+        The checkpoint's folder, for ``resume_from_checkpoint``; None if there is none. An incomplete checkpoint,
+        because its run was killed or its copy was interrupted, is skipped with a warning.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         try:
             sizes = json.loads((path / _MANIFEST).read_text())
         except (OSError, ValueError):
             sizes = None
         if sizes and all((path / name).is_file() and (path / name).stat().st_size == n for name, n in sizes.items()):
             return path
-        logger.warning("%s is not whole, and is passed over", path)
+        logger.warning("%s is incomplete and is skipped", path)
     return None

@@ -1,4 +1,4 @@
-"""A finished run as one folder to deploy: merged weights, adapter, tokenizer, figures, model card."""
+"""Write a finished run as one folder to deploy: merged weights, adapter, tokenizer, metrics, model card."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from esm_efficient import __version__, compat
 from esm_efficient.encoder import remove_lean_encoder
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_markdown
+from esm_efficient.tasks import auto_class
 
 if TYPE_CHECKING:
     from esm_efficient.training.result import FinetuneResult
@@ -29,13 +30,13 @@ def export_model(
 ) -> Path:
     """Write a finished run as a folder to deploy or to publish.
 
-    The weights of the adapters are merged into the model, in float32, so that plain transformers loads it:
-    ``config.json`` with the label names and thresholds, ``model.safetensors``, the tokenizer, ``adapter/`` for peft (if
-    there is one), ``metrics.json`` and a model card, ``README.md``. No file of it is pickled.
+    Adapters are merged into the model's weights, in float32, so that plain transformers can load the folder. It
+    contains ``config.json`` with the label names and thresholds, ``model.safetensors``, the tokenizer, ``adapter/`` for
+    peft (if there is an adapter), ``metrics.json`` and the model card ``README.md``. No file is pickled.
 
     Args:
-        result: of `finetune`; its model stays as it is.
-        folder: to write to; made if it is not there.
+        result: result of `finetune`; its model is not changed.
+        folder: folder to write to; it is created if it is missing.
         base_model: Hub name, or another name, of the model that was fine-tuned, for the card.
         dataset: name of the data, for the card.
         description: a paragraph for the card.
@@ -44,7 +45,7 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigurationError: a file stands where the folder should be.
+        ConfigurationError: `folder` is a file.
 
     Example:
         >>> result = finetune("facebook/esm2_t6_8M_UR50D", data)  # doctest: +SKIP
@@ -61,35 +62,55 @@ def export_model(
     compat.save_under_own_names(model)
     model.save_pretrained(folder)
     for path in result.model_dir.iterdir():
-        # The tokenizer lies beside the weights that the run saved.
+        # The run saved the tokenizer in the same folder as the weights.
         if path.is_file() and path.name.startswith(("tokenizer", "vocab", "special_tokens", "added_tokens")):
             shutil.copy(path, folder)
     if adapted:
         (folder / "adapter").mkdir(exist_ok=True)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(result.model_dir / name, folder / "adapter")
-        _name_base(folder / "adapter" / "adapter_config.json", base_model)
-    figures = {name: value for name, value in result.to_dict().items() if name not in _PATHS}
-    figures |= {"base_model": base_model, "dataset": dataset}
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+        _write_base_name(folder / "adapter" / "adapter_config.json", base_model)
+    record = {name: value for name, value in result.to_dict().items() if name not in _PATHS}
+    record |= {"base_model": base_model, "dataset": dataset}
+    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     (folder / "README.md").write_text(_card(result, base_model, dataset, description, adapted))
     return folder
 
 
-def _name_base(path: Path, base_model: str) -> None:
-    """Write the name of the base into an adapter's config, where a path of the machine that trained may stand."""
+def _write_base_name(path: Path, base_model: str) -> None:
+    """Write the base model's name into an adapter's config, instead of a path of the machine that trained it."""
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n")
 
 
 def _card(result: FinetuneResult, base_model: str, dataset: str, description: str, adapted: bool) -> str:
-    """The model card, with its metadata as the Hub reads them."""
-    of_tokens = result.task.head == "token-classification"
-    pipeline = "token-classification" if of_tokens else "text-classification"
-    auto = f"AutoModelFor{'Token' if of_tokens else 'Sequence'}Classification"
+    """Return the model card, with metadata for the Hub."""
     metrics = {name: value for name, value in sorted(result.metrics.items()) if np.isfinite(value)}
     title = f"{Path(base_model).name}, fine-tuned: {result.task.describe()}"
-    data = ModelCardData(
+    metadata = _metadata(result, title, base_model, dataset, metrics, adapted)
+    thresholds = "".join(f"\n- {name}: {value:.3f}" for name, value in (result.thresholds or {}).items())
+    evaluated = f"the split `{result.evaluated_on}`" + (f" of {dataset}" if dataset else "")
+    metric_table = format_markdown([(name, f"{value:.4f}") for name, value in metrics.items()], ("metric", "value"))
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---\n\n# {title}",
+        description,
+        f"It predicts {result.task.describe()}.",
+        f"A label is positive from this probability on:\n{thresholds}" if thresholds else "",
+        f"## Metrics\n\nOn {evaluated}:\n\n{metric_table}",
+        "## Training\n\n" + format_markdown(_training_rows(result, base_model), ("setting", "value")),
+        _usage(auto_class(result.task.head).__name__),
+        "The licence of the base model applies to its weights. Predictions are estimates: they do not replace an "
+        "experiment.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(
+    result: FinetuneResult, title: str, base_model: str, dataset: str, metrics: dict[str, float], adapted: bool
+) -> ModelCardData:
+    of_tokens = result.task.head == "token-classification"
+    pipeline = "token-classification" if of_tokens else "text-classification"
+    return ModelCardData(
         model_name=title,
         base_model=base_model if "/" in base_model and not Path(base_model).is_absolute() else None,
         library_name="transformers",
@@ -107,32 +128,25 @@ def _card(result: FinetuneResult, base_model: str, dataset: str, description: st
             for name, value in metrics.items()
         ],
     )
-    thresholds = "".join(f"\n- {name}: {value:.3f}" for name, value in (result.thresholds or {}).items())
+
+
+def _training_rows(result: FinetuneResult, base_model: str) -> list[tuple[str, str]]:
     rows = [
         ("base model", base_model),
         ("recipe", result.recipe),
-        ("parameters that trained", f"{result.trainable_parameters:,} of {result.total_parameters:,}"),
-        # A run that goes on from its last step moves nothing more.
-        *(
-            [("encoder layers that moved", f"{len(result.trained_layers)} of {result.layers}")]
-            * bool(result.trained_layers)
-        ),
+        ("trainable parameters", f"{result.trainable_parameters:,} of {result.total_parameters:,}"),
         ("optimizer steps", f"{result.steps:,}"),
         ("seed", str(result.seed)),
         ("esm_efficient", __version__),
         *((name, importlib.metadata.version(name)) for name in _LIBRARIES),
     ]
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {title}",
-        description,
-        f"It predicts {result.task.describe()}.",
-        f"A label is said to hold from this probability on:\n{thresholds}" if thresholds else "",
-        f"## How well\n\nOn the split `{result.evaluated_on}`"
-        + (f" of {dataset}:" if dataset else ":")
-        + "\n\n"
-        + format_markdown([(n, f"{v:.4f}") for n, v in metrics.items()], ("metric", "value")),
-        "## How it was trained\n\n" + format_markdown(rows, ("setting", "value")),
-        f"""## How to use it
+    if result.trained_layers:  # empty if the run resumed after its last step
+        rows.insert(3, ("trained encoder layers", f"{len(result.trained_layers)} of {result.layers}"))
+    return rows
+
+
+def _usage(auto: str) -> str:
+    return f"""## Usage
 
 ```python
 from transformers import AutoTokenizer, {auto}
@@ -142,8 +156,5 @@ model = {auto}.from_pretrained("FOLDER")
 logits = model(**tokenizer("MKTAYIAKQR", return_tensors="pt")).logits
 ```
 
-Or with `esm_efficient`, which checks sequences, drops padding and applies the thresholds:
-`Predictor.load("FOLDER").predict(["MKTAYIAKQR"])`.""",
-        "The base model's licence holds for its weights. Predictions are no experiment.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+Or with `esm_efficient`, which checks sequences, computes without padding and applies the thresholds:
+`Predictor.load("FOLDER").predict(["MKTAYIAKQR"])`."""

@@ -1,8 +1,8 @@
-"""Weighted losses as pairs of a sum and the total weight, one pair an example.
+"""Weighted losses: for each example the weighted sum of its losses, and its total weight.
 
-A mean of means is not the mean: with class weights, or with uneven batches, the average of the micro-batches' weighted
-means has another gradient than the weighted mean of the whole accumulated batch. A loss here therefore never divides.
-Whoever knows the whole batch sums both parts over it and divides once.
+With class weights, or with uneven batches, the average of the micro-batches' weighted means has another gradient than
+the weighted mean of the accumulated batch. A loss here therefore never divides: the trainer adds both parts over the
+whole accumulated batch, and divides once.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from esm_efficient.tasks import IGNORE
 
 
 class WeightedLoss(Protocol):
-    """What a trainer needs of a loss."""
+    """The interface of a loss that a trainer can use."""
 
     def weights(self, labels: Tensor) -> Tensor:
-        """The weight of each example, float32 of shape (batch,), from labels alone."""
+        """Return the weight of each example, float32 of shape (batch,), from its labels."""
         ...
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted loss summed over each example, and its weight: both float32 of shape (batch,)."""
+        """Return the weighted loss and the weight of each example, both float32 of shape (batch,)."""
         ...
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy over classes, one label an example or one a token; with `focal_gamma` the focal loss.
+    """Cross-entropy with one class per example or per token; with `focal_gamma` the focal loss.
 
-    The focal loss (Lin et al. 2017, "Focal Loss for Dense Object Detection") multiplies a label's loss by
-    ``(1 - p) ** gamma``, where p is the probability of the right class: what is easy counts little.
+    The focal loss (Lin et al. 2017, "Focal Loss for Dense Object Detection") multiplies the loss of a label by
+    ``(1 - p) ** gamma``, where p is the probability of the right class. Easy examples thus count less.
 
     Attributes:
-        class_weights: float of shape (classes,), or None for one each.
+        class_weights: float of shape (classes,); None for equal weights of 1.
         label_smoothing: share of the target that is spread over all classes, as in
-            `torch.nn.functional.cross_entropy`: with class weights, each class' share is weighted too.
+            `torch.nn.functional.cross_entropy`: class weights apply to each class' share.
         focal_gamma: the exponent; 0 for plain cross-entropy.
 
     Raises:
-        ConfigurationError: the exponent is negative, or goes with label smoothing, which it is not defined for.
+        ConfigurationError: the exponent is negative, or label smoothing is given too: the focal loss defines none.
     """
 
     class_weights: Tensor | None = None
@@ -56,19 +56,19 @@ class CrossEntropy:
         _check_focal(self.focal_gamma, self.label_smoothing)
 
     def weights(self, labels: Tensor) -> Tensor:
-        """Weights of examples.
+        """Return the weight of each example.
 
         Args:
-            labels: integers of shape (batch,) or (batch, tokens); -100 weighs nothing.
+            labels: integers of shape (batch,) or (batch, tokens); -100 has no weight.
 
         Returns:
             float32 of shape (batch,): the sum of the class weights of an example's labels.
 
         Raises:
-            DataError: the labels are no integers.
+            DataError: the labels are not integers.
         """
         if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise DataError(f"labels are {labels.dtype}: one class an example is a whole number")
+            raise DataError(f"labels are {labels.dtype}: expected class ids, which are whole numbers")
         counted = labels != IGNORE
         if self.class_weights is None:
             weights = counted.float()
@@ -78,7 +78,7 @@ class CrossEntropy:
         return weights.reshape(len(labels), -1).sum(1)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and weights of examples.
+        """Return the loss and the weight of each example.
 
         Args:
             logits: shape (batch, classes) or (batch, tokens, classes), of any float type.
@@ -108,13 +108,13 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy:
-    """Cross-entropy of several labels an example, each of which holds or not, or is unknown.
+    """Binary cross-entropy for several labels per example, each of them positive, negative or unknown.
 
     Attributes:
-        class_weights: float of shape (labels,), the loss of a label that holds is multiplied by its weight
-            (``pos_weight`` of `torch.nn.BCEWithLogitsLoss`); None for one each.
-        label_smoothing: a target moves by half of it towards 0.5.
-        focal_gamma: as in `CrossEntropy`, for each label by itself.
+        class_weights: float of shape (labels,), factors of the loss of positive labels (``pos_weight`` of
+            `torch.nn.BCEWithLogitsLoss`); None for equal factors of 1.
+        label_smoothing: twice the distance by which 0 and 1 move towards 0.5.
+        focal_gamma: as in `CrossEntropy`, for each label separately.
 
     Raises:
         ConfigurationError: as `CrossEntropy`.
@@ -128,73 +128,92 @@ class BinaryCrossEntropy:
         _check_focal(self.focal_gamma, self.label_smoothing)
 
     def weights(self, labels: Tensor) -> Tensor:
-        """Weights of examples.
+        """Return the weight of each example.
 
         Args:
-            labels: floats of shape (batch, labels), 0 to 1; NaN or -100 weighs nothing.
+            labels: floats of shape (batch, labels), 0 to 1; NaN or -100 has no weight.
 
         Returns:
-            float32 of shape (batch,): how many labels of an example are known.
+            float32 of shape (batch,): the number of known labels.
 
         Raises:
-            DataError: the labels are no floats.
+            DataError: the labels are not floats.
         """
-        return _known(labels, "several labels an example are numbers from 0 to 1").float().sum(1)
+        return _is_known(labels, "floats from 0 to 1").float().sum(1)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and weights of examples: as in `CrossEntropy`, with logits of shape (batch, labels)."""
-        known = _known(labels, "several labels an example are numbers from 0 to 1")
+        """Return the loss and the weight of each example, as `CrossEntropy`; logits of shape (batch, labels)."""
+        known = _is_known(labels, "floats from 0 to 1")
         targets = labels.where(known, 0).float()
         smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
-        positive = None if self.class_weights is None else self.class_weights.to(device=logits.device).float()
-        wide = logits.float()
-        values = F.binary_cross_entropy_with_logits(wide, smooth, pos_weight=positive, reduction="none")
+        pos_weight = None if self.class_weights is None else self.class_weights.to(device=logits.device).float()
+        logits = logits.float()
+        values = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=pos_weight, reduction="none")
         if self.focal_gamma:
-            right = F.binary_cross_entropy_with_logits(wide, targets, reduction="none").neg().exp()
+            right = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").neg().exp()
             values = _focal(values, right, self.focal_gamma)
         return values.where(known, 0).sum(1), known.float().sum(1)
 
 
 @dataclass(frozen=True)
 class SquaredError:
-    """The squared error of one number an example or of several, each of which may be unknown."""
+    """Squared error of one or several numbers per example, each of them known or unknown."""
 
     def weights(self, labels: Tensor) -> Tensor:
-        """Weights of examples: how many numbers are known.
+        """Return the weight of each example, float32 of shape (batch,): the number of its known numbers.
 
         Args:
-            labels: floats of shape (batch,) or (batch, numbers); NaN weighs nothing.
+            labels: floats of shape (batch,) or (batch, numbers); NaN has no weight.
 
         Raises:
-            DataError: the labels are no floats.
+            DataError: the labels are not floats.
         """
-        known = _known(labels, "numbers to regress are floats", classes=False)
+        known = _is_known(labels, "floats to regress", has_classes=False)
         return known.float().reshape(len(labels), -1).sum(1)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and weights of examples: as in `CrossEntropy`, with logits of shape (batch, numbers)."""
+        """Return the loss and the weight of each example, as `CrossEntropy`; logits of shape (batch, numbers)."""
         targets = labels.reshape(len(labels), -1)
-        known = _known(targets, "numbers to regress are floats", classes=False)
+        known = _is_known(targets, "floats to regress", has_classes=False)
         errors = logits.float().reshape(targets.shape) - targets.where(known, 0).float()
         return errors.square().where(known, 0).sum(1), known.float().sum(1)
 
 
-def _known(labels: Tensor, expected: str, *, classes: bool = True) -> Tensor:
-    """Which labels are known; -100 is a number like any other where there are no classes."""
+def make_loss(
+    problem_type: str, class_weights: Tensor | None, *, label_smoothing: float, focal_gamma: float
+) -> WeightedLoss:
+    """Return the loss for a ``problem_type`` of `LOSSES`.
+
+    Raises:
+        ConfigurationError: an option does not fit the task.
+    """
+    if problem_type != "regression":
+        return LOSSES[problem_type](class_weights, label_smoothing=label_smoothing, focal_gamma=focal_gamma)
+    if label_smoothing or focal_gamma:
+        raise ConfigurationError(
+            f"label_smoothing_factor={label_smoothing} and focal_gamma={focal_gamma} with regression: expected 0 for "
+            "both, because numbers have no classes"
+        )
+    return SquaredError()
+
+
+def _is_known(labels: Tensor, expected: str, *, has_classes: bool = True) -> Tensor:
+    """Return a mask of known labels; -100 is an ordinary number if there are no classes."""
     if not labels.is_floating_point():
-        raise DataError(f"labels are {labels.dtype}: {expected}, with NaN for unknown ones")
-    return ~labels.isnan() & (labels != IGNORE) if classes else ~labels.isnan()
+        raise DataError(f"labels are {labels.dtype}: expected {expected}, with NaN for unknown ones")
+    return ~labels.isnan() & (labels != IGNORE) if has_classes else ~labels.isnan()
 
 
 def _focal(values: Tensor, right: Tensor, gamma: float) -> Tensor:
-    """Losses by how far the right answer's probability is from 1; the bound keeps a root's slope finite at 1."""
+    """Scale by (1 - p)**gamma; the clamp keeps the gradient finite for gamma < 1."""
     return values * (1 - right).clamp(min=torch.finfo(torch.float32).tiny) ** gamma
 
 
 def _check_focal(gamma: float, smoothing: float) -> None:
     if gamma < 0 or (gamma and smoothing):
         raise ConfigurationError(
-            f"focal_gamma={gamma} with label_smoothing={smoothing}: expected an exponent >= 0, without smoothing"
+            f"focal_gamma={gamma} with label_smoothing={smoothing}: expected an exponent >= 0, and no smoothing if it "
+            "is above 0"
         )
 
 
@@ -203,4 +222,4 @@ LOSSES: dict[str, Callable[..., WeightedLoss]] = {
     "multi_label_classification": BinaryCrossEntropy,
     "regression": SquaredError,
 }
-"""``config.problem_type`` to the loss that serves it; a token classifier has the first."""
+"""``config.problem_type`` -> loss; a token classifier uses the first."""

@@ -1,4 +1,4 @@
-"""FinetuneResult: what a run of `finetune` gave and cost."""
+"""FinetuneResult: the metrics, costs and paths of a run of `finetune`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run of `finetune` gave and cost.
+    """Metrics, costs and paths of a run of `finetune`.
 
     Attributes:
         recipe: name of the recipe.
-        seed: of the run.
-        task: what was learnt (`esm_efficient.tasks.task_of`).
-        metrics: on the test split, or on the validation split if there is no other (`compute_metrics_for`, and
-            ``loss``).
-        evaluated_on: name of that split.
+        seed: seed of the run.
+        task: the task that was learnt (`esm_efficient.tasks.task_of`).
+        metrics: metrics of `compute_metrics_for` and ``loss`` on the split `evaluated_on`.
+        evaluated_on: ``"test"``, or ``"validation"`` if there is no test split.
         train_loss: mean loss of the optimizer steps.
-        steps: optimizer steps.
-        trainable_parameters: numbers that train.
-        total_parameters: numbers in the model, with adapters.
-        trained_layers: indices of the encoder layers in which a parameter trained and moved.
-        layers: encoder layers of the model.
-        residues_per_second: residues (no padding, no special tokens) trained on, per second of the training loop.
-        peak_memory_bytes: peak while training.
-        peak_memory_kind: what that peak counts.
-        seconds: of the training loop.
-        model_dir: folder of the model, or of the adapter, with the tokenizer. A model's config is in it, that of the
-            model under an adapter in ``base_config/``.
-        result_path: this record as JSON.
+        steps: number of optimizer steps.
+        trainable_parameters: number of trainable parameters.
+        total_parameters: number of parameters, adapters included.
+        trained_layers: indices of the encoder layers in which a parameter moved.
+        layers: number of encoder layers.
+        residues_per_second: residues per second of the training loop, without padding and special tokens.
+        peak_memory_bytes: peak memory during training.
+        peak_memory_kind: kind of memory that the peak counts.
+        seconds: duration of the training loop.
+        model_dir: folder of the model or the adapter, with the tokenizer. It contains the model's config; the config
+            of an adapter's base model is in its folder ``base_config/``.
+        result_path: path of this record as JSON.
         model: the trained model, in evaluation mode.
-        profile: what the run has cost by phase; None unless it was profiled.
-        thresholds: with several labels a sequence, the probability from which each is said to hold, tuned on the
-            validation split and saved as ``label_thresholds`` in the model's config; None if they were not tuned.
+        profile: costs per phase; None without profiling.
+        thresholds: label name -> probability from which the label is positive, for several labels per sequence. They
+            are tuned on the validation split and saved as ``label_thresholds`` in the model's config. None if they
+            were not tuned.
     """
 
     recipe: str
@@ -70,7 +70,7 @@ class FinetuneResult:
     thresholds: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure, ready for JSON; a metric that is undefined (NaN) is None, which JSON can hold."""
+        """Return all fields but the model, ready for JSON; an undefined metric (NaN) becomes None."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
         record["metrics"] = {key: value if np.isfinite(value) else None for key, value in self.metrics.items()}
         return record | {

@@ -1,4 +1,4 @@
-"""Class weights from labels; scikit-learn does the arithmetic."""
+"""Labels of a training set, and class weights from them; scikit-learn does the arithmetic."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import IGNORE
 
 
 def dataset_labels(dataset: Any) -> np.ndarray:
-    """Every label of a data set.
+    """Return all labels of a dataset.
 
     Args:
-        dataset: of `datasets`, or any sequence of mappings, with a column ``labels`` or ``label``.
+        dataset: a `datasets.Dataset`, or any sequence of mappings, with a column ``labels`` or ``label``.
 
     Returns:
-        int32 of shape (labels,), those of all residues in a row; or float of shape (examples, labels), for several a
-        sequence.
+        int32 of shape (labels,), those of all residues in a row; or float of shape (examples, labels), for several
+        labels per sequence.
 
     Raises:
-        ConfigurationError: there is no data set, or it is a stream.
+        ConfigurationError: there is no dataset, or it is a stream.
         DataError: it has no such column.
     """
     import datasets
@@ -33,23 +34,37 @@ def dataset_labels(dataset: Any) -> np.ndarray:
     names = getattr(dataset, "column_names", None) or list(dataset[0])
     column = next((name for name in ("labels", "label") if name in names), None)
     if column is None:
-        raise DataError(f"the training data have no column 'labels', only {', '.join(names)}")
+        raise DataError(f"the training data have the columns {', '.join(names)}: expected a column 'labels'")
     if isinstance(dataset, datasets.Dataset):
         blocks = (block[column] for block in dataset.select_columns(column).with_format("numpy").iter(10_000))
     else:
         blocks = ([np.asarray(dataset[index][column])] for index in range(len(dataset)))
-    # Rows of residues differ in length and are put one after another; classes take the smallest of types.
+    # Labels per residue differ in length and are concatenated; int32 keeps them small.
     flat = [np.stack(list(b)) if len({np.shape(row) for row in b}) == 1 else np.concatenate(list(b)) for b in blocks]
-    several = flat[0].dtype.kind == "f" and flat[0].ndim == 2
-    parts = [part if several else part.ravel() for part in flat]
+    multi_label = flat[0].dtype.kind == "f" and flat[0].ndim == 2
+    parts = [part if multi_label else part.ravel() for part in flat]
     return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
 
 
+def has_float_labels(dataset: Any) -> bool:
+    """Return whether the labels of a dataset are floats; several float labels per sequence are a multi-label task."""
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset):
+        example = next(iter(dataset), None)
+    elif not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
+        return False
+    else:
+        example = dataset[0]
+    value = example.get("labels", example.get("label")) if isinstance(example, Mapping) else None
+    return value is not None and np.issubdtype(np.asarray(value).dtype, np.floating)
+
+
 def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequence[str]) -> np.ndarray:
-    """Weights inversely proportional to how often each class occurs, with a mean of one over the examples.
+    """Return class weights inversely proportional to the class frequencies, with a mean of one over the examples.
 
     Args:
-        labels: class ids; -100 stands for no label and is left out.
+        labels: class ids; -100 means no label and is left out.
         label_names: names of the classes in the order of their ids; their number is the number of classes.
 
     Returns:
@@ -57,7 +72,7 @@ def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequ
         `sklearn.utils.class_weight.compute_class_weight` defines "balanced".
 
     Raises:
-        DataError: a class has no example, or a label is no class.
+        DataError: a class has no example, or a label is not a class id.
 
     Example:
         >>> balanced_class_weights([0, 0, 0, 1], ["no", "yes"]).round(3).tolist()
@@ -66,30 +81,28 @@ def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequ
     from sklearn.utils.class_weight import compute_class_weight
 
     flat = np.asarray(labels).ravel()
-    flat = flat[flat != -100]
+    flat = flat[flat != IGNORE]
     classes = np.arange(len(label_names))
-    if strange := sorted(set(flat.tolist()) - set(classes.tolist())):
-        raise DataError(f"labels {strange} are no class: there are {len(classes)} ({', '.join(label_names)})")
-    if absent := [name for index, name in enumerate(label_names) if index not in flat]:
+    if unknown := sorted(set(flat.tolist()) - set(classes.tolist())):
         raise DataError(
-            f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
-            "weights as an array"
+            f"labels {unknown} are not class ids: expected 0 to {len(classes) - 1} ({', '.join(label_names)})"
         )
+    _check_all_present([index in flat for index in classes], label_names)
     return np.asarray(compute_class_weight("balanced", classes=classes, y=flat), dtype=np.float64)
 
 
 def balanced_label_weights(labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
-    """Weights of several labels an example, each as often missing as it holds, times: negatives / positives.
+    """Return per-label positive weights, negatives / positives (the `pos_weight` of `torch.nn.BCEWithLogitsLoss`).
 
     Args:
-        labels: float of shape (examples, labels), 0 to 1; NaN or -100 where unknown.
+        labels: float of shape (examples, labels), 0 to 1; NaN or -100 if unknown.
         label_names: names of the labels in their order.
 
     Returns:
-        float64 of shape (labels,), the ``pos_weight`` that `torch.nn.BCEWithLogitsLoss` names as an example.
+        float64 of shape (labels,).
 
     Raises:
-        DataError: a label holds nowhere, or the shape does not fit.
+        DataError: a label has no positive example, or the shape does not fit.
 
     Example:
         >>> balanced_label_weights(np.array([[1.0, 0.0], [0.0, 1.0], [0.0, np.nan]]), ["a", "b"]).tolist()
@@ -98,30 +111,55 @@ def balanced_label_weights(labels: np.ndarray, label_names: Sequence[str]) -> np
     table = np.asarray(labels, dtype=np.float64)
     if table.ndim != 2 or table.shape[1] != len(label_names):
         raise DataError(f"labels have shape {table.shape}: expected (examples, {len(label_names)})")
-    known = ~np.isnan(table) & (table != -100)
-    positive = np.where(known, table, 0).sum(0)
-    if absent := [name for name, count in zip(label_names, positive, strict=True) if not count]:
-        raise DataError(
-            f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
-            "weights as an array"
-        )
-    # A label that always holds has no negatives: it keeps a weight, so that its loss does not vanish.
-    return np.maximum(known.sum(0) - positive, 1) / positive
+    known = ~np.isnan(table) & (table != IGNORE)
+    positives = np.where(known, table, 0).sum(0)
+    _check_all_present(positives.tolist(), label_names)
+    # A label without negatives keeps a small weight, so that its loss does not vanish.
+    return np.maximum(known.sum(0) - positives, 1) / positives
+
+
+def resolve_class_weights(
+    weights: str | Mapping[str, float] | Sequence[float] | Any,
+    dataset: Any,
+    label_names: Sequence[str],
+    *,
+    multi_label: bool,
+) -> np.ndarray:
+    """Return class weights as an array.
+
+    Args:
+        weights: ``"balanced"``, or weights as in `check_class_weights`.
+        dataset: the training set; only ``"balanced"`` counts its labels.
+        label_names: names of the classes in the order of their ids.
+        multi_label: whether a sequence has several labels.
+
+    Returns:
+        float64 of shape (classes,).
+
+    Raises:
+        ConfigurationError: as `check_class_weights` and `dataset_labels`.
+        DataError: as `balanced_class_weights` and `balanced_label_weights`.
+    """
+    if not (isinstance(weights, str) and weights == "balanced"):
+        return check_class_weights(weights, label_names)
+    balance = balanced_label_weights if multi_label else balanced_class_weights
+    return balance(dataset_labels(dataset), label_names)
 
 
 def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
-    """Bring weights that a user gave into an array.
+    """Check weights that a user gave and return them as an array.
 
     Args:
-        weights: one number a class, as a sequence, an array or a tensor in the order of the class ids; or a mapping
-            by label name that names every class.
+        weights: one number per class, as a sequence, an array or a tensor in the order of the class ids; or a mapping
+            that gives a number for each label name.
         label_names: names of the classes in the order of their ids.
 
     Returns:
         float64 of shape (classes,).
 
     Raises:
-        ConfigurationError: names or numbers are missing, too many, negative, not finite, or all zero.
+        ConfigurationError: there are too few or too many names or numbers, or numbers are negative, not finite, or all
+            zero.
 
     Example:
         >>> check_class_weights({"yes": 2, "no": 1}, ["no", "yes"]).tolist()
@@ -144,3 +182,11 @@ def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, la
     if not np.isfinite(array).all() or (array < 0).any() or not array.any():
         raise ConfigurationError(f"class_weights={array.tolist()}: expected finite numbers >= 0, not all of them 0")
     return array
+
+
+def _check_all_present(present: Sequence[Any], label_names: Sequence[str]) -> None:
+    if absent := [name for name, is_present in zip(label_names, present, strict=True) if not is_present]:
+        raise DataError(
+            f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
+            "weights as an array"
+        )

@@ -1,4 +1,4 @@
-"""prepare_model: what trains, in which dtype, with gradients that arrive."""
+"""prepare_model: trainable parameters, their dtypes and their gradients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_checkpointing_is_on_and_changes_no_gradient(tiny_model):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])
-def test_what_trains_is_float32_over_a_bfloat16_base(tiny_model, kind):
+def test_trainable_parameters_are_float32_over_a_bfloat16_base(tiny_model, kind):
     model = tiny_model()
     model = prepare_model(
         model,
@@ -77,7 +77,7 @@ def test_what_trains_is_float32_over_a_bfloat16_base(tiny_model, kind):
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_bfloat16_base_still_runs_when_its_adapters_are_merged(tiny_model):
+def test_a_bfloat16_base_runs_after_its_adapters_are_merged(tiny_model):
     model = tiny_model()
     model = prepare_model(model, adapters=lora_config(model, r=2), dtype=torch.bfloat16).eval()
     expected = model(**batch()).logits
@@ -120,5 +120,5 @@ def test_contradictions_are_refused(tiny_model):
         prepare_model(prepare_model(model, adapters=config), adapters=config)
     with pytest.raises(ConfigurationError, match="no head"):
         prepare_model(tiny_model(EsmModel), head_only=True)
-    with pytest.raises(TargetModuleError, match="no known architecture"):
+    with pytest.raises(TargetModuleError, match="no known encoder"):
         prepare_model(nn.Linear(2, 2))

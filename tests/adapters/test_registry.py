@@ -1,4 +1,4 @@
-"""The registry: suffixes of whole path components, and parts that are never adapted."""
+"""The registry: suffixes match whole path components, and some parts never get adapters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from esm_efficient.adapters.registry import (
     Architecture,
     ends_with,
     find_architecture,
+    is_in_head,
     is_unread,
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
@@ -57,8 +58,22 @@ def test_unread_parts_are_found_by_whole_components():
     assert not is_unread(esm, "esm.my_contact_head.weight")
 
 
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("classifier.dense.weight", True),
+        ("base_model.model.classifier.dense", True),
+        ("classifier", True),
+        ("my_classifier.dense.weight", False),
+        ("esm.encoder.layer.0.output.dense", False),
+    ],
+)
+def test_parts_of_a_head_are_found_by_whole_components(path, inside):
+    assert is_in_head(ARCHITECTURES[0], path) is inside
+
+
 def esm_1b():
-    """ESM-1b and ESM-1v in transformers: positions that are learnt, a layer norm before the first layer."""
+    """ESM-1b and ESM-1v in transformers: learnt positions, and a layer norm before the first layer."""
     return make_model(EsmModel, position_embedding_type="absolute", emb_layer_norm_before=True)
 
 
@@ -79,12 +94,12 @@ def esm_c():
 
 
 def fa_esm():
-    # As FAESM is installed beside the supported transformers it cannot be imported: its classes derive from EsmModel.
+    # FAESM derives its classes from EsmModel; it cannot be imported with every supported version of transformers.
     faesm = pytest.importorskip("faesm.esm", reason="FAESM cannot be imported", exc_type=ImportError)
     return faesm.FAEsmModel(make_model(EsmModel).config)
 
 
-# How many layers each preset adapts in an encoder of two layers.
+# Number of layers that each preset adapts in an encoder of two layers.
 ENCODERS = {
     "esm-1b": (esm_1b, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
     "fair-esm": (fair_esm, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
@@ -94,7 +109,7 @@ ENCODERS = {
 
 
 class Classifier(nn.Module):
-    """A head of one's own on any encoder."""
+    """A custom head on any encoder."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -117,10 +132,10 @@ def test_every_encoder_resolves_every_preset_and_trains(tmp_path, tokenizer, nam
     build, layers = ENCODERS[name]
     torch.manual_seed(0)
     model = Classifier(build())
-    model(torch.tensor([[0, 5, 6, 2]]), torch.ones(1, 4, dtype=torch.long))  # the head learns its width
+    model(torch.tensor([[0, 5, 6, 2]]), torch.ones(1, 4, dtype=torch.long))  # the lazy head takes its width
     assert len(resolve_targets(model, preset).modules) == layers[preset]
     assert len(resolve_targets(model.encoder, preset).modules) == layers[preset]
-    # The head stands in for what was pretrained: with zeros in it no gradient reaches anything below.
+    # LoRA's B is not zero here, so that every adapter has a gradient at the first step.
     model = prepare_model(model, adapters=lora_config(model, preset=preset, r=2, init_lora_weights=False))
     others = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert others
@@ -167,7 +182,7 @@ class Unknown(nn.Module):
         self.head = nn.Linear(4, 2)
 
 
-def test_an_unknown_encoder_is_told_by_its_layers_and_made_known_in_one_call(monkeypatch):
+def test_an_unknown_encoder_is_refused_with_its_layers_and_can_be_registered(monkeypatch):
     monkeypatch.setattr("esm_efficient.adapters.registry.ARCHITECTURES", list(ARCHITECTURES))
     with pytest.raises(TargetModuleError, match=r"q \(3\), k \(3\).*head \(1\).*register_architecture\(Architecture"):
         resolve_targets(Unknown(), "qkv")
@@ -180,7 +195,7 @@ def test_an_unknown_encoder_is_told_by_its_layers_and_made_known_in_one_call(mon
         Architecture(name="mine", encoder="Unknown", layers="blocks", roles={"query": "q"})
 
 
-def test_an_entry_of_ones_own_goes_before_that_of_the_parent(monkeypatch, tiny_model):
+def test_the_entry_of_a_class_wins_over_that_of_its_parent(monkeypatch, tiny_model):
     monkeypatch.setattr("esm_efficient.adapters.registry.ARCHITECTURES", list(ARCHITECTURES))
     model = tiny_model(type("MyEncoder", (EsmModel,), {}))
     assert find_architecture(model).name == "esm"
@@ -188,7 +203,7 @@ def test_an_entry_of_ones_own_goes_before_that_of_the_parent(monkeypatch, tiny_m
     assert find_architecture(model).name == "mine"
 
 
-def test_a_class_of_the_same_name_in_another_package_is_not_taken_for_it():
+def test_a_class_of_the_same_name_in_another_package_is_not_matched():
     stranger = type("ESM2", (Unknown,), {"__module__": "esme.esm"})()
-    with pytest.raises(TargetModuleError, match="ESM2 is of no known architecture"):
+    with pytest.raises(TargetModuleError, match="ESM2 contains no known encoder"):
         find_architecture(stranger)

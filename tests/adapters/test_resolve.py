@@ -1,4 +1,4 @@
-"""Targets: every preset on every head, counted; what matches nothing is named with what was meant."""
+"""Every preset matches the right layers with every head; a target without a match raises with a suggestion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
-from esm_efficient import lora_config, resolve_targets
+from esm_efficient import lora_config, recipe_adapters, resolve_targets
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 
 HEADS = [EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel]
@@ -43,7 +43,7 @@ def expected(head, preset):
 
 
 def wrapped(model) -> set[str]:
-    """Paths of the layers that peft gave an adapter."""
+    """Return the paths of the layers with an adapter."""
     marker = ".lora_A.default"
     names = [name for name, _ in model.named_modules() if name.endswith(marker)]
     return {name.removeprefix("base_model.model.").removesuffix(marker) for name in names}
@@ -59,7 +59,7 @@ def test_preset_matches_its_layers_and_peft_wraps_the_same(tiny_model, head, pre
     assert wrapped(get_peft_model(model, lora_config(model, preset=preset, r=2))) == expected(head, preset)
 
 
-def test_the_tutorials_list_names_the_six_that_match_nothing_and_what_was_meant(tiny_model):
+def test_the_tutorials_six_targets_without_a_match_are_named_with_advice(tiny_model):
     with pytest.raises(TargetModuleError) as caught:
         resolve_targets(tiny_model(), TUTORIAL)
     message = str(caught.value)
@@ -68,7 +68,7 @@ def test_the_tutorials_list_names_the_six_that_match_nothing_and_what_was_meant(
         "EsmSelfOutput.dense": "use 'attention.output.dense'",
         "EsmIntermediate.dense": "use 'intermediate.dense'",
         "EsmOutput.dense": "use 'output.dense'",
-        "EsmContactPredictionHead.regression": "leave it out, training never reads it",
+        "EsmContactPredictionHead.regression": "leave it out, no training loss uses it",
         "EsmClassificationHead.dense": "leave it out, a head needs no adapter",
         "EsmClassificationHead.out_proj": "leave it out, a head needs no adapter",
     }.items():
@@ -82,8 +82,8 @@ def test_the_tutorials_list_names_the_six_that_match_nothing_and_what_was_meant(
     [
         (["quary"], "did you mean 'query'"),
         (["query", "attention.self.keys"], "attention.self.key"),
-        (["zzz"], "nothing in the model is named like it"),
-        (["EsmLayer"], "nothing in the model is named like it"),
+        (["zzz"], "no layer of the model has a similar name"),
+        (["EsmLayer"], "no layer of the model has a similar name"),
     ],
 )
 def test_a_target_without_a_match_raises_with_advice(tiny_model, targets, advice):
@@ -92,12 +92,12 @@ def test_a_target_without_a_match_raises_with_advice(tiny_model, targets, advice
     assert advice in str(caught.value)
 
 
-def test_the_contact_head_is_no_target(tiny_model):
+def test_the_contact_head_is_refused_as_a_target(tiny_model):
     with pytest.raises(TargetModuleError, match="contact_head"):
         resolve_targets(tiny_model(), ["regression"])
 
 
-def test_a_bare_dense_warns_that_it_reaches_the_classifier(tiny_model, caplog):
+def test_a_bare_dense_warns_that_it_matches_the_classifier(tiny_model, caplog):
     report = resolve_targets(tiny_model(), ["dense"])
     assert "classifier.dense" in report.modules
     assert "classifier.dense" in caplog.text
@@ -147,7 +147,7 @@ def test_the_head_is_trained_in_full_and_saved_with_the_adapter(tiny_model):
         assert all("lora" in name or "classifier" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_a_subclass_and_a_head_of_ones_own_are_trained_in_full_too(tiny_model):
+def test_the_heads_of_a_subclass_and_of_a_custom_model_are_trained_in_full_too(tiny_model):
     class Mine(EsmForSequenceClassification):
         pass
 
@@ -171,6 +171,14 @@ def test_an_unknown_architecture_lists_its_linear_layers():
     with pytest.raises(TargetModuleError, match=r"up \(1\), down \(1\)"):
         resolve_targets(Other())
     assert resolve_targets(Other(), ["up"]).modules == ("up",)
+
+
+def test_adapter_options_override_those_of_the_recipe(tiny_model):
+    model = tiny_model()
+    assert recipe_adapters("all", model, r=3, preset="qkv").r == 3
+    assert recipe_adapters("base", model) is None
+    with pytest.raises(ConfigurationError, match="has no adapters"):
+        recipe_adapters("base", model, r=3)
 
 
 def test_the_report_counts_each_target(tiny_model):

@@ -1,4 +1,4 @@
-"""The audit: it catches what the tutorial's runs hid, and raises no false alarm."""
+"""The audit detects parameters that do not train, and raises no false alarm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def run(model, folder, tokenizer, data, *, audit=None, **options):
     return audit.report
 
 
-class CutOff(nn.Module):
-    """Runs an encoder without recording gradients, as checkpointing did in the tutorial's versions."""
+class WithoutGradient(nn.Module):
+    """Runs an encoder without gradients, as checkpointing did with the library versions of the tutorial."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -31,7 +31,9 @@ class CutOff(nn.Module):
             return self.inner(*args, **kwargs)
 
 
-def test_adapters_cut_off_by_reentrant_checkpointing_are_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_adapters_without_gradient_under_reentrant_checkpointing_are_detected(
+    tmp_path, tiny_model, tiny_dataset, tokenizer
+):
     """The tutorial's failure: reentrant checkpointing over frozen embeddings, so that only the head trains."""
     model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"]))
     base = model.get_base_model()
@@ -43,16 +45,16 @@ def test_adapters_cut_off_by_reentrant_checkpointing_are_caught(tmp_path, tiny_m
     assert set(caught.value.without_gradient) == names
     assert "prepare_model" in str(caught.value)
 
-    # The same run without the audit is the one that nobody noticed: it ends, and no adapter has moved.
+    # The same run without the audit ends normally, although no adapter has moved.
     weighted(model, arguments(tmp_path, 4, 2, learning_rate=1e-2), tiny_dataset(32), tokenizer, audit=False).train()
     assert all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_an_encoder_under_no_grad_is_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_an_encoder_under_no_grad_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = tiny_model()
     model = prepare_model(model, adapters=lora_config(model, r=2))
     inner = model.get_base_model().esm
-    inner.encoder = CutOff(inner.encoder)
+    inner.encoder = WithoutGradient(inner.encoder)
     with pytest.raises(AuditError, match="no gradient"):
         run(model, tmp_path, tokenizer, tiny_dataset(32))
 
@@ -93,12 +95,12 @@ def test_no_false_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters,
     model = prepare_model(model, adapters=lora_config(model, r=2) if adapters else None)
     report = run(model, tmp_path, tokenizer, tiny_dataset(32), **options)
     assert {*report.moved, *report.pending} == {name for name, p in model.named_parameters() if p.requires_grad}
-    # Plain gradient descent moves LoRA's A by less than float32 shows: that is left open, and no alarm.
+    # Plain gradient descent moves LoRA's A by less than float32 resolves: it stays pending, without an alarm.
     assert all(options.get("optim") == "sgd" and "lora_A" in name for name in report.pending)
 
 
-def test_a_long_warm_up_over_tiny_gradients_is_no_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer):
-    """Gradients far below Adam's epsilon move a weight by less than the rate."""
+def test_a_long_warm_up_with_tiny_gradients_raises_no_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    """Gradients far below Adam's epsilon move a weight by less than the learning rate."""
     model = tiny_model()
     model = prepare_model(model, adapters=lora_config(model, r=2))
     options = {"learning_rate": 1e-4, "warmup_steps": 10_000, "num_train_epochs": 4}
@@ -107,8 +109,8 @@ def test_a_long_warm_up_over_tiny_gradients_is_no_alarm(tmp_path, tiny_model, ti
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_batches_that_weigh_nothing_are_no_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer, optim):
-    """The rare class has all the weight and is not in the first batches."""
+def test_batches_without_weight_raise_no_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer, optim):
+    """Only the rare class has a weight, and it is not in the first batches."""
     data = tiny_dataset(64).sort("labels")
     audit = AuditCallback()
     args = arguments(tmp_path, 4, 1, learning_rate=1e-2, optim=optim)
@@ -117,7 +119,7 @@ def test_batches_that_weigh_nothing_are_no_alarm(tmp_path, tiny_model, tiny_data
     assert audit.report.pending == ()
 
 
-def test_a_single_step_is_no_alarm_for_lora_a(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_single_step_raises_no_alarm_for_lora_a(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = tiny_model()
     model = prepare_model(model, adapters=lora_config(model, r=2))
     report = run(model, tmp_path, tokenizer, tiny_dataset(32), max_steps=1)
@@ -125,7 +127,7 @@ def test_a_single_step_is_no_alarm_for_lora_a(tmp_path, tiny_model, tiny_dataset
     assert all("lora_A" in name for name in report.pending)
 
 
-def test_weights_in_bfloat16_that_swallow_their_updates_are_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_bfloat16_weights_that_lose_their_updates_are_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = tiny_model().to(torch.bfloat16)
     with torch.no_grad():
         model.classifier.dense.weight.fill_(0.5)
@@ -136,14 +138,14 @@ def test_weights_in_bfloat16_that_swallow_their_updates_are_caught(tmp_path, tin
     assert "bfloat16" in str(caught.value)
 
 
-def test_a_parameter_that_nothing_reads_is_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_parameter_that_no_loss_uses_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = tiny_model()
     model.orphan = nn.Parameter(torch.ones(3))
     with pytest.raises(AuditError, match="orphan"):
         run(model, tmp_path, tokenizer, tiny_dataset(32))
 
 
-def test_a_gradient_of_zero_at_every_step_is_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_gradient_of_zero_at_every_step_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
     class Muted(EsmForSequenceClassification):
         def __init__(self, config):
             super().__init__(config)
@@ -159,7 +161,7 @@ def test_a_gradient_of_zero_at_every_step_is_caught(tmp_path, tiny_model, tiny_d
     assert caught.value.without_gradient == ("muted",)
 
 
-def test_a_parameter_outside_the_optimizer_is_caught(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_parameter_outside_the_optimizer_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = prepare_model(tiny_model())
     chosen = [p for name, p in model.named_parameters() if p.requires_grad and name != "classifier.out_proj.bias"]
     optimizer = torch.optim.AdamW(chosen, lr=1e-2)
@@ -168,7 +170,8 @@ def test_a_parameter_outside_the_optimizer_is_caught(tmp_path, tiny_model, tiny_
         trainer.train()
 
 
-def test_the_unread_contact_head_of_a_plain_model_is_a_warning(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
+def test_the_unused_contact_head_of_a_plain_model_is_a_warning(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
     report = run(tiny_model(), tmp_path, tokenizer, tiny_dataset(32))
+    assert report.layers == (0, 1)
     assert sorted(report.exempt) == ["esm.contact_head.regression.bias", "esm.contact_head.regression.weight"]
     assert "contact_head" in caplog.text

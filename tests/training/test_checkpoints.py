@@ -1,4 +1,4 @@
-"""Checkpoints of a run that is killed: whole or passed over, and one more when a signal comes."""
+"""Interrupted runs: a signal writes a checkpoint, and incomplete checkpoints are skipped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data(demo_table):
 
 
 class Signal(TrainerCallback):
-    """Sends a signal to this process at the end of a step."""
+    """Sends a signal to this process at the start of a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -42,7 +42,7 @@ class Signal(TrainerCallback):
 
 
 class SignalInSave(TrainerCallback):
-    """Sends it while a checkpoint is written that no signal asked for."""
+    """Sends a signal while a scheduled checkpoint is written."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -53,7 +53,7 @@ def weights(result):
     return load_file(result.model_dir / "adapter_model.safetensors")
 
 
-def test_a_signal_ends_the_run_and_going_on_ends_where_the_whole_run_ends(tmp_path, data):
+def test_a_run_that_resumes_after_a_signal_ends_with_the_weights_of_a_whole_run(tmp_path, data):
     whole = finetune(demo_model_path(), data, output_dir=tmp_path / "whole", **STEPS)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingInterrupted, match=r"after optimizer step 4 of 6"):
@@ -75,7 +75,7 @@ def test_a_signal_ends_the_run_and_going_on_ends_where_the_whole_run_ends(tmp_pa
     expected = weights(whole)
     for name, found in weights(resumed).items():
         assert torch.equal(found, expected[name]), name
-    # A run that is started once more after its last step trains nothing, and gives the same.
+    # A run that resumes after its last step trains nothing, and has the same weights.
     again = finetune(
         demo_model_path(),
         data,
@@ -87,7 +87,7 @@ def test_a_signal_ends_the_run_and_going_on_ends_where_the_whole_run_ends(tmp_pa
     assert all(torch.equal(found, expected[name]) for name, found in weights(again).items())
 
 
-def test_a_signal_while_a_checkpoint_is_written_waits_for_the_step_that_ranks_agree_on(tmp_path, data):
+def test_a_signal_during_a_scheduled_checkpoint_ends_the_run_after_the_next_step(tmp_path, data):
     callbacks = [SignalInSave(), CheckpointCallback()]
     with pytest.raises(TrainingInterrupted, match=r"after optimizer step 3 of 6"):
         finetune(demo_model_path(), data, output_dir=tmp_path, callbacks=callbacks, **STEPS)
@@ -96,7 +96,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_the_step_that_ranks_ag
 
 @pytest.mark.parametrize("broken", ["adapter_model.safetensors", "optimizer.pt", "files.json"])
 @pytest.mark.parametrize("how", ["absent", "cut off"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, whole_run, caplog, broken, how):
+def test_an_incomplete_checkpoint_is_skipped(tmp_path, whole_run, caplog, broken, how):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     path = folder / "checkpoint-4" / broken
     if how == "absent":
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, whole_run, capl
     else:
         path.write_bytes(path.read_bytes()[:-1][: path.stat().st_size // 2])
     assert last_checkpoint(folder) == folder / "checkpoint-2"
-    assert "checkpoint-4 is not whole" in caplog.text
+    assert "checkpoint-4 is incomplete and is skipped" in caplog.text
     shutil.rmtree(folder / "checkpoint-2")
     assert last_checkpoint(folder) is None
 
@@ -117,7 +117,7 @@ def whole_run(tmp_path_factory, data):
     return folder
 
 
-def test_checkpoints_are_told_by_their_number(tmp_path, whole_run):
+def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path, whole_run):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     (folder / "checkpoint-4").rename(folder / "checkpoint-10")
     (folder / "checkpoint-other").mkdir()
@@ -125,7 +125,7 @@ def test_checkpoints_are_told_by_their_number(tmp_path, whole_run):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_tokenised_splits_train_as_the_raw_ones_do_and_several_labels_need_their_task(tmp_path, data, demo_table):
+def test_tokenised_splits_train_as_raw_ones_and_several_labels_need_a_task(tmp_path, data, demo_table):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())

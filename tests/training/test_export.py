@@ -1,4 +1,4 @@
-"""export_model(): a folder that plain transformers and peft load, and that says what is in it."""
+"""export_model(): plain transformers and peft load the folder, and its card contains the metrics."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits_of(model, tokenizer):
 def test_plain_transformers_and_peft_load_it_and_compute_the_same(run):
     result, folder = run
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # What was held in bfloat16 while training is exported as it was rounded; accelerate's autocast is taken off.
+    # Weights that were bfloat16 during training are exported with their rounding; accelerate's autocast is removed.
     trained = extract_model_from_parallel(copy.deepcopy(result.model), keep_fp32_wrapper=False)
     expected = logits_of(trained.float(), tokenizer)
     merged = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -56,14 +56,14 @@ def test_plain_transformers_and_peft_load_it_and_compute_the_same(run):
     if (folder / "adapter").exists():
         torch.manual_seed(5)
         base = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=len(result.task.names))
-        found = logits_of(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer)
-        # The demo's weights are not rounded to bfloat16 here.
-        assert torch.allclose(found, expected, atol=0.1)
+        adapted = logits_of(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer)
+        # The base model's weights are not rounded to bfloat16 here.
+        assert torch.allclose(adapted, expected, atol=0.1)
     else:
         assert result.recipe == "base"
 
 
-def test_no_file_is_pickled_and_none_names_the_machine(run):
+def test_no_file_is_pickled_or_contains_a_path_of_the_machine(run):
     result, folder = run
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} if result.recipe != "base" else set()
@@ -77,21 +77,23 @@ def test_no_file_is_pickled_and_none_names_the_machine(run):
             assert str(demo_model_path()) not in text, name
 
 
-def test_the_card_is_read_by_the_hubs_library_and_holds_the_metrics(run):
+def test_the_card_loads_with_the_hubs_library_and_contains_the_metrics(run):
     result, folder = run
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "someone/demo"
-    found = {e.metric_type: e.metric_value for e in card.data.eval_results}
+    metrics = {e.metric_type: e.metric_value for e in card.data.eval_results}
     finite = {name: value for name, value in result.metrics.items() if value == value}
-    assert found == pytest.approx(finite, abs=1e-6)
+    assert metrics == pytest.approx(finite, abs=1e-6)
     assert {e.dataset_name for e in card.data.eval_results} == {"the demo's table"}
     for name in result.task.names:
         assert name in card.content
+    assert ("A label is positive from this probability on:" in card.content) == (result.thresholds is not None)
+    assert "Predictions are estimates: they do not replace an experiment." in card.content
     record = json.loads((folder / "metrics.json").read_text())
     assert record["metrics"] == result.to_dict()["metrics"]
 
 
-def test_a_file_in_the_way_is_named(run, tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):
         export_model(run[0], tmp_path / "file", base_model="someone/demo")

@@ -1,4 +1,4 @@
-"""finetune(): each recipe end to end on a small part of the demo, and what it says of itself."""
+"""finetune(): every recipe and every task end to end on a small part of the demo, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from transformers import (
 
 from esm_efficient import (
     RECIPES,
-    compat,
     demo_model_path,
     finetune,
     load_deeploc,
     multi_label_metrics,
-    recipe_adapters,
-    recipe_arguments,
     stratified_sample,
 )
 from esm_efficient.errors import ConfigurationError, DataError
@@ -37,7 +34,7 @@ def data(demo_table):
 
 
 def plain(result):
-    """The saved result, loaded with transformers and peft alone."""
+    """Return the saved model, loaded with transformers and peft alone."""
     if not (result.model_dir / "adapter_config.json").exists():
         return AutoModelForSequenceClassification.from_pretrained(result.model_dir)
     base = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
@@ -45,7 +42,7 @@ def plain(result):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_trains_what_it_says_and_reloads(tmp_path, data, recipe):
+def test_every_recipe_trains_its_part_of_the_model_and_reloads(tmp_path, data, recipe):
     result = finetune(demo_model_path(), data, recipe=recipe, output_dir=tmp_path, disable_tqdm=True)
     chosen = RECIPES[recipe]
     assert result.steps == 4
@@ -78,12 +75,12 @@ def test_every_recipe_trains_what_it_says_and_reloads(tmp_path, data, recipe):
         assert torch.allclose(plain(result).eval()(**batch).logits, result.model(**batch).logits, atol=1e-5)
 
 
-def test_it_learns_and_the_seed_decides(tmp_path):
-    """On sequences that anybody can tell apart: greasy and charged ones."""
+def test_it_learns_an_easy_task_and_the_seed_determines_the_result(tmp_path):
+    """The two classes differ in composition: hydrophobic or charged residues."""
     rng = np.random.default_rng(0)
     labels = [0, 1] * 16
     sequences = ["".join(rng.choice(list(("DEKRNQSG", "AILVFMWG")[label]), size=30)) for label in labels]
-    features = Features({"sequence": Value("string"), "label": ClassLabel(names=["charged", "greasy"])})
+    features = Features({"sequence": Value("string"), "label": ClassLabel(names=["charged", "hydrophobic"])})
     rows = Dataset.from_dict({"sequence": sequences, "label": labels}, features=features)
     easy = DatasetDict(train=rows.select(range(24)), test=rows.select(range(24, 32)))
 
@@ -100,40 +97,24 @@ def test_it_learns_and_the_seed_decides(tmp_path):
     assert first.train_loss < 0.8 * run(0, learning_rate=0.0).train_loss
 
 
-def test_options_win_over_the_recipe(tmp_path, data):
-    args = recipe_arguments("all", tmp_path, learning_rate=5e-5, gradient_accumulation_steps=2)
-    assert (args.learning_rate, args.gradient_accumulation_steps, args.per_device_train_batch_size) == (5e-5, 2, 2)
-    assert compat.asks_for_checkpointing(args)
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        assert compat.asks_for_checkpointing(recipe_arguments("base", tmp_path, **{name: True}))
-        assert not compat.asks_for_checkpointing(recipe_arguments("all", tmp_path, **{name: False}))
-    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
-    assert recipe_adapters("all", model, r=3, preset="qkv").r == 3
-    assert recipe_adapters("base", model) is None
-    with pytest.raises(ConfigurationError, match="has no adapters"):
-        recipe_adapters("base", model, r=3)
-    with pytest.raises(ConfigurationError, match="precision"):
-        recipe_arguments("all", tmp_path, precision="fp8")
-
-
-def test_a_profile_of_the_run_comes_with_the_result(tmp_path, data):
+def test_a_profiled_run_returns_its_profile(tmp_path, data):
     result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, profile=True, disable_tqdm=True)
     assert result.profile.steps == result.steps
     assert result.profile.peak.total > result.profile.peak.weights > 3e6
     assert json.loads(result.result_path.read_text())["profile"]["peak_bytes"] == result.profile.peak.total
 
 
-def test_bf16_holds_the_frozen_weights_in_bfloat16_and_trains(tmp_path, data):
+def test_with_bf16_the_frozen_weights_are_bfloat16_and_every_layer_trains(tmp_path, data):
     result = finetune(demo_model_path(), data, output_dir=tmp_path, precision="bf16", disable_tqdm=True)
     assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in result.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert result.trained_layers == (0, 1, 2, 3)
 
 
-def test_resuming_ends_where_the_whole_run_ends(tmp_path, data):
+def test_a_resumed_run_ends_with_the_metrics_of_a_whole_run(tmp_path, data):
     options = {"recipe": "all", "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True}
     whole = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
-    # Another head to begin with: only a checkpoint that is read makes the two ends the same.
+    # The head starts with other values: the results agree only if the checkpoint is read.
     torch.manual_seed(7)
     other = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
     options |= {"tokenizer": AutoTokenizer.from_pretrained(demo_model_path())}
@@ -143,7 +124,7 @@ def test_resuming_ends_where_the_whole_run_ends(tmp_path, data):
     assert resumed.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-6)
 
 
-def test_what_is_missing_is_named(tmp_path, data):
+def test_a_missing_split_class_feature_or_tokenizer_is_named(tmp_path, data):
     with pytest.raises(DataError, match="expected train, and test or validation"):
         finetune(demo_model_path(), DatasetDict(train=data["train"]), output_dir=tmp_path)
     unnamed = Dataset.from_dict({"sequence": ["MK"], "label": [0]})
@@ -170,31 +151,34 @@ def test_on_cuda_the_default_is_bf16(tmp_path, data):
     assert result.trained_layers == (0, 1, 2, 3)
 
 
-GREASY = set("AILVFMWG")
-CLASSES = ClassLabel(names=["charged", "greasy"])
+HYDROPHOBIC = set("AILVFMWG")
+CLASSES = ClassLabel(names=["charged", "hydrophobic"])
 
 
-def share(sequence):
-    return sum(residue in GREASY for residue in sequence) / len(sequence)
+def hydrophobic_share(sequence):
+    return sum(residue in HYDROPHOBIC for residue in sequence) / len(sequence)
 
 
-# What is predicted of the sequences of the demo: the feature, the labels of a sequence, the head, and what is measured.
+# For each task: the feature of the label, the label of a demo sequence, the head, and some of the metrics.
 TASKS = {
     "several labels": (
-        {"greasy": Value("float32"), "long": Value("float32")},
-        lambda s: {"greasy": float(share(s) > 0.5), "long": float(len(s) > 160) if len(s) % 7 else None},
+        {"hydrophobic": Value("float32"), "long": Value("float32")},
+        lambda s: {
+            "hydrophobic": float(hydrophobic_share(s) > 0.5),
+            "long": float(len(s) > 160) if len(s) % 7 else None,
+        },
         AutoModelForSequenceClassification,
-        {"f1_macro", "f1_micro", "jaccard", "subset_accuracy", "auroc", "mcc_long", "f1_greasy"},
+        {"f1_macro", "f1_micro", "jaccard", "subset_accuracy", "auroc", "mcc_long", "f1_hydrophobic"},
     ),
-    "one class a residue": (
+    "one class per residue": (
         List(CLASSES),
-        lambda s: [None if r == "C" else int(r in GREASY) for r in s],
+        lambda s: [None if r == "C" else int(r in HYDROPHOBIC) for r in s],
         AutoModelForTokenClassification,
-        {"accuracy", "mcc", "auroc", "f1_greasy", "f1_charged", "f1_macro", "majority_accuracy"},
+        {"accuracy", "mcc", "auroc", "f1_hydrophobic", "f1_charged", "f1_macro", "majority_accuracy"},
     ),
     "a number": (
         Value("float32"),
-        lambda s: share(s) if len(s) % 7 else None,
+        lambda s: hydrophobic_share(s) if len(s) % 7 else None,
         AutoModelForSequenceClassification,
         {"spearman", "pearson", "rmse", "mae", "r2"},
     ),
@@ -202,8 +186,8 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_trains_is_measured_and_reloads(tmp_path, demo_table, name):
-    feature, label, auto, measured = TASKS[name]
+def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
+    feature, label, auto, metrics = TASKS[name]
     splits = load_deeploc(demo_table, max_residues=220)
     data = DatasetDict()
     for split, rows in splits.items():
@@ -220,14 +204,14 @@ def test_every_task_trains_is_measured_and_reloads(tmp_path, demo_table, name):
         "disable_tqdm": True,
     }
     result = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
-    still = finetune(demo_model_path(), data, output_dir=tmp_path / "still", learning_rate=0.0, **options)
-    assert result.train_loss < still.train_loss
-    assert measured <= set(result.metrics)
+    untrained = finetune(demo_model_path(), data, output_dir=tmp_path / "untrained", learning_rate=0.0, **options)
+    assert result.train_loss < untrained.train_loss
+    assert metrics <= set(result.metrics)
     assert result.trained_layers == (0, 1, 2, 3)
     record = json.loads(result.result_path.read_text())
     assert record["task"] == {"kind": result.task.kind, "names": list(result.task.names)}
     assert record == result.to_dict()
-    if name == "one class a residue":
+    if name == "one class per residue":
         assert result.metrics["accuracy"] > result.metrics["majority_accuracy"]
 
     config = AutoConfig.from_pretrained(result.model_dir / "base_config")
@@ -240,10 +224,10 @@ def test_every_task_trains_is_measured_and_reloads(tmp_path, demo_table, name):
         data["test"][:3]["sequence"], return_tensors="pt", padding=True
     )
     with torch.no_grad():
-        found, expected = model.eval()(**batch).logits, result.model(**batch).logits
-    # Padding gives a token classifier numbers that nobody reads.
-    read = batch["attention_mask"].bool() if name == "one class a residue" else slice(None)
-    assert torch.allclose(found[read], expected[read], atol=1e-5)
+        reloaded, expected = model.eval()(**batch).logits, result.model(**batch).logits
+    # The logits of padding tokens are arbitrary.
+    compared = batch["attention_mask"].bool() if name == "one class per residue" else slice(None)
+    assert torch.allclose(reloaded[compared], expected[compared], atol=1e-5)
 
 
 def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
@@ -268,14 +252,14 @@ def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
     assert without.thresholds is None
 
 
-def test_numbers_have_no_classes_to_weigh(tmp_path):
+def test_class_weights_are_refused_for_numbers(tmp_path):
     rows = Dataset.from_dict({"sequence": ["MKTV"] * 8, "label": [0.5] * 8})
     data = DatasetDict(train=rows, test=rows)
     with pytest.raises(ConfigurationError, match="regression"):
         finetune(demo_model_path(), data, output_dir=tmp_path, class_weights=[1.0], disable_tqdm=True)
 
 
-def test_a_loaded_model_is_told_its_task_or_refused(tmp_path):
+def test_a_loaded_model_gets_the_task_of_the_labels_or_is_refused(tmp_path):
     rows = Dataset.from_dict({"sequence": ["MKTV", "MKAA", "MVVV", "MGGG"] * 4, "label": [[5.0, 6.0, 7.0]] * 16})
     rows = rows.cast_column("label", List(Value("float32"), length=3))
     data = DatasetDict(train=rows, test=rows)
@@ -285,24 +269,24 @@ def test_a_loaded_model_is_told_its_task_or_refused(tmp_path):
     assert result.model.config.problem_type == "regression"
     assert result.train_loss > 10  # squares of the distance from 0 to 5, 6 and 7
     loaded.config.problem_type = "multi_label_classification"
-    with pytest.raises(ConfigurationError, match="multi_label_classification, and the labels are numbers"):
+    with pytest.raises(ConfigurationError, match="multi_label_classification, but the labels are numbers"):
         finetune(loaded, data, output_dir=tmp_path, **options)
     tokens = AutoModelForTokenClassification.from_pretrained(demo_model_path(), num_labels=3)
     with pytest.raises(ConfigurationError, match="no head for numbers"):
         finetune(tokens, data, output_dir=tmp_path, **options)
 
 
-def test_a_stream_trains_as_the_same_rows_in_memory_do(tmp_path, demo_table):
+def test_a_stream_trains_as_the_same_rows_in_memory(tmp_path, demo_table):
     mapped = load_deeploc(demo_table, task={"sticky": "Membrane", "nuclear": "Nucleus"}, max_residues=160)
     streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in mapped.items()})
     options = {"recipe": "lora", "class_weights": None, "max_steps": 3, "disable_tqdm": True}
-    found = finetune(demo_model_path(), streams, output_dir=tmp_path, **options)
+    streamed = finetune(demo_model_path(), streams, output_dir=tmp_path, **options)
     in_order = mapped.copy() | {"train": mapped["train"].select(range(24))}
     expected = finetune(
         demo_model_path(), DatasetDict(in_order), output_dir=tmp_path, train_sampling_strategy="sequential", **options
     )
-    assert found.trained_layers == (0, 1, 2, 3)
-    assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
-    assert found.thresholds == pytest.approx(expected.thresholds, rel=1e-4)
+    assert streamed.trained_layers == (0, 1, 2, 3)
+    assert streamed.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
+    assert streamed.thresholds == pytest.approx(expected.thresholds, rel=1e-4)
     with pytest.raises(ConfigurationError, match="cannot count the labels of a stream"):
         finetune(demo_model_path(), streams, output_dir=tmp_path, max_steps=3)

@@ -1,4 +1,4 @@
-"""The loss as parts: summed and divided once, they are torch's weighted mean, however they are cut."""
+"""Losses and weights of any parts of a batch, summed and divided once, give torch's weighted mean of the batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make(shape, classes=3, seed=0, ignored=0.0):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_parts_of_any_cut_give_the_weighted_mean_of_the_whole(data):
+def test_the_parts_of_any_division_give_the_weighted_mean_of_the_batch(data):
     shape = data.draw(st.sampled_from([(7,), (5, 4)]))
     weights = data.draw(st.sampled_from([None, torch.tensor([0.2, 1.0, 3.0])]))
     smoothing = data.draw(st.sampled_from([0.0, 0.1]))
@@ -43,7 +43,7 @@ def test_shapes_and_types():
     assert torch.equal(weights, CrossEntropy(torch.tensor([1.0, 2.0, 3.0])).weights(labels))
 
 
-def test_an_ignored_example_weighs_nothing_and_gets_no_gradient():
+def test_an_ignored_example_has_no_weight_and_no_gradient():
     logits, labels = make((4,))
     labels[2] = -100
     logits.requires_grad_()
@@ -55,14 +55,14 @@ def test_an_ignored_example_weighs_nothing_and_gets_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_labels_that_are_no_class_ids_are_refused(dtype):
-    with pytest.raises(DataError, match="whole number"):
+def test_labels_that_are_not_class_ids_are_refused(dtype):
+    with pytest.raises(DataError, match="expected class ids, which are whole numbers"):
         CrossEntropy().weights(torch.zeros(3, dtype=dtype))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("positive", [None, torch.tensor([0.5, 1.0, 7.0])])
-def test_several_labels_are_torchs_mean_where_all_are_known(positive, smoothing):
+def test_the_loss_of_known_labels_is_the_mean_of_torch(positive, smoothing):
     logits, labels = torch.randn(6, 3), (torch.rand(6, 3) < 0.5).float()
     values, weights = BinaryCrossEntropy(positive, smoothing)(logits, labels)
     smooth = labels * (1 - smoothing) + smoothing / 2
@@ -81,7 +81,7 @@ def test_several_labels_are_torchs_mean_where_all_are_known(positive, smoothing)
     ],
     ids=str,
 )
-def test_an_unknown_label_weighs_nothing_and_gets_no_gradient(loss, unknown):
+def test_an_unknown_label_has_no_weight_and_no_gradient(loss, unknown):
     logits = torch.randn(4, 3, requires_grad=True)
     labels = torch.ones(4, 3)
     labels[1, 2], labels[3] = unknown, unknown
@@ -93,7 +93,7 @@ def test_an_unknown_label_weighs_nothing_and_gets_no_gradient(loss, unknown):
     assert torch.equal(logits.grad == 0, labels.isnan() | (labels == -100))
 
 
-def test_numbers_have_torchs_squared_error_alone_or_several():
+def test_the_loss_of_one_or_several_numbers_is_torchs_squared_error():
     for shape in ((5,), (5, 1), (5, 3)):
         logits, labels = torch.randn(5, shape[1] if len(shape) > 1 else 1), torch.randn(shape)
         values, weights = SquaredError()(logits.bfloat16(), labels)
@@ -104,7 +104,7 @@ def test_numbers_have_torchs_squared_error_alone_or_several():
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_the_focal_loss_is_that_of_the_paper(gamma):
-    """Lin et al. 2017, equation 4, for one class and for several labels; of one number both are the same."""
+    """Lin et al. 2017, equation 4, for one class and for several labels; with one label both are the same."""
     logits, labels = make((9,), classes=2)
     chance = logits.softmax(-1).gather(1, labels[:, None]).squeeze(1)
     values, weights = CrossEntropy(torch.tensor([1.0, 3.0]), focal_gamma=gamma)(logits, labels)
@@ -117,7 +117,7 @@ def test_the_focal_loss_is_that_of_the_paper(gamma):
 
 
 @pytest.mark.parametrize("kind", [CrossEntropy, BinaryCrossEntropy])
-def test_the_focal_loss_of_what_is_certain_has_a_finite_gradient(kind):
+def test_the_focal_loss_of_certain_predictions_has_a_finite_gradient(kind):
     logits = torch.tensor([[80.0, -80.0], [-80.0, 80.0]], requires_grad=True)
     labels = torch.tensor([0, 1]) if kind is CrossEntropy else torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     kind(focal_gamma=0.5)(logits, labels)[0].sum().backward()
@@ -126,18 +126,18 @@ def test_the_focal_loss_of_what_is_certain_has_a_finite_gradient(kind):
 
 @pytest.mark.parametrize("options", [{"focal_gamma": -1.0}, {"focal_gamma": 2.0, "label_smoothing": 0.1}])
 @pytest.mark.parametrize("kind", [CrossEntropy, BinaryCrossEntropy])
-def test_a_focal_loss_that_is_not_defined_is_refused(kind, options):
+def test_an_undefined_focal_loss_is_refused(kind, options):
     with pytest.raises(ConfigurationError, match="focal_gamma"):
         kind(**options)
 
 
 @pytest.mark.parametrize("loss", [BinaryCrossEntropy(), SquaredError()], ids=str)
-def test_whole_numbers_are_no_several_labels_and_no_numbers(loss):
+def test_integers_are_refused_for_several_labels_and_for_regression(loss):
     with pytest.raises(DataError, match=r"torch\.int64"):
         loss.weights(torch.zeros(3, 2, dtype=torch.long))
 
 
-def test_minus_a_hundred_is_a_number_where_there_are_no_classes():
+def test_minus_a_hundred_is_an_ordinary_number_for_regression():
     values, weights = SquaredError()(torch.zeros(1, 1), torch.tensor([-100.0]))
     assert (values.item(), weights.item()) == (10000.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""Metrics of each task against counts by hand, and thresholds against a search of all of them."""
+"""Metrics of each task equal counts by hand, and tuned thresholds are the best of all thresholds."""
 
 from __future__ import annotations
 
@@ -54,33 +54,35 @@ def test_three_classes_and_an_absent_one():
     assert absent["f1_c"] == 0.0
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_wrong_shapes_and_logits_that_are_not_finite_are_refused():
     with pytest.raises(DataError, match="one row per label"):
         classification_metrics(np.array([0, 1]), np.zeros((3, 2)), ["no", "yes"])
     with pytest.raises(DataError, match="1 of 2 examples are not finite"):
         classification_metrics(np.array([0, 1]), np.array([[0.0, np.nan], [0.0, 1.0]]), ["no", "yes"])
 
 
-def test_a_trainers_predictions_are_taken_alone_or_first_of_a_tuple():
+def test_predictions_may_be_logits_or_a_tuple_that_begins_with_them():
     logits, labels = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1])
     compute = compute_metrics_for(["no", "yes"])
     for predictions in (logits, (logits, np.zeros(5))):
         assert compute(EvalPrediction(predictions=predictions, label_ids=labels))["accuracy"] == 1.0
 
 
-def test_an_interval_is_that_of_student():
+def test_the_interval_is_students():
     assert confidence_interval([0.5]) is None
+    assert confidence_interval([0.5, math.nan]) is None
+    assert confidence_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
     low, high = confidence_interval([1.0, 2.0, 3.0, 4.0])
     assert (low, high) == pytest.approx((2.5 - 2.0542, 2.5 + 2.0542), abs=1e-3)  # t = 3.1824, s = 1.2910
 
 
 NAN = math.nan
 LABELS = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=float)
-SAID = np.array([[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0]], dtype=float)
+PREDICTED = np.array([[1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0]], dtype=float)
 
 
 def test_several_labels_against_counts_by_hand():
-    metrics = multi_label_metrics(LABELS, SAID * 4 - 2, ["a", "b", "c"])
+    metrics = multi_label_metrics(LABELS, PREDICTED * 4 - 2, ["a", "b", "c"])
     assert metrics["f1_a"] == metrics["mcc_a"] == 1.0
     assert metrics["f1_b"] == metrics["mcc_b"] == 0.0
     assert metrics["f1_c"] == pytest.approx(2 / 3)
@@ -92,16 +94,16 @@ def test_several_labels_against_counts_by_hand():
     assert metrics["auroc"] == pytest.approx((1 + 0.5 + 5 / 6) / 3)
 
 
-def test_unknown_labels_count_nowhere():
+def test_no_metric_counts_unknown_labels():
     labels = LABELS.copy()
     labels[1, 1:] = NAN, -100  # the two that were wrong
-    metrics = multi_label_metrics(labels, SAID * 4 - 2, ["a", "b", "c"])
+    metrics = multi_label_metrics(labels, PREDICTED * 4 - 2, ["a", "b", "c"])
     assert metrics["f1_micro"] == metrics["subset_accuracy"] == metrics["jaccard"] == metrics["mcc_c"] == 1.0
-    assert metrics["auroc"] == 1.0  # of b nothing is known to hold
+    assert metrics["auroc"] == 1.0  # b has no known positive example
     assert metrics["f1_b"] == 0.0
 
 
-def test_an_example_of_which_nothing_is_known_counts_nowhere():
+def test_no_metric_counts_examples_without_known_labels():
     labels = np.concatenate([1 - LABELS, np.full_like(LABELS, NAN)])
     logits = np.concatenate([LABELS, LABELS]) * 4 - 2
     metrics = multi_label_metrics(labels, logits, ["a", "b", "c"])
@@ -109,12 +111,12 @@ def test_an_example_of_which_nothing_is_known_counts_nowhere():
     assert math.isnan(multi_label_metrics(labels[4:], logits[4:], ["a", "b", "c"])["jaccard"])
 
 
-def test_a_single_label_may_hold_or_not():
+def test_there_may_be_one_label_only():
     metrics = multi_label_metrics(np.array([[1.0], [1.0]]), np.array([[2.0], [-2.0]]), ["a"])
     assert metrics["jaccard"] == metrics["subset_accuracy"] == 0.5
 
 
-def test_a_threshold_says_from_which_probability_a_label_holds():
+def test_a_label_is_positive_from_its_threshold_on():
     logits = np.array([[0.0, 0.0], [2.0, -2.0]])
     assert apply_thresholds(logits).tolist() == [[True, True], [True, False]]
     assert apply_thresholds(logits, np.array([0.6, 0.1])).tolist() == [[False, True], [True, True]]
@@ -125,18 +127,18 @@ def test_a_threshold_says_from_which_probability_a_label_holds():
 @given(st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2, max_size=25))
 @settings(max_examples=150, deadline=None)
 def test_no_threshold_is_better_than_the_tuned_one(rows):
-    logits, labels = np.array([[float(logit)] for logit, _ in rows]), np.array([[float(holds)] for _, holds in rows])
-    (found,) = tune_thresholds(labels, logits, ["a"])
+    logits, labels = np.array([[float(x)] for x, _ in rows]), np.array([[float(positive)] for _, positive in rows])
+    (tuned,) = tune_thresholds(labels, logits, ["a"])
     if len(set(labels.ravel())) == 1 or len(set(logits.ravel())) == 1:
-        assert found == 0.5
+        assert tuned == 0.5
         return
-    chances = 1 / (1 + np.exp(-logits.ravel()))
-    between = (np.unique(chances)[1:] + np.unique(chances)[:-1]) / 2
-    best = max(matthews_corrcoef(labels.ravel(), chances >= threshold) for threshold in between)
-    assert matthews_corrcoef(labels.ravel(), chances >= found) == pytest.approx(best)
+    probabilities = 1 / (1 + np.exp(-logits.ravel()))
+    between = (np.unique(probabilities)[1:] + np.unique(probabilities)[:-1]) / 2
+    best = max(matthews_corrcoef(labels.ravel(), probabilities >= threshold) for threshold in between)
+    assert matthews_corrcoef(labels.ravel(), probabilities >= tuned) == pytest.approx(best)
 
 
-def test_thresholds_leave_out_what_is_unknown_and_say_what_cannot_be_tuned(caplog):
+def test_thresholds_ignore_unknown_labels_and_a_label_that_cannot_be_tuned_is_logged(caplog):
     logits = np.array([[3.0, 0.0], [-1.0, 1.0], [-2.0, 2.0]])
     labels = np.array([[NAN, 0.0], [1.0, 0.0], [0.0, 0.0]])
     tuned = tune_thresholds(labels, logits, ["a", "b"])
@@ -146,8 +148,8 @@ def test_thresholds_leave_out_what_is_unknown_and_say_what_cannot_be_tuned(caplo
 
 
 def test_numbers_against_counts_by_hand():
-    found, true = np.array([[1.0], [2.0], [4.0], [9.0]]), np.array([2.0, 1.0, 5.0, NAN])
-    metrics = regression_metrics(true, found, ["stability"])
+    predicted, true = np.array([[1.0], [2.0], [4.0], [9.0]]), np.array([2.0, 1.0, 5.0, NAN])
+    metrics = regression_metrics(true, predicted, ["stability"])
     assert metrics["spearman"] == pytest.approx(0.5)
     assert metrics["mae"] == metrics["rmse"] == 1.0
     assert metrics["r2"] == pytest.approx(1 - 3 / (14 / 3 + 4))
@@ -157,26 +159,26 @@ def test_numbers_against_counts_by_hand():
     assert math.isnan(regression_metrics(np.arange(3.0), np.ones(3), ["a"])["spearman"])
 
 
-def test_metrics_follow_the_task():
+def test_the_task_determines_the_metrics():
     tokens = Task("token_classification", ("free", "binding"))
     logits = np.array([[[5.0, 0.0], [0.0, 5.0], [0.0, 5.0]], [[0.0, 5.0], [5.0, 0.0], [-100.0, -100.0]]])
     labels = np.array([[-100, 1, 1], [1, 0, -100]])
-    found = compute_metrics_for(tokens)(EvalPrediction(predictions=logits, label_ids=labels))
-    assert found["accuracy"] == found["f1_binding"] == 1.0
+    metrics = compute_metrics_for(tokens)(EvalPrediction(predictions=logits, label_ids=labels))
+    assert metrics["accuracy"] == metrics["f1_binding"] == 1.0
     several = compute_metrics_for(Task("multi_label_classification", ("a", "b", "c")))
-    assert several(EvalPrediction(predictions=SAID * 4 - 2, label_ids=LABELS))["subset_accuracy"] == 0.75
+    assert several(EvalPrediction(predictions=PREDICTED * 4 - 2, label_ids=LABELS))["subset_accuracy"] == 0.75
     number = compute_metrics_for(Task("regression", ("label",)))
     assert number(EvalPrediction(predictions=np.arange(3.0)[:, None], label_ids=np.arange(3.0)))["spearman"] == 1.0
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_fit_the_labels_are_refused():
     with pytest.raises(DataError, match=r"expected \(examples, 2\)"):
-        multi_label_metrics(LABELS, SAID, ["a", "b"])
+        multi_label_metrics(LABELS, PREDICTED, ["a", "b"])
     with pytest.raises(DataError, match="not finite"):
-        multi_label_metrics(LABELS, SAID * NAN, ["a", "b", "c"])
+        multi_label_metrics(LABELS, PREDICTED * NAN, ["a", "b", "c"])
     with pytest.raises(DataError, match=r"expected \(examples, 2\)"):
-        tune_thresholds(LABELS, SAID, ["a", "b"])
-    with pytest.raises(DataError, match="expected 1 an example"):
+        tune_thresholds(LABELS, PREDICTED, ["a", "b"])
+    with pytest.raises(DataError, match="expected 1 per example"):
         regression_metrics(np.zeros((3, 2)), np.zeros((3, 2)), ["a"])
     with pytest.raises(DataError, match="not finite"):
         regression_metrics(np.zeros(3), np.full(3, NAN), ["a"])

@@ -1,4 +1,4 @@
-"""WeightedTrainer: the same gradient however the accumulated batch is cut up, and Trainer in everything else."""
+"""WeightedTrainer has the same gradient however the accumulated batch is divided, and otherwise works as Trainer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WEIGHTS = [0.3, 2.5]
 
 
 class Gradients(TrainerCallback):
-    """Keeps the whole gradient vector of every optimizer step."""
+    """Stores the whole gradient vector of every optimizer step."""
 
     def __init__(self):
         self.steps = []
@@ -78,7 +78,7 @@ def weighted(model, args, data, tokenizer, **options) -> WeightedTrainer:
 
 
 def reference_loss(model, rows, tokenizer, weights=WEIGHTS, label_smoothing=0.0) -> torch.Tensor:
-    """The weighted mean over all rows in one batch, written with torch alone."""
+    """Return the weighted mean over all rows in one batch, computed with torch alone."""
     batch = DataCollatorWithPadding(tokenizer)([rows[i] for i in range(len(rows))])
     labels = batch.pop("labels")
     table = None if weights is None else torch.tensor(weights)
@@ -91,8 +91,8 @@ def reference_gradient(model, rows, tokenizer, **options) -> torch.Tensor:
     return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 CUTS = [(16, 1), (8, 2), (4, 4), (1, 16)]
@@ -115,15 +115,15 @@ def test_gradient_equals_the_one_batch_reference(
     )
     trainer.train()
     assert len(gradients.steps) == -(-size // 16)
-    for step, found in enumerate(gradients.steps):
+    for step, gradient in enumerate(gradients.steps):
         rows = data.select(range(16 * step, min(16 * step + 16, size)))
         expected = reference_gradient(tiny_model(), rows, tokenizer)
-        assert relative_error(found, expected) <= 1e-5
+        assert relative_error(gradient, expected) <= 1e-5
         assert losses.values[step] == pytest.approx(reference_loss(tiny_model(), rows, tokenizer).item(), rel=1e-5)
 
 
 def test_mean_of_micro_batch_means_is_far_off(tiny_model, tiny_dataset, tokenizer):
-    """The mistake that the trainer avoids is large, so the tests above can tell it from rounding."""
+    """The error of the mean of means is much larger than rounding, so the tests above would detect it."""
     data, model = tiny_dataset(32), tiny_model()
     expected = reference_gradient(model, data, tokenizer)
     parts = [reference_gradient(model, data.select(range(i, i + 4)), tokenizer) for i in range(0, 32, 4)]
@@ -158,7 +158,7 @@ def test_exact_with_adapters_checkpointing_and_smoothing(
         **compat.checkpointing_arguments(checkpointing != "off", use_reentrant=checkpointing == "reentrant"),
     )
     weighted(model, args, data, tokenizer, callbacks=[gradients], audit=False).train()
-    # The reference knows neither prepare_model nor checkpointing.
+    # The reference uses neither prepare_model nor checkpointing.
     plain = tiny_model()
     config = adapters_of(plain)
     plain = plain if config is None else get_peft_model(plain, config)
@@ -174,7 +174,7 @@ def task_model(kind):
 
 
 def task_options(kind, tokenizer):
-    """What the trainer is told of a task, beside its data."""
+    """Return the trainer's options for a task."""
     if kind == "tokens":
         return {"class_weights": WEIGHTS, "data_collator": DataCollatorForTokenClassification(tokenizer)}
     weights = {"several, weighted": [1.0, 3.0, 0.5], "focal": WEIGHTS}.get(kind)
@@ -182,7 +182,7 @@ def task_options(kind, tokenizer):
 
 
 def task_gradient(kind, rows, tokenizer):
-    """Loss and gradient of the rows in one batch."""
+    """Return the loss and the gradient of the rows in one batch."""
     model = task_model(kind)
     collate = task_options(kind, tokenizer).get("data_collator", DataCollatorWithPadding(tokenizer))
     batch = dict(collate([rows[i] for i in range(len(rows))]))
@@ -194,7 +194,7 @@ def task_gradient(kind, rows, tokenizer):
 
 @pytest.mark.parametrize(("micro_batch", "accumulation"), [(16, 1), (4, 4), (1, 16)])
 @pytest.mark.parametrize("kind", TASK_LOSS)
-def test_every_task_is_exact_with_unknown_labels_and_weights_of_sequences(
+def test_every_task_is_exact_with_unknown_labels_and_sample_weights(
     tmp_path, tokenizer, kind, micro_batch, accumulation
 ):
     data, gradients, losses = make_task_dataset(kind, 21), Gradients(), Losses()
@@ -210,20 +210,20 @@ def test_every_task_is_exact_with_unknown_labels_and_weights_of_sequences(
 
 def test_batches_of_a_token_budget_train_every_sequence_once_and_stay_exact(tmp_path, tiny_model, tokenizer):
     data, gradients = make_dataset(37), Gradients()
-    seen = []
+    token_counts = []
     collate = DataCollatorWithPadding(tokenizer)
 
-    def watch(rows):
+    def count_tokens(rows):
         batch = collate(rows)
-        seen.append(batch["input_ids"].numel())
+        token_counts.append(batch["input_ids"].numel())
         return batch
 
-    options = {"token_budget": 64, "callbacks": [gradients], "audit": False, "data_collator": watch}
-    # One optimizer step of more micro-batches than there are holds the whole data set.
+    options = {"token_budget": 64, "callbacks": [gradients], "audit": False, "data_collator": count_tokens}
+    # With more accumulation than micro-batches, one optimizer step contains the whole dataset.
     weighted(tiny_model(), arguments(tmp_path, 1, 100), data, tokenizer, **options).train()
     assert len(gradients.steps) == 1
-    assert max(seen) <= 64
-    assert len(seen) < 37 / 2
+    assert max(token_counts) <= 64
+    assert len(token_counts) < 37 / 2
     assert relative_error(gradients.steps[0], reference_gradient(tiny_model(), data, tokenizer)) <= 1e-5
 
 
@@ -234,7 +234,7 @@ def test_residues_are_counted_without_padding_and_special_tokens(tmp_path, tiny_
     assert trainer.residues_trained == 2 * sum(len(ids) - 2 for ids in data["input_ids"])
 
 
-def test_options_that_a_budget_or_numbers_would_ignore_are_refused(tmp_path, tiny_model, tokenizer):
+def test_options_that_a_token_budget_or_regression_would_ignore_are_refused(tmp_path, tiny_model, tokenizer):
     args = arguments(tmp_path, dataloader_drop_last=True)
     with pytest.raises(ConfigurationError, match="dataloader_drop_last"):
         weighted(tiny_model(), args, make_dataset(8), tokenizer, token_budget=64)
@@ -243,14 +243,14 @@ def test_options_that_a_budget_or_numbers_would_ignore_are_refused(tmp_path, tin
         weighted(task_model("number"), args, make_task_dataset("number"), tokenizer, class_weights=None)
 
 
-def test_a_token_budget_needs_lengths(tmp_path, tiny_model, tokenizer):
+def test_a_token_budget_refuses_a_stream(tmp_path, tiny_model, tokenizer):
     stream = make_dataset(8).to_iterable_dataset()
     trainer = weighted(tiny_model(), arguments(tmp_path, max_steps=1), stream, tokenizer, token_budget=64)
     with pytest.raises(ConfigurationError, match="with a length"):
         trainer.train()
 
 
-def test_balanced_weights_of_several_labels_are_their_odds(tmp_path, tokenizer):
+def test_balanced_weights_of_several_labels_are_negatives_over_positives(tmp_path, tokenizer):
     data = make_task_dataset("several", 40)
     trainer = weighted(task_model("several"), arguments(tmp_path), data, tokenizer, class_weights="balanced")
     labels = np.array(data["labels"][:])
@@ -258,8 +258,8 @@ def test_balanced_weights_of_several_labels_are_their_odds(tmp_path, tokenizer):
     assert trainer.class_weights == pytest.approx(expected)
 
 
-# (examples, micro-batch of a rank, accumulation): 16 examples an optimizer step over both ranks. Of 37, the last step
-# has 5 real examples; of 17, a rank has none in the last step.
+# (examples, micro-batch per rank, accumulation, kind): 16 examples per optimizer step over both ranks. With 37 examples
+# the last step has 5 real ones; with 17 a rank has none in the last step.
 TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
 TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
 TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
@@ -267,7 +267,7 @@ TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, tokenizer):
-    """Every case run by two real processes under torchrun with gloo."""
+    """Run every case on two processes under torchrun with gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for size in {case[0] for case in TWO_RANKS}:
         make_dataset(size).save_to_disk(folder / f"data{size}")
@@ -293,13 +293,13 @@ def two_ranks(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("case", [case for case in TWO_RANKS if case[3] in TASK_LOSS], ids=str)
 def test_two_ranks_equal_one_batch_for_every_task(two_ranks, tokenizer, case):
     size, _, _, kind = case
-    found, data = two_ranks[case], make_task_dataset(kind, size)
-    assert len(found["gradients"]) == 3
-    for step, gradient in enumerate(found["gradients"]):
+    result, data = two_ranks[case], make_task_dataset(kind, size)
+    assert len(result["gradients"]) == 3
+    for step, gradient in enumerate(result["gradients"]):
         loss, expected = task_gradient(kind, data.select(range(16 * step, min(16 * step + 16, size))), tokenizer)
         assert relative_error(gradient, expected) <= 1e-5
-        assert found["losses"][step] == pytest.approx(loss, rel=1e-5)
-    assert found["eval_loss"] == pytest.approx(task_gradient(kind, data, tokenizer)[0], rel=1e-5)
+        assert result["losses"][step] == pytest.approx(loss, rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(task_gradient(kind, data, tokenizer)[0], rel=1e-5)
 
 
 def test_two_ranks_with_a_token_budget_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer):
@@ -309,9 +309,9 @@ def test_two_ranks_with_a_token_budget_equal_one_batch(two_ranks, tiny_model, ti
 
 @pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] not in TASK_LOSS and c[3] != "budget"], ids=str)
 def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer, case):
-    found, data = two_ranks[case], tiny_dataset(case[0])
-    assert len(found["gradients"]) == -(-case[0] // 16)
-    for step, gradient in enumerate(found["gradients"]):
+    result, data = two_ranks[case], tiny_dataset(case[0])
+    assert len(result["gradients"]) == -(-case[0] // 16)
+    for step, gradient in enumerate(result["gradients"]):
         rows = data.select(range(16 * step, min(16 * step + 16, case[0])))
         plain = tiny_model()
         if case[3] == "lora":
@@ -319,14 +319,14 @@ def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenize
             plain = get_peft_model(plain, lora_config(plain, r=2, init_lora_weights=False))
         expected = reference_gradient(plain, rows, tokenizer)
         assert relative_error(gradient, expected) <= 1e-5
-        assert found["losses"][step] == pytest.approx(reference_loss(plain, rows, tokenizer).item(), rel=1e-5)
-    assert found["eval_loss"] == pytest.approx(reference_loss(plain, data, tokenizer).item(), rel=1e-5)
+        assert result["losses"][step] == pytest.approx(reference_loss(plain, rows, tokenizer).item(), rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(reference_loss(plain, data, tokenizer).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_without_weights_the_losses_are_trainers_step_by_step(
+def test_without_weights_the_loss_of_every_step_is_trainers(
     tmp_path, tiny_model, tiny_dataset, tokenizer, accumulation, adapters, smoothing
 ):
     losses = {}
@@ -358,7 +358,7 @@ def test_without_weights_the_losses_are_trainers_step_by_step(
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_a_model_class_with_a_loss_of_its_own_keeps_it_unless_weights_are_given(
+def test_a_custom_model_class_keeps_its_loss_unless_weights_are_given(
     tmp_path, tiny_model, tiny_dataset, tokenizer, weights
 ):
     class Own(EsmForSequenceClassification):
@@ -375,8 +375,8 @@ def test_a_model_class_with_a_loss_of_its_own_keeps_it_unless_weights_are_given(
     assert seen.values == pytest.approx([expected], rel=1e-5)
 
 
-def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_model, tiny_dataset, tokenizer):
-    """Weights as a tensor, a peft model, accumulation and checkpointing in the arguments, one evaluation an epoch."""
+def test_the_tutorials_call_trains_every_adapter(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    """Weights as a tensor, a peft model, accumulation and checkpointing in the arguments, one evaluation per epoch."""
     model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "key", "value"]))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = WeightedTrainer(
@@ -391,8 +391,8 @@ def test_the_tutorials_way_of_calling_it_trains_every_adapter(tmp_path, tiny_mod
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
     trainer.train()
-    stuck = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
-    assert stuck == []
+    unmoved = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    assert unmoved == []
     data = tiny_dataset(16, seed=1)
     batch = DataCollatorWithPadding(tokenizer)([data[i] for i in range(16)])
     with torch.no_grad():
@@ -411,7 +411,7 @@ def test_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path, tiny_model,
     assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_evaluation_during_training_leaves_the_training_loss_alone(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_evaluation_during_training_does_not_change_the_training_loss(tmp_path, tiny_model, tiny_dataset, tokenizer):
     runs = []
     for strategy in ("no", "steps"):
         seen = Losses()
@@ -451,9 +451,11 @@ def test_bf16_autocast_trains_close_to_float32(tmp_path, tiny_model, tiny_datase
 
 @pytest.mark.parametrize("budget", [None, 64], ids=["", "budget"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters, budget):
+def test_a_resumed_run_ends_with_the_weights_of_a_whole_run(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, adapters, budget
+):
     def run(seed, **train):
-        # What trains begins elsewhere with another seed: only a checkpoint that is read makes the two ends the same.
+        # Another seed starts with other trainable weights: the runs agree only if the checkpoint is read.
         model = tiny_model(seed=0 if adapters else seed)
         torch.manual_seed(seed)
         torch.nn.init.normal_(model.classifier.out_proj.weight)
@@ -472,7 +474,7 @@ def test_resuming_ends_where_the_whole_run_ends(tmp_path, tiny_model, tiny_datas
         return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
     whole = run(2)
-    for step in (3, 6):  # in the middle of the first epoch, and of the second
+    for step in (3, 6):  # in the middle of the first epoch, and in the middle of the second
         resumed = run(3, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert relative_error(resumed, whole) <= 1e-6
     assert relative_error(run(3), whole) > 0.1
@@ -494,7 +496,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tiny_model, tiny_d
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_saved_config_keeps_the_task_and_the_label_names(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters):
+def test_the_saved_config_has_the_task_and_the_label_names(tmp_path, tiny_model, tiny_dataset, tokenizer, adapters):
     model = tiny_model()
     names = ["non-membrane", "membrane"]
     model = prepare_model(model, adapters=lora_config(model, r=2) if adapters else None, label_names=names)
@@ -507,14 +509,14 @@ def test_saved_config_keeps_the_task_and_the_label_names(tmp_path, tiny_model, t
     assert config["id2label"] == {"0": "non-membrane", "1": "membrane"}
     assert config["label2id"] == {"non-membrane": 0, "membrane": 1}
     assert (tmp_path / "saved" / "adapter_config.json").exists() == adapters
-    # transformers takes a folder with a config.json for a whole model.
+    # transformers would load a folder with a config.json as a whole model.
     assert (tmp_path / "saved" / "config.json").exists() != adapters
     if not adapters:
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
         assert loaded.config.id2label[1] == "membrane"
 
 
-def test_balanced_weights_come_from_scikit_learn(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_balanced_weights_are_those_of_scikit_learn(tmp_path, tiny_model, tiny_dataset, tokenizer):
     from sklearn.utils.class_weight import compute_class_weight
 
     data = tiny_dataset(50)
@@ -524,7 +526,7 @@ def test_balanced_weights_come_from_scikit_learn(tmp_path, tiny_model, tiny_data
     assert trainer.class_weights == pytest.approx(expected)
 
 
-def test_weights_by_label_name_follow_the_config_and_not_the_mapping(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_weights_by_label_name_are_in_the_order_of_the_config(tmp_path, tiny_model, tiny_dataset, tokenizer):
     model = prepare_model(tiny_model(), label_names=["non-membrane", "membrane"])
     trainer = weighted(
         model, arguments(tmp_path), tiny_dataset(8), tokenizer, class_weights={"membrane": 3.0, "non-membrane": 1.0}
@@ -553,7 +555,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, tiny_model, tiny_dataset,
         weighted(tiny_model(), arguments(tmp_path), tiny_dataset(8), tokenizer, class_weights=weights)
 
 
-def test_regression_takes_no_weights_and_its_loss_is_transformers_own(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_regression_refuses_weights_and_its_loss_is_that_of_transformers(tmp_path, tiny_model, tiny_dataset, tokenizer):
     data = tiny_dataset(8).cast_column("labels", Value("float32"))
     for options in ({"class_weights": WEIGHTS}, {"class_weights": None, "focal_gamma": 2.0}):
         with pytest.raises(ConfigurationError, match="regression"):
@@ -567,7 +569,7 @@ def test_regression_takes_no_weights_and_its_loss_is_transformers_own(tmp_path, 
     assert seen.values[0] == pytest.approx(plain(**batch).loss.item(), rel=1e-5)
 
 
-def test_a_loss_function_of_the_users_own_is_used(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_custom_loss_function_is_used(tmp_path, tiny_model, tiny_dataset, tokenizer):
     def half(outputs, labels, num_items_in_batch=None):
         return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch / 2
 
@@ -581,7 +583,7 @@ def test_a_loss_function_of_the_users_own_is_used(tmp_path, tiny_model, tiny_dat
         weighted(tiny_model(), arguments(tmp_path), data, tokenizer, compute_loss_func=half)
 
 
-def test_model_init_gives_every_run_a_model_that_knows_its_task(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_every_model_of_model_init_has_the_problem_type(tmp_path, tiny_model, tiny_dataset, tokenizer):
     trainer = WeightedTrainer(
         model_init=lambda: tiny_model(),
         args=arguments(tmp_path, 8),
@@ -594,14 +596,14 @@ def test_model_init_gives_every_run_a_model_that_knows_its_task(tmp_path, tiny_m
     assert trainer.model.config.problem_type == "single_label_classification"
 
 
-def test_a_batch_without_labels_is_named(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_batch_without_labels_is_an_error(tmp_path, tiny_model, tiny_dataset, tokenizer):
     data = tiny_dataset(8).remove_columns("labels")
     with pytest.raises(DataError, match="no 'labels'"):
         weighted(tiny_model(), arguments(tmp_path), data, tokenizer).train()
 
 
-def test_an_accumulated_batch_without_any_label_changes_nothing(tmp_path, tiny_model, tiny_dataset, tokenizer):
-    data = tiny_dataset(8).cast_column("labels", __import__("datasets").Value("int64"))
+def test_an_accumulated_batch_without_labels_changes_no_weight(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(8).cast_column("labels", Value("int64"))
     data = data.map(lambda row: {"labels": -100})
     model = tiny_model()
     before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
@@ -615,7 +617,7 @@ def test_the_audit_is_on_unless_it_is_switched_off(tmp_path, tiny_model, tiny_da
         trainer = weighted(tiny_model(), arguments(tmp_path), tiny_dataset(8), tokenizer, **options)
         return [c for c in trainer.callback_handler.callbacks if isinstance(c, AuditCallback)]
 
-    mine = AuditCallback(patience=9)
+    custom = AuditCallback(patience=9)
     assert len(audits()) == 1
-    assert audits(callbacks=[mine]) == [mine]
+    assert audits(callbacks=[custom]) == [custom]
     assert audits(audit=False) == []

@@ -1,3 +1,5 @@
+"""Class weights: balanced ones from the labels, and those that a user gives."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,14 +22,14 @@ def test_balanced_weights_give_every_class_the_same_total(labels):
     assert totals == pytest.approx([len(labels) / 3] * 3)
 
 
-def test_labels_that_are_ignored_do_not_count():
+def test_ignored_labels_do_not_count():
     assert balanced_class_weights([[0, -100], [1, 2]], NAMES).tolist() == [1.0, 1.0, 1.0]
 
 
-def test_absent_classes_and_strange_labels_are_named():
+def test_absent_classes_and_labels_that_are_not_class_ids_are_named():
     with pytest.raises(DataError, match="label b, c"):
         balanced_class_weights([0, 0], NAMES)
-    with pytest.raises(DataError, match=r"\[7\] are no class"):
+    with pytest.raises(DataError, match=r"\[7\] are not class ids"):
         balanced_class_weights([0, 7], NAMES)
 
 
@@ -36,7 +38,7 @@ def test_absent_classes_and_strange_labels_are_named():
     [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), {"c": 3, "a": 1, "b": 2}],
     ids=["list", "tuple", "array", "tensor", "mapping"],
 )
-def test_every_form_of_weights_means_the_same(given_):
+def test_every_form_of_weights_gives_the_same_array(given_):
     assert check_class_weights(given_, NAMES).tolist() == [1.0, 2.0, 3.0]
 
 
@@ -47,7 +49,7 @@ def test_a_mapping_must_name_every_label_once():
         check_class_weights({"a": 1, "b": 1, "c": 1, "d": 1}, NAMES)
 
 
-def test_balanced_weights_of_several_labels_give_what_holds_and_what_does_not_the_same_total():
+def test_balanced_weights_give_positives_and_negatives_of_a_label_the_same_total():
     labels = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 1], [0, np.nan, 1], [0, -100, 1]])
     weights = balanced_label_weights(labels, NAMES)
     assert weights.tolist() == [4.0, 2.0, 0.2]

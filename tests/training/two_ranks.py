@@ -1,4 +1,4 @@
-"""Started by torchrun in test_trainer: one epoch on two ranks a case; rank 0 writes gradients, losses, evaluations."""
+"""Script of test_trainer for torchrun: one epoch per case on two ranks; rank 0 writes gradients and losses."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.barrier()
-    # Closing the group can deadlock: gloo's thread wants the interpreter's lock to free its last tensor while the
-    # main thread holds it and waits for that thread.
+    # Destroying the process group can deadlock: gloo's thread needs the interpreter's lock to free its last tensor,
+    # while the main thread has the lock and waits for that thread.
     os._exit(0)
 
 
