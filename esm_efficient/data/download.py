@@ -22,7 +22,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloaded files: ``$ESM_EFFICIENT_CACHE``, or ``esm_efficient`` in the user's cache folder."""
+    """Return the folder for downloads: ``$ESM_EFFICIENT_CACHE``, or ``esm_efficient`` in the user's cache folder."""
     if moved := os.environ.get(CACHE_VARIABLE):
         return Path(moved).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "esm_efficient"
