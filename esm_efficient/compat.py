@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -154,20 +154,70 @@ def attention_masks(padded: bool) -> Iterator[None]:
 
 # --- encoder ---
 
+ATTENTION_MASKS_METHOD = "_create_attention_masks"
+"""The method of ``EsmModel`` that makes attention masks.
+
+Without replacing it, the lean encoder would still make a mask of rows x columns x columns, which it does not use.
+"""
+
+
+class _NoCheckpointing:
+    """Calls a layer directly, in place of the checkpointing function that it replaces."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        return function(*args)
+
+
+def bypass_checkpointing(layers: Iterable[Any]) -> None:
+    """Keep transformers from checkpointing layers that recompute themselves.
+
+    Without it these layers would be computed a third time.
+    """
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, _NoCheckpointing):
+            layer._gradient_checkpointing_func = _NoCheckpointing(function)
+
+
+def restore_checkpointing(layers: Iterable[Any]) -> None:
+    """Undo `bypass_checkpointing`; without it a plain forward pass would keep every activation."""
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(function, _NoCheckpointing):
+            layer._gradient_checkpointing_func = function.original
+
+
+def lora_extension(layer: Any, adapter: str) -> str:
+    """Name what an adapter of peft's ``lora.Linear`` adds to LoRA's original form; empty if it adds nothing.
+
+    peft moves these options from ``use_dora`` to ``lora_variant``. Without this check DoRA would run as plain LoRA.
+    """
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None:
+        return type(variant).__name__
+    if getattr(layer, "use_dora", {}).get(adapter):
+        return "DoRA"
+    if layer.fan_in_fan_out or getattr(layer, "lora_bias", {}).get(adapter):
+        return "LoRA with a bias or transposed weights"
+    return ""
+
 
 def rotary_table(
     esm: Any, position_ids: Tensor | None, states: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """Cosine and sine of the angles of an ``EsmModel``'s positions, or None if its positions are not rotary.
+    """Return cosine and sine of the rotary angles of an ``EsmModel``, or None if its positions are not rotary.
 
-    transformers 5.23 computes them once for the model, by position ids if they are given; before, every layer computes
-    its own, by column.
+    transformers 5.23 computes them once per model, from position ids if they are given. Before 5.23, every layer
+    computes its own, from column numbers.
 
     Args:
         esm: the model.
-        position_ids: what it was called with.
+        position_ids: the position ids that the model was called with.
         states: hidden states of shape (rows, columns, width).
-        dtype: wanted.
+        dtype: dtype of the result.
 
     Returns:
         Two tensors of shape (1 or rows, columns, head width).
@@ -175,9 +225,9 @@ def rotary_table(
     import torch
 
     columns = torch.arange(states.shape[1], device=states.device)[None]
-    own = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
-    if own is not None:
-        angles = columns[..., None].to(own.inv_freq.dtype) * own.inv_freq
+    per_layer = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
+    if per_layer is not None:
+        angles = columns[..., None].to(per_layer.inv_freq.dtype) * per_layer.inv_freq
         angles = torch.cat((angles, angles), -1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
     shared = getattr(esm, "rotary_embeddings", None)
@@ -187,26 +237,18 @@ def rotary_table(
 
 
 def reads_first_token(model: nn.Module) -> bool:
-    """Whether a model is a sequence classifier whose head reads the first token and nothing else."""
+    """Whether a model is a sequence classifier with transformers' own head, which reads only the first token."""
     from transformers import EsmForSequenceClassification
     from transformers.models.esm.modeling_esm import EsmClassificationHead
 
     if not isinstance(model, EsmForSequenceClassification):
         return False
-    head = getattr(model.classifier, "modules_to_save", None)
-    heads = [model.classifier] if head is None else list(head.values())
+    copies = getattr(model.classifier, "modules_to_save", None)
+    heads = [model.classifier] if copies is None else list(copies.values())
     if any("forward" in module.__dict__ for module in (model, *heads)):
         return False
     known = EsmForSequenceClassification.forward, EsmClassificationHead.forward
-    return type(model).forward is known[0] and all(type(h).forward is known[1] for h in heads)
-
-
-def has_flex_attention() -> bool:
-    """Whether torch's flex attention can be trained with under torch.compile; that of torch 2.6 cannot."""
-    import torch
-
-    major, minor = torch.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (2, 7)
+    return type(model).forward is known[0] and all(type(head).forward is known[1] for head in heads)
 
 
 # --- adapters ---

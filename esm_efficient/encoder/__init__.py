@@ -1,4 +1,4 @@
-"""How the encoder computes: padding-free, memory-lean, exact."""
+"""The lean encoder: the exact ESM-2 encoder without padding and with fewer saved activations."""
 
 from esm_efficient.encoder.apply import apply_lean_encoder, has_lean_encoder, remove_lean_encoder
 

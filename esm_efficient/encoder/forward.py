@@ -1,4 +1,4 @@
-"""What a model, its encoder and its layers run once the lean encoder is applied to them."""
+"""The forward passes of a model, its encoder and its layers while the lean encoder is applied."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esm_efficient import compat
+from esm_efficient import _torch, compat
 from esm_efficient.encoder.layer import Recompute, run_layer
 from esm_efficient.encoder.packing import Packing, make_packing
 from esm_efficient.encoder.reading import trainable_tensors
@@ -19,18 +19,49 @@ from esm_efficient.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
-Model = TypeVar("Model", bound=nn.Module)
-
-_READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "return_dict", "use_cache")
-"""What a call may be given and the lean encoder reads, or nobody does."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PASSIVE = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
-"""Whose hooks may see packed tokens, or nothing at all."""
+SUPPORTED_ARGUMENTS = frozenset(
+    ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "return_dict", "use_cache")
+)
+"""Forward arguments that the lean encoder supports or may ignore; any other makes the call run as in transformers."""
+HARMLESS_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
+"""Prefixes of modules that define hooks which work on packed tokens."""
 
 
 @dataclass
-class _Call:
-    """One forward pass through the encoder."""
+class LeanState:
+    """The options of a model's lean encoder, shared by the model's modules.
+
+    Attributes:
+        recompute: one of `RECOMPUTES`.
+        attention: one of `BACKENDS`.
+        hook_handles: handles of the hooks on the classifier around the model.
+        logged: messages that were logged.
+    """
+
+    recompute: Recompute
+    attention: str
+    hook_handles: list[Any] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
+
+    def log_once(self, message: str, *args: Any) -> None:
+        """Log a message, but only once per model."""
+        text = message % args
+        if text not in self.logged:
+            self.logged.add(text)
+            logger.info(text)
+
+
+@dataclass
+class _LeanCall:
+    """A forward pass that uses the lean encoder.
+
+    Attributes:
+        esm: the ``EsmModel``.
+        mask: its attention mask.
+        position_ids: its position ids.
+        detach: whether no gradient is needed below the encoder.
+        first_only: whether only the first token of each sequence is read afterwards.
+    """
 
     esm: Any
     mask: Tensor | None
@@ -39,59 +70,42 @@ class _Call:
     first_only: bool
 
 
-class _UnderWay(threading.local):
-    """The forward pass that is under way in a thread, and the encoder of which only first tokens will be read."""
+class _ThreadState(threading.local):
+    """The forward pass that a thread is running, and the ``EsmModel`` whose classifier reads only first tokens."""
 
-    call: _Call | None = None
-    first_only_of: Any = None
-
-
-_under_way = _UnderWay()
+    call: _LeanCall | None = None
+    first_only_esm: Any = None
 
 
-@dataclass
-class LeanState:
-    """What has been applied to a model."""
-
-    recompute: Recompute
-    attention: str
-    said: set[str] = field(default_factory=set)
-    handles: list[Any] = field(default_factory=list)
-
-    def say(self, message: str, *args: Any) -> None:
-        """Log something once a model."""
-        text = message % args
-        if text not in self.said:
-            self.said.add(text)
-            logger.info(text)
+_thread = _ThreadState()
 
 
-def encoders_of(model: nn.Module) -> Iterator[Any]:
-    """The ``EsmModel`` modules in a model."""
+def esm_models(model: nn.Module) -> Iterator[Any]:
+    """Yield the ``EsmModel`` modules of a model."""
     from transformers import EsmModel
 
     return (module for module in model.modules() if isinstance(module, EsmModel))
 
 
-def layers_of(esm: Any) -> list[Any]:
-    """The layers, also where each is wrapped."""
+def esm_layers(esm: Any) -> list[Any]:
+    """Return the layers of an ``EsmModel``, also if they are wrapped."""
     from transformers.models.esm.modeling_esm import EsmLayer
 
     return [module for module in esm.encoder.layer.modules() if isinstance(module, EsmLayer)]
 
 
 @torch.compiler.disable
-def head_begins(model: Any, inputs: Any) -> None:
-    """Say that the head behind the encoder reads first tokens alone, if that is so and nobody else looks on."""
-    watched = (model.esm, model.esm.encoder, *model.classifier.modules())
-    if compat.reads_first_token(model) and not any(map(_is_hooked, watched)):
-        _under_way.first_only_of = model.esm
+def before_classifier(model: Any, inputs: Any) -> None:
+    """Note that only first tokens are needed, if the head reads only these and no hook sees the others."""
+    observed = (model.esm, model.esm.encoder, *model.classifier.modules())
+    if compat.reads_first_token(model) and not any(map(_is_observed, observed)):
+        _thread.first_only_esm = model.esm
 
 
 @torch.compiler.disable
-def head_ends(model: Any, inputs: Any, output: Any) -> None:
-    """Forget what `head_begins` noted, however the forward pass ended."""
-    _under_way.first_only_of = None
+def after_classifier(model: Any, inputs: Any, output: Any) -> None:
+    """Remove the note of `before_classifier`, also after a forward pass that failed."""
+    _thread.first_only_esm = None
 
 
 @torch.compiler.disable
@@ -105,18 +119,12 @@ def model_forward(
     encoder_attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """EsmModel.forward, with what its encoder needs to know laid out for it."""
-    state = esm._lean
-    first_only = _under_way.first_only_of is esm
-    _under_way.first_only_of = None  # so that no call after one that was interrupted finds it
-    tokens = input_ids if inputs_embeds is None else inputs_embeds
-    home = getattr(next(esm.parameters(), None), "device", None)
-    if tokens is not None and home is not None and tokens.is_cuda and home.type == "cuda" and tokens.device != home:
-        raise ConfigurationError(
-            f"tokens on {tokens.device} for a model on {home}: torch.nn.DataParallel cannot copy a lean encoder; start "
-            "one process for each GPU (torchrun), or call remove_lean_encoder(model) first"
-        )
-    given = {
+    """Run EsmModel.forward with the lean encoder if it supports the call, otherwise as in transformers."""
+    state = esm._lean_state
+    first_only = _thread.first_only_esm is esm
+    _thread.first_only_esm = None  # so that a call that is interrupted does not affect the next one
+    _refuse_data_parallel(esm, input_ids if inputs_embeds is None else inputs_embeds)
+    arguments = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
@@ -125,91 +133,33 @@ def model_forward(
         "encoder_attention_mask": encoder_attention_mask,
         **kwargs,
     }
-    reason = _why_plain(esm, given, first_only)
+    reason = _reason_for_plain_forward(esm, arguments, first_only)
     if reason:
-        state.say("the encoder computes with padding and keeps everything: %s", reason)
-        restore_checkpointing(esm)
-        return type(esm).forward(esm, **given)
-    reads_gradient = inputs_embeds is not None or _reads_gradient(esm.embeddings)
-    _under_way.call = _Call(esm, attention_mask, position_ids, not reads_gradient, first_only)
+        state.log_once("the lean encoder is not used in this call: %s", reason)
+        compat.restore_checkpointing(esm_layers(esm))
+        return type(esm).forward(esm, **arguments)
+    detach = inputs_embeds is None and not _embeddings_need_gradient(esm.embeddings)
+    _thread.call = _LeanCall(esm, attention_mask, position_ids, detach, first_only)
     try:
-        return type(esm).forward(esm, **given)
+        return type(esm).forward(esm, **arguments)
     finally:
-        _under_way.call = None
+        _thread.call = None
 
 
-def _why_plain(esm: Any, given: dict[str, Any], first_only: bool) -> str:
-    """Why a call must compute as if nothing had been applied; empty if it need not."""
-    for name in ("output_hidden_states", "output_attentions"):
-        wanted = given.get(name)
-        if getattr(esm.config, name, False) if wanted is None else wanted is not False:
-            return f"{name} was asked for"
-    for name, value in given.items():
-        if value is not None and value is not False and name not in _READ:
-            return f"{name} was given"
-    mask = given["attention_mask"]
-    if mask is not None and mask.dim() != 2:
-        return f"the attention mask has {mask.dim()} dimensions"
-    if (first_only or esm.pooler is not None) and mask is not None and not bool(mask[:, 0].all()):
-        return "a sequence does not begin at the first column"
-    if any(map(_is_hooked, _descendants(esm.encoder.layer))):
-        path = next(path for path, module in esm.encoder.layer.named_modules() if _is_hooked(module))
-        return f"layer {path} has hooks"
-    return "the last layer norm has hooks" if _is_hooked(esm.encoder.emb_layer_norm_after) else ""
-
-
-def _descendants(module: Any) -> Iterator[Any]:
-    """The modules below one; quicker than ``modules()``, for what is done in every call."""
-    waiting = [module]
-    while waiting:
-        for child in waiting.pop()._modules.values():
-            if child is not None:
-                waiting.append(child)
-                yield child
-
-
-def _is_hooked(module: Any) -> bool:
-    """Whether something hangs on a module that would not see what it expects."""
-    members = module.__dict__
-    if "forward" in members and "_lean" not in members:
-        return True
-    if not any(map(members.get, _HOOKS)):
-        return False
-    return any(
-        not getattr(hook, "__module__", "").startswith(_PASSIVE)
-        for kind in _HOOKS
-        for hook in (members.get(kind) or {}).values()
-    )
-
-
-def _reads_gradient(embeddings: Any) -> bool:
-    """Whether a gradient that goes as far as the embeddings is read by anyone.
-
-    Reentrant checkpointing needs embeddings whose output requires a gradient, and transformers puts a hook on them for
-    that; the lean encoder does not need it.
-    """
-    if trainable_tensors(embeddings):
-        return True
-    return any(
-        getattr(hook, "__name__", "") != "make_inputs_require_grads"
-        for module in embeddings.modules()
-        for kind in _HOOKS
-        for hook in (module.__dict__.get(kind) or {}).values()
-    )
-
-
-def no_masks(esm: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Keep transformers from making a quadratic mask that nobody reads."""
-    if _under_way.call is None:
-        return type(esm)._create_attention_masks(esm, attention_mask=attention_mask, **kwargs)
+def skip_attention_masks(
+    esm: Any, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Make no attention masks while the lean encoder runs, which does not use them."""
+    if _thread.call is None:
+        return getattr(type(esm), compat.ATTENTION_MASKS_METHOD)(esm, attention_mask=attention_mask, **kwargs)
     return None, None
 
 
 def encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
-    """EsmEncoder.forward on packed tokens."""
+    """Run EsmEncoder.forward on packed tokens."""
     from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 
-    call = _under_way.call
+    call = _thread.call
     if call is None or call.esm.encoder is not encoder:
         return type(encoder).forward(encoder, hidden_states, **kwargs)
     if call.detach and hidden_states.requires_grad:
@@ -221,7 +171,7 @@ def encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     states = packing.pack(hidden_states)
     del hidden_states
     last = len(encoder.layer) - 1
-    _route_checkpointing(call.esm)
+    compat.bypass_checkpointing(esm_layers(call.esm))
     for number, layer in enumerate(encoder.layer):
         states = layer(states, packing=packing, first_only=call.first_only and number == last)
     if encoder.emb_layer_norm_after:
@@ -231,8 +181,8 @@ def encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
 
 
 def layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = None, **kwargs: Any) -> Tensor:
-    """EsmLayer.forward on packed tokens; as transformers has it when none are given."""
-    state = layer._lean
+    """Run EsmLayer.forward on packed tokens, or as in transformers if `packing` is None."""
+    state = layer._lean_state
     if packing is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
     checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
@@ -245,26 +195,57 @@ def layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = N
         first_only=kwargs["first_only"],
     )
     for reason in reasons:
-        state.say("runs through its own forward, without padding: %s", reason)
+        state.log_once("runs through its own forward, without padding: %s", reason)
     return states
 
 
-def _route_checkpointing(esm: Any) -> None:
-    """Keep transformers' own checkpointing from wrapping layers that recompute by themselves."""
-    for layer in layers_of(esm):
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if function is not None and function is not _call:
-            layer._lean_checkpoint = function
-            layer._gradient_checkpointing_func = _call
+def _refuse_data_parallel(esm: Any, tokens: Tensor | None) -> None:
+    device = getattr(next(esm.parameters(), None), "device", None)
+    if tokens is None or device is None or not tokens.is_cuda or device.type != "cuda" or tokens.device == device:
+        return
+    raise ConfigurationError(
+        f"tokens are on {tokens.device}, but the model is on {device}: torch.nn.DataParallel cannot copy a lean "
+        "encoder; start one process per GPU (torchrun), or call remove_lean_encoder(model) first"
+    )
 
 
-def restore_checkpointing(esm: Any) -> None:
-    """Undo that."""
-    for layer in layers_of(esm):
-        if layer.__dict__.get("_lean_checkpoint") is not None:
-            layer._gradient_checkpointing_func = layer._lean_checkpoint
-            del layer._lean_checkpoint
+def _reason_for_plain_forward(esm: Any, arguments: dict[str, Any], first_only: bool) -> str:
+    """Return why a call must run as in transformers; empty if the lean encoder supports it."""
+    for name in ("output_hidden_states", "output_attentions"):
+        wanted = arguments.get(name)
+        if getattr(esm.config, name, False) if wanted is None else wanted is not False:
+            return f"{name} was requested"
+    for name, value in arguments.items():
+        if value is not None and value is not False and name not in SUPPORTED_ARGUMENTS:
+            return f"the argument {name} is not supported"
+    mask = arguments["attention_mask"]
+    if mask is not None and mask.dim() != 2:
+        return f"the attention mask has {mask.dim()} dimensions instead of 2"
+    if (first_only or esm.pooler is not None) and mask is not None and not bool(mask[:, 0].all()):
+        return "a sequence does not begin at the first column"
+    if any(map(_is_observed, _torch.descendants(esm.encoder.layer))):
+        path = next(path for path, module in esm.encoder.layer.named_modules() if _is_observed(module))
+        return f"layer {path} has hooks"
+    return "the last layer norm has hooks" if _is_observed(esm.encoder.emb_layer_norm_after) else ""
 
 
-def _call(function: Any, *args: Any) -> Any:
-    return function(*args)
+def _is_observed(module: Any) -> bool:
+    """Whether a module's forward is replaced, or has hooks that do not work on packed tokens."""
+    members = module.__dict__
+    if "forward" in members and "_lean_state" not in members:
+        return True
+    return any(not getattr(hook, "__module__", "").startswith(HARMLESS_HOOKS) for hook in _torch.hooks_of(module))
+
+
+def _embeddings_need_gradient(embeddings: Any) -> bool:
+    """Whether an embedding trains or has a hook that may read the gradient.
+
+    transformers adds the hook make_inputs_require_grads for reentrant checkpointing. The lean encoder does not need it.
+    """
+    if trainable_tensors(embeddings):
+        return True
+    return any(
+        getattr(hook, "__name__", "") != "make_inputs_require_grads"
+        for module in embeddings.modules()
+        for hook in _torch.hooks_of(module)
+    )

@@ -1,8 +1,8 @@
-"""The encoder's autograd Functions: what a layer computes, keeping only what cannot be recomputed cheaply.
+"""Autograd Functions of the encoder's layers; they save only tensors that are expensive to recompute.
 
-Each saves its input and its parameters, and recomputes layer norms and GELU outputs in the backward pass. Per token and
-layer, the input, query, key, value, attention output, the sum after attention, and the pre-activation of the MLP are
-kept: ten times the width. None of them can be differentiated twice.
+Each Function saves its input and its parameters, and recomputes layer norms and GELU outputs in the backward pass.
+A layer keeps ten times the width per token: its input, query, key, value, attention output, the sum after attention,
+and the pre-activation of the MLP. The Functions cannot be differentiated twice.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from esm_efficient.encoder.linear import Group, Ready
+from esm_efficient.encoder.linear import Group, PreparedWeights, accumulate
 from esm_efficient.errors import ConfigurationError
 
-_ROWS, PIECES = 512, 8
-"""The MLP runs in at most so many pieces of the batch, each of at least so many tokens."""
+MIN_CHUNK_TOKENS = 512
+"""The MLP runs in chunks of the batch, each of at least this many tokens (the last may have fewer)."""
+MAX_CHUNKS = 8
+"""The largest number of chunks."""
+_NORM_ARGUMENTS = 3
+"""`NormLinears.forward` and `NormMLP.forward` begin with the states, and the layer norm's weight and bias."""
 
 
 class Norm(NamedTuple):
-    """What a ``torch.nn.LayerNorm`` over the last axis computes with."""
+    """The tensors of a ``torch.nn.LayerNorm`` over the last axis."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -31,17 +35,17 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Norm:
-        """The tensors of a module."""
+        """Read them from a module."""
         return cls(module.weight, module.bias, module.eps)
 
 
 def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None = None) -> Tensor:
-    """Layer norm, linear layers in one product, rotary positions.
+    """Compute a layer norm, several linear layers in one matrix product, and rotary positions.
 
     Args:
         x: shape (tokens, width).
         norm: the layer norm.
-        group: the linear layers; `Group.rotated` of them are rotated.
+        group: the linear layers; the outputs of the first `Group.rotated` are rotated.
         rotation: complex of shape (tokens, 1, head width / 2).
 
     Returns:
@@ -51,33 +55,33 @@ def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None
 
 
 def linear_residual(inputs: Tensor, residual: Tensor, group: Group) -> Tensor:
-    """``residual + linear(inputs)``, both of shape (tokens, width)."""
+    """Return ``residual + linear(inputs)``; both inputs have shape (tokens, width)."""
     return LinearResidual.apply(inputs, residual, group, *group.tensors)
 
 
 def mlp_residual(
     x: Tensor, norm: Norm, up: Group, down: Group, *, keep: bool = True, without_output: bool = False
 ) -> Tensor:
-    """``x + down(gelu(up(norm(x))))`` of shape (tokens, width).
+    """Return ``x + down(gelu(up(norm(x))))`` of shape (tokens, width).
 
     Args:
         x: shape (tokens, width).
         norm: the layer norm.
-        up: the layer that widens.
-        down: the layer that narrows.
-        keep: keep the pre-activation for the backward pass, or compute it again there.
-        without_output: return numbers without meaning: the caller wants the gradients alone.
+        up: the first linear layer, which widens.
+        down: the second linear layer, which narrows.
+        keep: whether to save the pre-activation for the backward pass instead of recomputing it there.
+        without_output: return meaningless values, for a caller that needs only the gradients.
     """
     tensors = up.tensors + down.tensors
-    needed = torch.is_grad_enabled() and any(
+    needs_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, norm.weight, norm.bias, *tensors)
     )
-    mode = ("kept" if keep else "recomputed") if needed else "unneeded"
+    mode = ("kept" if keep else "recomputed") if needs_gradient else "unneeded"
     return NormMLP.apply(x, norm.weight, norm.bias, norm.eps, mode, without_output, up, down, *tensors)
 
 
 class NormLinears(Function):
-    """Layer norm and linear layers in one product, with rotary positions."""
+    """The Function of `norm_linears`."""
 
     @staticmethod
     def forward(
@@ -87,13 +91,13 @@ class NormLinears(Function):
         bias: Tensor | None,
         eps: float,
         rotation: Tensor | None,
-        owned: bool,
+        owns_gradient: bool,
         group: Group,
         *tensors: Tensor,
     ) -> Tensor:
-        """`owned` says that nobody else reads the gradient of the output, which may then be overwritten."""
+        """Return the outputs; with `owns_gradient` the backward pass may overwrite their gradient."""
         ctx.save_for_backward(x, weight, bias, rotation, *tensors)
-        ctx.eps, ctx.owned, ctx.group = eps, owned, group
+        ctx.eps, ctx.owns_gradient, ctx.group = eps, owns_gradient, group
         with _without_autocast(x):
             states = group.forward(_norm(x, weight, bias, eps)[0])
             states = states.view(x.shape[0], len(group.linears), group.heads, -1)
@@ -101,32 +105,33 @@ class NormLinears(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Of a layer norm recomputed."""
+        """Recompute the layer norm and return the gradients."""
         refuse_double_backward()
         x, weight, bias, rotation, *tensors = ctx.saved_tensors
         group = ctx.group.with_tensors(tensors)
-        needs = ctx.needs_input_grad
-        if rotation is not None and not (ctx.owned and gradient.is_contiguous()):
+        needs_norm, needs_tensors = _split_needs(ctx, tensors)
+        if rotation is not None and not (ctx.owns_gradient and gradient.is_contiguous()):
             gradient = gradient.clone(memory_format=torch.contiguous_format)
         gradient = _rotate(gradient, None if rotation is None else rotation.conj(), group.rotated)
         normed, mean, deviation = _norm(x, weight, bias, ctx.eps)
         grads: list[Tensor | None] = [None] * len(tensors)
-        to_norm = any(needs[:3])
-        inner = group.backward(gradient.reshape(x.shape[0], -1), normed, needs[7:], grads, to_inputs=to_norm)
+        to_norm = any(needs_norm)
+        d_normed = group.backward(gradient.reshape(x.shape[0], -1), normed, needs_tensors, grads, to_inputs=to_norm)
         del normed
-        outer: tuple[Tensor | None, ...] = (None, None, None)
-        if inner is not None:
-            outer = _norm_backward(inner, x, mean, deviation, weight, bias, needs[:3])
-        return *outer, None, None, None, None, *_like(grads, tensors)
+        norm_grads: tuple[Tensor | None, ...] = (None,) * _NORM_ARGUMENTS
+        if d_normed is not None:
+            norm_grads = _norm_backward(d_normed, x, mean, deviation, weight, bias, needs_norm)
+        return _all_gradients(ctx, norm_grads, grads, tensors)
 
 
 class LinearResidual(Function):
-    """A linear layer added to a residual."""
+    """The Function of `linear_residual`."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, residual: Tensor, group: Group, *tensors: Tensor) -> Tensor:
-        """Keeps the inputs if a parameter needs them."""
-        ctx.save_for_backward(inputs if any(ctx.needs_input_grad[3:]) else None, *tensors)
+        """Return the sum; save the inputs only if the gradient of a parameter needs them."""
+        _, needs_tensors = _split_needs(ctx, tensors)
+        ctx.save_for_backward(inputs if any(needs_tensors) else None, *tensors)
         ctx.group = group
         ctx.dtypes = inputs.dtype, residual.dtype
         with _without_autocast(inputs):
@@ -134,22 +139,21 @@ class LinearResidual(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """The residual's gradient is the output's."""
+        """Return the gradients; that of the residual is the output's."""
         refuse_double_backward()
         inputs, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs_inputs, needs_residual, *_ = ctx.needs_input_grad
+        _, needs_tensors = _split_needs(ctx, tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
-        inner = ctx.group.with_tensors(tensors).backward(gradient, inputs, needs[3:], grads, to_inputs=needs[0])
-        return (
-            None if inner is None else inner.to(ctx.dtypes[0]),
-            gradient.to(ctx.dtypes[1]) if needs[1] else None,
-            None,
-            *_like(grads, tensors),
-        )
+        group = ctx.group.with_tensors(tensors)
+        d_inputs = group.backward(gradient, inputs, needs_tensors, grads, to_inputs=needs_inputs)
+        d_inputs = None if d_inputs is None else d_inputs.to(ctx.dtypes[0])
+        d_residual = gradient.to(ctx.dtypes[1]) if needs_residual else None
+        return _all_gradients(ctx, (d_inputs, d_residual), grads, tensors)
 
 
 class NormMLP(Function):
-    """Layer norm, linear layer, GELU, linear layer, added to the input; in pieces of the batch."""
+    """The Function of `mlp_residual`, computed in chunks of the batch."""
 
     @staticmethod
     def forward(
@@ -164,20 +168,21 @@ class NormMLP(Function):
         down: Group,
         *tensors: Tensor,
     ) -> Tensor:
-        """`mode` says what becomes of the pre-activation: kept, recomputed, or not needed at all."""
+        """Return the sum; `mode` says whether the pre-activation is kept, recomputed or unneeded."""
         ctx.eps, ctx.up, ctx.down = eps, up, down
         kept: list[Tensor] = []
         result = x.new_empty(()).expand_as(x) if without_output else torch.empty_like(x, dtype=_sum_dtype(x, down))
         with _without_autocast(x):
             computes = not without_output or mode == "kept"
-            ready_up, ready_down = (group.ready(x.shape[0]) if computes else None for group in (up, down))
+            weights_up, weights_down = (group.prepare(x.shape[0]) if computes else None for group in (up, down))
             for rows in _chunks(x) if computes else ():
-                inner = up.at(rows.start).forward(_norm(x[rows], weight, bias, eps)[0], ready=ready_up)
+                chunk_up, chunk_down = up.for_chunk(rows.start), down.for_chunk(rows.start)
+                inner = chunk_up.forward(_norm(x[rows], weight, bias, eps)[0], weights=weights_up)
                 if mode == "kept":
                     kept.append(inner)
                 if not without_output:
                     inner = F.gelu(inner) if mode == "kept" else torch.ops.aten.gelu_(inner)
-                    _add_into(result[rows], down.at(rows.start), ready_down, inner.to(down.dtype), x[rows])
+                    _add_into(result[rows], chunk_down, weights_down, inner.to(down.dtype), x[rows])
                 del inner
         ctx.kept = len(kept)
         ctx.save_for_backward(x, weight, bias, *tensors, *kept)
@@ -185,57 +190,74 @@ class NormMLP(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """Of a layer norm and GELU recomputed."""
+        """Recompute the layer norm and GELU, and return the gradients."""
         refuse_double_backward()
         x, weight, bias, *rest = ctx.saved_tensors
         tensors, kept = rest[: len(rest) - ctx.kept], rest[len(rest) - ctx.kept :]
-        ups = len(ctx.up.tensors)
-        up, down = ctx.up.with_tensors(tensors[:ups]), ctx.down.with_tensors(tensors[ups:])
-        needs = ctx.needs_input_grad
-        needs_up, needs_down = needs[8 : 8 + ups], needs[8 + ups :]
-        grads_up: list[Tensor | None] = [None] * ups
-        grads_down: list[Tensor | None] = [None] * (len(tensors) - ups)
-        to_norm = any(needs[:3])
-        to_up = to_norm or any(needs_up)
-        total = torch.empty_like(x) if needs[0] else None
+        tensors_up, tensors_down = _split_at(tensors, len(ctx.up.tensors))
+        up, down = ctx.up.with_tensors(tensors_up), ctx.down.with_tensors(tensors_down)
+        needs_norm, needs_tensors = _split_needs(ctx, tensors)
+        needs_up, needs_down = _split_at(needs_tensors, len(tensors_up))
+        grads_up: list[Tensor | None] = [None] * len(tensors_up)
+        grads_down: list[Tensor | None] = [None] * len(tensors_down)
         grads_norm: list[Tensor | None] = [None, None]
-        ready_up = up.ready(x.shape[0]) if to_norm or not kept else None
-        ready_down = down.ready(x.shape[0]) if to_up else None
+        to_norm = any(needs_norm)
+        to_up = to_norm or any(needs_up)
+        dx = torch.empty_like(x) if needs_norm[0] else None
+        weights_up = up.prepare(x.shape[0]) if to_norm or not kept else None
+        weights_down = down.prepare(x.shape[0]) if to_up else None
         for number, rows in enumerate(_chunks(x)):
             normed = mean = deviation = None
             if to_norm or any(needs_up) or not kept:
                 normed, mean, deviation = _norm(x[rows], weight, bias, ctx.eps)
-            of_up, of_down = up.at(rows.start), down.at(rows.start)
-            inner = kept[number] if kept else of_up.forward(normed, ready=ready_up)
+            chunk_up, chunk_down = up.for_chunk(rows.start), down.for_chunk(rows.start)
+            inner = kept[number] if kept else chunk_up.forward(normed, weights=weights_up)
             outer = gradient[rows].to(down.dtype)
             active = F.gelu(inner) if any(needs_down) else None
-            d_inner = of_down.backward(outer, active, needs_down, grads_down, to_inputs=to_up, ready=ready_down)
+            d_inner = chunk_down.backward(outer, active, needs_down, grads_down, to_inputs=to_up, weights=weights_down)
             del active
             if d_inner is None:
                 continue
             d_inner = d_inner.to(inner.dtype)
             torch.ops.aten.gelu_backward.grad_input(d_inner, inner, grad_input=d_inner)
             del inner
-            d_normed = of_up.backward(d_inner, normed, needs_up, grads_up, to_inputs=to_norm, ready=ready_up)
+            d_normed = chunk_up.backward(d_inner, normed, needs_up, grads_up, to_inputs=to_norm, weights=weights_up)
             del d_inner, normed
             if d_normed is None:
                 continue
-            dx, dw, db = _norm_backward(d_normed, x[rows], mean, deviation, weight, bias, needs[:3])
-            for place, grad in enumerate((dw, db)):
-                held = grads_norm[place]
-                grads_norm[place] = grad if held is None or grad is None else held.add_(grad)
-            if total is not None and dx is not None:
-                torch.add(gradient[rows], dx, out=total[rows])
-        grads = _like(grads_up + grads_down, tensors)
-        return total, *grads_norm, None, None, None, None, None, *grads
+            dx_chunk, *chunk_grads = _norm_backward(d_normed, x[rows], mean, deviation, weight, bias, needs_norm)
+            for index, grad in enumerate(chunk_grads):
+                if grad is not None:
+                    accumulate(grads_norm, index, grad)
+            if dx is not None and dx_chunk is not None:
+                torch.add(gradient[rows], dx_chunk, out=dx[rows])
+        return _all_gradients(ctx, (dx, *grads_norm), grads_up + grads_down, tensors)
 
 
 def refuse_double_backward() -> None:
-    """Raise where a gradient is to be differentiated."""
+    """Raise an error in a backward pass that is to be differentiated again."""
     if torch.is_grad_enabled():
         raise ConfigurationError(
             "the lean encoder cannot be differentiated twice (create_graph=True): call remove_lean_encoder(model) first"
         )
+
+
+def _split_needs(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Sequence[bool], Sequence[bool]]:
+    """Which of the first `_NORM_ARGUMENTS` need a gradient, and which parameters, the last arguments, do."""
+    needs = ctx.needs_input_grad
+    return needs[:_NORM_ARGUMENTS], needs[len(needs) - len(tensors) :]
+
+
+def _split_at(values: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    return values[:count], values[count:]
+
+
+def _all_gradients(
+    ctx: Any, first: Sequence[Tensor | None], grads: Sequence[Tensor | None], tensors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments: of the first ones, None for the options, of the parameters in their dtypes."""
+    options = (None,) * (len(ctx.needs_input_grad) - len(first) - len(tensors))
+    return *first, *options, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
 
 
 def _without_autocast(tensor: Tensor) -> Any:
@@ -243,7 +265,7 @@ def _without_autocast(tensor: Tensor) -> Any:
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm over the last axis, with the mean and the reciprocal deviation that its gradient needs."""
+    """Return the layer norm over the last axis, and the mean and reciprocal deviation that its gradient needs."""
     x, weight, bias = _one_dtype(x, weight, bias)
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -270,7 +292,7 @@ def _norm_backward(
 
 
 def _one_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """All in the wider of their types, for a norm kept in float32 beside states in half precision."""
+    """Convert all to the wider dtype, for a float32 norm of states in half precision."""
     if weight is None or weight.dtype == x.dtype:
         return x, weight, bias
     dtype = torch.promote_types(x.dtype, weight.dtype)
@@ -278,7 +300,7 @@ def _one_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[T
 
 
 def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
-    """Rotate the first of the layers' outputs in place: (tokens, layers, heads, head width)."""
+    """Rotate the outputs of the first `rotated` layers in place; states have (tokens, layers, heads, head width)."""
     if rotation is None or not rotated:
         return states
     part = states[:, :rotated]
@@ -291,8 +313,8 @@ def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
 
 
 def _chunks(x: Tensor) -> list[slice]:
-    """Pieces of a batch, so that the MLP's inner states of all tokens are never there at once beyond what is kept."""
-    size = max(_ROWS, -(-x.shape[0] // PIECES))
+    """Slices of the tokens, so that the MLP's inner states need memory for one chunk only, apart from those kept."""
+    size = max(MIN_CHUNK_TOKENS, -(-x.shape[0] // MAX_CHUNKS))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
@@ -306,13 +328,9 @@ def _add(states: Tensor, residual: Tensor) -> Tensor:
     return states + residual
 
 
-def _add_into(result: Tensor, group: Group, ready: Ready | None, inputs: Tensor, residual: Tensor) -> None:
-    """Put ``residual + group(inputs)`` where it belongs, without memory in between where the types allow."""
+def _add_into(result: Tensor, group: Group, weights: PreparedWeights | None, inputs: Tensor, residual: Tensor) -> None:
+    """Write ``residual + group(inputs)`` to `result`, without temporary memory if the dtypes are equal."""
     if result.dtype == group.dtype:
-        group.forward(inputs, ready=ready, out=result).add_(residual)
+        group.forward(inputs, weights=weights, out=result).add_(residual)
     else:
-        torch.add(group.forward(inputs, ready=ready), residual, out=result)
-
-
-def _like(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
+        torch.add(group.forward(inputs, weights=weights), residual, out=result)

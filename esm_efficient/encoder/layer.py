@@ -1,4 +1,4 @@
-"""One layer of the encoder on packed tokens: lean where its parts are known, by their own forward where not."""
+"""One encoder layer on packed tokens: known parts run as lean Functions, other parts through their own forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from esm_efficient.encoder.attention import attend
+from esm_efficient.encoder.attention import attend, attention_override, use_attention
 from esm_efficient.encoder.functions import Norm, linear_residual, mlp_residual, norm_linears, refuse_double_backward
 from esm_efficient.encoder.linear import Group
 from esm_efficient.encoder.packing import Packing
@@ -22,17 +22,18 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "layer")
 
 @dataclass(frozen=True)
 class Parts:
-    """What a layer computes with, read once for its forward and its backward pass; None for what is not known.
+    """The tensors of a layer, read once per forward pass. A part is None if it must run through its own forward.
 
     Attributes:
         layer: the module.
-        qkv: queries, keys and values.
-        attention_output: the layer after attention.
-        up: the MLP's first layer.
-        down: its second.
+        qkv: the linear layers of queries, keys and values.
+        attention_output: the linear layer after attention.
+        up: the first linear layer of the MLP.
+        down: the second linear layer of the MLP.
         norms: the layer norms before attention and before the MLP.
         trainable: the tensors that train.
-        draws: whether something draws random numbers that no seed was noted for.
+        draws: whether the layer draws random numbers from torch's generator during the computation, as modules with
+            dropout do; an adapter's dropout has a seed instead.
     """
 
     layer: Any
@@ -46,12 +47,12 @@ class Parts:
 
 
 def read_parts(layer: Any) -> tuple[Parts, list[str]]:
-    """The parts of a transformers ``EsmLayer``, and why some of them are not known."""
+    """Return the parts of a transformers ``EsmLayer``, and why some must run through their own forward."""
     attention = layer.attention
     inner = attention.self
     reasons: list[str] = []
 
-    def known(modules: list[nn.Module], norm: nn.Module | None, dropout: nn.Module | None, **options: Any) -> Any:
+    def read(modules: list[nn.Module], norm: nn.Module | None, dropout: nn.Module | None, **options: Any) -> Any:
         if norm is not None and not is_norm(norm):
             reasons.append(type(norm).__name__)
             return None
@@ -65,82 +66,93 @@ def read_parts(layer: Any) -> tuple[Parts, list[str]]:
         return group
 
     heads = inner.num_attention_heads
-    qkv = known([inner.query, inner.key, inner.value], attention.LayerNorm, None, heads=heads, rotated=2)
-    after = known([attention.output.dense], None, attention.output.dropout)
-    up = known([layer.intermediate.dense], layer.LayerNorm, None)
-    down = known([layer.output.dense], None, layer.output.dropout)
+    qkv = read([inner.query, inner.key, inner.value], attention.LayerNorm, None, heads=heads, rotated=2)
+    attention_output = read([attention.output.dense], None, attention.output.dropout)
+    up = read([layer.intermediate.dense], layer.LayerNorm, None)
+    down = read([layer.output.dense], None, layer.output.dropout)
     if up is None or down is None:
         up = down = None
     norms = tuple(Norm.of(norm) if is_norm(norm) else None for norm in (attention.LayerNorm, layer.LayerNorm))
-    draws = layer.training and (bool(inner.dropout) or None in (qkv, after, up))
+    draws = layer.training and (bool(inner.dropout) or None in (qkv, attention_output, up))
 
-    # What is computed with and nothing besides: FSDP hides a flat parameter in the layer, of which these are views.
+    # Only the tensors that are used: FSDP keeps a flat parameter in the layer, and the used tensors are its views.
     tensors = [tensor for norm in norms if norm is not None for tensor in (norm.weight, norm.bias)]
-    own = {attention: qkv, attention.output: after, layer.intermediate: up, layer.output: down, layer.LayerNorm: up}
-    for module, group in own.items():
+    groups = {
+        attention: qkv,
+        attention.output: attention_output,
+        layer.intermediate: up,
+        layer.output: down,
+        layer.LayerNorm: up,
+    }
+    for module, group in groups.items():
         tensors += trainable_tensors(module) if group is None else group.tensors
     trainable = {id(tensor): tensor for tensor in tensors if tensor is not None and tensor.requires_grad}
-    return Parts(layer, qkv, after, up, down, cast(Any, norms), tuple(trainable.values()), draws), reasons
+    parts = Parts(layer, qkv, attention_output, up, down, cast(Any, norms), tuple(trainable.values()), draws)
+    return parts, reasons
 
 
 def run_layer(
     layer: Any, x: Tensor, packing: Packing, *, recompute: Recompute, backend: str, first_only: bool
 ) -> tuple[Tensor, list[str]]:
-    """(tokens, width) to the same, or to (sequences, width) if only the first token of each sequence is wanted.
+    """Compute a layer for states of (tokens, width).
 
     Returns:
-        The new states, and what ran through its own forward.
+        The new states, (tokens, width), or (sequences, width) if only the first token of each sequence is needed; and
+        the names of what ran through its own forward.
     """
     parts, reasons = read_parts(layer)
 
-    def run(states: Tensor, keep: bool, without_output: bool) -> Tensor:
-        return _run(parts, states, packing, backend, first_only, keep=keep, without_output=without_output)
+    def compute(states: Tensor, keep: bool, without_output: bool) -> Tensor:
+        return _compute_layer(parts, states, packing, backend, first_only, keep=keep, without_output=without_output)
 
     if recompute != "layer" or not torch.is_grad_enabled():
-        return run(x, recompute == "none", False), reasons
-    return RecomputedLayer.apply(x, run, parts.draws, *parts.trainable), reasons
+        return compute(x, recompute == "none", False), reasons
+    return RecomputedLayer.apply(x, compute, parts.draws, *parts.trainable), reasons
 
 
 class RecomputedLayer(Function):
-    """A layer of which only the input is kept; the backward pass computes what it needs again.
+    """A layer that saves only its input and computes everything else again in the backward pass.
 
-    Unlike torch.utils.checkpoint it does not compute the layer's output again: nothing in the backward pass reads it.
+    Unlike torch.utils.checkpoint, it does not compute the layer's output again, which the backward pass does not need.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor, bool, bool], Tensor], draws: bool, *trainable: Tensor
+        ctx: Any, x: Tensor, compute: Callable[[Tensor, bool, bool], Tensor], draws: bool, *trainable: Tensor
     ) -> Tensor:
-        """`draws` says that the layer draws random numbers, which must be the same again."""
+        """Return the new states; with `draws` the random state is saved, to draw the same numbers again."""
         ctx.save_for_backward(x)
-        ctx.run, ctx.trainable = run, trainable
-        device = x.device.type
-        ctx.autocast = autocast_dtype(device)
-        ctx.random = _random_state(x.device) if draws else None
-        return run(x, False, False)
+        ctx.compute, ctx.trainable = compute, trainable
+        ctx.autocast = autocast_dtype(x.device.type)
+        ctx.attention = attention_override.kernel
+        ctx.random_state = _random_state(x.device) if draws else None
+        return compute(x, False, False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        """The layer again, with autograd, up to what the gradient needs."""
+        """Compute the layer again with autograd, as in the forward pass, and return the gradients."""
         refuse_double_backward()
         (x,) = ctx.saved_tensors
+        needs_input = ctx.needs_input_grad[0]
         device = x.device.type
         devices = [] if device in ("cpu", "meta") else [x.device]
-        with torch.enable_grad(), torch.random.fork_rng(devices, enabled=ctx.random is not None):
-            if ctx.random is not None:
-                _set_random_state(ctx.random, x.device)
-            inputs = x.detach().requires_grad_(ctx.needs_input_grad[0])
-            with torch.autocast(device, ctx.autocast, enabled=ctx.autocast is not None):
-                states = ctx.run(inputs, False, True)
-        if not states.requires_grad:  # what trains in this layer is in no use
-            return (None,) * (3 + len(ctx.trainable))
+        with torch.enable_grad(), torch.random.fork_rng(devices, enabled=ctx.random_state is not None):
+            if ctx.random_state is not None:
+                _set_random_state(ctx.random_state, x.device)
+            inputs = x.detach().requires_grad_(needs_input)
+            autocast = torch.autocast(device, ctx.autocast, enabled=ctx.autocast is not None)
+            with autocast, use_attention(ctx.attention):
+                states = ctx.compute(inputs, False, True)
+        if not states.requires_grad:  # the trainable tensors are not used, for example merged adapters
+            return (None,) * len(ctx.needs_input_grad)
         wanted = [tensor for tensor in (inputs, *ctx.trainable) if tensor.requires_grad]
-        found = iter(torch.autograd.grad(states, wanted, gradient, allow_unused=True))
-        grads = [next(found) if tensor.requires_grad else None for tensor in (inputs, *ctx.trainable)]
-        return grads[0], None, None, *grads[1:]
+        grads = iter(torch.autograd.grad(states, wanted, gradient, allow_unused=True))
+        d_inputs, *d_trainable = (next(grads) if t.requires_grad else None for t in (inputs, *ctx.trainable))
+        options = (None,) * (len(ctx.needs_input_grad) - 1 - len(d_trainable))
+        return d_inputs, *options, *d_trainable
 
 
-def _run(
+def _compute_layer(
     parts: Parts,
     x: Tensor,
     packing: Packing,
@@ -153,42 +165,42 @@ def _run(
     layer = parts.layer
     attention = layer.attention
     dropout = attention.self.dropout if layer.training else 0.0
-    first = torch.tensor(packing.first, device=x.device) if first_only else None
+    first = torch.tensor(packing.first_tokens, device=x.device) if first_only else None
     residual = x if first is None else x.index_select(0, first)
     query = None
     norm, norm_mlp = parts.norms
     if parts.qkv is None or norm is None:
-        states = _own_queries(attention, x, packing)
+        states = _qkv_by_modules(attention, x, packing)
     elif first is None:
         states = norm_linears(x, norm, parts.qkv, rotation=packing.rotation)
     else:
-        q, *rest = parts.qkv.linears
+        query_linear, *key_value = parts.qkv.linears
         rotation = None if packing.rotation is None else packing.rotation.index_select(0, first)
-        states = norm_linears(x, norm, parts.qkv.take(rest, rotated=1), rotation=packing.rotation)
-        query = norm_linears(residual, norm, parts.qkv.take([q], rotated=1), rotation=rotation)
+        states = norm_linears(x, norm, parts.qkv.with_linears(key_value, rotated=1), rotation=packing.rotation)
+        query = norm_linears(residual, norm, parts.qkv.with_linears([query_linear], rotated=1), rotation=rotation)
     if first is not None and query is None:
         query, states = states[:, :1].index_select(0, first), states[:, 1:]
-    mixed = attend(states, query, packing, backend=backend, dropout=dropout)
+    attended = attend(states, query, packing, backend=backend, dropout=dropout)
     del states, query
     if parts.attention_output is None:
-        after = attention.output(mixed[None], residual[None])[0]
+        after = attention.output(attended[None], residual[None])[0]
     else:
-        after = linear_residual(mixed, residual, parts.attention_output)
-    del mixed, residual
+        after = linear_residual(attended, residual, parts.attention_output)
+    del attended, residual
     if parts.up is None or parts.down is None or norm_mlp is None:
         return layer.output(layer.intermediate(layer.LayerNorm(after[None])), after[None])[0]
     return mlp_residual(after, norm_mlp, parts.up, parts.down, keep=keep, without_output=without_output)
 
 
-def _own_queries(attention: Any, x: Tensor, packing: Packing) -> Tensor:
-    """Queries, keys and values by their modules' own forward: (tokens, 3, heads, head width)."""
+def _qkv_by_modules(attention: Any, x: Tensor, packing: Packing) -> Tensor:
+    """Compute queries, keys and values by their modules' own forward: (tokens, 3, heads, head width)."""
     inner = attention.self
     normed = attention.LayerNorm(x[None])
     parts = []
-    for number, module in enumerate((inner.query, inner.key, inner.value)):
+    for module, rotated in ((inner.query, True), (inner.key, True), (inner.value, False)):
         part = module(normed)[0].unflatten(-1, (inner.num_attention_heads, -1))
-        if number < 2:
-            # Numbers i and i + width / 2 of a head side by side, as `Group` has them.
+        if rotated:
+            # Interleaved as in `Group`: numbers i and i + width / 2 of a head are neighbours.
             pairs = part.unflatten(-1, (2, -1)).transpose(-1, -2)
             if packing.rotation is not None:
                 exact = pairs if pairs.dtype in (torch.float32, torch.float64) else pairs.float()
@@ -200,6 +212,7 @@ def _own_queries(attention: Any, x: Tensor, packing: Packing) -> Tensor:
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of the CPU's generator, and of the device's generator if it has its own."""
     other = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
     return torch.get_rng_state(), other
 

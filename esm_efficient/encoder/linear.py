@@ -1,7 +1,7 @@
-"""Linear layers as the lean encoder computes them: base weights and LoRA of several layers in one matrix product.
+"""Linear layers of the lean encoder: base weights and LoRA of several layers in one matrix product.
 
-A group is one linear layer, or several that read the same input and whose outputs lie side by side. Its gradient is
-written out, without autograd, so that a caller decides what is kept from the forward pass.
+A group is one linear layer, or several layers that read the same input; their outputs are concatenated. Its gradient is
+written out, without autograd, so that the caller decides which tensors of the forward pass to keep.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Adapter(NamedTuple):
     Attributes:
         a: shape (rank, inputs).
         b: shape (outputs, rank).
-        scale: ``alpha / rank``, or over its root in rsLoRA.
-        dropout: probability with which an input is dropped; 0 in evaluation.
-        seed: what the dropped inputs are drawn from, again in the backward pass.
+        scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` in rsLoRA.
+        dropout: probability of dropping an input; 0 in evaluation.
+        seed: seed of the dropout mask, which the backward pass draws again.
     """
 
     a: Tensor
@@ -40,8 +40,8 @@ class Linear(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
 
 
-class Ready(NamedTuple):
-    """The weights of a group as one matrix of shape (outputs, inputs), its bias, and whether adapters are in it."""
+class PreparedWeights(NamedTuple):
+    """The weights of a group as one matrix of shape (outputs, inputs), its bias, and whether adapters are merged."""
 
     weight: Tensor
     bias: Tensor | None
@@ -53,11 +53,11 @@ class Group:
 
     Args:
         linears: the layers, in the order of their outputs.
-        heads: attention heads, if `rotated` is not 0.
-        rotated: how many of the layers, from the first, give queries or keys that positions rotate. The outputs of
-            these are put in another order: numbers i and i + width / 2 of a head, which rotate together, lie side by
-            side. Products of queries and keys are the same in either order.
-        autocast: what torch.autocast computes matrix products in, None outside of it.
+        heads: number of attention heads, if `rotated` is not 0.
+        rotated: number of layers, from the first, that compute queries or keys, which rotary positions rotate. Their
+            outputs are interleaved: numbers i and i + width / 2 of a head, which rotate together, become neighbours.
+            The products of queries and keys do not depend on this order.
+        autocast: dtype of matrix products under torch.autocast; None without autocast.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Group:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute and return."""
+        """The dtype of the products and of the outputs."""
         return self.autocast or self.linears[0].weight.dtype
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every parameter, in the order in which `backward` returns gradients."""
+        """All parameters, in the order of the gradients of `backward`."""
         tensors: list[Tensor] = []
         for linear in self.linears:
             tensors += [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
@@ -83,7 +83,7 @@ class Group:
         return tensors
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Group:
-        """The same group with other tensors in the place of its own."""
+        """Return the same group with other parameters, in the order of `tensors`."""
         source = iter(tensors)
         linears = []
         for linear in self.linears:
@@ -91,27 +91,28 @@ class Group:
             bias = None if linear.bias is None else next(source)
             adapters = tuple(adapter._replace(a=next(source), b=next(source)) for adapter in linear.adapters)
             linears.append(Linear(weight, bias, adapters))
-        return Group(linears, heads=self.heads, rotated=self.rotated, autocast=self.autocast)
+        return self.with_linears(linears, rotated=self.rotated)
 
-    def at(self, start: int) -> Group:
-        """The group for a piece of a batch that begins at some token: its dropout draws other numbers there."""
+    def for_chunk(self, start: int) -> Group:
+        """Return the group for the chunk that begins at token `start`; every chunk has its own dropout seeds."""
         if not start or not any(adapter.dropout for linear in self.linears for adapter in linear.adapters):
             return self
         shifted = [
             linear._replace(adapters=tuple(a._replace(seed=a.seed + start) for a in linear.adapters))
             for linear in self.linears
         ]
-        return self.take(shifted, rotated=self.rotated)
+        return self.with_linears(shifted, rotated=self.rotated)
 
-    def take(self, linears: Sequence[Linear], *, rotated: int) -> Group:
-        """A group of some of the layers."""
+    def with_linears(self, linears: Sequence[Linear], *, rotated: int) -> Group:
+        """Return a group of other layers with the same options."""
         return Group(linears, heads=self.heads, rotated=rotated, autocast=self.autocast)
 
-    def ready(self, tokens: int) -> Ready:
-        """The weights as one matrix, for a batch of some tokens that may then be computed in pieces.
+    def prepare(self, tokens: int) -> PreparedWeights:
+        """Make the weights one matrix, for a batch of some tokens that is computed at once or in chunks.
 
-        Adapters are added to the weights instead of to the outputs where the weights are fewer numbers than the inputs
-        and outputs. Weights in half precision would lose what an adapter adds, and with dropout the two differ.
+        Adapters are added to the weights instead of to the outputs if the weights have fewer elements than inputs and
+        outputs together. They are not added to weights in half precision, which would lose small updates, nor under
+        dropout, where the results differ.
         """
         inputs = self.linears[0].weight.shape[1]
         outputs = sum(linear.weight.shape[0] for linear in self.linears)
@@ -121,27 +122,27 @@ class Group:
             and tokens * (inputs + outputs) > inputs * outputs
             and all(a.a.dtype == a.b.dtype == self.dtype and not a.dropout for a in adapters)
         )
-        return Ready(self._weight(merged), self._bias(), merged)
+        return PreparedWeights(self._weight(merged), self._bias(), merged)
 
-    def forward(self, inputs: Tensor, *, ready: Ready | None = None, out: Tensor | None = None) -> Tensor:
-        """(tokens, inputs) to (tokens, outputs of all layers side by side)."""
+    def forward(self, inputs: Tensor, *, weights: PreparedWeights | None = None, out: Tensor | None = None) -> Tensor:
+        """Return the concatenated outputs of all layers, (tokens, outputs), for inputs of (tokens, inputs)."""
         dtype = self.dtype
         inputs = inputs.to(dtype)
-        ready = ready or self.ready(inputs.shape[0])
-        if ready.bias is None:
-            result = torch.mm(inputs, ready.weight.t(), out=out)
+        weights = weights or self.prepare(inputs.shape[0])
+        if weights.bias is None:
+            result = torch.mm(inputs, weights.weight.t(), out=out)
         else:
-            result = torch.addmm(ready.bias, inputs, ready.weight.t(), out=out)
-        if not ready.merged:
-            for block in self._blocks():
-                low = block.low(inputs)
-                for place, columns in zip(block.places, block.columns, strict=True):
-                    part, b = result[:, place.span], self._rows(place.adapter.b.to(block.dtype), place.number)
+            result = torch.addmm(weights.bias, inputs, weights.weight.t(), out=out)
+        if not weights.merged:
+            for stack in self._adapter_stacks():
+                low = stack.project_down(inputs)
+                for place, ranks in zip(stack.places, stack.ranks, strict=True):
+                    part, b = result[:, place.columns], self._reorder(place.adapter.b.to(stack.dtype), place.layer)
                     scale = place.adapter.scale
-                    if block.dtype == dtype:
-                        part.addmm_(low[:, columns], b.t(), alpha=scale)
+                    if stack.dtype == dtype:
+                        part.addmm_(low[:, ranks], b.t(), alpha=scale)
                     else:
-                        part.copy_(part.to(block.dtype).addmm_(low[:, columns], b.t(), alpha=scale))
+                        part.copy_(part.to(stack.dtype).addmm_(low[:, ranks], b.t(), alpha=scale))
         return result
 
     def backward(
@@ -152,83 +153,95 @@ class Group:
         grads: list[Tensor | None],
         *,
         to_inputs: bool = True,
-        ready: Ready | None = None,
+        weights: PreparedWeights | None = None,
     ) -> Tensor | None:
-        """Gradients of the parameters, added to `grads`, and of the inputs.
+        """Add the gradients of the parameters to `grads`, and return the gradient of the inputs.
 
         Args:
-            gradient: of the outputs, (tokens, outputs).
-            inputs: of the forward pass; not needed if no parameter needs a gradient.
-            needs: which of `tensors` need a gradient.
-            grads: of `tensors`; None where there is none yet. What is there is added to, in place.
+            gradient: gradient of the outputs, (tokens, outputs).
+            inputs: inputs of the forward pass; may be None if no parameter needs a gradient.
+            needs: whether each of `tensors` needs a gradient.
+            grads: gradients of `tensors`, changed in place; None for those that have no gradient yet.
             to_inputs: whether to return the gradient of the inputs.
-            ready: the weights, if the caller has them.
+            weights: the prepared weights, if the caller has them.
         """
-        dtype = self.dtype
-        gradient = gradient.to(dtype)
+        gradient = gradient.to(self.dtype)
         result = merged = None
         if to_inputs:
-            ready = ready or self.ready(gradient.shape[0])
-            result, merged = gradient @ ready.weight, ready.merged
+            weights = weights or self.prepare(gradient.shape[0])
+            result, merged = gradient @ weights.weight, weights.merged
         if inputs is not None:
-            inputs = inputs.to(dtype)
+            inputs = inputs.to(self.dtype)
         index = 0
-        for number, (span, linear) in enumerate(zip(self._spans(), self.linears, strict=True)):
-            part = gradient[:, span]
+        for layer, (columns, linear) in enumerate(zip(self._columns(), self.linears, strict=True)):
+            part = gradient[:, columns]
             if needs[index]:
-                self._add_rows(grads, index, part.t() @ _given(inputs), number)
+                self._accumulate_rows(grads, index, part.t() @ _required(inputs), layer)
             index += 1
             if linear.bias is not None:
                 if needs[index]:
-                    self._add_rows(grads, index, part.sum(0), number)
+                    self._accumulate_rows(grads, index, part.sum(0), layer)
                 index += 1
             index += 2 * len(linear.adapters)
-        for block in self._blocks():
-            needs_a, needs_b = (any(needs[place.first + offset] for place in block.places) for offset in (0, 1))
-            through = result is not None and not merged
-            if needs_a or through:
-                parts = []
-                for place in block.places:
-                    b = self._rows(place.adapter.b.to(block.dtype), place.number)
-                    parts.append((gradient[:, place.span].to(block.dtype) @ b).mul_(place.adapter.scale))
-                low = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-                if needs_a:
-                    product = low.t() @ block.dropped(_given(inputs))
-                    for place, rows in zip(block.places, block.columns, strict=True):
-                        _accumulate(grads, place.first, product[rows])
-                if through and result is not None:
-                    block.add_through(low, result)
-            if needs_b:
-                low = block.low(_given(inputs))
-                for place, columns in zip(block.places, block.columns, strict=True):
-                    # Transposed, because a product with few rows is twice as fast as one with few columns.
-                    product = low[:, columns].t() @ gradient[:, place.span].to(block.dtype)
-                    self._add_rows(grads, place.first + 1, product.t().mul_(place.adapter.scale), place.number)
+        for stack in self._adapter_stacks():
+            self._adapter_backward(stack, gradient, inputs, needs, grads, None if merged else result)
         return result
 
-    def _add_rows(self, grads: list[Tensor | None], index: int, gradient: Tensor, number: int) -> None:
-        """Add to a gradient whose rows are in the order of the outputs."""
-        _accumulate(grads, index, self._rows(gradient, number, back=True))
+    def _adapter_backward(
+        self,
+        stack: _AdapterStack,
+        gradient: Tensor,
+        inputs: Tensor | None,
+        needs: Sequence[bool],
+        grads: list[Tensor | None],
+        d_inputs: Tensor | None,
+    ) -> None:
+        """Add the gradients of stacked adapters to `grads`, and that of their inputs to `d_inputs` if it is given."""
+        needs_a, needs_b = any(needs[p.a] for p in stack.places), any(needs[p.b] for p in stack.places)
+        if needs_a or d_inputs is not None:
+            parts = []
+            for place in stack.places:
+                b = self._reorder(place.adapter.b.to(stack.dtype), place.layer)
+                parts.append((gradient[:, place.columns].to(stack.dtype) @ b).mul_(place.adapter.scale))
+            d_low = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if needs_a:
+                product = d_low.t() @ stack.drop_out(_required(inputs))
+                for place, ranks in zip(stack.places, stack.ranks, strict=True):
+                    accumulate(grads, place.a, product[ranks])
+            if d_inputs is not None:
+                stack.add_input_gradient(d_low, d_inputs)
+            del parts, d_low
+        if needs_b:
+            low = stack.project_down(_required(inputs))
+            for place, ranks in zip(stack.places, stack.ranks, strict=True):
+                # Transposed, because a product with few rows is twice as fast as one with few columns.
+                product = low[:, ranks].t() @ gradient[:, place.columns].to(stack.dtype)
+                self._accumulate_rows(grads, place.b, product.t().mul_(place.adapter.scale), place.layer)
 
-    def _spans(self) -> list[slice]:
-        spans, start = [], 0
+    def _accumulate_rows(self, grads: list[Tensor | None], index: int, gradient: Tensor, layer: int) -> None:
+        """Add to a gradient that has one row per output of a layer."""
+        accumulate(grads, index, self._reorder(gradient, layer, back=True))
+
+    def _columns(self) -> list[slice]:
+        """The columns of each layer's outputs."""
+        columns, start = [], 0
         for linear in self.linears:
-            spans.append(slice(start, start + linear.weight.shape[0]))
+            columns.append(slice(start, start + linear.weight.shape[0]))
             start += linear.weight.shape[0]
-        return spans
+        return columns
 
-    def _blocks(self) -> list[_Block]:
-        """The adapters, those together that see the same inputs in the same type."""
-        together: dict[Any, list[_Place]] = {}
+    def _adapter_stacks(self) -> list[_AdapterStack]:
+        """The adapters, stacked if they read the same inputs in the same dtype."""
+        places: dict[Any, list[_AdapterPlace]] = {}
         index = 0
-        for number, (span, linear) in enumerate(zip(self._spans(), self.linears, strict=True)):
+        for layer, (columns, linear) in enumerate(zip(self._columns(), self.linears, strict=True)):
             index += 1 if linear.bias is None else 2
             for adapter in linear.adapters:
                 dtype = self.autocast or adapter.a.dtype
                 key = (dtype, index if adapter.dropout else None)
-                together.setdefault(key, []).append(_Place(span, number, index, adapter))
+                places.setdefault(key, []).append(_AdapterPlace(adapter, layer, columns, a=index, b=index + 1))
                 index += 2
-        return [_Block(places, dtype) for (dtype, _), places in together.items()]
+        return [_AdapterStack(members, dtype) for (dtype, _), members in places.items()]
 
     def _weight(self, merged: bool) -> Tensor:
         first = self.linears[0]
@@ -239,14 +252,14 @@ class Group:
             return weight
         outputs = sum(linear.weight.shape[0] for linear in self.linears)
         weight = first.weight.new_empty(outputs, first.weight.shape[1], dtype=self.dtype)
-        for number, (span, linear) in enumerate(zip(self._spans(), self.linears, strict=True)):
-            part = weight[span]
-            if number < self.rotated:
-                _interleaved_view(part, self.heads).copy_(_halves(linear.weight, self.heads))
+        for layer, (columns, linear) in enumerate(zip(self._columns(), self.linears, strict=True)):
+            part = weight[columns]
+            if layer < self.rotated:
+                part.view(self.heads, -1, 2, *part.shape[1:]).copy_(_pairs(linear.weight, self.heads))
             else:
                 part.copy_(linear.weight)
             for adapter in linear.adapters if merged else ():
-                part.addmm_(self._rows(adapter.b, number), adapter.a, alpha=adapter.scale)
+                part.addmm_(self._reorder(adapter.b, layer), adapter.a, alpha=adapter.scale)
         return weight
 
     def _bias(self) -> Tensor | None:
@@ -255,90 +268,96 @@ class Group:
         parts = [
             linear.weight.new_zeros(linear.weight.shape[0], dtype=self.dtype)
             if linear.bias is None
-            else self._rows(linear.bias.to(self.dtype), number)
-            for number, linear in enumerate(self.linears)
+            else self._reorder(linear.bias.to(self.dtype), layer)
+            for layer, linear in enumerate(self.linears)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _rows(self, tensor: Tensor, number: int, *, back: bool = False) -> Tensor:
-        """The rows of a layer's tensor in the order of its outputs, or back."""
-        if number >= self.rotated:
+    def _reorder(self, tensor: Tensor, layer: int, *, back: bool = False) -> Tensor:
+        """Put the rows of a layer's tensor into the order of the group's outputs, or back."""
+        if layer >= self.rotated:
             return tensor
-        return _deinterleaved(tensor, self.heads) if back else _interleaved(tensor, self.heads)
+        if back:
+            return tensor.reshape(self.heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return _pairs(tensor, self.heads).reshape(tensor.shape)
 
 
-def _given(inputs: Tensor | None) -> Tensor:
-    assert inputs is not None, "the gradient of a parameter needs the inputs of its layer"
-    return inputs
+class _AdapterPlace(NamedTuple):
+    """An adapter in a group.
 
+    Attributes:
+        adapter: the adapter.
+        layer: index of its layer.
+        columns: columns of its layer's outputs.
+        a: index of ``adapter.a`` in `Group.tensors`.
+        b: index of ``adapter.b`` in `Group.tensors`.
+    """
 
-def _halves(tensor: Tensor, heads: int) -> Tensor:
-    """(outputs, ...) as (heads, half, 2, ...): the two numbers of a head that rotate together, side by side."""
-    return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2)
-
-
-def _interleaved_view(tensor: Tensor, heads: int) -> Tensor:
-    return tensor.view(heads, -1, 2, *tensor.shape[1:])
-
-
-def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    return _halves(tensor, heads).reshape(tensor.shape)
-
-
-def _deinterleaved(tensor: Tensor, heads: int) -> Tensor:
-    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-
-class _Place(NamedTuple):
-    """Where an adapter stands: columns of the outputs, number of its layer, index of its first tensor."""
-
-    span: slice
-    number: int
-    first: int
     adapter: Adapter
+    layer: int
+    columns: slice
+    a: int
+    b: int
 
 
-class _Block:
-    """Adapters whose small matrices are stacked, so that one product serves all of them."""
+class _AdapterStack:
+    """Adapters that share one matrix product: their matrices ``a`` are stacked.
 
-    def __init__(self, places: list[_Place], dtype: torch.dtype) -> None:
+    Args:
+        places: the adapters, all with the same dropout mask.
+        dtype: dtype of their products.
+
+    Attributes:
+        ranks: the rows of `a` of each adapter.
+    """
+
+    def __init__(self, places: list[_AdapterPlace], dtype: torch.dtype) -> None:
         self.places = places
         self.dtype = dtype
-        stacked = [place.adapter.a.to(dtype) for place in places]
-        self.a = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
-        ends = [0]
-        for part in stacked:
-            ends.append(ends[-1] + part.shape[0])
-        self.columns = [slice(*pair) for pair in itertools.pairwise(ends)]
-        self._drops = places[0].adapter if places[0].adapter.dropout else None
+        matrices = [place.adapter.a.to(dtype) for place in places]
+        self.a = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        bounds = [0, *itertools.accumulate(matrix.shape[0] for matrix in matrices)]
+        self.ranks = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self._dropout = places[0].adapter if places[0].adapter.dropout else None
 
-    def dropped(self, inputs: Tensor) -> Tensor:
-        """What the adapters see of the inputs."""
+    def drop_out(self, inputs: Tensor) -> Tensor:
+        """Return the inputs as the adapters read them: in their dtype and after dropout."""
         inputs = inputs.to(self.dtype)
-        if self._drops is None:
+        if self._dropout is None:
             return inputs
-        return inputs * dropout_mask(inputs.shape, self._drops, inputs.device, inputs.dtype)
+        return inputs * dropout_mask(inputs.shape, self._dropout, inputs.device, inputs.dtype)
 
-    def low(self, inputs: Tensor) -> Tensor:
-        """(tokens, inputs) to (tokens, ranks side by side)."""
-        return self.dropped(inputs) @ self.a.t()
+    def project_down(self, inputs: Tensor) -> Tensor:
+        """Return (tokens, sum of the ranks) for inputs of (tokens, inputs)."""
+        return self.drop_out(inputs) @ self.a.t()
 
-    def add_through(self, low: Tensor, result: Tensor) -> None:
-        """Add the gradient that reaches the inputs by way of the adapters. Dropout is linear, so it drops the same."""
-        if self._drops is None and self.dtype == result.dtype:
-            result.addmm_(low, self.a)
+    def add_input_gradient(self, d_low: Tensor, result: Tensor) -> None:
+        """Add the gradient of the inputs to `result`. Dropout is linear, so the same mask applies to it."""
+        if self._dropout is None and self.dtype == result.dtype:
+            result.addmm_(d_low, self.a)
         else:
-            result += self.dropped(low @ self.a).to(result.dtype)
+            result += self.drop_out(d_low @ self.a).to(result.dtype)
 
 
-def _accumulate(grads: list[Tensor | None], index: int, gradient: Tensor) -> None:
-    held = grads[index]
-    grads[index] = gradient if held is None else held.add_(gradient)
+def accumulate(grads: list[Tensor | None], index: int, gradient: Tensor) -> None:
+    """Add to the gradient at an index, in place if there is one already."""
+    existing = grads[index]
+    grads[index] = gradient if existing is None else existing.add_(gradient)
 
 
 def dropout_mask(shape: Sequence[int], adapter: Adapter, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """What an adapter multiplies its inputs with: zero where they are dropped, ``1 / (1 - p)`` elsewhere."""
+    """Return an adapter's dropout mask: zero for dropped inputs, ``1 / (1 - p)`` for the others."""
     generator = torch.Generator(device=device).manual_seed(adapter.seed)
     keep = 1.0 - adapter.dropout
     mask = torch.empty(tuple(shape), device=device, dtype=dtype).bernoulli_(keep, generator=generator)
     return mask.div_(keep) if keep else mask
+
+
+def _required(inputs: Tensor | None) -> Tensor:
+    assert inputs is not None, "the gradient of a parameter needs the inputs of its layer"
+    return inputs
+
+
+def _pairs(tensor: Tensor, heads: int) -> Tensor:
+    """View (outputs, ...) as (heads, half, 2, ...), so that the two numbers that rotate together are neighbours."""
+    return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""A padded batch without its padding: where each token lies, and what its position rotates."""
+"""Remove the padding of a batch, and put results back into the padded shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """Sequences of one length that lie one after another."""
+    """Consecutive sequences of equal length.
+
+    Attributes:
+        start: index of the first token.
+        sequences: number of sequences.
+        length: tokens per sequence.
+    """
 
     start: int
     sequences: int
@@ -21,29 +27,29 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of a padded batch lie once the padding is gone.
+    """The positions of a batch's tokens after its padding is removed.
 
-    Sequences are ordered by length, so that those of one length lie together and can be computed together.
+    Sequences are sorted by length, so that sequences of equal length are neighbours and can be computed together.
 
     Attributes:
         shape: rows and columns of the padded batch.
-        lengths: tokens of each sequence, in the order in which they are packed.
-        index: int64 of shape (tokens,): the place of each token in the flattened padded batch; None if the batch holds
-            no padding.
-        rotation: complex of shape (tokens, 1, head width / 2): what the position of a token rotates queries and keys
-            by; None without rotary positions.
-        shared: what one layer works out of the packing and the others need too.
+        lengths: tokens per sequence, in packed order.
+        index: int64 of shape (tokens,): the position of each token in the flattened padded batch; None if the batch
+            has no padding.
+        rotation: complex of shape (tokens, 1, head width / 2): the factor by which the position of a token rotates
+            queries and keys; None without rotary positions.
+        cache: values that one layer computes from the packing and that the other layers reuse.
     """
 
     shape: tuple[int, int]
     lengths: tuple[int, ...]
     index: Tensor | None = None
     rotation: Tensor | None = None
-    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def first(self) -> list[int]:
-        """Where each sequence begins among the packed tokens."""
+    def first_tokens(self) -> list[int]:
+        """The index of each sequence's first token among the packed tokens."""
         starts, start = [], 0
         for length in self.lengths:
             starts.append(start)
@@ -51,33 +57,33 @@ class Packing:
         return starts
 
     def pack(self, states: Tensor) -> Tensor:
-        """(rows, columns, width) to (tokens, width)."""
+        """Return the tokens of (rows, columns, width) as (tokens, width)."""
         flat = states.reshape(-1, states.shape[-1])
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, states: Tensor, *, first_only: bool = False) -> Tensor:
-        """(tokens, width) to (rows, columns, width), with zeros for padding.
+        """Return packed tokens as (rows, columns, width), with zeros for padding.
 
         Args:
-            states: the packed tokens.
-            first_only: they are the first tokens of the sequences, and all others become zero.
+            states: shape (tokens, width).
+            first_only: `states` has only the first token of each sequence, and all other tokens become zero.
         """
         rows, columns = self.shape
         if self.index is None and not first_only:
             return states.view(rows, columns, -1)
         index = torch.arange(rows * columns, device=states.device) if self.index is None else self.index
         if first_only:
-            index = index[self.first]
+            index = index[self.first_tokens]
         padded = states.new_zeros(rows * columns, states.shape[-1])
         return padded.index_copy_(0, index, states).view(rows, columns, -1)
 
 
-def runs_of(lengths: Sequence[int], *, most: float = math.inf) -> list[Run]:
-    """Neighbouring sequences of equal length, together.
+def runs_of(lengths: Sequence[int], *, max_tokens: float = math.inf) -> list[Run]:
+    """Group consecutive sequences of equal length; empty sequences are left out.
 
     Args:
-        lengths: tokens of each sequence.
-        most: tokens of a run, beyond which it takes no further sequence.
+        lengths: tokens per sequence.
+        max_tokens: largest number of tokens of a run with more than one sequence.
 
     Example:
         >>> runs_of([3, 3, 5])
@@ -86,7 +92,7 @@ def runs_of(lengths: Sequence[int], *, most: float = math.inf) -> list[Run]:
     runs: list[Run] = []
     start = 0
     for length in lengths:
-        if length and runs and runs[-1].length == length and (runs[-1].sequences + 1) * length <= most:
+        if length and runs and runs[-1].length == length and (runs[-1].sequences + 1) * length <= max_tokens:
             runs[-1] = runs[-1]._replace(sequences=runs[-1].sequences + 1)
         elif length:
             runs.append(Run(start, 1, length))
@@ -97,15 +103,15 @@ def runs_of(lengths: Sequence[int], *, most: float = math.inf) -> list[Run]:
 def make_packing(
     mask: Tensor | None, shape: tuple[int, int], table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> Packing:
-    """Find the tokens of a batch.
+    """Find the tokens of a padded batch.
 
     Args:
-        mask: nonzero for tokens and zero for padding, of shape (rows, columns), with the tokens of a row anywhere in
-            it; None if there is no padding.
+        mask: shape (rows, columns), nonzero for tokens and zero for padding, which may be anywhere in a row; None if
+            there is no padding.
         shape: rows and columns.
-        table: cosine and sine of every position's angles, of shape (1 or rows, columns, head width); None without
-            rotary positions.
-        dtype: of the rotation's real and imaginary parts.
+        table: cosine and sine of the rotary angles, of shape (1 or rows, columns, head width); None without rotary
+            positions.
+        dtype: dtype of the rotation's real and imaginary parts.
     """
     rows, columns = shape
     lengths = [columns] * rows

@@ -1,4 +1,4 @@
-"""From a model's modules to the tensors that the lean encoder computes with, as long as it knows what they do."""
+"""Read the tensors of a model's modules, if the lean encoder knows what these modules compute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esm_efficient import _torch, compat
 from esm_efficient.encoder.linear import Adapter, Group, Linear
 
 
 def read_group(modules: Iterable[nn.Module], **options: Any) -> Group | str:
-    """The linear layers as a group, or why one of them must run through its own forward."""
+    """Return linear layers as a group, or the reason why one of them must run through its own forward."""
     linears = []
     for module in modules:
         linear = read_linear(module)
@@ -23,7 +24,7 @@ def read_group(modules: Iterable[nn.Module], **options: Any) -> Group | str:
 
 
 def read_linear(module: nn.Module) -> Linear | str:
-    """A linear layer with its active LoRA adapters, or why its forward is not known to be just that."""
+    """Return a linear layer with its active LoRA adapters, or the reason why its forward may compute more."""
     if type(module) is nn.Linear:
         return _read_plain(module)
     try:
@@ -31,9 +32,9 @@ def read_linear(module: nn.Module) -> Linear | str:
     except ImportError:  # pragma: no cover
         return type(module).__name__
     if type(module) is not LoraLinear:
-        return _name(module)
+        return _name_of(module)
     base = module.get_base_layer()
-    plain = _read_plain(base) if type(base) is nn.Linear else _name(base)
+    plain = _read_plain(base) if type(base) is nn.Linear else _name_of(base)
     if isinstance(plain, str):
         return plain
     if module.disable_adapters and module.merged:
@@ -53,59 +54,47 @@ def read_linear(module: nn.Module) -> Linear | str:
 
 def _read_plain(module: nn.Linear) -> Linear | str:
     for tensor in (module.weight, module.bias):
-        if tensor is not None and not _is_plain(tensor):
+        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter) and not _torch.is_fake(tensor):
             return f"a weight of {type(tensor).__name__}"
     return Linear(module.weight, module.bias)
 
 
 def _read_adapter(module: Any, name: str) -> Adapter | str:
-    """One adapter of peft's ``lora.Linear``, or its kind if it is none of the original."""
-    variant = getattr(module, "lora_variant", {}).get(name)
-    if variant is not None or getattr(module, "use_dora", {}).get(name):
-        return type(variant).__name__ if variant is not None else "DoRA"
-    if module.fan_in_fan_out or getattr(module, "lora_bias", {}).get(name):
-        return "LoRA with a bias or transposed weights"
+    """Return one adapter of peft's ``lora.Linear``, or its kind if it is not LoRA's original form."""
+    extension = compat.lora_extension(module, name)
+    if extension:
+        return extension
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
         return f"LoRA of {type(a).__name__}"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return type(dropout).__name__
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    # Fake tensors have no numbers to draw.
-    seed = int(torch.randint(2**62, ())) if p and not _is_fake(a.weight) else 0
+    # A fake tensor has no value to take a seed from.
+    seed = int(torch.randint(2**62, ())) if p and not _torch.is_fake(a.weight) else 0
     return Adapter(a.weight, b.weight, float(module.scaling[name]), p, seed)
 
 
 def trainable_tensors(module: nn.Module) -> list[Tensor]:
-    """The weights that train, also where FSDP has put views of its own in the place of parameters."""
-    found = {
+    """Return the weights that train, including the views by which FSDP replaces parameters."""
+    tensors = {
         id(value): value
         for part in module.modules()
-        for value in (*part._parameters.values(), *part.__dict__.values())
+        for value in (*part.parameters(recurse=False), *part.__dict__.values())
         if isinstance(value, Tensor) and value.requires_grad
     }
-    return list(found.values())
+    return list(tensors.values())
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is torch's layer norm over one axis and nothing besides."""
+    """Whether a module is exactly torch's layer norm, over one axis."""
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What torch.autocast computes matrix products in on a device; None outside of it."""
+    """Return the dtype of matrix products under torch.autocast on a device type; None without autocast."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _name(module: nn.Module) -> str:
+def _name_of(module: nn.Module) -> str:
     return f"{type(module).__module__.split('.')[0]}'s {type(module).__name__}"
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) or _is_fake(tensor)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)

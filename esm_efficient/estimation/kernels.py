@@ -73,11 +73,11 @@ class Kernels(TorchFunctionMode):
         )[0]
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: CuSeqlens, scale: float) -> Tensor:
     """Attention within sequences that lie one after another, as CUDA's kernels of variable length allocate.
 
     In float32 it would be flex attention, which holds the same tensors as the flash kernel.
     """
-    longest = max(ends.query_lengths), max(ends.key_lengths)
-    options = (ends.queries, ends.keys, *longest, 0.0, False, False)
+    cu = cu_seqlens
+    options = (cu.cu_seqlens_q, cu.cu_seqlens_k, cu.max_seqlen_q, cu.max_seqlen_k, 0.0, False, False)
     return torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]

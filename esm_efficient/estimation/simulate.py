@@ -28,7 +28,7 @@ from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.costs.throughput import flops_of
 from esm_efficient.encoder import apply_lean_encoder
-from esm_efficient.encoder.attention import by_sequence, played_by
+from esm_efficient.encoder.attention import attend_by_length, use_attention
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.kernels import Kernels, packed_attention
 from esm_efficient.estimation.optimizers import OPTIMIZERS
@@ -153,7 +153,7 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
         stack.enter_context(compat.attention_masks(step.padding == "padded"))
         stack.enter_context(Kernels(step.device.backend))
         if step.device.backend != "cpu":
-            stack.enter_context(played_by(packed_attention if step.device.backend == "cuda" else by_sequence))
+            stack.enter_context(use_attention(packed_attention if step.device.backend == "cuda" else attend_by_length))
         with tracker, _quiet("transformers.modeling_layers", "esm_efficient.encoder"):
             _train(model, trainable, optimizer, step, recorder)
         for segment in recorder.segments:

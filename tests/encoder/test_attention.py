@@ -56,15 +56,15 @@ def fake_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
     monkeypatch.setattr(attention, "choose_backend", lambda backend, device, dtype, width: backend)
-    attention._kernel.cache_clear()
+    attention._kernel_of.cache_clear()
     yield
-    attention._kernel.cache_clear()
+    attention._kernel_of.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["sequences", "flash", "varlen", "flex"])
 @pytest.mark.parametrize("first_only", [False, True])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_backend_attends_within_sequences_alone(backend, first_only, fake_kernels):
+def test_every_backend_attends_only_within_sequences(backend, first_only, fake_kernels):
     torch.manual_seed(0)
     states = torch.randn(sum(LENGTHS), 2 if first_only else 3, HEADS, WIDTH, requires_grad=backend != "flex")
     query = torch.randn(len(LENGTHS), 1, HEADS, WIDTH).requires_grad_(backend != "flex") if first_only else None
@@ -85,17 +85,17 @@ def test_every_backend_attends_within_sequences_alone(backend, first_only, fake_
 
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_all_layers_share_one_packing(backend, fake_kernels):
+def test_all_layers_share_the_cu_seqlens_of_a_batch(backend, fake_kernels):
     packing = Packing((4, 7), LENGTHS)
     states, query = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH), torch.randn(len(LENGTHS), 1, HEADS, WIDTH)
     for _ in range(2):
         assert torch.allclose(attend(states, None, packing, backend=backend), reference(states), atol=1e-6)
     last = attend(states[:, 1:], query, packing, backend=backend)
     assert torch.allclose(last, reference(states[:, 1:], query), atol=1e-6)
-    assert len(packing.shared) == 2
+    assert len(packing.cache) == 2
 
 
-def test_attention_with_dropout_goes_sequence_by_sequence():
+def test_attention_with_dropout_is_computed_per_length():
     states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH)
     packing = Packing((4, 7), LENGTHS)
     kept = torch.stack([attend(states, None, packing, dropout=0.5) for _ in range(300)])
@@ -117,11 +117,11 @@ def test_attention_with_dropout_goes_sequence_by_sequence():
         ("cuda", torch.float32, 64, (8, 0), ALL - {"triton"}, "sequences"),
     ],
 )
-def test_the_best_backend_is_chosen_once_and_said(
+def test_auto_chooses_the_best_backend_and_logs_it_once(
     device, dtype, width, capability, present, expected, monkeypatch, caplog
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention.compat, "has_flex_attention", lambda: True)
+    monkeypatch.setattr(attention._torch, "has_flex_attention", lambda: True)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in present else None)
     choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, "esm_efficient"):
@@ -131,8 +131,8 @@ def test_the_best_backend_is_chosen_once_and_said(
     choose_backend.cache_clear()
 
 
-def test_a_backend_that_cannot_be_had_is_an_error():
-    with pytest.raises(ConfigurationError, match="cannot be had on cpu"):
+def test_a_backend_that_is_not_available_is_an_error():
+    with pytest.raises(ConfigurationError, match="is not available on cpu"):
         choose_backend("flash", torch.device("cpu"), torch.float32, 64)
     with pytest.raises(ConfigurationError, match="expected one of"):
         choose_backend("fast", torch.device("cpu"), torch.float32, 64)

@@ -63,7 +63,7 @@ def test_linear_residual():
 
 @pytest.mark.parametrize("mode", ["kept", "recomputed"])
 def test_norm_mlp_in_pieces(mode, monkeypatch):
-    monkeypatch.setattr(functions, "_ROWS", 2)  # two tokens at a time
+    monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)  # two tokens at a time
     up, down = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)])
 
     def run(x, weight, bias, *tensors):
@@ -104,7 +104,7 @@ def test_an_mlp_without_output_has_the_same_gradient():
 
 
 def test_dropout_differs_from_piece_to_piece_of_a_batch(monkeypatch):
-    monkeypatch.setattr(functions, "_ROWS", 2)
+    monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)
     up, down, norm = make_group([(6, WIDTH)], dropout=0.5), make_group([(WIDTH, 6)], dropout=0.5), nn.LayerNorm(WIDTH)
     x = torch.randn(1, WIDTH, dtype=torch.float64).expand(16, WIDTH)
     pieces = mlp_residual(x, Norm.of(norm.double()), up, down).view(8, 2, WIDTH)

@@ -67,7 +67,7 @@ def test_a_group_computes_what_its_layers_do(tokens, adapters, dropout, layers, 
 
 def test_adapters_are_added_to_the_weights_only_where_that_is_exact_and_less_work():
     def merges(tokens, **options):
-        return Group([make_linear(adapters=1, **options)]).ready(tokens).merged
+        return Group([make_linear(adapters=1, **options)]).prepare(tokens).merged
 
     assert merges(60, dtype=torch.float32)
     assert not merges(2, dtype=torch.float32)

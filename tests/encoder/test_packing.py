@@ -36,7 +36,7 @@ def test_runs_cover_every_token_once(lengths):
     ends = [run.start + run.sequences * run.length for run in runs]
     assert [run.start for run in runs] == [0, *ends[:-1]][: len(runs)]
     assert all(a.length != b.length for a, b in itertools.pairwise(runs))
-    for run in runs_of(lengths, most=5):
+    for run in runs_of(lengths, max_tokens=5):
         assert run.sequences == 1 or run.sequences * run.length <= 5
 
 
@@ -53,7 +53,7 @@ def test_the_first_tokens_come_back_to_their_rows():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     packing = make_packing(mask, (3, 3), None, torch.float32)
     states = torch.arange(1.0, 10.0).view(3, 3, 1)
-    padded = packing.unpack(packing.pack(states)[packing.first], first_only=True)
+    padded = packing.unpack(packing.pack(states)[packing.first_tokens], first_only=True)
     assert padded[..., 0].tolist() == [[1, 0, 0], [4, 0, 0], [7, 0, 0]]
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm_efficient.encoder.attention import attend as lean_attend
-from esm_efficient.encoder.attention import played_by
+from esm_efficient.encoder.attention import use_attention
 from esm_efficient.encoder.packing import Packing
 from esm_efficient.estimation.kernels import Kernels, packed_attention
 
@@ -55,7 +55,7 @@ def test_attention_runs_the_kernel_of_the_device(backend, dtype, options, kernel
 @pytest.mark.parametrize("first_only", [False, True])
 def test_packed_attention_runs_a_kernel_of_variable_length(first_only):
     packing = Packing((3, 8), (5, 8, 8))
-    with FakeTensorMode(), Names() as names, played_by(packed_attention):
+    with FakeTensorMode(), Names() as names, use_attention(packed_attention):
         states = torch.empty(21, 2 if first_only else 3, 4, 16, requires_grad=True)
         query = torch.empty(3, 1, 4, 16, requires_grad=True) if first_only else None
         out = lean_attend(states, query, packing)
