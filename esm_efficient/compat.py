@@ -137,9 +137,13 @@ def check_loaded_weights(trainer: Trainer, check: Callable[[Sequence[str]], None
 
 @contextmanager
 def attention_masks(padded: bool) -> Iterator[None]:
-    """Decide whether transformers makes an attention mask, where it cannot look at the tokens.
+    """Decide for a ``with`` block whether transformers makes an attention mask.
 
-    It leaves the mask out if a batch holds no padding. Fake tensors have no values to tell that from.
+    transformers leaves the mask out of a batch without padding, and looks at the tokens to find that out. Fake tensors
+    have no values, so without this function a simulated step would fail there.
+
+    Args:
+        padded: whether the batch has padding, and therefore a mask.
     """
     from transformers import masking_utils
 
@@ -150,6 +154,24 @@ def attention_masks(padded: bool) -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, name, original)
+
+
+def attention_implementation(config: Any) -> str:
+    """Return the attention implementation that a model's config names, ``"sdpa"`` if it names none.
+
+    transformers has a public setter only. Without the private name, the advice after an out-of-memory error would be
+    for sdpa even if the model runs eager attention.
+    """
+    return getattr(config, "_attn_implementation", None) or "sdpa"
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Return whether gradient checkpointing is on in a transformers model (not a wrapper of one).
+
+    transformers 5.23 renames ``is_gradient_checkpointing`` to ``is_activation_checkpointing``; the old name warns.
+    """
+    new = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if new is None else new)
 
 
 # --- encoder ---

@@ -1,1 +1,1 @@
-"""What training would cost, predicted with no GPU and no weights."""
+"""Predicted costs of training, with no GPU and no weights."""

@@ -1,4 +1,4 @@
-"""What `estimate` is asked about: the config of a model, and the tokens of its sequences."""
+"""The inputs of `estimate`: the config of a model, and the tokens of its sequences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numbers
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,10 +30,13 @@ ESM2_SIZES: dict[str, tuple[int, int, int]] = {
 
 
 def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
-    """The name and the config of what a user calls a model; the six ESM-2 sizes need no file and no network.
+    """Return the name and the config of a model; the six ESM-2 sizes need no file and no network.
+
+    Args:
+        model: as in `estimate`.
 
     Raises:
-        ConfigurationError: no size and no folder has that name, or the config of a model id cannot be loaded.
+        ConfigurationError: no size and no folder has this name, or the config of a model id cannot be loaded.
 
     Example:
         >>> resolve_config("facebook/esm2_t12_35M_UR50D")[1].hidden_size
@@ -56,7 +59,8 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
             raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {error}") from error
     if published is None or published[1] not in ESM2_SIZES:
         raise ConfigurationError(
-            f"{str(model)!r} is no folder with a config.json and no ESM-2 size; there are {', '.join(ESM2_SIZES)}"
+            f"model={str(model)!r}: expected a folder with a config.json, a model id, or one of the ESM-2 sizes "
+            f"{', '.join(ESM2_SIZES)}"
         )
     return f"ESM-2 {published[1]}", _esm2_config(*ESM2_SIZES[published[1]])
 
@@ -86,8 +90,8 @@ def token_lengths(tokens: Any) -> int | list[int]:
     """Return the tokens of one sequence or of many, special tokens included.
 
     Args:
-        tokens: a number; many numbers; or a dataset (of a DatasetDict the split ``train``) with one of the columns
-            ``tokens``, ``input_ids``, ``residues`` or ``sequence``. Two special tokens are added to residues.
+        tokens: a number; many numbers; or a dataset with one of the columns ``tokens``, ``input_ids``, ``residues`` or
+            ``sequence``. Two special tokens are added to residues. In a DatasetDict the split ``train`` is read.
 
     Raises:
         ConfigurationError: there is no sequence, or the dataset has none of these columns.
@@ -113,22 +117,40 @@ def token_lengths(tokens: Any) -> int | list[int]:
     else:
         raise ConfigurationError(
             f"the dataset has the columns {', '.join(columns)}: expected one of tokens, input_ids, residues, sequence. "
-            "Rename a column of lengths to say what it counts"
+            "Rename a column of lengths to tokens or to residues"
         )
     if not lengths:
-        raise ConfigurationError("the dataset has no sequence to take lengths from")
+        raise ConfigurationError("tokens: got no sequence; expected at least one")
     return lengths
 
 
-def batch_lengths(lengths: Sequence[int], micro_batch: int, padding: str) -> tuple[int, int, float]:
-    """Tokens a sequence takes in the largest and in the average micro-batch, and the mean residues of a sequence.
+class BatchTokens(NamedTuple):
+    """Tokens per sequence in micro-batches, padding included.
 
-    The largest micro-batch is that of the longest sequences. In random micro-batches the average sequence is padded to
-    the mean of the batches' longest.
+    Attributes:
+        longest: tokens per sequence in the micro-batch of the longest sequences.
+        average: mean tokens per sequence over random micro-batches.
+        residues: mean residues per sequence, without padding.
+    """
+
+    longest: int
+    average: int
+    residues: float
+
+
+def batch_lengths(lengths: Sequence[int], micro_batch: int, padding: str) -> BatchTokens:
+    """Return the tokens per sequence of the largest and of the average micro-batch.
+
+    A padded sequence takes as many tokens as the longest one in its micro-batch.
+
+    Args:
+        lengths: tokens of the sequences.
+        micro_batch: sequences per micro-batch.
+        padding: layout of the batch (`Padding`).
     """
     ordered = np.sort(np.asarray(lengths))[::-1]
     residues = float(np.mean(np.maximum(ordered - SPECIAL_TOKENS, 0)))
     if padding == "padding-free":
-        return math.ceil(ordered[:micro_batch].mean()), round(ordered.mean()), residues
+        return BatchTokens(math.ceil(ordered[:micro_batch].mean()), round(ordered.mean()), residues)
     drawn = np.random.default_rng(0).choice(ordered, size=(1000, micro_batch))
-    return int(ordered[0]), round(drawn.max(axis=1).mean()), residues
+    return BatchTokens(int(ordered[0]), round(drawn.max(axis=1).mean()), residues)

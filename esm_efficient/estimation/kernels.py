@@ -1,4 +1,4 @@
-"""What another device's kernels allocate, played on a CPU under fake tensors."""
+"""The kernels of another device, so that a step under fake tensors on a CPU allocates what that device would."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from esm_efficient import _torch
 from esm_efficient.costs.devices import Backend
 from esm_efficient.encoder.attention import CuSeqlens
 
@@ -16,15 +17,15 @@ _FLOAT32_ON_CUDA = frozenset({F.layer_norm, torch.layer_norm, F.softmax, torch.s
 
 
 class Kernels(TorchFunctionMode):
-    """Fake tensors live on a CPU here; this makes a step allocate as it would on the device.
+    """Make a step under fake tensors on a CPU allocate what it would on a device.
 
-    CUDA differs from the CPU in two places that a training step of these models comes by: autocast there runs layer
-    norms and softmax in float32 (torch's list of CUDA operations that autocast to float32), and scaled dot-product
-    attention has kernels of its own, which save other tensors. Without a mask and in half precision it is the flash
-    kernel, otherwise the memory-efficient one. On Apple's GPUs attention is composed of matrix products.
+    CUDA differs from the CPU in two ways that matter here. Autocast runs layer norms and softmax in float32 (torch's
+    list of CUDA operations that autocast to float32). Scaled dot-product attention has other kernels, which save other
+    tensors: the flash kernel without a mask and in half precision, else the memory-efficient one. On Apple's GPUs
+    attention is composed of matrix products.
 
     Args:
-        backend: of the device.
+        backend: backend of the device.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -32,7 +33,7 @@ class Kernels(TorchFunctionMode):
         self._backend = backend
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run a function as the device would."""
+        """Run a function with the kernels of the device."""
         kwargs = kwargs or {}
         if self._backend != "cpu":
             if func is F.scaled_dot_product_attention:
@@ -52,14 +53,13 @@ class Kernels(TorchFunctionMode):
         scale: float | None = None,
         **_: Any,
     ) -> Tensor:
-        aten = torch.ops.aten
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self._backend == "mps":
-            return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, scale=scale)[0]
+            return _torch.math_attention(query, key, value, attn_mask, dropout_p, scale)
         if attn_mask is None and query.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, scale=scale)[0]
+            return _torch.flash_attention(query, key, value, dropout_p, scale)
         bias = None
         if attn_mask is not None:
             # The kernel adds a mask in the dtype of the scores, with rows aligned to 16 elements.
@@ -67,17 +67,14 @@ class Kernels(TorchFunctionMode):
             if bias.shape[-1] % 16:
                 bias = F.pad(bias, (0, 16 - bias.shape[-1] % 16))[..., : attn_mask.shape[-1]]
             bias = bias.expand(*query.shape[:2], query.shape[2], key.shape[2])
-        needs_gradient = any(tensor.requires_grad for tensor in (query, key, value))
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, needs_gradient, dropout_p, scale=scale
-        )[0]
+        return _torch.efficient_attention(query, key, value, bias, dropout_p, scale)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: CuSeqlens, scale: float) -> Tensor:
-    """Attention within sequences that lie one after another, as CUDA's kernels of variable length allocate.
+    """Compute attention within packed sequences by CUDA's flash kernel for variable lengths.
 
-    In float32 it would be flex attention, which holds the same tensors as the flash kernel.
+    A real step in float32 uses flex attention, which saves the same tensors.
     """
     cu = cu_seqlens
     options = (cu.cu_seqlens_q, cu.cu_seqlens_k, cu.max_seqlen_q, cu.max_seqlen_k, 0.0, False, False)
-    return torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]
+    return _torch.varlen_flash_attention(query, key, value, *options, scale=scale)

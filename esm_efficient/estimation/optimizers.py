@@ -1,4 +1,4 @@
-"""The optimizers that a step can be simulated with, under the names that `estimate` takes."""
+"""The optimizers of `estimate`, by name. To add one, add an entry to `OPTIMIZERS`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from esm_efficient import _torch
 from esm_efficient.errors import ConfigurationError
 
 
@@ -16,23 +17,18 @@ def _adamw(**options: Any) -> Callable[[list[nn.Parameter]], Any]:
 
 
 class _AdamW8bit:
-    """bitsandbytes' 8-bit AdamW: its own state, and in the place of its kernel, which needs a GPU, one pass over it."""
+    """bitsandbytes' 8-bit AdamW: its real state, and one pass over it instead of its kernel, which needs a GPU."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        from torch._guards import active_fake_mode
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ConfigurationError(
-                "the 8-bit optimizer is that of bitsandbytes, which is not installed: pip install bitsandbytes"
+                "optimizer='adamw_8bit' needs bitsandbytes, which is not installed: pip install bitsandbytes"
             ) from error
-        fake = active_fake_mode()
-        assert fake is not None
-        with unset_fake_temporarily():  # its quantisation maps are computed, so they cannot be fake
+        with _torch.real_tensors() as fake_mode:  # the quantisation maps are computed from numbers
             self._inner = AdamW8bit([nn.Parameter(torch.zeros(1))], lr=1e-3)
-        self._inner.name2qmap = {name: fake.from_tensor(qmap) for name, qmap in self._inner.name2qmap.items()}
+        self._inner.name2qmap = {name: fake_mode.from_tensor(qmap) for name, qmap in self._inner.name2qmap.items()}
         self._inner.param_groups[0]["params"] = parameters
         self.state = self._inner.state
 
@@ -46,7 +42,8 @@ class _AdamW8bit:
             if parameter not in self.state:
                 self._inner.init_state(group, parameter, 0, index)
             state = self.state[parameter]
-            parameter.add_(parameter.grad)  # the kernel works in place: it reads and writes each of these once
+            # The kernel works in place. It reads and writes the parameter and each part of the state once.
+            parameter.add_(parameter.grad)
             for name in ("state1", "state2"):
                 state[name].add_(0)
 
@@ -57,4 +54,4 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "adamw": _adamw(foreach=False, fused=False),
     "adamw_8bit": _AdamW8bit,
 }
-"""Name to what makes the optimizer from parameters. Trainer's default, ``adamw_torch_fused``, is the first."""
+"""Functions from parameters to an optimizer, by name. The first is Trainer's default, ``adamw_torch_fused``."""

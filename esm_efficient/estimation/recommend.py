@@ -1,8 +1,7 @@
-"""recommend(): the recipe and the sizes that fit a device and finish soonest."""
+"""recommend(): choose the recipe and the sizes that fit a device and give the shortest step."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,14 @@ from esm_efficient.reporting import format_bytes, format_table
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Attempt:
     """One setting that was tried.
 
     Attributes:
-        estimate: what it would cost.
-        refused: why it was not taken; empty for the one that was.
+        estimate: the costs of the setting.
+        refused: the reason why it was not taken; empty for the one that was.
     """
 
     estimate: Estimate
@@ -36,12 +33,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The setting to take, and those that were tried.
+    """The recommended setting, and all settings that were tried.
 
     Attributes:
-        chosen: what the setting to take costs; `Estimate.recipe` is the recipe with its sizes.
-        attempts: every setting tried, the chosen one among them.
-        margin: share of the device's memory that stays free.
+        chosen: the costs of the recommended setting; `Estimate.recipe` is the recipe with its sizes.
+        attempts: every setting tried, the chosen one included.
+        margin: share of the device's memory to leave free.
     """
 
     chosen: Estimate
@@ -50,11 +47,11 @@ class Recommendation:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe to take, with micro-batch, accumulation and preset."""
+        """The recommended recipe, with micro-batch, accumulation and preset."""
         return self.chosen.recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Return everything, ready for JSON."""
         return {
             "recipe": self.recipe.name,
             "micro_batch": self.recipe.micro_batch,
@@ -72,7 +69,7 @@ class Recommendation:
         return (
             f"{self.chosen.model} on {device.name} ({format_bytes(device.memory)}, {self.margin:.0%} kept free): "
             f"recipe {self.recipe.name}, {describe_setting(self.recipe)}\n"
-            f"peak {format_bytes(self.chosen.peak.total)}, {self.chosen.seconds:.3g} s or more an optimizer step of "
+            f"peak {format_bytes(self.chosen.peak.total)}, {self.chosen.seconds:.3g} s or more per optimizer step of "
             f"{self.recipe.batch_size} sequences\n\n{_table(self.attempts)}"
         )
 
@@ -90,30 +87,29 @@ def recommend(
     progress: bool = True,
     **options: Any,
 ) -> Recommendation:
-    """The recipe, micro-batch, accumulation and preset that fit a device and finish soonest.
+    """Recommend the recipe, micro-batch, accumulation and preset that fit a device and give the shortest step.
 
-    Every recipe is tried with every micro-batch that divides the accumulated batch, and none is taken whose own
-    estimate does not fit. Of those that fit, the one with the shortest optimizer step by the roofline is taken, and
-    of settings within one percent of it the one that needs the least memory.
+    Every recipe is tried with every micro-batch that divides the batch size. A setting that does not fit by its own
+    estimate is never taken. Among the others, the settings within one percent of the shortest optimizer step by the
+    roofline are compared, and the one with the lowest peak is taken.
 
     Args:
-        model: as `estimate`.
+        model: as in `estimate`.
         device: a name in `DEVICES`, an instance type, or a `Device`, with known memory and rates.
-        tokens: as `estimate`.
-        batch_size: sequences an optimizer step, whatever it is cut into.
-        recipes: the methods to try. Head-only training is not among them unless it is named: it is the cheapest, and
-            it learns less.
-        presets: adapters to try with the recipes that have any.
-        precision: as `estimate`.
-        margin: share of the device's memory that must stay free.
+        tokens: as in `estimate`.
+        batch_size: sequences per optimizer step; the micro-batch and the accumulation divide it.
+        recipes: the methods to try. Head-only training must be named: it is the cheapest method, and it learns less.
+        presets: adapters to try, with the recipes that have adapters.
+        precision: as in `estimate`.
+        margin: share of the device's memory to leave free.
         progress: show a progress bar.
         **options: further options of `estimate`.
 
     Returns:
-        The setting, and what was tried.
+        The setting, and all settings that were tried.
 
     Raises:
-        ConfigurationError: nothing fits (the message says what was tried), or the options contradict each other.
+        ConfigurationError: no setting fits (the message says what was tried), or the options contradict each other.
 
     Example:
         >>> print(recommend("650M", "T4", 512, batch_size=8).recipe.name)  # doctest: +SKIP
@@ -123,10 +119,11 @@ def recommend(
 
     target = get_device(device)
     if not target.memory or not target.flops_per_second:
-        raise ConfigurationError(f"memory and rates of device {target.name!r} are not known: name a GPU")
+        raise ConfigurationError(f"memory and rates of device {target.name!r} are unknown: name a GPU")
     if batch_size < 1 or not 0 <= margin < 1:
         raise ConfigurationError(
-            f"batch_size={batch_size}, margin={margin}: expected at least 1, and from 0 to below 1"
+            f"batch_size={batch_size}, margin={margin}: expected a batch size of at least 1 and a margin from 0 to "
+            "below 1"
         )
     lengths = token_lengths(tokens)
     candidates = list(_candidates(recipes, presets, batch_size))
@@ -138,19 +135,19 @@ def recommend(
     if not fitting:
         attempts = tuple(Attempt(e, _too_large(e, margin)) for e in estimates)
         raise ConfigurationError(
-            f"nothing that was tried fits {target.name} with {margin:.0%} of its {format_bytes(target.memory)} kept "
-            f"free; the smallest needs {format_bytes(min(e.peak.total for e in estimates))}. Take a larger device, a "
+            f"no setting that was tried fits {target.name} with {margin:.0%} of its {format_bytes(target.memory)} kept "
+            f"free; the smallest needs {format_bytes(min(e.peak.total for e in estimates))}. Use a larger device, a "
             f"smaller model or shorter sequences.\n{_table(attempts)}"
         )
-    soonest = min(e.seconds for e in fitting)
-    chosen = min((e for e in fitting if e.seconds <= 1.01 * soonest), key=lambda e: e.peak.total)
+    limit = 1.01 * min(e.seconds for e in fitting)
+    chosen = min((e for e in fitting if e.seconds <= limit), key=lambda e: e.peak.total)
 
     def refusal(e: Estimate) -> str:
         if e is chosen:
             return ""
         if e not in fitting:
             return _too_large(e, margin)
-        if e.seconds <= 1.01 * soonest:
+        if e.seconds <= limit:
             return "as fast, more memory"
         return f"{e.seconds / chosen.seconds:.2f} times the time"
 
@@ -158,18 +155,19 @@ def recommend(
 
 
 def describe_setting(recipe: Recipe) -> str:
-    """A recipe's sizes in words.
+    """Describe a recipe's trainable part and sizes.
 
     Example:
-        >>> describe_setting(RECIPES["all"])
+        >>> describe_setting(get_recipe("all"))
         'LoRA on all-linear, micro-batch 2 x accumulation 4, gradient checkpointing'
     """
-    what = {"full": "all parameters", "head": "the head alone", "adapters": f"LoRA on {recipe.preset}"}[recipe.trains]
-    words = f"{what}, micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}"
-    return words + (", gradient checkpointing" if recipe.gradient_checkpointing else "")
+    part = {"full": "all parameters", "head": "the head alone", "adapters": f"LoRA on {recipe.preset}"}[recipe.trains]
+    checkpointing = ", gradient checkpointing" if recipe.gradient_checkpointing else ""
+    return f"{part}, micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}{checkpointing}"
 
 
 def _candidates(recipes: Sequence[str | Recipe], presets: Sequence[str], batch_size: int) -> Iterator[Recipe]:
+    """Yield every setting to try, once."""
     seen = set()
     for recipe in map(get_recipe, recipes):
         for preset in presets if recipe.preset is not None else (None,):

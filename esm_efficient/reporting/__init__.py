@@ -1,5 +1,5 @@
 """Results in, something to look at out."""
 
-from esm_efficient.reporting.tables import format_bytes, format_csv, format_markdown, format_table
+from esm_efficient.reporting.tables import format_bytes, format_csv, format_markdown, format_number, format_table
 
-__all__ = ["format_bytes", "format_csv", "format_markdown", "format_table"]
+__all__ = ["format_bytes", "format_csv", "format_markdown", "format_number", "format_table"]

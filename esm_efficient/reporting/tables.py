@@ -1,20 +1,21 @@
-"""Tables in plain text, Markdown and CSV."""
+"""Tables in plain text, Markdown and CSV, and the numbers in them."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 
 from esm_efficient.errors import DataError
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
-    """Lay rows out in aligned columns; the last column is not padded.
+    """Format rows as text in aligned columns; the last column is not padded.
 
     Args:
-        rows: cells, each shown as ``str``; all rows have as many.
-        header: names of the columns, underlined.
+        rows: cells, each shown as ``str``; the same number in every row.
+        header: names of the columns, which are underlined.
 
     Raises:
         DataError: the rows have different numbers of cells.
@@ -26,25 +27,18 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
         accuracy  0.91
         MCC       0.78
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    lines = _cells(rows if header is None else [header, *rows])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if header is not None:
-        cells.insert(0, list(header))
-    if not cells:
-        return ""
-    _check_widths(cells[1:], cells[0])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    if header is not None:
-        cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+        lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Lay rows out as a Markdown table.
+    """Format rows as a Markdown table.
 
     Raises:
-        DataError: the rows have not as many cells as the header.
+        DataError: the rows have different numbers of cells, or not as many as the header.
 
     Example:
         >>> print(format_markdown([("MCC", "0.78")], ("metric", "value")))
@@ -52,30 +46,39 @@ def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> 
         |---|---|
         | MCC | 0.78 |
     """
-    _check_widths(rows, header)
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in cells)
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in _cells([header, *rows])]
+    head, *body = (f"| {line} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(header), *body])
 
 
 def format_csv(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    r"""Lay rows out as CSV with a header line (RFC 4180, but for newlines alone as line ends).
+    r"""Format rows as CSV with a header line, as RFC 4180 says, except that lines end with a newline alone.
 
     Raises:
-        DataError: the rows have not as many cells as the header.
+        DataError: the rows have different numbers of cells, or not as many as the header.
 
     Example:
         >>> format_csv([("a, b", 1)], ("name", "value"))
         'name,value\n"a, b",1\n'
     """
-    _check_widths(rows, header)
+    _cells([header, *rows])
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     return buffer.getvalue()
 
 
+def format_number(value: float | None, pattern: str) -> str:
+    """Format a number, or return ``"-"`` if it is NaN or None.
+
+    Example:
+        >>> format_number(1234.5, "{:,.1f} s"), format_number(float("nan"), "{:.3f}")
+        ('1,234.5 s', '-')
+    """
+    return "-" if value is None or math.isnan(value) else pattern.format(value)
+
+
 def format_bytes(count: int) -> str:
-    """A number of bytes in binary units, with three significant digits.
+    """Format a number of bytes in binary units, with three significant digits.
 
     Example:
         >>> format_bytes(3_500_000_000)
@@ -90,7 +93,9 @@ def format_bytes(count: int) -> str:
     return f"{f'{size:,.0f}' if size >= 99.95 else f'{size:#.3g}'} {units[0]}"
 
 
-def _check_widths(rows: Sequence[Sequence[object]], header: Sequence[object]) -> None:
-    widths = sorted({len(header), *(len(row) for row in rows)})
+def _cells(lines: Sequence[Sequence[object]]) -> list[list[str]]:
+    """Return the text of every cell; refuse lines of different lengths."""
+    widths = sorted({len(line) for line in lines})
     if len(widths) > 1:
-        raise DataError(f"rows of {widths} cells do not make a table")
+        raise DataError(f"the rows of a table have {' or '.join(map(str, widths))} cells: expected the same number")
+    return [[str(cell) for cell in line] for line in lines]

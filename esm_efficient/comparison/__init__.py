@@ -1,0 +1,6 @@
+"""Many runs or many estimates side by side."""
+
+from esm_efficient.comparison.record import Comparison
+from esm_efficient.comparison.runner import compare
+
+__all__ = ["Comparison", "compare"]

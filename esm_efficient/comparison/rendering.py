@@ -1,0 +1,99 @@
+"""The table and the HTML page of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from esm_efficient.comparison.figures import BUDGETS, MethodFigures
+from esm_efficient.costs.memory import CATEGORIES
+from esm_efficient.estimation.estimate import Estimate
+from esm_efficient.reporting import format_bytes, format_number
+from esm_efficient.reporting.html import Plot, Section, Table, html_page
+from esm_efficient.reporting.plots import Method, memory_plot, pareto_plot, timeline_plot
+
+
+def table_rows(figures: Sequence[MethodFigures], metric: str | None) -> tuple[list[str], list[list[object]]]:
+    """Return the header and the rows of a table, as text for people.
+
+    Args:
+        figures: one entry per row.
+        metric: name of the metric; None for estimates, which have none.
+    """
+    header = ["recipe", "micro-batch", "steps", "epochs", "time, s", "residues/s", "peak", *CATEGORIES]
+    header += ["trained parameters", *([] if metric is None else [metric, "95 % interval"])]
+    rows: list[list[object]] = []
+    for f in figures:
+        row: list[object] = [
+            f.recipe.name,
+            f"{f.recipe.micro_batch} x {f.recipe.accumulation}",
+            f"{f.steps:,}",
+            f"{f.epochs:.3g}",
+            format_number(f.seconds, "{:,.1f}"),
+            format_number(f.residues_per_second, "{:,.0f}"),
+            format_bytes(f.peak.total),
+            *(format_bytes(getattr(f.peak, category)) for category in CATEGORIES),
+            f"{f.trainable_parameters:,}",
+        ]
+        if metric is not None:
+            row.append(format_number(f.score, "{:.3f}"))
+            row.append("-" if f.interval is None else f"{f.interval[0]:.3f} to {f.interval[1]:.3f}")
+        rows.append(row)
+    return header, rows
+
+
+def comparison_page(
+    model: str,
+    by_budget: Mapping[str, Sequence[MethodFigures]],
+    metric: str | None,
+    *,
+    timelines: Mapping[str, Estimate],
+    note: str,
+) -> str:
+    """Return one HTML page with tables and plots.
+
+    Args:
+        model: name of the model.
+        by_budget: figures by budget.
+        metric: name of the metric; None for estimates, which have none.
+        timelines: estimates by recipe, for the plot of memory over one step.
+        note: where the figures are from.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    sections = [_budget_section(f"At {BUDGETS[budget]}", figures, metric) for budget, figures in by_budget.items()]
+    stacks = {f.recipe.name: f.peak.to_dict() for f in by_budget["steps"]}
+    # Measured peaks are those of the machine that trained, whatever device the timelines are estimated for.
+    capacity = next(iter(timelines.values())).device.memory if metric is None else 0
+    memory = Plot(memory_plot(stacks, capacity=capacity), "Memory at the highest moment, by category.")
+    sections.append(Section("Memory by category", [memory]))
+    sections.append(Section("Memory over one step", [_timelines(timelines)]))
+    return html_page(f"Fine-tuning methods for {model}", sections, note=note)
+
+
+def _budget_section(heading: str, figures: Sequence[MethodFigures], metric: str | None) -> Section:
+    parts: list[str | Table | Plot] = [Table(*table_rows(figures, metric))]
+    if not any(math.isnan(f.seconds) for f in figures):
+        methods = [
+            Method(f.recipe.name, f.seconds, f.peak.total, f.score, *(f.interval or (None, None))) for f in figures
+        ]
+        caption = "Time against peak memory. The line joins the methods that no other method beats in both."
+        if metric is not None:
+            caption += f" Right: {metric} against peak memory, with the interval over the seeds."
+        parts.append(Plot(pareto_plot(methods, metric=metric or ""), caption))
+    return Section(heading, parts)
+
+
+def _timelines(timelines: Mapping[str, Estimate]) -> Plot:
+    first = next(iter(timelines.values()))
+    timed = not any(math.isnan(estimate.seconds) for estimate in timelines.values())
+    points = {
+        name: [(p.phase, p.seconds if timed else float(i), p.memory.total) for i, p in enumerate(estimate.timeline)]
+        for name, estimate in timelines.items()
+    }
+    return Plot(
+        timeline_plot(points, unit="seconds of the roofline" if timed else "moments, in order"),
+        f"Memory over one micro-batch and the optimizer's step, estimated for {first.device.name} and "
+        f"{first.precision}.",
+    )

@@ -1,0 +1,178 @@
+"""compare(): estimate or train every recipe at both budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esm_efficient.comparison.figures import BUDGETS, MethodFigures, estimated_figures, measured_figures
+from esm_efficient.comparison.record import Comparison
+from esm_efficient.costs.devices import DEFAULT_DEVICE, Device
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.estimation.estimate import estimate
+from esm_efficient.estimation.inputs import resolve_config, token_lengths
+from esm_efficient.recipes import RECIPES, Recipe, get_recipe
+from esm_efficient.tasks import SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from esm_efficient.training.result import FinetuneResult
+
+
+def compare(
+    model: str | Path | PreTrainedConfig | PreTrainedModel,
+    dataset: DatasetDict | None = None,
+    *,
+    recipes: Sequence[str | Recipe] = tuple(RECIPES),
+    steps: int = 100,
+    epochs: float = 1.0,
+    seeds: Sequence[int] = (0,),
+    metric: str = "mcc",
+    device: str | Device = DEFAULT_DEVICE,
+    tokens: Any = 512,
+    sequences: int = 15_876,
+    output_dir: str | Path | None = None,
+    estimate_options: Mapping[str, Any] | None = None,
+    **finetune_options: Any,
+) -> Comparison:
+    """Compare recipes by time, memory and result: at equal numbers of optimizer steps, and at equal epochs.
+
+    With a dataset, `finetune` trains every recipe with every seed at both budgets. If both budgets give the same number
+    of steps, one run counts for both. Without a dataset, costs are estimated for a device, and there is no metric.
+
+    Args:
+        model: as in `estimate`; to train, a folder or a Hub name with weights.
+        dataset: as in `finetune`; None to estimate.
+        recipes: names or `Recipe` objects.
+        steps: optimizer steps of the first budget.
+        epochs: passes over the training sequences of the second budget.
+        seeds: seeds of the runs.
+        metric: one of the metrics of `finetune`.
+        device: the device that is estimated; runs take place on the machine that starts them.
+        tokens: as in `estimate`; ignored with a dataset.
+        sequences: training sequences of an estimated epoch, unless `tokens` gives many lengths; by default the number
+            of DeepLoc-2.0 proteins with 100 to 512 residues.
+        output_dir: folder that gets one folder per run; None keeps no files.
+        estimate_options: further options of `estimate`.
+        **finetune_options: further options of `finetune`.
+
+    Returns:
+        Figures, tables and plots.
+
+    Raises:
+        ConfigurationError: the options contradict each other, or the metric is unknown.
+
+    Example:
+        >>> comparison = compare("650M", device="A10G", recipes=["base", "all"])
+        >>> [f.recipe.name for f in comparison.figures if f.budget == "steps"]
+        ['base', 'all']
+    """
+    chosen = _check_recipes(recipes)
+    if steps < 1 or epochs <= 0 or (dataset is not None and not seeds):
+        raise ConfigurationError(
+            f"steps={steps}, epochs={epochs}, seeds={list(seeds)}: expected at least 1 step, more than 0 epochs, and "
+            "at least one seed"
+        )
+    if dataset is None and finetune_options:
+        raise ConfigurationError(f"{', '.join(finetune_options)}: options of training, which needs a dataset")
+    lengths = token_lengths(tokens)
+    if dataset is not None:
+        limit = finetune_options.get("max_tokens", 1024)
+        lengths = [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset["train"]["sequence"]]
+        sequences = len(dataset["train"])
+    elif not isinstance(lengths, int):
+        sequences = len(lengths)
+    estimates = {
+        recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **(estimate_options or {}))
+        for recipe in chosen
+    }
+    settings = [
+        (recipe, budget, steps if budget == "steps" else math.ceil(epochs * sequences / recipe.batch_size))
+        for budget in BUDGETS
+        for recipe in chosen
+    ]
+    figures: list[MethodFigures]
+    if dataset is None:
+        figures = [estimated_figures(estimates[recipe.name], budget, n, sequences) for recipe, budget, n in settings]
+        first = next(iter(estimates.values()))
+        note = (
+            f"Estimated for {first.device.name}, {first.precision}, sequences of "
+            f"{'' if isinstance(lengths, int) else 'up to '}{first.tokens:,} tokens: peaks of tensors, counted "
+            "operation by operation; times by a roofline, so real ones are longer."
+        )
+        seeds = ()
+    else:
+        runs = _Runs(model, dataset, output_dir, finetune_options)
+        figures = []
+        for recipe, budget, n in settings:
+            results = [runs.run(recipe, n, seed) for seed in seeds]
+            figures.append(measured_figures(recipe, budget, results, metric, sequences))
+        note = (
+            f"Measured on {runs.device}: {sequences:,} sequences to train on, {len(seeds)} seed"
+            f"{'s' if len(seeds) > 1 else ''}; peaks of tensors, highest over the seeds; times and rates are means."
+        )
+    return Comparison(resolve_config(model)[0], tuple(figures), metric, tuple(seeds), estimates, note)
+
+
+def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:
+    chosen = [get_recipe(recipe) for recipe in recipes]
+    names = [recipe.name for recipe in chosen]
+    if not names:
+        raise ConfigurationError("recipes=[]: expected at least one")
+    if len(set(names)) < len(names):
+        raise ConfigurationError(
+            f"recipes share a name ({', '.join(names)}): name them apart with recipe.replace(name=...)"
+        )
+    return chosen
+
+
+class _Runs:
+    """Runs of `finetune`; each setting is trained once.
+
+    Attributes:
+        device: name of the device of the last run.
+    """
+
+    def __init__(self, model: Any, dataset: DatasetDict, folder: str | Path | None, options: Mapping[str, Any]) -> None:
+        if not isinstance(model, (str, Path)):
+            raise ConfigurationError(
+                f"model: got a {type(model).__name__}; expected a folder or a Hub name, because every run needs fresh "
+                "weights"
+            )
+        self.device = ""
+        self._model, self._dataset, self._folder, self._options = model, dataset, folder, options
+        self._results: dict[tuple[str, int, int], FinetuneResult] = {}
+
+    def run(self, recipe: Recipe, steps: int, seed: int) -> FinetuneResult:
+        """Return the result of a run without its model."""
+        key = (recipe.name, steps, seed)
+        if key not in self._results:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch if self._folder is None else self._folder) / f"{recipe.name}-{steps}-{seed}"
+                self._results[key] = self._train(recipe, steps, seed, folder)
+            gc.collect()  # the model must leave the device before the next run
+        return self._results[key]
+
+    def _train(self, recipe: Recipe, steps: int, seed: int, folder: Path) -> FinetuneResult:
+        from esm_efficient.training.finetune import finetune
+
+        result = finetune(
+            self._model,
+            self._dataset,
+            recipe=recipe,
+            seed=seed,
+            output_dir=folder,
+            profile=True,
+            max_steps=steps,
+            **self._options,
+        )
+        if result.profile is not None:
+            self.device = result.profile.device
+        return dataclasses.replace(result, model=None)  # type: ignore[arg-type]

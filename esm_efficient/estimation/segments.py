@@ -1,0 +1,156 @@
+"""The segments of a training step: what each of them allocates and costs, and their recording while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from esm_efficient import _torch
+from esm_efficient.adapters.registry import encoder_layers
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.devices import Device
+from esm_efficient.costs.memory import CATEGORIES
+from esm_efficient.costs.throughput import flops_of
+
+_CUDA_BLOCK = 512
+"""Bytes that torch's CUDA allocator rounds up to."""
+_LAUNCH = 5e-6
+"""Seconds that eager PyTorch needs to start an operation on a GPU, which is the least that one takes."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a step.
+
+    Attributes:
+        phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        part: ``"layer 3"``, or the name of a part outside the layers.
+        start: bytes in use at its beginning, int64 of shape (categories,).
+        peak: bytes in use at its highest moment, likewise.
+        end: bytes in use at its end, likewise.
+        cost: float64 of shape (3,): FLOPs, bytes moved, seconds.
+    """
+
+    phase: str
+    part: str
+    start: np.ndarray
+    peak: np.ndarray
+    end: np.ndarray
+    cost: np.ndarray
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The segments of a step in order, and the parameters of its model."""
+
+    segments: tuple[Segment, ...]
+    trainable_parameters: int
+    total_parameters: int
+
+
+class Recorder:
+    """Cuts a step into segments while its model runs.
+
+    Args:
+        device: decides how allocations are rounded and how long operations take.
+
+    Attributes:
+        tracker: counts the allocations; to be entered around the step.
+        segments: the segments so far.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.tracker = AllocationTracker(
+            granularity=_CUDA_BLOCK if device.backend == "cuda" else 1, observer=self._add_operation
+        )
+        self.segments: list[Segment] = []
+        self._device = device
+        self._launch = 0.0 if device.backend == "cpu" else _LAUNCH
+        self._cost = np.zeros(3)
+        self._open: tuple[str, str, np.ndarray] | None = None
+
+    def begin(self, phase: str, part: str) -> None:
+        """End the current segment and begin the next one."""
+        self.end()
+        self.tracker.reset_peak()
+        self.tracker.category = "activations" if phase == "forward" else "other"
+        self.tracker.recomputes = phase == "backward"
+        self._open, self._cost = (phase, part, _vector(self.tracker.held)), np.zeros(3)
+
+    def end(self) -> None:
+        """End the current segment, if there is one."""
+        if self._open is not None:
+            peak, now = _vector(self.tracker.peak.to_dict()), _vector(self.tracker.held)
+            self.segments.append(Segment(*self._open, peak, now, self._cost))
+            self._open = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin a segment whenever a layer of the model begins its forward or its backward pass."""
+        layers = encoder_layers(model)
+
+        def before_layer(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                if self._phase == "forward":  # in the backward pass the layer is being recomputed
+                    if index == 0:
+                        self._begin_at_gradient(inputs[0], "embeddings")
+                    self.begin("forward", f"layer {index}")
+
+            return hook
+
+        def after_layer(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                if self._phase == "forward":
+                    self._begin_at_gradient(output if isinstance(output, Tensor) else output[0], f"layer {index}")
+                    if index == len(layers) - 1:
+                        self.begin("forward", "head")
+
+            return hook
+
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(before_layer(index))
+            layer.register_forward_hook(after_layer(index))
+
+    @property
+    def _phase(self) -> str:
+        return self._open[0] if self._open else ""
+
+    def _begin_at_gradient(self, tensor: Tensor, part: str) -> None:
+        """Begin a segment of the backward pass when the gradient of a tensor is known."""
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(lambda _: self.begin("backward", part))
+
+    def _add_operation(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        """Add an operation to the costs of the segment: a roofline of its FLOPs and of the bytes that it moves."""
+        if _torch.is_view(func):
+            return
+        flops = flops_of(func, args, kwargs, result)
+        moved = sum(map(_size, _tensors_in((args, tuple(kwargs.values()), result))))
+        seconds = 0.0
+        rates = self._device.flops_per_second
+        if rates:
+            first = next(_tensors_in(result), None)
+            dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
+            rate = rates.get(dtype, rates["float32"])
+            seconds = max(flops / rate, moved / self._device.bandwidth, self._launch)
+        self._cost += (flops, moved, seconds)
+
+
+def _vector(by_category: Any) -> np.ndarray:
+    return np.array([by_category[name] for name in CATEGORIES], dtype=np.int64)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes that reading or writing a tensor moves; a broadcast tensor is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

@@ -1,0 +1,50 @@
+"""What to simulate: one training step with its recipe, its batch and its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from esm_efficient.costs.devices import Device
+from esm_efficient.recipes import Precision, Recipe
+from esm_efficient.tasks import Head
+
+Padding = Literal["padded", "equal-length", "padding-free"]
+"""Three ways to lay out a batch.
+
+- ``"padded"``: sequences of different lengths, filled up with padding tokens.
+- ``"equal-length"``: sequences of one length, so that nothing is filled up.
+- ``"padding-free"``: the tokens of all sequences in one row, as the lean encoder computes them.
+"""
+
+Attention = Literal["sdpa", "eager"]
+"""transformers' names of the attention implementations that can be simulated."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What step to simulate.
+
+    Attributes:
+        recipe: the training method with its sizes.
+        tokens: tokens of every sequence in the batch, special tokens included.
+        device: the device that decides kernels and rates.
+        precision: a `Precision` other than ``"auto"``.
+        optimizer: a name in `esm_efficient.estimation.optimizers.OPTIMIZERS`.
+        attention: the attention implementation.
+        padding: the layout of the batch.
+        head: the model's head.
+        num_labels: labels of a classification head.
+        adapter_options: options of `lora_config` that override the recipe's, as pairs.
+    """
+
+    recipe: Recipe
+    tokens: int
+    device: Device
+    precision: Precision = "float32"
+    optimizer: str = "adamw_fused"
+    attention: Attention = "sdpa"
+    padding: Padding = "padded"
+    head: Head = "sequence-classification"
+    num_labels: int = 2
+    adapter_options: tuple[tuple[str, Any], ...] = ()
