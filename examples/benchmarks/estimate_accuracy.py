@@ -103,7 +103,8 @@ PUBLISHED = [
         TUTORIAL,
         "gc",
         _AS_THE_TUTORIAL,
-        _CACHED + "The optimizer's temporary tensors have other sizes than a layer's activations and cannot reuse their "
+        _CACHED
+        + "The optimizer's temporary tensors have other sizes than a layer's activations and cannot reuse their "
         "cached blocks, so NVML shows the sum of both phases' peaks.",
     ),
     ("tutorial: LoRA", 18.6e9, TUTORIAL, "lora", _AS_THE_TUTORIAL | _ITS_LORA, ""),

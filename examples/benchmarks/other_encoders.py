@@ -11,6 +11,7 @@ import re
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
 OTHERS = ("fair-esm", "faesm", "esme", "flex")
 
@@ -91,6 +92,6 @@ def _esme(model: nn.Module) -> nn.Module:
 
 
 def _flex(model: nn.Module) -> nn.Module:
-    built = type(model)._from_config(model.config, attn_implementation="flex_attention", add_pooling_layer=False)
+    built = AutoModel.from_config(model.config, attn_implementation="flex_attention", add_pooling_layer=False)
     built.load_state_dict(model.state_dict())
     return built

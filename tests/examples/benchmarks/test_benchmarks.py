@@ -54,7 +54,7 @@ def test_the_profiler_overhead_is_printed_and_written(tmp_path):
 def test_the_lean_encoder_is_compared_with_its_baselines(tmp_path):
     file = tmp_path / "step.json"
     baselines = ["tutorial", "checkpointing", "prediction"]
-    options = ["--model", "demo", "--batches", "2", "--longest", "150", "--threads", "1", "--others", "esme"]
+    options = ["--model", "demo", "--batches", "2", "--max-residues", "150", "--threads", "1", "--others", "esme"]
     result = run("training_step.py", *options, "--baselines", *baselines, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
