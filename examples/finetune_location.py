@@ -1,15 +1,16 @@
-"""Fine-tune ESM-2 to tell where in the cell a protein is found: ten locations, often several at once.
+"""Fine-tune ESM-2 to predict where in the cell a protein is: ten locations, of which a protein may have several.
 
-Without arguments it runs offline on the tiny model and the synthetic table that come with the library::
+Without arguments the script runs offline, with the tiny model and the synthetic table that come with the library::
 
     python examples/finetune_location.py
 
-For real::
+With a real model and the real data::
 
     python examples/finetune_location.py --model facebook/esm2_t33_650M_UR50D --data deeploc
 
-Beside the model stand two baselines on the same test proteins: the commonest label for every protein, and a logistic
-regression on how often each residue occurs, its thresholds tuned on the same validation proteins.
+The script compares the model with two baselines on the same test proteins. The first predicts the commonest label for
+every protein. The second is a logistic regression on residue frequencies, with thresholds tuned on the same validation
+proteins.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from esm_efficient import (
     EsmEfficientError,
     demo_model_path,
     finetune,
+    format_table,
     load_deeploc,
     multi_label_metrics,
     stratified_sample,
@@ -40,7 +42,6 @@ from esm_efficient import (
     write_demo_table,
 )
 from esm_efficient.data.sequences import STANDARD_RESIDUES
-from esm_efficient.reporting import format_table
 
 SHOWN = ("f1_macro", "f1_micro", "jaccard", "subset_accuracy", "auroc")
 
@@ -54,10 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="train on this many proteins; validate and test on a third as many")
     parser.add_argument("--class-weights", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--focal-gamma", type=float, default=0.0, help="exponent of the focal loss")
-    parser.add_argument("--token-budget", type=int, help="tokens of a micro-batch, instead of a number of proteins")
+    parser.add_argument(
+        "--token-budget", type=int, help="tokens per micro-batch, instead of a fixed number of proteins"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     return parser.parse_args()
 
 
@@ -74,37 +77,38 @@ def load_data(options: argparse.Namespace) -> DatasetDict:
 
 
 def label_table(split: Dataset) -> np.ndarray:
+    """The labels as an array of shape (proteins, locations)."""
     return np.array([list(row.values()) for row in split["label"]], dtype=float)
 
 
 def composition(split: Dataset) -> np.ndarray:
-    """The share of each standard residue, and the logarithm of the length."""
+    """The frequency of each standard residue and the logarithm of the number of residues, per protein."""
     rows = [[s.count(r) / len(s) for r in STANDARD_RESIDUES] + [np.log(len(s))] for s in split["sequence"]]
     return np.array(rows)
 
 
 def baselines(data: DatasetDict) -> dict[str, dict[str, float]]:
-    """Metrics on the test proteins of what needs no language model."""
+    """Compute the test metrics of two predictors without a language model."""
     names = list(data["train"].features["label"])
     train, test = label_table(data["train"]), label_table(data["test"])
     commonest = np.full(test.shape, -1.0)
     commonest[:, train.sum(0).argmax()] = 1.0
-    found = {"commonest label": multi_label_metrics(test, commonest, names)}
+    metrics = {"commonest label": multi_label_metrics(test, commonest, names)}
 
-    # A label that never or always holds in training has nothing to be learnt.
+    # LogisticRegression needs positive and negative examples of a label.
     learnable = (train.min(0) == 0) & (train.max(0) == 1)
     model = MultiOutputClassifier(make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)))
     model.fit(composition(data["train"]), train[:, learnable])
 
     def logits(split: Dataset) -> np.ndarray:
         result = np.where(train.mean(0) > 0.5, 20.0, -20.0) * np.ones((len(split), 1))
-        chances = np.stack([part[:, 1] for part in model.predict_proba(composition(split))], axis=1)
-        result[:, learnable] = np.log(chances) - np.log1p(-chances)
+        probabilities = np.stack([p[:, 1] for p in model.predict_proba(composition(split))], axis=1)
+        result[:, learnable] = np.log(probabilities) - np.log1p(-probabilities)
         return result
 
     thresholds = tune_thresholds(label_table(data["validation"]), logits(data["validation"]), names)
-    found["residue composition"] = multi_label_metrics(test, logits(data["test"]), names, thresholds=thresholds)
-    return found
+    metrics["residue composition"] = multi_label_metrics(test, logits(data["test"]), names, thresholds=thresholds)
+    return metrics
 
 
 def main() -> None:
@@ -131,11 +135,11 @@ def main() -> None:
     table = [(name, *(f"{metrics[key]:.3f}" for key in SHOWN)) for name, metrics in rows.items()]
     print(f"\n{len(data['train']):,} proteins to train on, {len(data['test']):,} to test on")
     print(format_table(table, ("", *SHOWN)) + "\n")
-    each = [
+    per_label = [
         (name, f"{threshold:.2f}", *(f"{metrics[f'mcc_{name}']:.3f}" for metrics in rows.values()))
         for name, threshold in result.thresholds.items()
     ]
-    print(format_table(each, ("MCC of", "threshold", *rows)))
+    print(format_table(per_label, ("MCC of", "threshold", *rows)))
     if options.json is not None:
         figures = result.to_dict() | {"baselines": {name: rows[name] for name in list(rows)[:-1]}}
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""What homology leakage does to a score: the same model on a random split and on a split by homology partition.
+"""Measure homology leakage: score the same model on a random split and on a split by homology partition.
 
     python examples/leakage.py
     python examples/leakage.py --model facebook/esm2_t33_650M_UR50D --data deeploc
 
-Both runs train on as many proteins and test on as many, with the same recipe and seed. In the random split a test
-protein may have a relative among the training proteins; between two partitions of DeepLoc there is none above 30 %
-identity. The difference of the scores is what memory adds to skill.
+Both runs use the same numbers of training and test proteins, the same recipe and the same seed. In the random split a
+test protein may have homologues among the training proteins. Proteins of different DeepLoc partitions share at most
+30 % identity. The difference between the two scores is the part that comes from remembering homologues.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from esm_efficient import (
     EsmEfficientError,
     demo_model_path,
     finetune,
+    format_table,
     load_deeploc,
     stratified_sample,
     write_demo_table,
 )
-from esm_efficient.reporting import format_table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_splits(source: Path | str | None, limit: int | None, seed: int) -> dict[str, DatasetDict]:
-    """Both splits, cut to the same sizes."""
+    """Load both splits and sample the same number of proteins from each."""
     splits = {
         "partition": load_deeploc(source, validation_partitions=(), seed=seed),
         "random": load_deeploc(source, split="random", validation_size=0, seed=seed),
@@ -64,12 +64,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="A random split")  # which is what is measured here
+    warnings.filterwarnings("ignore", message="A random split")  # this script measures that leak
     if options.data is None:
         source: Path | str | None = write_demo_table(options.output / "demo_table.csv")
     else:
         source = None if options.data == "deeploc" else options.data
-    found: dict[str, list[dict[str, float]]] = {"partition": [], "random": []}
+    runs: dict[str, list[dict[str, float]]] = {"partition": [], "random": []}
     for seed in options.seeds:
         for kind, data in load_splits(source, options.limit, seed).items():
             result = finetune(
@@ -81,9 +81,9 @@ def main() -> None:
                 num_train_epochs=options.epochs,
                 disable_tqdm=True,
             )
-            found[kind].append(dict(result.metrics))
+            runs[kind].append(dict(result.metrics))
     shown = ("accuracy", "mcc", "auroc")
-    means = {kind: {key: sum(run[key] for run in runs) / len(runs) for key in shown} for kind, runs in found.items()}
+    means = {kind: {key: sum(run[key] for run in same) / len(same) for key in shown} for kind, same in runs.items()}
     leakage = {key: means["random"][key] - means["partition"][key] for key in shown}
     rows = [(kind, *(f"{metrics[key]:.3f}" for key in shown)) for kind, metrics in means.items()]
     rows.append(("leakage", *(f"{leakage[key]:+.3f}" for key in shown)))
@@ -93,7 +93,7 @@ def main() -> None:
     print(format_table(rows, ("split", *shown)))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"runs": found, "leakage": leakage}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"runs": runs, "leakage": leakage}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

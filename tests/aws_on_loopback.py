@@ -1,4 +1,4 @@
-"""AWS on loopback (moto's server, S3 and SageMaker), and a training container without Docker (AWS's own driver)."""
+"""S3 and SageMaker on loopback (moto's server), and a training container without Docker (AWS's own driver)."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ DRIVER = ("sm_train.sh", "common/utils.py", "scripts/environment.py")
 
 
 def without_empty(describe):
-    """moto describes what was not given as empty dicts, which AWS leaves out and the SDK cannot read."""
+    """Remove the empty dicts of moto's response. AWS omits these fields, and the SDK cannot read them."""
     from moto.core.responses import ActionResult
 
     @functools.wraps(describe)
     def wrapped(self):
-        found = describe(self)._result
-        return ActionResult({k: v for k, v in found.items() if v or k not in ("VpcConfig", "DataCaptureConfig")})
+        result = describe(self)._result
+        return ActionResult({k: v for k, v in result.items() if v or k not in ("VpcConfig", "DataCaptureConfig")})
 
     return wrapped
 
 
 class Aws:
-    """moto's server in this process, and the requests that reached it."""
+    """moto's server in this process, with a record of its requests."""
 
     def __init__(self, folder: Path) -> None:
         from moto.sagemaker.responses import SageMakerResponse
@@ -49,11 +49,11 @@ class Aws:
         self.operations: list[str] = []
         call_action = SageMakerResponse.call_action
 
-        def noted(response):
+        def recorded_action(response):
             self.operations.append(response._get_action())
             return call_action(response)
 
-        SageMakerResponse.call_action = noted
+        SageMakerResponse.call_action = recorded_action
         for name in ("describe_model", "describe_endpoint", "describe_endpoint_config"):
             setattr(SageMakerResponse, name, without_empty(getattr(SageMakerResponse, name)))
         for name in ("create_training_job", "create_model", "create_endpoint_config", "create_endpoint"):
@@ -86,7 +86,7 @@ class Aws:
         return wrapped
 
     def sent(self, name: str) -> dict:
-        """The newest request of a kind."""
+        """Return the latest request of a kind."""
         return [request for kind, request in self.requests if kind == name][-1]
 
     def client(self, service: str):
@@ -121,13 +121,12 @@ class Aws:
 
 
 class Container:
-    """A folder laid out as /opt/ml, and AWS's own driver started in it.
+    """A folder with the layout of /opt/ml, in which AWS's own driver runs.
 
     Args:
         root: the folder.
-        aws: what the job was submitted to.
-        request: CreateTrainingJob, as it was sent.
-        processes: on the host.
+        aws: the server that received the job.
+        request: the body of CreateTrainingJob.
     """
 
     def __init__(self, root: Path, aws: Aws, request: dict) -> None:
@@ -174,9 +173,9 @@ class Container:
         return self.start().wait(timeout=240)
 
     def interrupt(self, sent: signal.Signals, *, after: int) -> int:
-        """Start, wait for a checkpoint of at least so many steps, and send a signal.
+        """Start the job, wait for a checkpoint at step `after` or later, and send a signal.
 
-        SIGTERM goes to what the driver has started, train.py or torchrun; SIGKILL to every process.
+        SIGTERM goes to the process that the driver started, train.py or torchrun. SIGKILL goes to all processes.
         """
         process = self.start()
         end = time.monotonic() + 200
@@ -192,9 +191,9 @@ class Container:
         return process.wait(timeout=100)
 
     def checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that are whole."""
-        found = (self.root / "checkpoints").glob("checkpoint-*/files.json")
-        return sorted(int(path.parent.name.split("-")[1]) for path in found)
+        """Return the steps of the complete checkpoints."""
+        files = (self.root / "checkpoints").glob("checkpoint-*/files.json")
+        return sorted(int(path.parent.name.split("-")[1]) for path in files)
 
     def log(self) -> str:
         return re.sub(r"\r[^\n]*", "", (self.root / "log.txt").read_text())

@@ -1,15 +1,21 @@
-"""The public names: lazy, complete, and visible."""
+"""The public names are lazy, complete and documented, and imports run one way."""
 
 from __future__ import annotations
 
 import ast
+import pkgutil
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import esm_efficient
+
+PACKAGE = Path(esm_efficient.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
 
 
 def run(code: str) -> str:
@@ -34,8 +40,8 @@ def test_every_public_name_resolves_and_is_listed(name):
 
 
 def test_names_for_type_checkers_are_the_names_at_run_time():
-    """A type checker reads the imports under TYPE_CHECKING; they must come from where the name is loaded from."""
-    tree = ast.parse(Path(esm_efficient.__file__).read_text())
+    """A type checker reads the imports under TYPE_CHECKING, and they must name the module that is loaded."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     static = {alias.name: node.module for node in block.body for alias in node.names}
     assert sorted(static) == sorted(esm_efficient.__all__)
@@ -48,8 +54,73 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_package_is_typed():
-    assert (Path(esm_efficient.__file__).parent / "py.typed").exists()
+    assert (PACKAGE / "py.typed").exists()
 
+
+# --- names in the documentation and the examples ---
+
+
+def python_sources() -> Iterator[tuple[str, str]]:
+    """Every example and every Python block of the README and the pages, with the name of its file."""
+    for path in sorted((REPOSITORY / "examples").rglob("*.py")):
+        yield str(path.relative_to(REPOSITORY)), path.read_text()
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "pages").glob("*.md"))):
+        for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            yield str(path.relative_to(REPOSITORY)), block
+
+
+def documented_imports() -> list[tuple[str, str, str]]:
+    """File, module and name of every `from esm_efficient... import ...` in the examples and the documentation."""
+    return sorted(
+        {
+            (file, node.module, alias.name)
+            for file, source in python_sources()
+            for node in ast.walk(ast.parse(source, file))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "esm_efficient"
+            for alias in node.names
+        }
+    )
+
+
+def names_on_the_api_page() -> list[str]:
+    return re.findall(r"^::: (esm_efficient\S+)", (REPOSITORY / "docs" / "pages" / "api.md").read_text(), re.MULTILINE)
+
+
+def test_the_documentation_and_the_examples_import_something():
+    files = {file for file, _, _ in documented_imports()}
+    assert {"README.md", "docs/pages/index.md", "examples/finetune_membrane.py", "examples/sagemaker/train.py"} <= files
+    assert len(names_on_the_api_page()) > 50
+
+
+@pytest.mark.parametrize(("file", "module", "name"), documented_imports())
+def test_names_that_documentation_and_examples_import_are_public(file, module, name):
+    """A public name is imported from the top; any other from where it lives, which the API page lists."""
+    assert pkgutil.resolve_name(f"{module}.{name}") is not None
+    if module == "esm_efficient":
+        assert name in esm_efficient.__all__
+    else:
+        assert name not in esm_efficient.__all__, f"import {name} from esm_efficient"
+        assert f"{module}.{name}" in names_on_the_api_page()
+
+
+@pytest.mark.parametrize("path", names_on_the_api_page())
+def test_names_on_the_api_page_exist(path):
+    assert pkgutil.resolve_name(path) is not None
+
+
+def test_public_names_are_on_the_api_page_with_the_module_that_defines_them():
+    listed = {path.rsplit(".", 1)[1]: path for path in names_on_the_api_page()}
+    errors = vars(esm_efficient.errors)
+    assert [name for name in esm_efficient.__all__ if name not in listed and name not in errors] == []
+    moved = [
+        name
+        for name in listed
+        if name in esm_efficient.__all__ and pkgutil.resolve_name(listed[name]) is not getattr(esm_efficient, name)
+    ]
+    assert moved == []
+
+
+# --- the order of imports ---
 
 ORDER = (
     *("errors", "_torch", "compat", "tasks", "recipes", "data", "demo", "reporting", "adapters", "encoder", "trunk"),
@@ -57,18 +128,65 @@ ORDER = (
 )
 
 
+def library_imports(path: Path) -> Iterator[str]:
+    """Dotted names of the library's modules that a file imports, except under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "esm_efficient")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            for alias in node.names if (node.module or "").split(".")[0] == "esm_efficient" else ():
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else node.module
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file of the library."""
+    parts = ("esm_efficient", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def test_imports_run_one_way():
-    """A package imports its own files and what stands before it in the order of the design."""
-    root = Path(esm_efficient.__file__).parent
+    """A package imports its own files and packages that come before it in ORDER."""
     rank = {name: level for level, name in enumerate(ORDER)}
     wrong = []
-    for path in root.rglob("*.py"):
-        own = path.relative_to(root).parts[0].removesuffix(".py")
-        if own == "__init__":
+    for module, path in MODULES.items():
+        if module == "esm_efficient":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("esm_efficient."):
-                other = node.module.split(".")[1]
-                if rank[other] > rank[own]:
-                    wrong.append(f"{path.relative_to(root)} imports {node.module}")
+        own = module.split(".")[1]
+        imported = {name.split(".")[1] for name in library_imports(path) if name != "esm_efficient"}
+        wrong += [f"{module} imports {other}" for other in imported if rank[other] > rank[own]]
     assert wrong == []
+
+
+def test_no_two_files_import_each_other():
+    """No chain of imports leads from a file back to it; imports inside functions count too."""
+    graph = {module: set(library_imports(path)) for module, path in MODULES.items()}
+
+    def reachable(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    assert [module for module in graph if module in reachable(module)] == []
+
+
+def test_the_library_imports_no_example_and_no_test():
+    outside = {path.stem for folder in ("examples", "tests") for path in (REPOSITORY / folder).rglob("*.py")}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] not in {"examples", "tests"} | outside, f"{module} imports {name}"

@@ -1,12 +1,12 @@
-"""How far `estimate` is from the truth: from a real step on this CPU, and from peaks that others published.
+"""Compare `estimate` with the measured peak of a real step on this CPU and with peaks that others published.
 
-The measured side trains a freshly initialised model with `WeightedTrainer` for two optimizer steps and takes the peak
-of the second from the memory records of torch's profiler, that is from the CPU allocator's own events::
+The measurement trains a freshly initialised model with `WeightedTrainer` for two optimizer steps. It takes the peak of
+the second step from the CPU allocator's events, which torch's profiler records::
 
     python examples/benchmarks/estimate_accuracy.py --json accuracy.json
 
-The whole table takes about half an hour on two cores; ``--sizes 8M --lengths 128`` takes a few minutes. The process
-leaves with status 1 if a row is further off than five percent.
+The whole table takes about half an hour on two cores; ``--sizes 8M --tokens 128`` takes a few minutes. The exit
+status is 1 if an estimate differs from its measurement by more than five percent.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from esm_efficient import (
     WeightedTrainer,
     apply_lean_encoder,
     estimate,
+    format_table,
     prepare_model,
     recipe_adapters,
     recipe_arguments,
 )
 from esm_efficient.estimation.inputs import resolve_config
-from esm_efficient.reporting import format_bytes, format_table
+from esm_efficient.reporting import format_bytes
 
 TOLERANCE = 0.05
-"""Share of the measured peak that an estimate may be off by."""
+"""Largest allowed difference from a measured peak, as a share of it."""
 EXPLAINED = 0.15
-"""Share above which a difference to a published figure is explained."""
+"""A difference from a published peak above this share has an explanation in the table below."""
 
 TUTORIAL = (
     "AWS, 'Efficiently fine-tune the ESM-2 protein language model with Amazon SageMaker' (2024), notebook "
@@ -51,9 +52,9 @@ TUTORIAL = (
 )
 BIONEMO = "NVIDIA BioNeMo Framework documentation, ESM-2, figure of the memory use of LoRA fine-tuning"
 
-# What the tutorial's script held: it loads the weights as bfloat16 and never leaves it, so gradients and optimizer
-# state are bfloat16 too; its transformers (4.34) knew only eager attention; sequences of up to 512 tokens are padded
-# to the longest of their batch.
+# The tutorial's script loads the weights in bfloat16 and uses no autocast, so gradients and optimizer state are
+# bfloat16 too. Its transformers version (4.34) has only eager attention. It pads sequences of up to 512 tokens to the
+# longest one of their batch.
 _AS_THE_TUTORIAL = {
     "model": "650M",
     "device": "A10G",
@@ -66,12 +67,12 @@ _AS_THE_TUTORIAL = {
 }
 _ITS_LORA = {"preset": "qkv", "adapter_options": {"lora_dropout": 0.05}}
 _CACHED = (
-    "The tutorial read NVML once, after training and evaluation: the CUDA context (0.3 to 0.5 GB) and every block that "
-    "the allocator has cached over an epoch of batches of different lengths, evaluation (8 x 512, no checkpointing) "
-    "included. The estimate is the peak of what tensors need at one moment. "
+    "The tutorial read NVML once, after training and evaluation. NVML includes the CUDA context (0.3 to 0.5 GB) and "
+    "all blocks that the allocator cached over an epoch of batches of different lengths and the evaluation (8 x 512, "
+    "no gradient checkpointing). The estimate is the largest sum of tensor bytes at one moment. "
 )
-# NVIDIA states neither batch nor length. Precision and adapters are its script's; 2 x 1,024 tokens is the micro-batch
-# that its row for 650M with LoRA suggests, so that the other three rows are the test.
+# NVIDIA states neither batch size nor length. Precision and adapters are those of its script. The micro-batch of
+# 2 x 1,024 tokens is fitted to its row for 650M with LoRA, so only the other three rows test the estimate.
 _AS_BIONEMO = {
     "padding": "padded",
     "device": "A100-80",
@@ -82,8 +83,8 @@ _AS_BIONEMO = {
 }
 _ITS_ADAPTERS = {"adapter_options": {"r": 32}}
 _MEGATRON = (
-    "Megatron holds 18 bytes a parameter (bfloat16 weight and float32 weight, gradient and two moments), autocast 16, "
-    "so 2 bytes a parameter (5.7 GB of 3B) are missing here."
+    "Megatron needs 18 bytes per parameter (bfloat16 weight; float32 weight, gradient and two moments). Autocast needs "
+    "16, so the estimate is lower by 2 bytes per parameter (5.7 GB for 3B)."
 )
 
 PUBLISHED = [
@@ -94,16 +95,17 @@ PUBLISHED = [
         TUTORIAL,
         "ga",
         _AS_THE_TUTORIAL | {"micro_batch": 4, "accumulation": 2},
-        _CACHED + "The micro-batch of this row is not stated; 4 is that of an earlier version of the notebook.",
+        _CACHED + "The tutorial does not state the micro-batch of this row; an earlier version of the notebook had 4.",
     ),
     (
-        "tutorial: checkpointing",
+        "tutorial: gradient checkpointing",
         10.2e9,
         TUTORIAL,
         "gc",
         _AS_THE_TUTORIAL,
-        _CACHED + "Blocks cached for a layer's activations are not reused for the optimizer's temporaries, which have "
-        "other sizes, so the peaks of the two phases add up in NVML.",
+        _CACHED
+        + "The optimizer's temporary tensors have other sizes than a layer's activations and cannot reuse their "
+        "cached blocks, so NVML shows the sum of both phases' peaks.",
     ),
     ("tutorial: LoRA", 18.6e9, TUTORIAL, "lora", _AS_THE_TUTORIAL | _ITS_LORA, ""),
     (
@@ -112,8 +114,8 @@ PUBLISHED = [
         TUTORIAL,
         "frozen",
         _AS_THE_TUTORIAL,
-        _CACHED + "Taken as it ran: the adapters were cut off from their gradients, so no layer kept anything for the "
-        "backward pass. Context and cached blocks are as large as the rest here.",
+        _CACHED + "The estimate follows the actual run: the adapters received no gradient, so no layer saved "
+        "activations. Context and cached blocks are as large as the rest here.",
     ),
     ("BioNeMo: 650M", 15.86e9, BIONEMO, "base", _AS_BIONEMO | {"model": "650M"}, _MEGATRON),
     ("BioNeMo: 650M LoRA", 6.40e9, BIONEMO, "lora", _AS_BIONEMO | _ITS_ADAPTERS | {"model": "650M"}, ""),
@@ -124,7 +126,7 @@ PUBLISHED = [
         BIONEMO,
         "lora",
         _AS_BIONEMO | _ITS_ADAPTERS | {"model": "3B"},
-        "Megatron's fused kernels keep fewer activations a token than transformers' layers do.",
+        "Megatron's fused kernels save fewer activations per token than transformers' layers do.",
     ),
 ]
 
@@ -134,24 +136,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["8M", "35M"])
     parser.add_argument("--recipes", nargs="+", default=["base", "ga", "gc", "lora", "all"], choices=RECIPES)
     parser.add_argument("--precisions", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512], help="tokens of a sequence")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="sequences in a micro-batch")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512], help="tokens per sequence")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 8], help="sequences per micro-batch")
     parser.add_argument("--encoders", nargs="+", default=["lean", "plain"], choices=["lean", "plain"])
-    parser.add_argument("--published-only", action="store_true", help="leave the measurements out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row to this file")
+    parser.add_argument("--published-only", action="store_true", help="measure nothing here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to this file")
     return parser.parse_args()
 
 
 def measure(
-    size: str, recipe_name: str, encoder: str, precision: str, tokens: int, batch: int, accumulation: int
+    size: str, recipe_name: str, encoder: str, precision: str, tokens: int, micro_batch: int, accumulation: int
 ) -> int:
-    """Peak bytes of the second optimizer step of a real run, from the allocator's events."""
+    """Train for two optimizer steps and return the peak bytes of the second, from the allocator's events."""
     set_seed(0)
-    recipe = RECIPES[recipe_name].replace(micro_batch=batch, accumulation=accumulation)
+    recipe = RECIPES[recipe_name].replace(micro_batch=micro_batch, accumulation=accumulation)
     rows = 2 * recipe.batch_size
     ids = torch.randint(4, 24, (rows, tokens))
     mask = torch.ones_like(ids)
-    if batch > 1:  # as estimated: a batch of several holds padding
+    if micro_batch > 1:  # the estimate also assumes padding in a batch of several sequences
         ids[:, -1], mask[:, -1] = 1, 0
     data = Dataset.from_dict(
         {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": [row % 2 for row in range(rows)]}
@@ -184,7 +186,7 @@ def measure(
 
 
 class Spans(transformers.TrainerCallback):
-    """Puts a span named after its number around every optimizer step."""
+    """Marks each optimizer step in the profile with a span named after its number."""
 
     span: record_function | None = None
 
@@ -194,22 +196,22 @@ class Spans(transformers.TrainerCallback):
         self.span.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Close it."""
+        """Close the span."""
         self.span.__exit__(None, None, None)
 
 
 def peak_within(profiler: profile, span: str) -> int:
-    """The highest total of the allocator's events within a span; what was freed before it does not count."""
+    """Return the highest sum of bytes within a span, without bytes that were freed before it."""
     events = profiler.profiler.kineto_results.events()
     (begin, end), *_ = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == span]
     records = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
+    allocated = peak = 0
     for moment, change in records:
-        held += change
+        allocated += change
         if moment <= begin:
-            peak = held
+            peak = allocated
         elif moment <= end:
-            peak = max(peak, held)
+            peak = max(peak, allocated)
     return peak
 
 
@@ -217,26 +219,26 @@ def measured_rows(options: argparse.Namespace) -> list[dict]:
     rows = []
     combinations = list(
         itertools.product(
-            options.sizes, options.recipes, options.encoders, options.precisions, options.lengths, options.batches
+            options.sizes, options.recipes, options.encoders, options.precisions, options.tokens, options.micro_batches
         )
     )
-    for number, (size, recipe, encoder, precision, tokens, batch) in enumerate(combinations, 1):
+    for number, (size, recipe, encoder, precision, tokens, micro_batch) in enumerate(combinations, 1):
         accumulation = 2 if RECIPES[recipe].accumulation > 1 else 1
-        padding = "equal-length" if batch == 1 else "padded"
+        padding = "equal-length" if micro_batch == 1 else "padded"
         predicted = estimate(
             size,
             recipe=recipe,
             device="cpu",
             precision=precision,
-            # Of a batch of several, each sequence ends in padding: see measure().
-            tokens=tokens - (encoder == "lean" and batch > 1),
-            micro_batch=batch,
+            # In a batch of several, measure() makes the last token of each sequence padding.
+            tokens=tokens - (encoder == "lean" and micro_batch > 1),
+            micro_batch=micro_batch,
             accumulation=accumulation,
             padding="padding-free" if encoder == "lean" else padding,
         )
-        measured = measure(size, recipe, encoder, precision, tokens, batch, accumulation)
+        measured = measure(size, recipe, encoder, precision, tokens, micro_batch, accumulation)
         row = {
-            "what": f"{size} {recipe} {encoder} {precision} {batch} x {tokens} tokens",
+            "what": f"{size} {recipe} {encoder} {precision} {micro_batch} x {tokens} tokens",
             "predicted_bytes": predicted.peak.total,
             "measured_bytes": measured,
             "difference": predicted.peak.total / measured - 1,
@@ -305,7 +307,10 @@ def main() -> None:
         )
     off = [row["what"] for row in measured if abs(row["difference"]) > TOLERANCE]
     if off:
-        raise SystemExit(f"{len(off)} of {len(measured)} rows are off by more than {TOLERANCE:.0%}: {', '.join(off)}")
+        raise SystemExit(
+            f"{len(off)} of {len(measured)} estimates differ from the measurement by more than {TOLERANCE:.0%}: "
+            f"{', '.join(off)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Memory of loading and encoding tables of several sizes: it must not grow with the number of sequences.
+"""Measure the memory of loading and encoding tables of several sizes, which should not grow with their size.
 
     python examples/benchmarks/loading.py --sequences 100000 1000000 --json loading.json
 
-Each size runs in a process of its own: a random CSV table is written, loaded, split, encoded and gone through, and the
-memory of the process is sampled meanwhile.
-``anonymous`` is what the process has allocated; ``resident`` also counts pages of the memory-mapped files, which the
-system takes back when somebody needs them. Both are above what the process holds once the libraries are imported.
-Linux only.
+Each size runs in its own process. The process loads, splits and encodes a random CSV table and reads it once, while a
+thread samples its memory. ``anonymous`` is memory that the process allocated. ``resident`` adds pages of memory-mapped
+files, which the system can reclaim. Both figures exclude the memory in use after the imports. Linux only.
 """
 
 from __future__ import annotations
@@ -24,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from esm_efficient.reporting import format_bytes, format_table
+from esm_efficient import format_table
+from esm_efficient.reporting import format_bytes
 
 LETTERS = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 
@@ -32,7 +31,7 @@ LETTERS = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--residues", type=int, default=300, help="mean length")
+    parser.add_argument("--residues", type=int, default=300, help="mean residues per sequence")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -48,14 +47,14 @@ def write_table(path: Path, sequences: int, residues: int) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process now."""
+    """Return the bytes that this process uses now, by kind."""
     status = Path("/proc/self/status").read_text()
     fields = {"resident": "VmRSS", "anonymous": "RssAnon"}
     return {name: 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) for name, field in fields.items()}
 
 
 def run(path: Path) -> None:
-    """Load and encode a table, and go through it once; print seconds and peaks."""
+    """Load and encode a table and read it once; print seconds and peak bytes as JSON."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -65,7 +64,7 @@ def run(path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     small = path.with_name("small.csv")
     write_table(small, 1000, 100)
-    tokenize_dataset(load_sequences(small), tokenizer)  # imports what is imported late
+    tokenize_dataset(load_sequences(small), tokenizer)  # loads the modules that are imported on first use
     before, peak, done = memory(), memory(), threading.Event()
 
     def sample() -> None:
@@ -106,7 +105,7 @@ def main() -> None:
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
         figures = json.loads(done.stdout.strip().splitlines()[-1])
         if figures["rows"] != sequences:
-            raise SystemExit(f"{figures['rows']} of {sequences} rows came through")
+            raise SystemExit(f"{figures['rows']} of {sequences} rows were read back")
         record.append({"sequences": sequences} | figures)
     rows = [
         (

@@ -1,6 +1,7 @@
-"""Other packages' ESM-2 encoders, built with the weights of a transformers ``EsmModel``.
+"""ESM-2 encoders of other packages, with the weights of a transformers ``EsmModel``.
 
-Each takes ``input_ids`` and ``attention_mask`` and returns the last hidden states of shape (rows, columns, width).
+Each encoder takes ``input_ids`` and ``attention_mask`` and returns the last hidden states, of shape (rows, columns,
+width).
 """
 
 from __future__ import annotations
@@ -10,34 +11,35 @@ import re
 
 import torch
 from torch import nn
+from transformers import AutoModel
 
 OTHERS = ("fair-esm", "faesm", "esme", "flex")
 
 
 def build_other(name: str, model: nn.Module) -> nn.Module:
-    """A package's encoder with a model's weights.
+    """Build the encoder of another package with the weights of a model.
 
     Args:
-        name: one of `OTHERS`: fair-esm's own ``ESM2``; FAESM; esm-efficient from PyPI, which imports as esme; or
-            transformers' classes with torch's flex attention, as FastPLMs uses it.
+        name: one of `OTHERS`: ``"fair-esm"`` for its ``ESM2``, ``"faesm"`` for FAESM, ``"esme"`` for esm-efficient
+            from PyPI, or ``"flex"`` for transformers' classes with torch's flex attention, as in FastPLMs.
         model: a transformers ``EsmModel``.
 
     Raises:
-        Exception: whatever keeps the package from being imported or built here.
+        Exception: the package cannot be imported or built on this machine.
     """
     builders = {"fair-esm": _fair_esm, "faesm": _faesm, "esme": _esme, "flex": _flex}
     return builders[name](model)
 
 
 class _States(nn.Module):
-    """Calls an encoder by tokens and hands out its last hidden states."""
+    """Adapts fair-esm's encoder to transformers' arguments."""
 
     def __init__(self, encoder: nn.Module, layers: int) -> None:
         super().__init__()
         self.encoder, self.layers = encoder, layers
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(rows, columns, width)."""
+        """Return the last hidden states, of shape (rows, columns, width)."""
         return self.encoder(input_ids, repr_layers=[self.layers])["representations"][self.layers]
 
 
@@ -67,9 +69,9 @@ def _fair_esm(model: nn.Module) -> nn.Module:
             weights["embed_tokens.weight"] = tensor
     missing, unknown = built.load_state_dict(weights, strict=False)
     unread = ("contact_head", "lm_head", "rot_emb")
-    left = [name for name in missing if not any(part in name for part in unread)] + list(unknown)
-    if left:
-        raise ValueError(f"weights that found no place: {left}")
+    unmatched = [name for name in missing if not any(part in name for part in unread)] + list(unknown)
+    if unmatched:
+        raise ValueError(f"these weights have no counterpart in the other model: {unmatched}")
     for part in (built.contact_head, built.lm_head):
         part.requires_grad_(False)
     return _States(built, config.num_hidden_layers)
@@ -85,11 +87,11 @@ def _faesm(model: nn.Module) -> nn.Module:
 
 
 def _esme(model: nn.Module) -> nn.Module:
-    importlib.import_module("esme")  # which needs flash-attn, and so a GPU
-    raise NotImplementedError("esme can be imported here, but the names of its weights are not mapped yet")
+    importlib.import_module("esme")  # esme needs flash-attn and so a GPU
+    raise NotImplementedError("esme is installed, but this script does not map its weight names yet")
 
 
 def _flex(model: nn.Module) -> nn.Module:
-    built = type(model)._from_config(model.config, attn_implementation="flex_attention", add_pooling_layer=False)
+    built = AutoModel.from_config(model.config, attn_implementation="flex_attention", add_pooling_layer=False)
     built.load_state_dict(model.state_dict())
     return built

@@ -1,13 +1,13 @@
-"""What the profiler costs a step: what it adds to a tiny one, as a share of a real one.
+"""Measure the profiler's overhead: the time that it adds to a step, as a share of a step of real size.
 
     python examples/benchmarks/profiler_overhead.py --json overhead.json
 
-The profiler's work depends on the number of operations and not on the size of their tensors. So its seconds are
-measured where they show, on batches of one sequence of eight tokens, and set against a step of real size. Two copies
-of the model train in one process, one profiled and one not, step by step in turns. The seconds are those of an average
-step: operations are counted one by one in every tenth, so nine parts are the median difference of ordinary steps and
-one part that of the steps looked at closely. The same ratio from steps of real size is printed beside it; on a noisy
-machine that one is noise. The process leaves with status 1 if the profiler costs more than two percent.
+The profiler's work depends on the number of operations, not on the size of their tensors. So the script measures the
+added seconds on tiny steps (one sequence of eight tokens), where they are large enough to measure, and divides them by
+the seconds of a step of real size. Two copies of the model train in one process in alternating steps, one with and one
+without the profiler. The profiler counts every operation in each tenth step. An average step is therefore nine parts
+the median ordinary step and one part the median tenth step. The last column is the same ratio from steps of real size;
+on a noisy machine it is mostly noise. The exit status is 1 if the overhead is above two percent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification
 
-from esm_efficient import RECIPES, Profiler, prepare_model, recipe_adapters
+from esm_efficient import RECIPES, Profiler, format_table, prepare_model, recipe_adapters
 from esm_efficient.estimation.inputs import resolve_config
-from esm_efficient.reporting import format_table
 
 LIMIT = 0.02
 EVERY = 10
@@ -35,9 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="8M", help="an ESM-2 size, or a folder with a config.json")
     parser.add_argument("--recipes", nargs="+", default=["base", "lora"], choices=RECIPES)
-    parser.add_argument("--steps", type=int, default=401, help="tiny steps of each side")
-    parser.add_argument("--real-steps", type=int, default=21, help="steps of real size of each side")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of the longest sequence of a real batch of 8")
+    parser.add_argument("--steps", type=int, default=401, help="tiny steps per side")
+    parser.add_argument("--real-steps", type=int, default=21, help="steps of real size per side")
+    parser.add_argument("--tokens", type=int, default=512, help="most tokens per sequence in a real batch of 8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     return parser.parse_args()
 
@@ -57,13 +56,14 @@ def make_batches(number: int, rows: int, shortest: int, longest: int, device: st
         ids = torch.where(mask.bool(), torch.randint(4, 24, mask.shape), 1)
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         batches.append((batch, torch.randint(0, 2, (rows,), device=device)))
-    # The largest batch first: a larger one than all before is looked at closely, which is rare in a long run.
+    # The largest batch comes first: the profiler counts every operation of a batch that is larger than all before,
+    # which is rare in a long run.
     largest = max(range(number), key=lambda i: batches[i][0]["input_ids"].numel())
     return [batches.pop(largest), *batches]
 
 
 def step(model, optimizer, batch, labels, profiler=None) -> float:
-    """Seconds of one optimizer step."""
+    """Run one optimizer step and return its seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -79,11 +79,11 @@ def step(model, optimizer, batch, labels, profiler=None) -> float:
 
 
 def take_turns(profiled, bare, batches) -> list[tuple[float, float]]:
-    """Seconds of each step with and without the profiler."""
+    """Return the seconds of each step with and without the profiler, except the first."""
     pairs = []
     with Profiler(*profiled, warmup_steps=0, every=EVERY) as profiler:
         for number, batch in enumerate(batches):
-            if number % 4 in (0, 3):  # the steps looked at closely, every tenth, come first and second in turns too
+            if number % 4 in (0, 3):  # the profiled side also alternates between first and second in every tenth step
                 with_it, without = step(*profiled, *batch, profiler), step(*bare, *batch)
             else:
                 without, with_it = step(*bare, *batch), step(*profiled, *batch, profiler)
@@ -92,10 +92,10 @@ def take_turns(profiled, bare, batches) -> list[tuple[float, float]]:
 
 
 def of_average_step(values: list[float]) -> float:
-    """Nine parts of the ordinary steps' median, one of that of the steps looked at closely."""
-    close = [value for number, value in enumerate(values, 1) if number % EVERY == 0]
+    """Return nine tenths of the median ordinary step plus one tenth of the median tenth step."""
+    counted = [value for number, value in enumerate(values, 1) if number % EVERY == 0]
     ordinary = [value for number, value in enumerate(values, 1) if number % EVERY]
-    return (1 - 1 / EVERY) * statistics.median(ordinary) + statistics.median(close) / EVERY
+    return (1 - 1 / EVERY) * statistics.median(ordinary) + statistics.median(counted) / EVERY
 
 
 def compare(config, recipe: str, options: argparse.Namespace, device: str) -> dict:

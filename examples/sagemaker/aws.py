@@ -1,4 +1,4 @@
-"""What these scripts share: places in S3 that are theirs, container images, and requests that are not sent."""
+"""Shared by these scripts: prefixes in S3, container images, and a session for dry runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MARKER = "created-by-esm-efficient.json"
 TAGS = {"created-by": "esm-efficient"}
-# The SDK asks IAM whether a role may do what AWS's broadest policy allows, and refuses one that may do less.
+# By default the SDK refuses a role that allows less than AWS's broadest SageMaker policy.
 os.environ.setdefault("SAGEMAKER_VALIDATE_ROLE", "false")
 
 QUIET = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
@@ -32,18 +32,18 @@ QUIET = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"Teleme
 
 @dataclass(frozen=True)
 class Place:
-    """A prefix of a bucket."""
+    """A prefix of a bucket, below which these scripts store everything of one model."""
 
     bucket: str
     prefix: str
 
     @classmethod
     def parse(cls, uri: str) -> Place:
-        """From ``s3://bucket/prefix``; a whole bucket is refused."""
+        """Parse ``s3://bucket/prefix``; a bucket without a prefix is an error."""
         parts = urlparse(uri)
         prefix = parts.path.strip("/")
         if parts.scheme != "s3" or not parts.netloc or not prefix or parts.query or parts.fragment:
-            raise ConfigurationError(f"{uri!r}: expected s3://bucket/prefix")
+            raise ConfigurationError(f"got the S3 place {uri!r}: expected s3://bucket/prefix")
         return cls(parts.netloc, prefix)
 
     def key(self, *names: str) -> str:
@@ -54,13 +54,13 @@ class Place:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script; what the user can mend is one line instead of a traceback."""
+    """Run a script; print an error that the user can correct as one line, without a traceback."""
     try:
         main()
     except (EsmEfficientError, BotoCoreError, ClientError) as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        # A job that failed, a role that is refused: the SDK has a class for each, and their messages say it.
+        # The SDK has its own error classes for failed jobs, refused roles and the like. Their messages are clear.
         if not type(error).__module__.startswith("sagemaker."):
             raise
         sys.exit(f"error: {error}")
@@ -71,13 +71,13 @@ def client(service: str, region: str | None = None) -> Any:
 
 
 def keys(s3: Any, place: Place) -> list[str]:
-    """Every object below a prefix."""
+    """List the keys of all objects below a prefix."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=place.bucket, Prefix=f"{place.prefix}/")
     return [item["Key"] for page in pages for item in page.get("Contents", ())]
 
 
 def is_ours(s3: Any, place: Place) -> bool:
-    """Whether these scripts have marked a prefix as theirs."""
+    """Return whether these scripts created a prefix, which their marker object shows."""
     try:
         s3.head_object(Bucket=place.bucket, Key=place.key(MARKER))
     except ClientError as error:
@@ -88,25 +88,30 @@ def is_ours(s3: Any, place: Place) -> bool:
 
 
 def claim(s3: Any, place: Place) -> None:
-    """Mark a prefix as ours, so that cleanup.py may empty it; one that holds other people's objects is refused."""
+    """Put the marker into a prefix, so that cleanup.py may empty it.
+
+    Raises:
+        ConfigurationError: the prefix contains objects and no marker.
+    """
     if is_ours(s3, place):
         return
-    if found := keys(s3, place):
+    if existing := keys(s3, place):
         raise ConfigurationError(
-            f"{place.uri()} holds {len(found)} object(s) that these scripts did not put there, such as {found[0]}: "
-            "choose another prefix"
+            f"{place.uri()} contains {len(existing)} object(s) that these scripts did not create, such as "
+            f"{existing[0]}: choose another prefix"
         )
     body = json.dumps({"note": "cleanup.py deletes everything below this prefix"})
     s3.put_object(Bucket=place.bucket, Key=place.key(MARKER), Body=body.encode())
 
 
 def tags(extra: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """Return the tags of everything that these scripts create, as boto3 takes them."""
     return [{"Key": key, "Value": value} for key, value in {**TAGS, **(extra or {})}.items()]
 
 
 @dataclass(frozen=True)
 class Image:
-    """A Hugging Face container image, and what is installed in it."""
+    """A Hugging Face container image, and the library versions in it."""
 
     uri: str
     transformers: str
@@ -114,27 +119,29 @@ class Image:
 
 
 def find_image(scope: str, region: str, instance_type: str) -> Image:
-    """The newest image that the SDK knows and the library supports, for ``training`` or ``inference``."""
+    """Find the newest image that the SDK lists and the library supports, for ``training`` or ``inference``."""
     from sagemaker.core import image_uris
 
     versions = image_uris.config_for_framework("huggingface")[scope]["versions"]
-    found = []
+    images = []
     for transformers, bases in versions.items():
         for base, details in bases.items():
             if base.startswith("pytorch"):
-                found.append((Version(transformers), Version(base.removeprefix("pytorch")), details["py_versions"]))
-    wanted = library_requirements()
-    fitting = [
-        image for image in found if wanted["transformers"].contains(image[0]) and wanted["torch"].contains(image[1])
+                images.append((Version(transformers), Version(base.removeprefix("pytorch")), details["py_versions"]))
+    required = library_requirements()
+    supported = [
+        image
+        for image in images
+        if required["transformers"].contains(image[0]) and required["torch"].contains(image[1])
     ]
-    if not fitting:
-        newest = max(found)
+    if not supported:
+        newest = max(images)
         raise ConfigurationError(
-            f"the SDK's newest {scope} image has transformers {newest[0]} and torch {newest[1]}; the library wants "
-            f"transformers{wanted['transformers']} and torch{wanted['torch']}: pip install --upgrade sagemaker, or "
-            "give an image of your own with --image"
+            f"the SDK's newest {scope} image has transformers {newest[0]} and torch {newest[1]}, but the library needs "
+            f"transformers{required['transformers']} and torch{required['torch']}: run pip install --upgrade "
+            "sagemaker, or give your own image with --image"
         )
-    transformers, torch, pythons = max(fitting)
+    transformers, torch, pythons = max(supported)
     uri = image_uris.retrieve(
         framework="huggingface",
         region=region,
@@ -148,13 +155,13 @@ def find_image(scope: str, region: str, instance_type: str) -> Image:
 
 
 def library_requirements() -> dict[str, Any]:
-    """The versions that the installed library supports, by the name of what it needs."""
-    found = map(Requirement, importlib.metadata.requires("esm-efficient-finetuning") or ())
-    return {requirement.name: requirement.specifier for requirement in found if requirement.marker is None}
+    """Return the version ranges that the installed library supports, by the name of the requirement."""
+    requirements = map(Requirement, importlib.metadata.requires("esm-efficient-finetuning") or ())
+    return {requirement.name: requirement.specifier for requirement in requirements if requirement.marker is None}
 
 
 class Unsent(Exception):
-    """A request that was made and not sent."""
+    """Carries a request that was built but not sent."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         super().__init__("not sent")
@@ -162,7 +169,7 @@ class Unsent(Exception):
 
 
 def dry_session(region: str, bucket: str, operation: str) -> Session:
-    """A session that reaches no network: uploads come to nothing, and one operation of SageMaker raises `Unsent`."""
+    """Make a session without a network: uploads do nothing, and one SageMaker operation raises `Unsent`."""
     from sagemaker.core.helper.session_helper import Session
 
     boto_session = boto3.Session(aws_access_key_id="dry", aws_secret_access_key="run", region_name=region)

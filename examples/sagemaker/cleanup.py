@@ -1,9 +1,9 @@
-"""Delete what these scripts have made: an endpoint with its configuration and model, and a place in S3.
+"""Delete what these scripts created: an endpoint with its configuration and model, and a place in S3.
 
     python examples/sagemaker/cleanup.py --endpoint esm2-membrane --place s3://BUCKET/esm2-membrane --yes
 
-Without ``--yes`` it says what it would delete. What is gone already is no error. What these scripts did not make, by
-the tags of an endpoint and the mark in a place, is refused, and nothing is deleted then.
+Without ``--yes`` the script lists what it would delete. It skips what no longer exists. If the tags of an endpoint or
+the marker of a place are missing, these scripts did not create it: the script reports an error and deletes nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ KINDS = ("endpoint", "endpoint_config", "model")
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", help="name of the endpoint")
-    parser.add_argument("--place", help="s3://bucket/prefix that was given to the other scripts")
+    parser.add_argument("--place", help="s3://bucket/prefix, as given to the other scripts")
     parser.add_argument("--region", help="default: the configured one")
-    parser.add_argument("--yes", action="store_true", help="delete; without it nothing is")
+    parser.add_argument("--yes", action="store_true", help="delete; without it, list what would be deleted")
     options = parser.parse_args(arguments)
     if not options.endpoint and not options.place:
         parser.error("give --endpoint, --place or both")
@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def name_of(kind: str) -> str:
-    """As SageMaker's API has it: ``EndpointConfig``."""
+    """Return a kind as SageMaker's API spells it: ``EndpointConfig`` for ``endpoint_config``."""
     return "".join(part.title() for part in kind.split("_"))
 
 
@@ -42,7 +42,7 @@ def words_of(kind: str) -> str:
 
 
 def describe(sagemaker: Any, kind: str, name: str) -> dict[str, Any] | None:
-    """An endpoint, a configuration or a model; None if there is none of that name."""
+    """Describe an endpoint, a configuration or a model; None if none has that name."""
     try:
         return getattr(sagemaker, f"describe_{kind}")(**{f"{name_of(kind)}Name": name})
     except ClientError as error:
@@ -52,8 +52,12 @@ def describe(sagemaker: Any, kind: str, name: str) -> dict[str, Any] | None:
 
 
 def find_endpoint(sagemaker: Any, name: str) -> list[tuple[str, Callable[[], Any]]]:
-    """What is left of an endpoint, in the order in which it goes; all three have its name."""
-    found = []
+    """Find the endpoint, its configuration and its model, which all have the same name.
+
+    Returns:
+        A description and a delete function of each that exists, in the order of deletion.
+    """
+    steps = []
     for kind in KINDS:
         word, words = name_of(kind), words_of(kind)
         record = describe(sagemaker, kind, name)
@@ -62,27 +66,29 @@ def find_endpoint(sagemaker: Any, name: str) -> list[tuple[str, Callable[[], Any
         pages = sagemaker.get_paginator("list_tags").paginate(ResourceArn=record[f"{word}Arn"])
         tags = {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
         if not TAGS.items() <= tags.items():
-            raise ConfigurationError(f"the {words} {name} was not made by these scripts: it is not tagged so")
+            raise ConfigurationError(
+                f"the {words} {name} was not created by these scripts: it lacks the tag created-by=esm-efficient"
+            )
         delete = getattr(sagemaker, f"delete_{kind}")
-        found.append((f"{words} {name}", lambda d=delete, w=word: d(**{f"{w}Name": name})))
-    return found
+        steps.append((f"{words} {name}", lambda d=delete, w=word: d(**{f"{w}Name": name})))
+    return steps
 
 
 def find_objects(s3: Any, place: Place) -> list[dict[str, str]]:
-    """Every version of every object of a place, the mark last, so that what is cut off can be gone on with."""
+    """List all versions of all objects of a place. The marker is last, so that an interrupted deletion can continue."""
     pages = s3.get_paginator("list_object_versions").paginate(Bucket=place.bucket, Prefix=f"{place.prefix}/")
-    found = [
+    versions = [
         {"Key": item["Key"], "VersionId": item["VersionId"]}
         for page in pages
         for item in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
     ]
-    mark = place.key(MARKER)
-    if found and not any(item["Key"] == mark for item in found):
+    marker = place.key(MARKER)
+    if versions and not any(item["Key"] == marker for item in versions):
         raise ConfigurationError(
-            f"{place.uri()} has no {MARKER}, so these scripts did not make it, and do not delete its {len(found)} "
-            "object(s)"
+            f"{place.uri()} has no {MARKER}, so these scripts did not create it. They do not delete its "
+            f"{len(versions)} object(s)"
         )
-    return sorted(found, key=lambda item: item["Key"] == mark)
+    return sorted(versions, key=lambda item: item["Key"] == marker)
 
 
 def delete_objects(s3: Any, place: Place, objects: list[dict[str, str]]) -> None:
@@ -104,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         if objects := find_objects(s3, place):
             steps.append((f"{len(objects)} object(s) below {place.uri()}", lambda: delete_objects(s3, place, objects)))
     if not steps:
-        print("nothing is left to delete")
+        print("there is nothing to delete")
         return
     if not options.yes:
         raise SystemExit("\n".join(["with --yes this deletes:", *(f"  {name}" for name, _ in steps)]))

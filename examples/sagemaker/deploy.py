@@ -1,10 +1,10 @@
-"""Put a trained model behind an endpoint, and ask it about three well-known proteins.
+"""Deploy a trained model to an endpoint, and request predictions for three well-known proteins.
 
     python examples/sagemaker/deploy.py --job JOB --endpoint esm2-membrane --role ROLE_ARN
     python examples/sagemaker/deploy.py --job JOB --endpoint esm2-membrane --role ROLE_ARN --serverless
 
-A real-time endpoint costs until cleanup.py deletes it. A serverless one costs by request, has no GPU, and needs a
-moment to start after it was idle.
+A real-time endpoint is billed until cleanup.py deletes it. A serverless endpoint is billed per request, has no GPU, and
+needs some time to start after a pause.
 """
 
 from __future__ import annotations
@@ -19,47 +19,50 @@ from aws import Place, client, find_image, run, tags
 from botocore.exceptions import BotoCoreError, ClientError
 from cleanup import KINDS, describe, words_of
 
-from esm_efficient import ConfigurationError
-from esm_efficient.costs.devices import get_device
+from esm_efficient import ConfigurationError, format_table, get_device
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
-from esm_efficient.reporting import format_table
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--job", help="name of a training job that has ended")
-    source.add_argument("--model-data", help="s3://.../model.tar.gz of one")
-    parser.add_argument("--endpoint", required=True, help="name to give it")
+    source.add_argument("--job", help="name of a completed training job")
+    source.add_argument("--model-data", help="s3://.../model.tar.gz of a training job")
+    parser.add_argument("--endpoint", required=True, help="name of the new endpoint")
     parser.add_argument("--role", required=True, help="ARN of the role that the endpoint assumes")
     parser.add_argument(
-        "--instance-type", default="ml.g5.xlarge", help="of a real-time endpoint (default: %(default)s)"
+        "--instance-type", default="ml.g5.xlarge", help="type of a real-time endpoint (default: %(default)s)"
     )
-    parser.add_argument("--instances", type=int, default=1)
+    parser.add_argument("--instances", type=int, default=1, help="number of instances of a real-time endpoint")
     parser.add_argument("--serverless", action="store_true")
-    parser.add_argument("--memory-mb", type=int, default=6144, help="of a serverless one (default: %(default)s)")
-    parser.add_argument("--concurrency", type=int, default=5, help="requests at once, of a serverless one")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="the most tokens of a sequence that it takes")
-    parser.add_argument("--image", help="an inference image of yours")
+    parser.add_argument(
+        "--memory-mb", type=int, default=6144, help="memory of a serverless endpoint (default: %(default)s)"
+    )
+    parser.add_argument("--concurrency", type=int, default=5, help="simultaneous requests to a serverless endpoint")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="most tokens per sequence in a request")
+    parser.add_argument("--image", help="your own inference image")
     parser.add_argument("--region", help="default: the configured one")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds to wait until it is in service")
+    parser.add_argument("--timeout", type=int, default=1800, help="most seconds to wait for the endpoint")
     return parser.parse_args(arguments)
 
 
 def model_of(sagemaker: Any, job: str) -> str:
-    """Where a training job has put its model."""
+    """Return the S3 address of a training job's model."""
     record = sagemaker.describe_training_job(TrainingJobName=job)
     if record["TrainingJobStatus"] != "Completed":
         reason = record.get("FailureReason", "")
-        raise ConfigurationError(f"{job} is {record['TrainingJobStatus']}{reason and f' ({reason})'}: it has no model")
+        raise ConfigurationError(
+            f"job {job} has no model: its status is {record['TrainingJobStatus']}{reason and f' ({reason})'}, and "
+            "Completed is needed"
+        )
     return record["ModelArtifacts"]["S3ModelArtifacts"]
 
 
 def refuse_existing(sagemaker: Any, name: str) -> None:
-    """Nothing of that name must be there: the SDK would put an old model behind the new endpoint."""
-    if there := [words_of(kind) for kind in KINDS if describe(sagemaker, kind, name)]:
+    """Raise an error if anything has that name: the SDK would use the old model for the new endpoint."""
+    if existing := [words_of(kind) for kind in KINDS if describe(sagemaker, kind, name)]:
         raise ConfigurationError(
-            f"{' and '.join(there)} named {name} exist already: choose another name, or run cleanup.py --endpoint "
+            f"{' and '.join(existing)} named {name} exist already: choose another name, or run cleanup.py --endpoint "
             f"{name}"
         )
 
@@ -72,14 +75,14 @@ def has_gpu(instance_type: str) -> bool:
 
 
 def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
-    """A model, an endpoint configuration and an endpoint, all of one name."""
+    """Create a model, an endpoint configuration and an endpoint, all with the same name."""
     from sagemaker.core.helper.session_helper import Session
     from sagemaker.core.inference_config import ServerlessInferenceConfig
     from sagemaker.serve import ModelBuilder
 
     place = Place.parse(model_data)
     session = Session(boto_session=boto3.Session(region_name=region), default_bucket=place.bucket)
-    # Serverless endpoints have no GPU: the image is that of an instance without one.
+    # A serverless endpoint has no GPU, so it needs the image of an instance without a GPU.
     instance = "ml.m5.xlarge" if options.serverless else options.instance_type
     builder = ModelBuilder(
         image_uri=options.image or find_image("inference", region, instance).uri,
@@ -90,7 +93,7 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
         env_vars={
             "SAGEMAKER_PROGRAM": "inference.py",
             "ESM_EFFICIENT_MAX_TOKENS": str(options.max_tokens),
-            # Without a GPU the server would start a worker, with a model of its own, for each core.
+            # Without a GPU the server would start one worker per core, each with a copy of the model.
             **({} if has_gpu(instance) else {"SAGEMAKER_MODEL_SERVER_WORKERS": "1"}),
         },
         log_level=logging.WARNING,
@@ -108,7 +111,7 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
 
 
 def ask(endpoint: Any) -> list[dict[str, Any]]:
-    """What it says of well-known proteins."""
+    """Request the predictions for well-known proteins."""
     inputs = [{"name": name, "sequence": sequence} for name, sequence in KNOWN_PROTEINS.items()]
     response = endpoint.invoke(
         body=json.dumps({"inputs": inputs}), content_type="application/json", accept="application/json"
@@ -125,27 +128,27 @@ def main(arguments: list[str] | None = None) -> None:
     refuse_existing(sagemaker, options.endpoint)
     model_data = options.model_data or model_of(sagemaker, options.job)
     endpoint = create(options, model_data, region)
-    print(f"waiting for {options.endpoint}, which serves {model_data}")
+    print(f"waiting for endpoint {options.endpoint} with {model_data}")
     attempts = {"Delay": 15, "MaxAttempts": max(1, options.timeout // 15)}
     try:
         sagemaker.get_waiter("endpoint_in_service").wait(EndpointName=options.endpoint, WaiterConfig=attempts)
-        answers = ask(endpoint)
+        predictions = ask(endpoint)
     except (BotoCoreError, ClientError) as error:
         record = sagemaker.describe_endpoint(EndpointName=options.endpoint)
         raise ConfigurationError(
-            f"{options.endpoint} is {record['EndpointStatus']} ({record.get('FailureReason') or error}). It is there, "
-            f"and may be billed, until cleanup.py --endpoint {options.endpoint} --yes deletes it"
+            f"endpoint {options.endpoint} is {record['EndpointStatus']} ({record.get('FailureReason') or error}). It "
+            f"exists and may be billed: delete it with cleanup.py --endpoint {options.endpoint} --yes"
         ) from error
     rows = [
         (
-            answer["name"],
-            answer.get("label") or ", ".join(answer.get("labels", [])),
-            f"{answer['score']:.2f}" if "score" in answer else "",
+            prediction["name"],
+            prediction.get("label") or ", ".join(prediction.get("labels", [])),
+            f"{prediction['score']:.2f}" if "score" in prediction else "",
         )
-        for answer in answers
+        for prediction in predictions
     ]
     print(format_table(rows, ("protein", "prediction", "probability")))
-    print(f"in service: cleanup.py --endpoint {options.endpoint} --yes deletes it")
+    print(f"the endpoint is in service; delete it with cleanup.py --endpoint {options.endpoint} --yes")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The handler of SageMaker's Hugging Face serving container: proteins in, predictions with the label names out.
+"""The handler of SageMaker's Hugging Face serving container: protein sequences in, named predictions out.
 
-It lies in ``code/`` beside the model, with the library. The request is JSON (``{"inputs": "MKT..."}`` or a list), CSV
-or FASTA, as ``esm_efficient.inference.read_request`` has it; the response is a JSON list with one entry a sequence.
-Limits are set with the endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens).
+The file is in ``code/`` beside the model, together with the library. A request is JSON (``{"inputs": "MKT..."}`` or a
+list), CSV or FASTA; see ``esm_efficient.read_request``. The response is a JSON list with one entry per sequence. The
+endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` (sequences per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens
+per sequence) set limits.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import json
 import os
 from typing import Any
 
-from esm_efficient import Predictor, RequestError
-from esm_efficient.inference import Query, RequestLimits, read_request
+from esm_efficient import Predictor, Query, RequestError, RequestLimits, read_request
 
 MAX_TOKENS = int(os.environ.get("ESM_EFFICIENT_MAX_TOKENS", 1024))
 LIMITS = RequestLimits(
@@ -21,24 +21,24 @@ LIMITS = RequestLimits(
 
 
 def model_fn(model_dir: str, context: Any = None) -> Predictor:
-    """Load the model; safetensors alone, nothing is unpickled."""
+    """Load the model, from safetensors files only: nothing is unpickled."""
     return Predictor.load(model_dir, max_tokens=MAX_TOKENS)
 
 
 def input_fn(body: bytes | str, content_type: str | None, context: Any = None) -> list[Query]:
-    """The sequences of a request; `RequestError` says what is wrong with it."""
+    """Return the sequences of a request; raise `RequestError` for a wrong one."""
     return read_request(body, content_type, LIMITS)
 
 
 def predict_fn(queries: list[Query], predictor: Predictor, context: Any = None) -> list[dict[str, Any]]:
-    """A prediction for each sequence, in their order."""
+    """Return one prediction per sequence, in the same order."""
     predictions = predictor.predict([query.sequence for query in queries])
     return [{"name": q.name, **p.to_dict()} for q, p in zip(queries, predictions, strict=True)]
 
 
 def output_fn(predictions: list[dict[str, Any]], accept: str | None, context: Any = None) -> str:
-    """The response."""
-    wanted = {part.partition(";")[0].strip().lower() for part in (accept or "*/*").split(",")}
-    if not wanted & {"", "*/*", "application/*", "application/json"}:
-        raise RequestError(f"accept {(accept or '')[:80]!r}: answers are application/json", status=406)
+    """Return the response as JSON text."""
+    accepted = {part.partition(";")[0].strip().lower() for part in (accept or "*/*").split(",")}
+    if not accepted & {"", "*/*", "application/*", "application/json"}:
+        raise RequestError(f"Accept is {(accept or '')[:80]!r}, but responses are application/json", status=406)
     return json.dumps(predictions)

@@ -1,11 +1,11 @@
-"""Proteins to tokenised splits, on disk or in S3, as the training job reads them.
+"""Write tokenised splits to a folder or to S3, as the training job reads them.
 
     python examples/sagemaker/prepare_data.py --place s3://BUCKET/esm2-membrane
     python examples/sagemaker/prepare_data.py --place output --data table.csv --task location
 
-The splits are written to PLACE/dataset. The table is DeepLoc-2.0's: downloaded from its authors, or a file of yours in
-its format; ``demo`` is the synthetic one. Whoever has other files loads them with ``load_sequences`` and goes on from
-there.
+The splits go to PLACE/dataset. ``--data deeploc`` downloads the DeepLoc-2.0 table from its authors, ``--data demo`` is
+the synthetic table, and ``--data FILE`` is a table in DeepLoc's format. For other files, replace ``load_deeploc`` by
+``load_sequences``.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--place", required=True, help="s3://bucket/prefix for all of these scripts, or a folder")
     parser.add_argument("--data", default="deeploc", help='a table in the DeepLoc-2.0 format, "deeploc" or "demo"')
     parser.add_argument("--task", default="membrane", choices=["membrane", "location"])
-    parser.add_argument("--tokenizer", help="of the model to fine-tune (default: ESM-2's, which all sizes share)")
+    parser.add_argument("--tokenizer", help="tokenizer of the model to fine-tune (default: that of all ESM-2 sizes)")
     parser.add_argument("--min-residues", type=int, default=100)
     parser.add_argument("--max-residues", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=1024, help="tokens of a sequence, two special ones included")
+    parser.add_argument(
+        "--max-tokens", type=int, default=1024, help="most tokens per sequence, with the two special ones"
+    )
     parser.add_argument("--split", default="partition", choices=["partition", "random"])
     parser.add_argument("--limit", type=int, help="train on this many proteins, validate and test on a third as many")
     parser.add_argument("--seed", type=int, default=0)
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     data = load(options)
     task = task_of(data["train"].features)
-    # The tokenizer that comes with the demo model is that of every ESM-2.
+    # The demo model has the same tokenizer as every ESM-2.
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo_model_path())
     tokenized, report = tokenize_dataset(data, tokenizer, max_tokens=options.max_tokens)
     if options.place.startswith("s3://"):
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         "names": task.names,
         "dataset": KNOWN_TABLES.get(options.data, Path(options.data).name),
         "sequences": {name: len(split) for name, split in tokenized.items()},
-        "longest": max(max(split["tokens"]) for split in tokenized.values()),
+        "longest_tokens": max(max(split["tokens"]) for split in tokenized.values()),
     }
     with fsspec.open(f"{folder}/task.json", "w") as handle:
         json.dump(record, handle, indent=2)

@@ -1,10 +1,10 @@
-"""The endpoint's handler behind a small HTTP server on this machine, to try a model out before it is deployed.
+"""Run the endpoint's handler behind a small HTTP server on this machine, to try a model before deployment.
 
     python examples/sagemaker/serve_local.py --model FOLDER --port 8080
     curl -d '{"inputs": "MKTAYIAKQR"}' -H 'Content-Type: application/json' localhost:8080/invocations
 
-``/ping`` and ``/invocations`` answer as SageMaker's container does. It listens on loopback unless told otherwise and is
-not made for the open network. FOLDER is an artifact of train.py, unpacked, or what ``export_model`` wrote.
+``/ping`` and ``/invocations`` respond as in SageMaker's container. The server listens on loopback by default and is not
+made for public networks. FOLDER is an unpacked artifact of train.py or an output of ``export_model``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("serve_local")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; the model is used by one at a time."""
+    """Handles one connection; a lock lets one request at a time use the model."""
 
     protocol_version = "HTTP/1.1"
     timeout = 60
@@ -43,36 +43,38 @@ class Handler(BaseHTTPRequestHandler):
             if self.path != "/invocations":
                 raise RequestError("expected GET /ping or POST /invocations", status=404)
             queries = inference.input_fn(body, self.headers.get("Content-Type"))
-            inference.output_fn([], self.headers.get("Accept"))  # before the work, not after it
+            inference.output_fn([], self.headers.get("Accept"))  # checks Accept before the prediction
             with self.lock:
                 predictions = inference.predict_fn(queries, self.predictor)
             self.answer(200, inference.output_fn(predictions, self.headers.get("Accept")))
         except RequestError as error:
             self.refuse(error.status, str(error))
         except ConnectionError:
-            self.close_connection = True  # nobody is there to answer
+            self.close_connection = True  # the client has gone
         except Exception:
             logger.exception("a request failed")
-            self.refuse(500, "the model could not answer: the server's log says why")
+            self.refuse(500, "the prediction failed: see the server's log")
 
     def read_body(self) -> bytes:
-        """The body, of which no more is read than may be there."""
+        """Read the body, up to the limit of `RequestLimits.bytes`."""
         length = self.headers.get("Content-Length", "")
         if self.headers.get("Transfer-Encoding") or not (length.isascii() and length.isdecimal()):
-            raise RequestError("Content-Length must say how many bytes the body has", status=411)
+            raise RequestError("expected a Content-Length header with the number of bytes of the body", status=411)
         if len(length) > 12 or int(length) > inference.LIMITS.bytes:
-            raise RequestError(f"the body may have {inference.LIMITS.bytes:,} bytes", status=413)
+            raise RequestError(
+                f"the body is too large: at most {inference.LIMITS.bytes:,} bytes are allowed", status=413
+            )
         body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise RequestError(f"the body has {len(body)} bytes, not {length}")
+            raise RequestError(f"the body has {len(body)} bytes, but Content-Length is {length}")
         return body
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server finds wrong with a request by itself; it calls an unknown method 501."""
+        """Send an error that http.server itself detects; an unknown method is 405 here instead of 501."""
         self.refuse(405 if code == 501 else code, message or "bad request")
 
     def refuse(self, status: int, message: str) -> None:
-        # What is left of a body that was not read must not be taken for the next request.
+        # Otherwise the unread rest of the body would be parsed as the next request.
         self.close_connection = True
         self.answer(status, json.dumps({"error": message}))
 
@@ -92,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection."""
+    """Handles each connection in its own thread."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -100,9 +102,9 @@ class Server(ThreadingHTTPServer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder")
+    parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080, help="0 for a free one")
+    parser.add_argument("--port", type=int, default=8080, help="0 chooses a free port")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     Handler.predictor = inference.model_fn(options.model)

@@ -1,11 +1,11 @@
-"""Start the training job on SageMaker.
+"""Submit the training job to SageMaker.
 
     python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --dry-run
     python examples/sagemaker/submit.py --place s3://BUCKET/esm2-membrane --role ROLE_ARN --spot -- --epochs 3
 
-What stands behind ``--`` are hyperparameters of train.py, checked here before anything is paid for. ``--dry-run`` makes
-the request and prints it instead of sending it, with what it will take of the GPU's memory. prepare_data.py has put the
-splits at PLACE/dataset.
+The hyperparameters of train.py follow ``--``. They are checked before anything is sent. ``--dry-run`` prints the
+request and the predicted GPU memory, and sends nothing. Run prepare_data.py before: it writes the splits to
+PLACE/dataset.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import boto3
 from aws import Place, Unsent, claim, client, dry_session, find_image, run, tags
+from job_metrics import METRIC_DEFINITIONS
 from sagemaker.core.helper.session_helper import Session
 from sagemaker.core.training.configs import (
     CheckpointConfig,
@@ -37,93 +38,101 @@ from sagemaker.train.distributed import Torchrun
 from train import make_parser, make_recipe
 
 import esm_efficient
-from esm_efficient import ConfigurationError, estimate, recommend
-from esm_efficient.costs.devices import get_device
-from esm_efficient.profiling.callback import METRIC_DEFINITIONS
+from esm_efficient import ConfigurationError, estimate, get_device, recommend
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("train.py", "inference.py", "requirements.txt")
-TEST_METRICS = [{"Name": f"test_{name}", "Regex": f"'test_{name}': '?([0-9.e+-]+)"} for name in ("accuracy", "mcc")]
+SOURCES = ("train.py", "job_metrics.py", "inference.py", "requirements.txt")
 TRACKING = ("mlflow>=3.0", "sagemaker-mlflow>=0.1")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--place", required=True, help="s3://bucket/prefix for everything that belongs to the job")
+    parser.add_argument("--place", required=True, help="s3://bucket/prefix for everything of this model")
     parser.add_argument("--role", required=True, help="ARN of the role that the job assumes (role_policy.json)")
     parser.add_argument("--dataset", help="splits of prepare_data.py (default: PLACE/dataset)")
-    parser.add_argument("--model", help="s3://... of a model to fine-tune, instead of one of the Hub")
-    parser.add_argument("--name", default="esm2", help="the job's name begins with it (default: %(default)s)")
-    parser.add_argument("--run", help="name of the run, whose checkpoints a later job with the same name goes on from")
+    parser.add_argument("--model", help="s3://... of a model to fine-tune, instead of a model of the Hub")
+    parser.add_argument("--name", default="esm2", help="first part of the job's name (default: %(default)s)")
+    parser.add_argument("--run", help="name of the run; a later job with the same name resumes from its checkpoints")
     parser.add_argument("--region", help="default: the configured one")
     parser.add_argument("--instance-type", default="ml.g5.2xlarge", help="default: %(default)s")
     parser.add_argument("--instance-count", type=int, default=1)
-    parser.add_argument("--processes", type=int, help="on each instance (default: one for each GPU)")
+    parser.add_argument("--processes", type=int, help="processes per instance (default: one per GPU)")
     parser.add_argument("--volume-gb", type=int, default=50)
-    parser.add_argument("--max-hours", type=float, default=24.0, help="the longest that the job may run")
-    parser.add_argument("--spot", action="store_true", help="spare capacity: cheaper, may be interrupted and goes on")
-    parser.add_argument("--max-wait-hours", type=float, help="with --spot, waiting included (default: twice the above)")
-    parser.add_argument("--warm-pool-minutes", type=int, default=0, help="keep the instance for the next job")
-    parser.add_argument("--image", help="a training image of yours")
-    parser.add_argument("--tracking", help="ARN of an MLflow tracking server")
-    parser.add_argument("--experiment", default="esm2", help="with --tracking (default: %(default)s)")
-    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--length", type=int, help="tokens of the longest protein (default: the data's; dry run: 514)")
+    parser.add_argument("--max-hours", type=float, default=24.0, help="longest training time")
     parser.add_argument(
-        "--anyway", action="store_true", help="submit although the instance is predicted to be too small"
+        "--spot", action="store_true", help="spare capacity: cheaper, but the job may be interrupted and resumed"
     )
-    parser.add_argument("--wait", action="store_true", help="until the job has ended")
+    parser.add_argument(
+        "--max-wait-hours", type=float, help="with --spot, longest time with waiting (default: twice --max-hours)"
+    )
+    parser.add_argument("--warm-pool-minutes", type=int, default=0, help="keep the instance for the next job")
+    parser.add_argument("--image", help="your own training image")
+    parser.add_argument("--tracking", help="ARN of an MLflow tracking server")
+    parser.add_argument(
+        "--experiment", default="esm2", help="MLflow experiment, with --tracking (default: %(default)s)"
+    )
+    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--tokens", type=int, help="tokens of the longest protein (default: the data's; dry run: 514)")
+    parser.add_argument(
+        "--anyway", action="store_true", help="submit even if the instance is predicted to be too small"
+    )
+    parser.add_argument("--wait", action="store_true", help="wait until the job has ended")
     parser.add_argument("--dry-run", action="store_true", help="print the request and send nothing")
-    parser.add_argument("hyperparameters", nargs="*", help="behind --: what train.py takes")
+    parser.add_argument("hyperparameters", nargs="*", help="after --: options of train.py")
     return parser.parse_args(arguments)
 
 
 def hyperparameters_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Every hyperparameter that has a value, checked as train.py will check it."""
+    """Return all hyperparameters that have a value, after the same checks as in train.py."""
     given = list(options.hyperparameters) + (["--report_to", "mlflow"] if options.tracking else [])
-    found = {name: value for name, value in vars(make_parser().parse_args(given)).items() if value is not None}
-    if bad := [name for name, value in found.items() if "'" in str(value)]:
-        raise ConfigurationError(f"{', '.join(bad)}: an apostrophe breaks the quoting of SageMaker's launcher")
-    return found
+    values = {name: value for name, value in vars(make_parser().parse_args(given)).items() if value is not None}
+    if bad := [name for name, value in values.items() if "'" in str(value)]:
+        raise ConfigurationError(
+            f"{', '.join(bad)}: an apostrophe breaks the quoting of SageMaker's launcher, so remove it"
+        )
+    return values
 
 
 def processes_of(options: argparse.Namespace) -> int:
-    """Processes on each instance."""
+    """Return the number of processes per instance."""
     name = options.instance_type.removeprefix("ml.")
     return options.processes or get_device(options.instance_type).instances.get(name, 1)
 
 
 def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the job will take of the GPU and whether that fits; for a dry run, or if it does not, what to take."""
+    """Predict the GPU memory of the job.
+
+    Returns:
+        A text and whether the job fits. The text has a recommendation if the job does not fit, and in a dry run.
+    """
     sizes = argparse.Namespace(**{"learning_rate": None, **given})
     recipe = make_recipe(sizes, processes_of(options) * options.instance_count)
     if given.get("token_budget"):
-        recipe = recipe.replace(micro_batch=max(1, given["token_budget"] // options.length), learning_rate=1.0)
-    precision = None if given["precision"] == "auto" else given["precision"]
-    asked = {"device": options.instance_type, "tokens": options.length, "precision": precision}
-    cost = estimate(given["model_id"], recipe=recipe, **asked)
+        recipe = recipe.replace(micro_batch=max(1, given["token_budget"] // options.tokens), learning_rate=1.0)
+    settings = {"device": options.instance_type, "tokens": options.tokens, "precision": given["precision"]}
+    cost = estimate(given["model_id"], recipe=recipe, **settings)
     if cost.fits() and not options.dry_run:
         return str(cost), True
     try:
-        tried = ["base", "gc", "lora", "all"]
-        better = recommend(given["model_id"], batch_size=recipe.batch_size, recipes=tried, progress=False, **asked)
+        recipes = ["base", "gc", "lora", "all"]
+        better = recommend(given["model_id"], batch_size=recipe.batch_size, recipes=recipes, progress=False, **settings)
         advice = f"recommended:\n{better}"
     except ConfigurationError as error:
-        advice = str(error)  # nothing fits: it says what was tried
+        advice = str(error)  # nothing fits; the message lists what was tried
     return f"{cost}\n\n{advice}", cost.fits()
 
 
 def longest_of(s3: Any, dataset: Place) -> int:
-    """Tokens of the longest protein, from what prepare_data.py has written."""
+    """Return the tokens of the longest protein, which prepare_data.py wrote to task.json."""
     try:
         body = s3.get_object(Bucket=dataset.bucket, Key=dataset.key("task.json"))["Body"].read()
     except s3.exceptions.NoSuchKey as error:
         raise ConfigurationError(f"{dataset.uri()} has no task.json: run prepare_data.py first") from error
-    return json.loads(body)["longest"]
+    return json.loads(body)["longest_tokens"]
 
 
 def stage(folder: Path, tracking: bool) -> None:
-    """The job's sources: the scripts, the library, and what that needs."""
+    """Copy the job's sources: the scripts, the library and its requirements."""
     for name in SOURCES:
         shutil.copy(HERE / name, folder)
     package = Path(esm_efficient.__file__).parent
@@ -136,11 +145,12 @@ def stage(folder: Path, tracking: bool) -> None:
 def make_trainer(
     options: argparse.Namespace, given: Mapping[str, Any], sources: Path, session: Session, place: Place
 ) -> ModelTrainer:
+    """Describe the job to the SDK."""
     seconds = int(options.max_hours * 3600)
     waiting = int((options.max_wait_hours or 2 * options.max_hours) * 3600) if options.spot else None
     region = session.boto_region_name
     image = options.image or find_image("training", region, options.instance_type).uri
-    # Without the last slash, what S3 calls a prefix would take dataset-old along.
+    # S3 matches prefixes: without the last slash, dataset-old would match too.
     channels = {"dataset": f"{(options.dataset or place.uri('dataset')).rstrip('/')}/"}
     if options.model:
         channels["model"] = f"{options.model.rstrip('/')}/"
@@ -174,38 +184,44 @@ def make_trainer(
         hyperparameters=dict(given),
         tags=[{"key": tag["Key"], "value": tag["Value"]} for tag in tags({"run": options.run, **own})],
     )
-    definitions = [MetricDefinition(name=d["Name"], regex=d["Regex"]) for d in (*METRIC_DEFINITIONS, *TEST_METRICS)]
+    definitions = [MetricDefinition(name=d["Name"], regex=d["Regex"]) for d in METRIC_DEFINITIONS]
     return trainer.with_metric_definitions(definitions)
 
 
 def check(options: argparse.Namespace) -> None:
-    """What SageMaker would refuse, or would do wrong, said before anything is uploaded."""
+    """Check options before the upload that SageMaker would reject or misread later.
+
+    Raises:
+        ConfigurationError: the options contradict each other.
+    """
     if options.spot and options.warm_pool_minutes:
-        raise ConfigurationError("--spot and --warm-pool-minutes do not go together: spare capacity is not kept")
+        raise ConfigurationError("--spot and --warm-pool-minutes exclude each other: SageMaker keeps no spot instances")
     if options.max_wait_hours is not None and (not options.spot or options.max_wait_hours < options.max_hours):
-        raise ConfigurationError("--max-wait-hours goes with --spot, and is not less than --max-hours")
+        raise ConfigurationError("--max-wait-hours needs --spot, and must be at least --max-hours")
     if options.model and not any(word.startswith("--model_id") for word in options.hyperparameters):
         raise ConfigurationError(
-            "--model goes with --model_id: what the weights are of decides the memory and the card"
+            "--model needs --model_id: the base model decides the predicted memory and the model card"
         )
     if bad := [pair for pair in options.tag if "=" not in pair]:
         raise ConfigurationError(f"--tag {bad[0]!r}: expected KEY=VALUE")
 
 
 def main(arguments: list[str] | None = None) -> str | None:
-    """Submit, and return the job's name; None for a dry run."""
+    """Submit the job and return its name; None for a dry run."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     check(options)
     options.run = options.run or f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     given, place = hyperparameters_of(options), Place.parse(options.place)
-    if options.length is None:
+    if options.tokens is None:
         dataset = Place.parse(options.dataset) if options.dataset else Place.parse(place.uri("dataset"))
-        options.length = 514 if options.dry_run else longest_of(client("s3", options.region), dataset)
+        options.tokens = 514 if options.dry_run else longest_of(client("s3", options.region), dataset)
     memory, fits = predict_memory(options, given)
     print(memory)
     if not fits and not (options.anyway or options.dry_run):
-        raise ConfigurationError(f"{options.instance_type} is predicted to run out of memory: see above, or --anyway")
+        raise ConfigurationError(
+            f"{options.instance_type} is predicted to run out of memory: choose a setting from above, or add --anyway"
+        )
     region = options.region or boto3.Session().region_name
     if region is None:
         raise ConfigurationError("no AWS region is configured: give --region")
@@ -224,7 +240,7 @@ def main(arguments: list[str] | None = None) -> str | None:
         trainer.train(wait=options.wait, logs=options.wait)
     name = trainer._latest_training_job.training_job_name
     print(f"submitted {name}; its model will be below {place.uri('output', name)}")
-    print(f"if it fails for good, --run {options.run} goes on from its checkpoints")
+    print(f"if it fails, a new job with --run {options.run} resumes from its checkpoints")
     return name
 
 

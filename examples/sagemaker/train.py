@@ -1,9 +1,10 @@
-"""The training job: tokenised splits in, a model to deploy out. SageMaker starts it; so can anybody, with any folder.
+"""The training job: read tokenised splits, fine-tune a model, and write a folder to deploy.
 
-Hyperparameters are the tutorial's; what is not given is the recipe's. Data, checkpoints and results lie where SageMaker
-says in its ``SM_*`` variables, and below the folder that holds ``SM_MODEL_DIR`` (``/opt/ml``). A job that was
-interrupted goes on from its last whole checkpoint. The exit status is 0 when the model is written, 143 when a signal
-ended the run after a checkpoint, and 1 with a reason in ``output/failure`` when something is wrong.
+SageMaker starts this script, but it also runs on any machine. Hyperparameters are named as in the tutorial; the default
+of a missing one comes from the recipe. SageMaker's ``SM_*`` variables give the folders of data and results; checkpoints
+are in the parent folder of ``SM_MODEL_DIR`` (``/opt/ml``). An interrupted job resumes from its last complete
+checkpoint. The exit status is 0 after the model is written, 143 after a signal and a checkpoint, and 1 after an error,
+with the reason in ``output/failure``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import DatasetDict, load_from_disk
+from job_metrics import memory_line
 
 import esm_efficient
 from esm_efficient import (
@@ -40,24 +43,24 @@ from esm_efficient import (
 )
 
 logger = logging.getLogger("train")
-INDIFFERENT = ("logging_steps", "per_device_eval_batch_size", "report_to", "save_steps")
-"""Hyperparameters that may change between a run and its continuation."""
+MAY_CHANGE = ("logging_steps", "per_device_eval_batch_size", "report_to", "save_steps")
+"""Hyperparameters that may change when a run resumes."""
 HERE = Path(__file__).resolve().parent
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments that are wrong are an error like any other, so that it reaches ``output/failure``."""
+    """Raises an error for wrong arguments, so that the reason is written to ``output/failure``."""
 
     def error(self, message: str) -> None:
         raise ConfigurationError(message)
 
 
 def boolean(text: str) -> bool:
-    """``true`` and ``True`` alike: SageMaker's launchers write either."""
-    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in known:
+    """Parse ``true`` and ``True`` alike: SageMaker's launchers write either."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return known[text.lower()]
+    return values[text.lower()]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,21 +68,21 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
     )
     add = parser.add_argument
-    add("--model_id", default="facebook/esm2_t33_650M_UR50D", help="Hub name; a channel named model wins")
+    add("--model_id", default="facebook/esm2_t33_650M_UR50D", help="Hub name; a channel named model has priority")
     add("--epochs", type=float, default=1.0)
-    add("--max_steps", type=int, default=-1, help="optimizer steps; ends earlier than --epochs if above 0")
-    add("--lora", type=boolean, default=True, help="adapters on every linear layer, or all parameters")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; if above 0, replaces --epochs")
+    add("--lora", type=boolean, default=True, help="true trains adapters, false trains all parameters")
     add("--lora_r", type=int, default=8)
     add("--lora_preset", default="all-linear", help="qkv, attention, mlp or all-linear")
-    add("--per_device_train_batch_size", type=int, default=8)
+    add("--per_device_train_batch_size", type=int, default=8, help="sequences per micro-batch")
     add("--per_device_eval_batch_size", type=int, default=16)
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     add("--use_gradient_checkpointing", type=boolean, default=False)
-    add("--learning_rate", type=float, help="default: the recipe's, times the root of the batch over the recipe's")
+    add("--learning_rate", type=float, help="default: the recipe's, times sqrt(batch size / recipe's batch size)")
     add("--precision", default="auto", choices=["auto", "float32", "bf16"])
-    add("--class_weights", type=boolean, default=True, help="weigh classes inversely to their frequency")
-    add("--token_budget", type=int, help="tokens of a batch, instead of sequences")
-    add("--save_steps", type=int, default=100, help="optimizer steps between two checkpoints")
+    add("--class_weights", type=boolean, default=True, help="weight classes inversely to their frequency")
+    add("--token_budget", type=int, help="tokens per micro-batch, instead of a fixed number of sequences")
+    add("--save_steps", type=int, default=100, help="optimizer steps between checkpoints")
     add("--logging_steps", type=int, default=20)
     add("--seed", type=int, default=0)
     add("--report_to", default="none", choices=["none", "mlflow"], help="experiment tracking")
@@ -87,11 +90,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_recipe(options: argparse.Namespace, processes: int) -> Recipe:
-    """The library's recipe with these sizes; its learning rate follows the batch of all processes."""
+    """Return the recipe with these sizes and a learning rate that follows the batch size over all processes."""
     changes = {
         "micro_batch": options.per_device_train_batch_size,
         "accumulation": options.gradient_accumulation_steps,
-        "checkpointing": options.use_gradient_checkpointing,
+        "gradient_checkpointing": options.use_gradient_checkpointing,
     }
     if options.lora:
         changes |= {"preset": options.lora_preset, "r": options.lora_r}
@@ -101,40 +104,44 @@ def make_recipe(options: argparse.Namespace, processes: int) -> Recipe:
 
 
 def identity_of(options: argparse.Namespace, processes: int, data: Path) -> dict[str, Any]:
-    """What decides the weights that a run ends with."""
+    """Return everything that determines the final weights of a run."""
     digest = hashlib.sha256()
     for path in sorted(data.rglob("*.json")):
         digest.update(path.read_bytes())
-    decisive = {name: value for name, value in vars(options).items() if name not in INDIFFERENT}
-    return decisive | {"processes": processes, "dataset": digest.hexdigest(), "library": esm_efficient.__version__}
+    determining = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+    return determining | {"processes": processes, "dataset": digest.hexdigest(), "library": esm_efficient.__version__}
 
 
 def check_same(folder: Path, now: dict[str, Any], *, resumes: bool) -> None:
-    """Refuse checkpoints of another run: what came of going on with them would be neither."""
+    """Check that the checkpoints in a folder are of this run, and record the identity of this run.
+
+    Raises:
+        ConfigurationError: the checkpoints are of a run with another identity.
+    """
     path = folder / "run.json"
     before = json.loads(path.read_text()) if resumes and path.is_file() else now
     if changed := sorted(name for name in now if before.get(name) != now[name]):
         raise ConfigurationError(
-            f"{folder} holds checkpoints of a run with other values of {', '.join(changed)}: give them as they were, "
-            "or another place for checkpoints"
+            f"{folder} contains checkpoints of a run with other values of {', '.join(changed)}: restore the earlier "
+            "values, or use another folder for checkpoints"
         )
     if int(os.environ.get("RANK", 0)) == 0:
         folder.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
         new.write_text(json.dumps(now, indent=2) + "\n")
-        os.replace(new, path)  # another process never reads half of it
+        os.replace(new, path)  # an atomic write: other processes read this file
 
 
 def read_task(folder: Path) -> tuple[Task, str]:
-    """What the labels are, and the name of the data, as prepare_data.py has written it beside the splits."""
+    """Return the task and the name of the dataset, which prepare_data.py wrote beside the splits."""
     if not (folder / "task.json").is_file():
-        raise DataError(f"{folder} has no task.json: expected what prepare_data.py writes")
+        raise DataError(f"{folder} has no task.json: expected a folder that prepare_data.py wrote")
     record = json.loads((folder / "task.json").read_text())
     return Task(record["kind"], tuple(record["names"])), record["dataset"]
 
 
 def tracked(options: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """One run of the tracker around everything; the Trainer alone would end it before the last figures."""
+    """Start one tracker run for the whole job; the Trainer would end its own run before the last figures."""
     if options.report_to != "mlflow" or int(os.environ.get("RANK", 0)) > 0:
         return contextlib.nullcontext()
     import mlflow
@@ -143,7 +150,7 @@ def tracked(options: argparse.Namespace) -> contextlib.AbstractContextManager[An
 
 
 def add_code(folder: Path) -> None:
-    """What the serving container needs beside the model: the handler, the library, and what that needs."""
+    """Add the handler, the library and its requirements for the serving container."""
     code = folder / "code"
     code.mkdir(exist_ok=True)
     for name in ("inference.py", "requirements.txt"):
@@ -152,10 +159,21 @@ def add_code(folder: Path) -> None:
     shutil.copytree(package, code / package.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
+def gpu_bytes_used(result: FinetuneResult) -> int:
+    """Return the bytes in use on the GPUs of all ranks at the end of training; 0 without a GPU.
+
+    Every rank must call this function.
+    """
+    profile = result.profile
+    on_gpu = profile is not None and profile.device.startswith("cuda")
+    return sum(gather_object([(profile.driver_bytes or 0) if on_gpu else 0]))
+
+
 def run(arguments: list[str], root: Path) -> None:
+    """Train and write the model; checkpoints go to ``root / "checkpoints"``."""
     options = make_parser().parse_args(arguments)
     if "SM_CHANNEL_DATASET" not in os.environ:
-        raise ConfigurationError("there is no channel named dataset (SM_CHANNEL_DATASET is not set)")
+        raise ConfigurationError("no channel named dataset: expected its folder in SM_CHANNEL_DATASET")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     logger.info(
         "host %s of %s, %s GPU(s), %d process(es)",
@@ -169,17 +187,19 @@ def run(arguments: list[str], root: Path) -> None:
     data = load_from_disk(str(data_folder))
     recipe = make_recipe(options, processes)
     logger.info(
-        "%d sequences an optimizer step, learning rate %.3g", recipe.batch_size * processes, recipe.learning_rate
+        "%d sequences per optimizer step, learning rate %.3g", recipe.batch_size * processes, recipe.learning_rate
     )
     checkpoints = root / "checkpoints"
     resumed = last_checkpoint(checkpoints)
     check_same(checkpoints, identity_of(options, processes, data_folder), resumes=resumed is not None)
     if resumed is not None:
-        logger.info("going on from %s", resumed)
+        logger.info("resuming from %s", resumed)
     base = os.environ.get("SM_CHANNEL_MODEL", options.model_id)
     with tracked(options) as tracker:
         result = train(options, base, data, task, recipe, checkpoints, resumed)
+        used_bytes = gpu_bytes_used(result)
         if int(os.environ.get("RANK", 0)) == 0:
+            logger.info("%s", memory_line(used_bytes))
             publish(result, options.model_id, name)
         if tracker is not None:
             import mlflow
@@ -223,8 +243,8 @@ def train(
 
 
 def publish(result: FinetuneResult, base_model: str, dataset: str) -> None:
-    """Write the artifact, and the figures beside it."""
-    # In the form of the Trainer's own lines, which the job's metric definitions read.
+    """Log the metrics, and write the artifact and the figures."""
+    # The metric definitions of the job expect the format of the Trainer's log lines.
     logger.info("%s", {f"{result.evaluated_on}_{name}": str(value) for name, value in result.metrics.items()})
     model_dir = Path(os.environ["SM_MODEL_DIR"])
     export_model(result, model_dir, base_model=base_model, dataset=dataset)
@@ -244,7 +264,7 @@ def main() -> int:
         logger.warning("%s", interruption)
         return 143
     except Exception as error:
-        # The reason that a job failed is what stands in this file; SageMaker shows its first 1,024 characters.
+        # SageMaker shows the first 1,024 characters of this file as the reason of the failure.
         failure = root / "output" / "failure"
         failure.parent.mkdir(parents=True, exist_ok=True)
         if not failure.exists():

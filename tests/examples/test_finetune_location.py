@@ -1,4 +1,4 @@
-"""The example of ten locations as a user starts it."""
+"""examples/finetune_location.py runs as a user starts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_it_prints_the_baselines_beside_the_model_and_keeps_the_thresholds(tmp_path, demo_table):
+def test_it_prints_the_baselines_and_saves_the_thresholds(tmp_path, demo_table):
     options = ["--data", demo_table, "--limit", "60", "--recipe", "lora", "--token-budget", "2000", "--json", "r.json"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "finetune_location.py"), *map(str, options)],

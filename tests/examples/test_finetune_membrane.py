@@ -1,8 +1,9 @@
-"""The main example as a user starts it: a process of its own."""
+"""examples/finetune_membrane.py runs in its own process, as a user starts it."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def start(*options: str, cwd: Path) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**__import__("os").environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
@@ -55,7 +56,7 @@ def test_a_small_run_writes_every_figure_and_an_adapter(tmp_path, demo_table):
         (["--no-class-weight=1"], "--no-class-weights"),
     ],
 )
-def test_mistakes_end_with_one_line_and_no_traceback(tmp_path, options, message):
+def test_wrong_options_give_one_line_and_no_traceback(tmp_path, options, message):
     done = start(*options, cwd=tmp_path)
     assert done.returncode != 0
     assert message in done.stderr

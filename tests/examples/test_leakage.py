@@ -1,4 +1,4 @@
-"""The leakage script as a user starts it."""
+"""examples/leakage.py runs as a user starts it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_leakage_is_the_difference_of_two_runs_of_one_size(tmp_path, demo_table):
+def test_leakage_is_the_difference_between_two_runs_of_the_same_size(tmp_path, demo_table):
     options = ["--data", demo_table, "--limit", "48", "--recipe", "frozen", "--json", "r.json"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "leakage.py"), *map(str, options)],

@@ -1,4 +1,4 @@
-"""The script that made the demo model still makes one."""
+"""examples/pretrain_demo_model.py still makes a demo model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_few_steps_give_a_model_a_tokenizer_and_a_card(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # Each protein is there twice: those whose copy is held out are kept from the training.
+    # The file has each protein twice, and the copies of held-out proteins must be dropped from training.
     assert "20 held out" in done.stdout
     held_out_with_copies = 80 - int(done.stdout.split(" proteins")[0])
     assert 20 < held_out_with_copies <= 40

@@ -1,4 +1,4 @@
-"""The benchmarks' scripts, as a user runs them, on their smallest settings."""
+"""The benchmark scripts run as a user runs them, with their smallest settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(script, *options, timeout=240):
 
 def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
     file = tmp_path / "accuracy.json"
-    options = {"sizes": ["8M"], "recipes": RECIPES, "precisions": ["float32"], "lengths": [40], "batches": [2]}
+    options = {"sizes": ["8M"], "recipes": RECIPES, "precisions": ["float32"], "tokens": [40], "micro-batches": [2]}
     encoders = ["lean", "plain"]
     arguments = [word for name, values in options.items() for word in (f"--{name}", *values)]
     result = run("estimate_accuracy.py", *arguments, "--json", file)
@@ -39,11 +39,11 @@ def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
         assert abs(row["difference"]) <= 0.15 or row["explanation"] in result.stdout
 
 
-def test_the_profilers_overhead_is_printed_and_written(tmp_path):
+def test_the_profiler_overhead_is_printed_and_written(tmp_path):
     file = tmp_path / "overhead.json"
     options = ["--recipes", "lora", "--steps", "11", "--real-steps", "11", "--tokens", "16"]
     result = run("profiler_overhead.py", *options, "--json", file)
-    # On batches this small the profiler may well cost more than two percent: then it says so, and nothing else.
+    # With batches this small the overhead may be above two percent; then the script must fail with that message.
     assert result.returncode == 0 or "costs more than 2%" in result.stderr, result.stderr[-2000:]
     [row] = json.loads(file.read_text())["rows"]
     assert row["overhead"] == pytest.approx(row["profiler_seconds_per_step"] / row["seconds_per_step"])
@@ -51,10 +51,10 @@ def test_the_profilers_overhead_is_printed_and_written(tmp_path):
     assert "lora" in result.stdout
 
 
-def test_the_lean_encoder_is_set_against_its_baselines(tmp_path):
+def test_the_lean_encoder_is_compared_with_its_baselines(tmp_path):
     file = tmp_path / "step.json"
     baselines = ["tutorial", "checkpointing", "prediction"]
-    options = ["--model", "demo", "--batches", "2", "--longest", "150", "--threads", "1", "--others", "esme"]
+    options = ["--model", "demo", "--batches", "2", "--max-residues", "150", "--threads", "1", "--others", "esme"]
     result = run("training_step.py", *options, "--baselines", *baselines, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
@@ -76,7 +76,7 @@ def test_the_lean_encoder_is_set_against_its_baselines(tmp_path):
     assert all(row.get("reason") or row["residues_per_s_ratio"] > 0 for row in record["others"])
 
 
-def test_the_encoder_is_compared_with_the_tokenizer_and_equal_to_it(tmp_path):
+def test_the_encoder_is_compared_with_the_tokenizer_and_gives_equal_ids(tmp_path):
     result = run("encoding.py", "--turns", "1", "--sample", "20", "--json", tmp_path / "e.json")
     assert result.returncode == 0, result.stderr[-2000:]
     record = json.loads((tmp_path / "e.json").read_text())
@@ -85,15 +85,15 @@ def test_the_encoder_is_compared_with_the_tokenizer_and_equal_to_it(tmp_path):
     assert record["proteins"] == 1400
 
 
-def test_batches_of_a_budget_hold_little_padding(tmp_path):
+def test_batches_of_a_token_budget_have_little_padding(tmp_path):
     result = run("batching.py", "--budgets", "2048", "--json", tmp_path / "b.json")
     assert result.returncode == 0, result.stderr[-2000:]
     record = json.loads((tmp_path / "b.json").read_text())
     assert min(record["budgets"]["2048"]["non_padding"]) > 0.97 > max(record["random"])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_loading_is_measured_and_loses_no_row(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the script reads memory from /proc")
+def test_loading_is_measured_and_loses_no_rows(tmp_path):
     result = run("loading.py", "--sequences", "500", "2000", "--residues", "60", "--json", tmp_path / "l.json")
     assert result.returncode == 0, result.stderr[-2000:]
     record = json.loads((tmp_path / "l.json").read_text())

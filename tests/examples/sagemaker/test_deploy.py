@@ -1,4 +1,4 @@
-"""deploy.py and cleanup.py: endpoints that are made, asked and deleted, and what must not be deleted."""
+"""deploy.py creates and queries endpoints; cleanup.py deletes them, and deletes nothing else."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
 
-GPU = "ml.g4dn.xlarge"  # of those that moto knows
+GPU = "ml.g4dn.xlarge"  # an instance type that moto knows
 IMAGE = "huggingface-pytorch-inference:2.6.0-transformers5.5.3-{}-py312-"
 
 
 @pytest.fixture
 def job(aws):
-    """A training job that has ended."""
+    """A completed training job."""
     aws.client("sagemaker").create_training_job(
         TrainingJobName="job",
         AlgorithmSpecification={"TrainingImage": "image", "TrainingInputMode": "File"},
@@ -30,7 +30,7 @@ def job(aws):
 
 
 def will_answer(aws, answers):
-    """What moto's endpoints say next."""
+    """Set the next response of moto's endpoints."""
     results = [{"Body": json.dumps(answers), "ContentType": "application/json"}]
     body = json.dumps({"results": results}).encode()
     request = urllib.request.Request(f"{aws.address}/moto-api/static/sagemaker/endpoint-results", body)
@@ -55,7 +55,7 @@ def exists(aws, kind, name):
 
 
 @pytest.mark.parametrize("serverless", [False, True], ids=["real-time", "serverless"])
-def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
+def test_an_endpoint_is_created_queried_and_deleted(aws, job, serverless):
     name = "serverless" if serverless else "real-time"
     options = (
         ("--serverless", "--memory-mb", 4096, "--concurrency", 3)
@@ -95,13 +95,13 @@ def test_an_endpoint_is_made_asked_and_deleted(aws, job, serverless):
     assert aws.run("cleanup.py", "--endpoint", name, "--yes").returncode == 0
     assert not any(exists(aws, kind, name) for kind in ("endpoint", "endpoint_config", "model"))
     last = aws.run("cleanup.py", "--endpoint", name, "--yes")
-    assert (last.returncode, last.stdout) == (0, "nothing is left to delete\n")
+    assert (last.returncode, last.stdout) == (0, "there is nothing to delete\n")
 
 
-def test_what_is_left_of_an_endpoint_goes_too(aws, job):
+def test_the_rest_of_an_incomplete_endpoint_is_deleted(aws, job):
     assert deploy(aws, "half", "--serverless").returncode == 0
     aws.client("sagemaker").delete_endpoint(EndpointName="half")
-    # The model that is left must not come to stand behind a new endpoint.
+    # A new endpoint must not use the old model.
     again = deploy(aws, "half", "--serverless")
     assert again.returncode == 1
     assert "endpoint config and model named half exist already" in again.stderr
@@ -109,7 +109,7 @@ def test_what_is_left_of_an_endpoint_goes_too(aws, job):
     assert done.stdout == "deleted endpoint config half\ndeleted model half\n"
 
 
-def test_the_endpoint_of_somebody_else_is_refused_whole(aws):
+def test_nothing_is_deleted_if_the_endpoint_is_foreign(aws):
     aws.client("sagemaker").create_model(
         ModelName="theirs",
         ExecutionRoleArn=ROLE,
@@ -119,12 +119,12 @@ def test_the_endpoint_of_somebody_else_is_refused_whole(aws):
     aws.client("s3").put_object(Bucket=BUCKET, Key="ours/created-by-esm-efficient.json", Body=b"{}")
     done = aws.run("cleanup.py", "--endpoint", "theirs", "--place", f"s3://{BUCKET}/ours", "--yes")
     assert done.returncode == 1
-    assert "was not made by these scripts" in done.stderr
+    assert "was not created by these scripts" in done.stderr
     assert exists(aws, "model", "theirs")
     assert aws.keys("ours")
 
 
-def test_a_place_is_emptied_with_all_its_versions_and_nothing_beside_it(aws):
+def test_all_object_versions_of_a_place_are_deleted_and_nothing_outside_it(aws):
     s3 = aws.client("s3")
     s3.create_bucket(Bucket="versions")
     s3.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
@@ -137,7 +137,7 @@ def test_a_place_is_emptied_with_all_its_versions_and_nothing_beside_it(aws):
     left = s3.list_object_versions(Bucket="versions")
     assert [item["Key"] for item in left["Versions"]] == ["place-of-others/data"]
     assert not left.get("DeleteMarkers")
-    assert aws.run("cleanup.py", "--place", "s3://versions/place", "--yes").stdout == "nothing is left to delete\n"
+    assert aws.run("cleanup.py", "--place", "s3://versions/place", "--yes").stdout == "there is nothing to delete\n"
     for place in ("s3://versions/place-of-others", "s3://versions/place-of"):
         done = aws.run("cleanup.py", "--place", place, "--yes")
         assert s3.list_objects_v2(Bucket="versions")["KeyCount"] == 1
@@ -145,7 +145,7 @@ def test_a_place_is_emptied_with_all_its_versions_and_nothing_beside_it(aws):
     assert aws.run("cleanup.py", "--yes").returncode == 2
 
 
-def test_an_endpoint_that_does_not_come_up_is_said_to_be_there(aws, job, monkeypatch):
+def test_a_failed_endpoint_is_reported_with_its_reason_and_the_way_to_delete_it(aws, job, monkeypatch):
     from moto.sagemaker.models import FakeEndpoint
 
     describe = FakeEndpoint.response_object.fget
@@ -153,11 +153,11 @@ def test_an_endpoint_that_does_not_come_up_is_said_to_be_there(aws, job, monkeyp
     monkeypatch.setattr(FakeEndpoint, "response_object", property(lambda self: describe(self) | failed))
     done = deploy(aws, "failed", "--serverless")
     assert done.returncode == 1
-    assert "failed is Failed (the container did not answer)" in done.stderr
+    assert "endpoint failed is Failed (the container did not answer)" in done.stderr
     assert "cleanup.py --endpoint failed --yes" in done.stderr
 
 
-def test_a_job_without_a_model_is_refused(aws, job, monkeypatch):
+def test_a_failed_job_has_no_model_to_deploy(aws, job, monkeypatch):
     from moto.sagemaker.models import FakeTrainingJob
 
     status = property(lambda self: "Failed", lambda self, value: None)
@@ -168,11 +168,11 @@ def test_a_job_without_a_model_is_refused(aws, job, monkeypatch):
     )
     done = aws.run("deploy.py", "--job", "job", "--endpoint", "none", "--role", ROLE)
     assert done.returncode == 1
-    assert "job is Failed" in done.stderr
+    assert "job job has no model: its status is Failed" in done.stderr
 
 
-def test_the_whole_path_leaves_nothing_behind_and_needs_what_the_policy_allows(aws, place, job):
-    """What prepare_data.py and submit.py have put into S3 is gone after one call."""
+def test_cleanup_removes_everything_and_the_caller_policy_is_sufficient(aws, place, job):
+    """One call of cleanup.py must remove the endpoint and all objects of prepare_data.py and submit.py."""
     before = len(aws.operations)
     path = f"s3://{BUCKET}/path"
     assert aws.run("prepare_data.py", "--place", path, "--data", "demo", "--limit", 20).returncode == 0
@@ -201,7 +201,7 @@ def policy_of(name):
 
 
 def kind_of(operation):
-    """The kind of thing that an operation of SageMaker is on, as in its ARN."""
+    """Return the resource kind of a SageMaker operation, as in an ARN."""
     if operation in ("AddTags", "ListTags"):
         return "endpoint"
     kinds = [("TrainingJob", "training-job"), ("EndpointConfig", "endpoint-config"), ("Endpoint", "endpoint")]
@@ -210,7 +210,7 @@ def kind_of(operation):
 
 
 def permits(policy, action, resource):
-    """Whether a policy allows an action, by moto's own reading of policies, conditions left out."""
+    """Return whether a policy allows an action, according to moto and without conditions."""
     statements = [{k: v for k, v in s.items() if k != "Condition"} for s in policy["Statement"]]
     document = json.dumps({"Version": policy["Version"], "Statement": statements})
     return IAMPolicy(document).is_action_permitted(action, resource) == PermissionResult.PERMITTED
@@ -245,11 +245,11 @@ JOBS = "arn:aws:sagemaker:us-east-1:123456789012:training-job"
         ("caller_policy.json", "iam:PassRole", "arn:aws:iam::123456789012:role/admin", False),
     ],
 )  # fmt: skip
-def test_the_policies_allow_what_is_needed_and_no_more(name, action, resource, allowed):
+def test_the_policies_allow_only_what_is_needed(name, action, resource, allowed):
     assert permits(policy_of(name), action, resource) == allowed
 
 
-def test_aws_takes_the_policies(aws):
+def test_iam_accepts_the_policies(aws):
     iam = aws.client("iam")
     trust = policy_of("role_trust.json")
     assert trust["Statement"][0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
@@ -258,7 +258,7 @@ def test_aws_takes_the_policies(aws):
         policy = policy_of(name)
         iam.put_role_policy(RoleName="sagemaker", PolicyName=name, PolicyDocument=json.dumps(policy))
         assert not [s for s in policy["Statement"] if "*" in s["Action"] or s["Action"] == "*"]
-    # What a resource cannot narrow, a condition does.
+    # These two statements cannot be narrowed by a resource, so they need a condition.
     (metrics,) = [s for s in policy_of("role_policy.json")["Statement"] if s["Sid"] == "WriteMetrics"]
     assert metrics["Condition"]["StringLike"]["cloudwatch:namespace"]
     (listing,) = [s for s in policy_of("role_policy.json")["Statement"] if s["Sid"] == "ListThePlace"]

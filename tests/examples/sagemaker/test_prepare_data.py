@@ -1,4 +1,4 @@
-"""prepare_data.py: splits in S3 that come back as they were, and in a folder of one's own."""
+"""prepare_data.py writes splits to S3 and to a folder, and they load unchanged."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from datasets import load_from_disk
 from esm_efficient import load_deeploc, tokenize_dataset, write_demo_table
 
 
-def expected(tmp_path, tokenizer):
+def expected_splits(tmp_path, tokenizer):
     data = load_deeploc(write_demo_table(tmp_path / "demo.csv"), max_residues=180)
     return tokenize_dataset(data, tokenizer)[0]
 
 
-def test_splits_come_back_from_s3_as_they_were(aws, place, tmp_path, tokenizer):
+def test_splits_load_unchanged_from_s3(aws, place, tmp_path, tokenizer):
     folder = aws.download("work/dataset", tmp_path / "dataset")
-    found, data = load_from_disk(str(folder)), expected(tmp_path, tokenizer)
-    assert found.keys() == data.keys()
+    loaded, data = load_from_disk(str(folder)), expected_splits(tmp_path, tokenizer)
+    assert loaded.keys() == data.keys()
     for name, split in data.items():
-        assert found[name].features == split.features
-        assert found[name][:] == split[:]
+        assert loaded[name].features == split.features
+        assert loaded[name][:] == split[:]
     record = json.loads((folder / "task.json").read_text())
     assert record["kind"] == "single_label_classification"
     assert record["names"] == ["non-membrane", "membrane"]
     assert record["sequences"] == {name: len(split) for name, split in data.items()}
-    assert record["longest"] == max(max(split["tokens"]) for split in data.values())
+    assert record["longest_tokens"] == max(max(split["tokens"]) for split in data.values())
     assert "work/created-by-esm-efficient.json" in aws.keys("work/created")
 
 
-def test_ten_locations_go_to_a_folder(aws, tmp_path):
+def test_ten_locations_are_written_to_a_folder(aws, tmp_path):
     done = aws.run(
         "prepare_data.py", "--place", tmp_path / "out", "--data", "demo", "--task", "location", "--limit", 30,
         AWS_ENDPOINT_URL="http://127.0.0.1:9",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found = load_from_disk(str(tmp_path / "out" / "dataset"))
-    assert len(found["train"]) == 30
-    assert len(found["test"]) == 10
+    loaded = load_from_disk(str(tmp_path / "out" / "dataset"))
+    assert len(loaded["train"]) == 30
+    assert len(loaded["test"]) == 10
     record = json.loads((tmp_path / "out" / "dataset" / "task.json").read_text())
     assert record["kind"] == "multi_label_classification"
-    assert len(record["names"]) == len(found["train"][0]["labels"]) == 10
+    assert len(record["names"]) == len(loaded["train"][0]["labels"]) == 10
 
 
-def test_what_a_user_can_mend_is_one_line(aws):
+def test_an_error_of_the_user_is_one_line(aws):
     done = aws.run("prepare_data.py", "--place", "s3://no-such-bucket/x", "--data", "demo")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")

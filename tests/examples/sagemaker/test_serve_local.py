@@ -1,4 +1,4 @@
-"""serve_local.py as a process on loopback: right under load, flat in memory, and 4xx for whatever is wrong."""
+"""serve_local.py under load: correct responses, constant memory, and status 4xx for every wrong request."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def sequence(rng: random.Random) -> str:
     return "".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=rng.randint(5, 60)))
 
 
-def test_ping_and_the_three_kinds_of_bodies(server, model_dir):
+def test_ping_and_the_three_content_types(server, model_dir):
     assert call(server.port, "GET", "/ping", headers={}) == (200, {})
     (expected,) = Predictor.load(model_dir).predict(["MKTAYIAKQR"])
     bodies = {
@@ -82,8 +82,8 @@ def test_ten_thousand_requests_from_eight_clients(server, model_dir):
     done, lock = [0], threading.Lock()
 
     def client(seed: int) -> int:
-        """Its share of the requests over one connection; how many were answered rightly."""
-        own, right = random.Random(seed), 0
+        """Send this client's share of the requests over one connection; return how many responses are correct."""
+        own, correct = random.Random(seed), 0
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         for _ in range(REQUESTS // CLIENTS):
             chosen = [own.randrange(len(pool)) for _ in range(own.randint(1, 3))]
@@ -91,24 +91,24 @@ def test_ten_thousand_requests_from_eight_clients(server, model_dir):
             response = connection.getresponse()
             answers = json.loads(response.read())
             assert response.status == 200
-            found = [answer["probabilities"]["membrane"] for answer in answers]
-            right += found == pytest.approx([expected[i] for i in chosen], abs=1e-6)
+            probabilities = [answer["probabilities"]["membrane"] for answer in answers]
+            correct += probabilities == pytest.approx([expected[i] for i in chosen], abs=1e-6)
             with lock:
                 done[0] += 1
                 if done[0] % 1000 == 0:
                     resident.append(psutil.Process(server.pid).memory_info().rss)
         connection.close()
-        return right
+        return correct
 
     with ThreadPoolExecutor(CLIENTS) as clients:
         assert sum(clients.map(client, range(CLIENTS))) == REQUESTS
     assert len(resident) == REQUESTS // 1000
-    # Nine thousand requests that kept a kilobyte each would be at 9 MB.
+    # A leak of one kilobyte per request would be 9 MB after nine thousand requests.
     assert max(resident[1:]) - resident[0] < 4 * 1024**2, [r / 1024**2 for r in resident]
 
 
 def bad_request(rng: random.Random) -> tuple[bytes, dict[str, str]]:
-    """A body that holds no valid request, whatever is drawn, and its headers."""
+    """Draw an invalid request: its body and headers."""
     good = json.dumps({"inputs": [sequence(rng)]}).encode()
     kind = rng.randrange(10)
     content_type = rng.choice(["application/json", "text/csv", "text/x-fasta"])
@@ -140,7 +140,7 @@ def bad_request(rng: random.Random) -> tuple[bytes, dict[str, str]]:
     return body, {"Content-Type": content_type}
 
 
-def test_two_thousand_bad_bodies_are_all_refused_and_the_server_lives(server):
+def test_two_thousand_bad_bodies_are_refused_and_the_server_still_responds(server):
     rng = random.Random(1)
     seen: dict[int, int] = {}
     for _ in range(BAD):
@@ -171,12 +171,12 @@ def test_two_thousand_bad_bodies_are_all_refused_and_the_server_lives(server):
     ],
 )
 def test_other_paths_methods_and_headers_are_refused(server, method, path, body, headers, status):
-    found, answer = call(server.port, method, path, body, headers)
-    assert found == status
+    received, answer = call(server.port, method, path, body, headers)
+    assert received == status
     assert answer["error"]
 
 
-def test_what_the_model_cannot_do_is_answered_too(monkeypatch, model_dir):
+def test_a_failed_prediction_is_status_500(monkeypatch, model_dir):
     monkeypatch.syspath_prepend(SCRIPTS)
     import serve_local
 
@@ -189,18 +189,18 @@ def test_what_the_model_cannot_do_is_answered_too(monkeypatch, model_dir):
         threading.Thread(target=own.serve_forever, daemon=True).start()
         status, answer = call(own.server_port, body='{"inputs": "MKT"}')
         own.shutdown()
-    assert (status, answer) == (500, {"error": "the model could not answer: the server's log says why"})
+    assert (status, answer) == (500, {"error": "the prediction failed: see the server's log"})
 
 
 @pytest.mark.parametrize(
     "raw", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST /invocations HTTP/1.1\r\nbroken\r\n\r\n"]
 )
-def test_what_is_no_http_ends_its_own_connection_alone(server, raw):
+def test_a_connection_without_valid_http_ends_and_others_are_unaffected(server, raw):
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(raw)
         answer = connection.recv(4096)
     assert b" 4" in answer.split(b"\r\n")[0] or b'"error"' in answer
-    # A client that goes away in the middle of its body.
+    # A client disconnects in the middle of its body.
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(b"POST /invocations HTTP/1.1\r\nContent-Length: 500\r\n\r\nabc")
     assert call(server.port, "GET", "/ping", headers={}) == (200, {})

@@ -1,4 +1,4 @@
-"""submit.py: the request that SageMaker gets, field by field, and what is refused before anything is paid for."""
+"""submit.py sends the right request to SageMaker, and refuses wrong options before anything is billed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from aws_on_loopback import BUCKET, ROLE, SCRIPTS
 from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-from esm_efficient.profiling.callback import METRIC_DEFINITIONS
 
 IMAGE = (
     "763104351884.dkr.ecr.us-east-1.amazonaws.com/huggingface-pytorch-training:"
@@ -31,12 +29,15 @@ def channel(name, uri):
 
 
 def check(aws, request):
-    """The request is one that SageMaker's service model takes."""
+    """Check the request against SageMaker's service model."""
     shape = aws.client("sagemaker").meta.service_model.operation_model("CreateTrainingJob").input_shape
     assert not ParamValidator().validate(request, shape).has_errors()
 
 
-def test_the_request_field_by_field(aws, place):
+def test_every_field_of_the_request_is_right(aws, place, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from job_metrics import METRIC_DEFINITIONS
+
     arn = "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/proteins"
     done = submit(
         aws, place, "--name", "membrane", "--run", "first", "--spot", "--max-hours", 2, "--volume-gb", 80,
@@ -71,11 +72,7 @@ def test_the_request_field_by_field(aws, place):
         "AlgorithmSpecification": {
             "TrainingImage": IMAGE,
             "TrainingInputMode": "File",
-            "MetricDefinitions": [
-                *METRIC_DEFINITIONS,
-                {"Name": "test_accuracy", "Regex": "'test_accuracy': '?([0-9.e+-]+)"},
-                {"Name": "test_mcc", "Regex": "'test_mcc': '?([0-9.e+-]+)"},
-            ],
+            "MetricDefinitions": list(METRIC_DEFINITIONS),
             "ContainerEntrypoint": ["/bin/bash"],
             "ContainerArguments": request["AlgorithmSpecification"]["ContainerArguments"],
         },
@@ -105,7 +102,13 @@ def test_the_request_field_by_field(aws, place):
     assert aws.client("sagemaker").describe_training_job(TrainingJobName=name)["RoleArn"] == ROLE
     code = f"work/jobs/{name}/input/code"
     staged = {key.removeprefix(f"{code}/") for key in aws.keys(code)}
-    assert {"train.py", "inference.py", "requirements.txt", "esm_efficient/demo/model/config.json"} <= staged
+    assert {
+        "train.py",
+        "job_metrics.py",
+        "inference.py",
+        "requirements.txt",
+        "esm_efficient/demo/model/config.json",
+    } <= staged
     assert not [key for key in staged if "__pycache__" in key]
     body = aws.client("s3").get_object(Bucket=BUCKET, Key=f"{code}/requirements.txt")["Body"].read().decode()
     assert "\nsagemaker-mlflow" in body
@@ -132,7 +135,7 @@ def test_a_dry_run_prints_the_request_and_sends_nothing(aws, place):
     assert "recommended:" in done.stdout
 
 
-def test_a_job_that_the_instance_cannot_hold_is_refused_with_what_fits(aws, place):
+def test_a_job_too_large_for_its_instance_is_refused_with_a_recommendation(aws, place):
     before = len(aws.requests)
     big = ["--model_id", "facebook/esm2_t36_3B_UR50D", "--lora", "false"]
     done = submit(aws, place, "--instance-type", "ml.g4dn.xlarge", hyperparameters=big)
@@ -149,15 +152,15 @@ def test_a_job_that_the_instance_cannot_hold_is_refused_with_what_fits(aws, plac
         ([], ["--model_id", "somebody's/model"], "model_id: an apostrophe breaks"),
         ([], ["--epoch", "3"], "unrecognized arguments: --epoch"),
         ([], ["--lora", "maybe"], "'maybe' is neither true nor false"),
-        (["--spot", "--warm-pool-minutes", "5"], MODEL, "do not go together"),
-        (["--max-wait-hours", "5"], MODEL, "goes with --spot"),
+        (["--spot", "--warm-pool-minutes", "5"], MODEL, "--spot and --warm-pool-minutes exclude each other"),
+        (["--max-wait-hours", "5"], MODEL, "--max-wait-hours needs --spot"),
         (["--tag", "team"], MODEL, "expected KEY=VALUE"),
-        (["--model", "s3://bucket/model"], ["--epochs", "2"], "--model goes with --model_id"),
+        (["--model", "s3://bucket/model"], ["--epochs", "2"], "--model needs --model_id"),
         (["--place", "s3://bucket-alone"], MODEL, "expected s3://bucket/prefix"),
         (["--instance-type", "ml.unknown.large"], MODEL, "no device or instance type is named"),
     ],
 )
-def test_what_would_fail_later_is_refused_now(monkeypatch, capsys, options, hyperparameters, message):
+def test_wrong_options_are_refused_before_the_upload(monkeypatch, capsys, options, hyperparameters, message):
     monkeypatch.syspath_prepend(SCRIPTS)
     import submit as script
 
@@ -166,8 +169,8 @@ def test_what_would_fail_later_is_refused_now(monkeypatch, capsys, options, hype
         script.main(arguments)
 
 
-def test_what_the_data_need_is_predicted_from_the_data(aws, place):
-    record = {"kind": "regression", "names": ["tm"], "dataset": "mine", "longest": 1022}
+def test_memory_is_predicted_for_the_longest_protein_of_the_data(aws, place):
+    record = {"kind": "regression", "names": ["tm"], "dataset": "mine", "longest_tokens": 1022}
     aws.client("s3").put_object(Bucket=BUCKET, Key="long/dataset/task.json", Body=json.dumps(record).encode())
     budget = [*MODEL, "--token_budget", "20500"]
     done = submit(aws, place, "--dataset", f"s3://{BUCKET}/long/dataset", hyperparameters=budget)
@@ -179,15 +182,15 @@ def test_what_the_data_need_is_predicted_from_the_data(aws, place):
     assert "run prepare_data.py first" in done.stderr
 
 
-def test_the_place_of_somebody_else_is_refused(aws, place):
+def test_a_prefix_with_foreign_objects_is_refused(aws, place):
     aws.client("s3").put_object(Bucket=BUCKET, Key="other/paper.txt", Body=b"not ours")
     done = submit(aws, f"s3://{BUCKET}/other", "--dataset", f"{place}/dataset")
     assert done.returncode == 1
-    assert "holds 1 object(s) that these scripts did not put there" in done.stderr
+    assert "contains 1 object(s) that these scripts did not create" in done.stderr
     assert aws.keys("other") == ["other/paper.txt"]
 
 
-def test_the_requirements_are_the_librarys_without_torch():
+def test_the_requirements_are_those_of_the_library_without_torch():
     lines = (SCRIPTS / "requirements.txt").read_text().splitlines()
     found = sorted(line for line in lines if not line.startswith("#"))
     needed = [r for r in importlib.metadata.requires("esm-efficient-finetuning") if "extra" not in r]
@@ -195,7 +198,7 @@ def test_the_requirements_are_the_librarys_without_torch():
 
 
 @pytest.mark.parametrize("scope", ["training", "inference"])
-def test_images_are_the_newest_that_the_library_supports(monkeypatch, scope):
+def test_the_newest_image_that_the_library_supports_is_chosen(monkeypatch, scope):
     monkeypatch.syspath_prepend(SCRIPTS)
     import aws
 
@@ -204,7 +207,7 @@ def test_images_are_the_newest_that_the_library_supports(monkeypatch, scope):
     assert f"transformers{image.transformers}" in image.uri
     assert Version(image.transformers) >= Version("5.3")
     assert Version(image.torch) >= Version("2.6")
-    wanted = {"transformers": Requirement("transformers>=99").specifier, "torch": Requirement("torch>=2.6").specifier}
-    monkeypatch.setattr(aws, "library_requirements", lambda: wanted)
-    with pytest.raises(aws.ConfigurationError, match=r"newest .* image has transformers 5.* wants transformers>=99"):
+    required = {"transformers": Requirement("transformers>=99").specifier, "torch": Requirement("torch>=2.6").specifier}
+    monkeypatch.setattr(aws, "library_requirements", lambda: required)
+    with pytest.raises(aws.ConfigurationError, match=r"newest .* image has transformers 5.* needs transformers>=99"):
         aws.find_image(scope, "eu-west-1", "ml.g5.2xlarge")

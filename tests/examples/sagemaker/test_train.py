@@ -1,8 +1,9 @@
-"""The training job in a container's layout, started by AWS's own driver: results, interruptions, failures."""
+"""The training job, started by AWS's driver in the container's folder layout: results and interruptions."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ HYPERPARAMETERS = [
     "--logging_steps",
     "4",
 ]
-"""The model's name says what memory the job needs; what is trained is the demo's, from the channel named model."""
+"""The model's name determines the predicted memory. The job trains the demo model, from the channel named model."""
 
 
 def submit(aws, place, *options, hyperparameters=()):
@@ -48,7 +49,7 @@ def request_of(aws, place, processes):
 
 @pytest.fixture(scope="session")
 def whole(aws, request_of, tmp_path_factory):
-    """A job that nothing interrupts."""
+    """A job that ran without interruption."""
     container = Container(tmp_path_factory.mktemp("whole") / "ml", aws, request_of)
     assert container.run() == 0, container.log()[-3000:]
     return container
@@ -58,7 +59,7 @@ def weights(container):
     return load_file(container.root / "model" / "model.safetensors")
 
 
-def test_the_job_leaves_a_model_and_its_figures(whole, processes):
+def test_the_job_writes_a_model_and_its_figures(whole, processes):
     log = whole.log()
     assert f"{processes} process(es)" in log
     assert "Training Container Execution Completed" in log
@@ -78,17 +79,16 @@ def test_the_job_leaves_a_model_and_its_figures(whole, processes):
     assert list(config["id2label"].values()) == ["non-membrane", "membrane"]
 
 
-def test_the_jobs_metrics_are_found_in_its_log(whole, request_of):
-    import re
-
+def test_the_log_has_every_metric_of_the_job(whole, request_of):
     for definition in request_of["AlgorithmSpecification"]["MetricDefinitions"]:
-        found = re.findall(definition["Regex"], whole.log())
-        assert found, definition
-        assert all(-1 <= float(value) < float("inf") for value in found)
+        values = re.findall(definition["Regex"], whole.log())
+        assert values, definition
+        assert all(-1 <= float(value) < float("inf") for value in values)
+    assert whole.log().count("Max GPU memory use during training") == 1
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_an_interrupted_job_goes_on_to_the_same_weights(aws, request_of, whole, tmp_path, sent):
+def test_an_interrupted_job_resumes_and_ends_with_the_same_weights(aws, request_of, whole, tmp_path, sent):
     container = Container(tmp_path / "ml", aws, request_of)
     assert container.interrupt(sent, after=3) != 0
     assert "Training Container Execution Completed" not in container.log()
@@ -97,17 +97,17 @@ def test_an_interrupted_job_goes_on_to_the_same_weights(aws, request_of, whole, 
     assert 3 <= steps[-1] < last
     if sent == signal.SIGTERM:
         assert f"a signal ended the run after optimizer step {steps[-1]}" in container.log()
-    # What SageMaker keeps is the folder of checkpoints; the container is a new one.
+    # SageMaker keeps the folder of checkpoints and starts a new container.
     again = Container(tmp_path / "again", aws, request_of)
     shutil.copytree(container.root / "checkpoints", again.root / "checkpoints", dirs_exist_ok=True)
     assert again.run() == 0, again.log()[-3000:]
-    assert f"going on from {again.root}/checkpoints/checkpoint-{steps[-1]}" in again.log()
-    expected, found = weights(whole), weights(again)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert f"resuming from {again.root}/checkpoints/checkpoint-{steps[-1]}" in again.log()
+    expected, resumed = weights(whole), weights(again)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
-def test_the_artifact_unpacked_elsewhere_predicts_by_its_own_code(whole, tmp_path):
+def test_the_artifact_predicts_with_its_own_code_in_another_folder(whole, tmp_path):
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         archive.add(whole.root / "model", arcname=".")
     elsewhere = tmp_path / "elsewhere"
@@ -136,7 +136,7 @@ def test_the_artifact_unpacked_elsewhere_predicts_by_its_own_code(whole, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(elsewhere)
     for sequence, answer in zip(sequences, json.loads(done.stdout), strict=True):
         with torch.no_grad():
-            chances = model(**tokenizer(sequence, return_tensors="pt")).logits.softmax(-1)[0]
+            probabilities = model(**tokenizer(sequence, return_tensors="pt")).logits.softmax(-1)[0]
         assert answer["probabilities"] == pytest.approx(
-            dict(zip(["non-membrane", "membrane"], chances.tolist(), strict=True)), abs=1e-6
+            dict(zip(["non-membrane", "membrane"], probabilities.tolist(), strict=True)), abs=1e-6
         )

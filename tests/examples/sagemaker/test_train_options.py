@@ -1,4 +1,4 @@
-"""train.py's hyperparameters and failures, and its tracking, without the driver around it."""
+"""train.py without AWS's driver: hyperparameters, failures and tracking."""
 
 from __future__ import annotations
 
@@ -46,14 +46,20 @@ def run(monkeypatch, train, *arguments) -> int:
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes"])
-def test_booleans_come_as_either_launcher_writes_them(train, text):
-    no = {"true": "false", "True": "False", "1": "0", "yes": "no"}[text]
-    options = train.make_parser().parse_args(["--lora", text, "--use_gradient_checkpointing", no])
+def test_booleans_of_both_launchers_are_accepted(train, text):
+    false = {"true": "false", "True": "False", "1": "0", "yes": "no"}[text]
+    options = train.make_parser().parse_args(["--lora", text, "--use_gradient_checkpointing", false])
     assert options.lora is True
     assert options.use_gradient_checkpointing is False
 
 
-def test_the_rate_follows_the_batch_of_all_processes(train):
+def test_the_recipe_has_the_hyperparameters(train):
+    arguments = ["--use_gradient_checkpointing", "true", "--lora_r", "4", "--lora_preset", "qkv"]
+    recipe = train.make_recipe(train.make_parser().parse_args(arguments), 1)
+    assert (recipe.gradient_checkpointing, recipe.r, recipe.preset) == (True, 4, "qkv")
+
+
+def test_the_learning_rate_follows_the_batch_size_over_all_processes(train):
     parse = train.make_parser().parse_args
     assert train.make_recipe(parse([]), 1).learning_rate == pytest.approx(1e-3)
     assert train.make_recipe(parse(["--gradient_accumulation_steps", "4"]), 1).learning_rate == pytest.approx(2e-3)
@@ -73,7 +79,7 @@ def test_the_rate_follows_the_batch_of_all_processes(train):
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
     ],
 )
-def test_what_is_wrong_stands_in_the_failure_file(train, job, monkeypatch, arguments, message):
+def test_wrong_hyperparameters_are_written_to_the_failure_file(train, job, monkeypatch, arguments, message):
     assert run(monkeypatch, train, *arguments) == 1
     failure = (job / "output" / "failure").read_text()
     assert message in failure[:1024]
@@ -81,7 +87,7 @@ def test_what_is_wrong_stands_in_the_failure_file(train, job, monkeypatch, argum
     assert not (job / "model").exists()
 
 
-def test_a_missing_channel_and_what_is_no_dataset_are_named(train, job, monkeypatch, tmp_path):
+def test_a_missing_channel_and_a_folder_without_splits_are_reported(train, job, monkeypatch, tmp_path):
     monkeypatch.delenv("SM_CHANNEL_DATASET")
     assert run(monkeypatch, train) == 1
     assert "no channel named dataset" in (job / "output" / "failure").read_text()
@@ -91,7 +97,7 @@ def test_a_missing_channel_and_what_is_no_dataset_are_named(train, job, monkeypa
     assert "has no task.json" in (job / "output" / "failure").read_text()
 
 
-def test_what_nobody_foresaw_is_raised_and_stands_in_the_failure_file(train, job, monkeypatch):
+def test_an_unexpected_error_is_raised_and_written_to_the_failure_file(train, job, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the disk is gone")
 
@@ -101,8 +107,8 @@ def test_what_nobody_foresaw_is_raised_and_stands_in_the_failure_file(train, job
     assert (job / "output" / "failure").read_text().startswith("RuntimeError: the disk is gone")
 
 
-def test_a_tracked_run_and_one_that_must_not_go_on_from_it(job):
-    """Real processes: a tracker lives as long as its process."""
+def test_a_tracked_run_logs_its_metrics_and_another_seed_must_not_resume_it(job):
+    """Runs in separate processes, because a tracker lives as long as its process."""
     store = f"sqlite:///{job}/mlflow.db"
     environment = os.environ | {"MLFLOW_TRACKING_URI": store, "MLFLOW_EXPERIMENT_NAME": "proteins"}
     command = [sys.executable, "-W", "ignore", SCRIPTS / "train.py", "--max_steps", "3", "--lora", "false"]
@@ -126,7 +132,7 @@ def test_a_tracked_run_and_one_that_must_not_go_on_from_it(job):
     assert "other values of seed" in (job / "output" / "failure").read_text()
 
 
-def test_what_a_run_may_go_on_with(train, job, tmp_path, dataset):
+def test_only_checkpoints_of_the_same_run_are_resumed(train, job, tmp_path, dataset):
     parse = train.make_parser().parse_args
     now = train.identity_of(parse([]), 2, dataset)
     train.check_same(tmp_path / "run", now, resumes=False)
@@ -142,5 +148,5 @@ def test_what_a_run_may_go_on_with(train, job, tmp_path, dataset):
     ]:
         with pytest.raises(train.ConfigurationError, match=f"other values of {name}"):
             train.check_same(tmp_path / "run", changed, resumes=True)
-        # Where there is no checkpoint to go on from, nothing is mixed.
+        # Without a checkpoint to resume from, any identity is allowed.
         train.check_same(tmp_path / name, changed, resumes=False)
