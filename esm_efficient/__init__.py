@@ -60,9 +60,10 @@ if TYPE_CHECKING:
         regression_metrics,
         tune_thresholds,
     )
+    from esm_efficient.training.arguments import recipe_arguments
     from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
     from esm_efficient.training.export import export_model
-    from esm_efficient.training.finetune import finetune, recipe_arguments
+    from esm_efficient.training.finetune import finetune
     from esm_efficient.training.result import FinetuneResult
 
 __version__ = "0.1.0"
@@ -119,9 +120,10 @@ _HOME = {
         "regression_metrics",
         "tune_thresholds",
     ),
+    "training.arguments": ("recipe_arguments",),
     "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
     "training.export": ("export_model",),
-    "training.finetune": ("finetune", "recipe_arguments"),
+    "training.finetune": ("finetune",),
     "training.result": ("FinetuneResult",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
