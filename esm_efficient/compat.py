@@ -352,6 +352,3 @@ def guard_training(trainer: Trainer, guard: Callable[[], AbstractContextManager[
     for owner, name in owners:
         setattr(owner, name, guarded(getattr(owner, name)))
     return restore
-
-
-# --- data and inference ---

@@ -35,7 +35,7 @@ SHARED_RUN = 7  # residues; two proteins with two shared runs of this length cou
 
 CARD = """# A tiny ESM-2 for demonstrations and tests
 
-Not a model to do science with: it exists so that everything in `esm_efficient` runs offline.
+This model lets everything in `esm_efficient` run offline. It is too small for scientific use.
 
 - **Architecture**: transformers' `EsmForMaskedLM` as in ESM-2 (rotary positions, token dropout, vocabulary of 33):
   {layers} layers, width {width}, {heads} heads, {parameters:,} parameters, float32.
@@ -43,13 +43,13 @@ Not a model to do science with: it exists so that everything in `esm_efficient` 
   which are UniProt entries. UniProt is licensed under
   [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/): The UniProt Consortium, *UniProt: the Universal Protein
   Knowledgebase*, Nucleic Acids Research. The sequences themselves are not shipped.
-- **Held out**: {held_out:,} proteins; {dropped:,} further proteins that share two or more runs of {run} residues
-  with one of them were kept out of the training too. Distant relatives may remain.
+- **Held out**: {held_out:,} proteins. A further {dropped:,} proteins, which share two or more runs of {run} residues with one of them,
+  were also left out of the training. Distant relatives may remain.
 - **Training**: masked language modelling (15 % of the residues; 80 % masked, 10 % replaced, 10 % kept) on windows
   of {window} residues, {steps:,} steps of {batch} windows, AdamW, peak learning rate {lr:g}, seed {seed}, by
   `examples/pretrain_demo_model.py`. torch {torch}, transformers {transformers}.
 
-How well it predicts a masked residue of a held-out protein (15 % masked, {evaluated:,} residues):
+Accuracy on masked residues of the held-out proteins (15 % masked, {evaluated:,} residues):
 
 | predictor | top-1 accuracy | perplexity |
 |---|---|---|

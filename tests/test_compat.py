@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils import flop_counter
@@ -137,6 +138,114 @@ def test_the_embeddings_output_requires_a_gradient_and_has_one_hook_for_it(tiny_
 # --- encoder ---
 
 
+def test_the_method_that_makes_attention_masks_is_called_by_every_forward_pass(tiny_model, monkeypatch):
+    model, calls = tiny_model(), []
+    original = getattr(model.esm, compat.ATTENTION_MASKS_METHOD)
+
+    def count(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model.esm, compat.ATTENTION_MASKS_METHOD, count)
+    model(input_ids=torch.tensor([[0, 5, 2]]))
+    assert len(calls) == 1
+
+
+def test_checkpointing_of_layers_is_bypassed_and_restored(tiny_model, monkeypatch):
+    model = tiny_model().train()
+    compat.enable_checkpointing(model)
+    model.enable_input_require_grads()
+    layers, calls = list(model.esm.encoder.layer), []
+    for layer in layers:
+        original = layer._gradient_checkpointing_func
+
+        def count(*args, original=original, **kwargs):
+            calls.append(1)
+            return original(*args, **kwargs)
+
+        layer._gradient_checkpointing_func = count
+    compat.bypass_checkpointing(layers)
+    model(input_ids=torch.tensor([[0, 5, 2]]))
+    assert calls == []
+    compat.restore_checkpointing(layers)
+    model(input_ids=torch.tensor([[0, 5, 2]]))
+    assert len(calls) == len(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({}, ""), ({"use_dora": True}, "Dora"), ({"lora_bias": True}, "LoRA with a bias")]
+)
+def test_extensions_of_lora_are_named(tiny_model, options, name):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"], **options))
+    layer = next(module for path, module in model.named_modules() if path.endswith("self.query"))
+    found = compat.lora_extension(layer, "default")
+    assert found == name if not name else name.lower() in found.lower()
+
+
+def test_rotary_angles_are_those_of_the_model(tiny_model):
+    model = tiny_model().eval()
+    states = torch.zeros(1, 4, model.config.hidden_size)
+    cos, sin = compat.rotary_table(model.esm, None, states, torch.float32)
+    half = cos.shape[-1] // 2
+    frequencies = 1 / 10_000 ** (torch.arange(half) / half)
+    angles = torch.arange(4.0)[:, None] * frequencies
+    assert torch.allclose(cos[0, :, :half], angles.cos(), atol=1e-6)
+    assert torch.allclose(sin[0, :, :half], angles.sin(), atol=1e-6)
+
+
+def test_only_transformers_own_classifier_reads_the_first_token(tiny_model):
+    model = tiny_model()
+    assert compat.reads_first_token(model)
+    assert not compat.reads_first_token(tiny_model(EsmForMaskedLM))
+    model.classifier.forward = lambda features, **kwargs: features.mean(1)
+    assert not compat.reads_first_token(model)
+
+
+def test_every_hook_of_a_module_is_found():
+    module = torch.nn.Linear(2, 2)
+    assert list(_torch.hooks_of(module)) == []
+    hooks = [lambda *_: None for _ in range(4)]
+    module.register_forward_hook(hooks[0])
+    module.register_forward_pre_hook(hooks[1])
+    module.register_full_backward_hook(hooks[2])
+    module.register_full_backward_pre_hook(hooks[3])
+    assert set(_torch.hooks_of(module)) == set(hooks)
+
+
+def test_descendants_are_the_modules_below(tiny_model):
+    model = tiny_model()
+    assert set(_torch.descendants(model)) == set(model.modules()) - {model}
+
+
+def test_fake_tensors_are_told_from_real_ones():
+    with _torch.fake_tensor_mode():
+        fake = torch.zeros(2)
+        with _torch.real_tensors():
+            real = torch.zeros(2)
+    assert _torch.is_fake(fake)
+    assert not _torch.is_fake(real)
+
+
+def test_the_cpu_kernel_and_its_backward_pass_are_attention():
+    query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+    found, logsumexp = _torch.cpu_attention(query.detach(), key.detach(), value.detach(), 0.3)
+    assert torch.allclose(found, expected, atol=1e-6)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (query, key, value), upstream)
+    inputs = (tensor.detach() for tensor in (query, key, value))
+    gradients = _torch.cpu_attention_backward(upstream, *inputs, found, logsumexp, 0.3)
+    for gradient, expected_gradient in zip(gradients, wanted, strict=True):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_block_mask_is_made_on_a_cpu():
+    mask = _torch.create_block_mask(lambda b, h, q, k: q == k, 128, 256, torch.device("cpu"))
+    assert mask.shape[-2:] == (128, 256)
+    assert _torch.has_flex_attention() == (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7))
+
+
 # --- costs ---
 
 
@@ -166,6 +275,64 @@ def test_a_dispatch_mode_sees_the_cpus_attention_kernels():
 
 
 # --- estimation ---
+
+
+def test_attention_masks_are_made_under_fake_tensors_only_for_padded_batches(tiny_model):
+    from transformers import masking_utils
+
+    assert callable(masking_utils._ignore_bidirectional_mask_sdpa)
+    for padded in (True, False):
+        with compat.attention_masks(padded):
+            assert masking_utils._ignore_bidirectional_mask_sdpa(None) is not padded
+
+
+def test_checkpointing_and_attention_of_a_model_are_read(tiny_model):
+    model = tiny_model()
+    assert not compat.is_checkpointing(model)
+    compat.enable_checkpointing(model)
+    assert compat.is_checkpointing(model)
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        assert compat.attention_implementation(model.config) == name
+
+
+def test_views_are_told_from_operations_that_move_memory():
+    aten = torch.ops.aten
+    assert _torch.is_view(aten.view.default)
+    assert _torch.is_view(aten._unsafe_view.default)
+    assert not _torch.is_view(aten.mm.default)
+
+
+def test_function_modes_stay_active_in_the_backward_pass():
+    calls = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.ones(2, requires_grad=True)
+    recomputed = torch.utils.checkpoint.checkpoint(torch.sin, weight, use_reentrant=False).sum()
+    with Recorder():
+        _torch.run_backward(recomputed)
+    assert torch.sin in calls
+    assert torch.allclose(weight.grad, torch.ones(2).cos())
+
+
+@pytest.mark.parametrize("kernel", [_torch.math_attention, _torch.flash_attention, _torch.efficient_attention])
+def test_kernels_of_other_devices_have_shapes_under_fake_tensors(kernel):
+    with _torch.fake_tensor_mode():
+        query, key, value = (torch.empty(2, 3, 16, 8, dtype=torch.float16) for _ in range(3))
+        options = (0.0, None) if kernel is _torch.flash_attention else (None, 0.0, None)
+        assert kernel(query, key, value, *options).shape == query.shape
+
+
+def test_the_kernel_of_packed_sequences_has_shapes_under_fake_tensors():
+    with _torch.fake_tensor_mode():
+        query, key, value = (torch.empty(10, 3, 8, dtype=torch.float16) for _ in range(3))
+        cu_seqlens = torch.empty(3, dtype=torch.int32)
+        options = (cu_seqlens, cu_seqlens, 6, 6, 0.0, False, False)
+        assert _torch.varlen_flash_attention(query, key, value, *options, scale=1.0).shape == query.shape
 
 
 # --- profiling ---
@@ -226,6 +393,3 @@ def test_the_running_trainer_and_its_guarded_methods_are_found(tmp_path, tiny_mo
     assert trainers == [trainer]
     assert seen == [("evaluation", 1), ("epoch begins", 1), ("step", 1), ("end", 1)]
     assert not set(compat.GUARDED_METHODS) & (set(vars(trainer)) - own)
-
-
-# --- data and inference ---

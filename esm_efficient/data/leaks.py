@@ -41,8 +41,8 @@ def check_leaks(splits: dict[str, Dataset]) -> None:
         ]
         if shared:
             raise DataError(
-                f"{len(shared)} sequence(s) stand in two splits, so the test would be on training data: "
+                f"{len(shared)} sequence(s) are in two splits, so the test would be on training data: "
                 f"{listing(shared)}. Remove the duplicates, or put them into one partition"
             )
     if repeated := sum(len(found) - len(np.unique(found)) for found in hashes.values()):
-        logger.warning("%d sequence(s) stand more than once within their split", repeated)
+        logger.warning("%d sequence(s) occur more than once within their split", repeated)

@@ -167,7 +167,7 @@ def test_a_sequence_in_two_splits_is_refused_and_within_one_is_counted(frame, wr
     twice = pd.concat([frame, copied.to_frame().T])
     with caplog.at_level(logging.WARNING):
         load_deeploc(write(twice))
-    assert "1 sequence(s) stand more than once" in caplog.text
+    assert "1 sequence(s) occur more than once" in caplog.text
     copied["Partition"] = "4"
     with pytest.raises(DataError, match=r"two splits.*COPY \(train and test\)"):
         load_deeploc(write(pd.concat([frame, copied.to_frame().T])))

@@ -17,8 +17,8 @@ def rows(sequences):
 
 def test_a_sequence_in_two_splits_is_an_error_and_repeats_in_a_split_are_counted(caplog):
     parts = {"train": rows(["MK", "MV", "MV"]), "validation": rows(["MA"]), "test": rows(["MC", "MK"])}
-    with pytest.raises(DataError, match=r"1 sequence\(s\) stand in two splits.*P0 = P1 \(train and test\)"):
+    with pytest.raises(DataError, match=r"1 sequence\(s\) are in two splits.*P0 = P1 \(train and test\)"):
         check_leaks(parts)
     with caplog.at_level(logging.WARNING):
         check_leaks({"train": parts["train"], "validation": parts["validation"]})
-    assert "1 sequence(s) stand more than once" in caplog.text
+    assert "1 sequence(s) occur more than once" in caplog.text

@@ -139,7 +139,7 @@ JUNK += ["a,b", "a\tb", "a\nb", "M" * 5000, "mktv", "M K", "\ufeff", "=1+1", "0x
 STRUCTURAL = (
     "is empty|cannot be read|no column with a usual name|could be any of|more than one column is named|"
     "no sequence is left|"
-    "leave nothing for|stand in two splits|has the columns|whole number in every row|more than 1000 values|no file at|"
+    "leave nothing for|are in two splits|has the columns|whole number in every row|more than 1000 values|no file at|"
     "nothing is left"
 )
 

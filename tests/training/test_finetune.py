@@ -23,6 +23,8 @@ from esm_efficient import (
     load_deeploc,
     multi_label_metrics,
     stratified_sample,
+    task_of,
+    tokenize_dataset,
 )
 from esm_efficient.errors import ConfigurationError, DataError
 
@@ -278,9 +280,11 @@ def test_a_loaded_model_gets_the_task_of_the_labels_or_is_refused(tmp_path):
 
 def test_a_stream_trains_as_the_same_rows_in_memory(tmp_path, demo_table):
     mapped = load_deeploc(demo_table, task={"sticky": "Membrane", "nuclear": "Nucleus"}, max_residues=160)
-    streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in mapped.items()})
+    tokenized, _ = tokenize_dataset(mapped, AutoTokenizer.from_pretrained(demo_model_path()))
+    streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in tokenized.items()})
+    task = task_of(mapped["train"].features)
     options = {"recipe": "lora", "class_weights": None, "max_steps": 3, "disable_tqdm": True}
-    streamed = finetune(demo_model_path(), streams, output_dir=tmp_path, **options)
+    streamed = finetune(demo_model_path(), streams, output_dir=tmp_path, task=task, **options)
     in_order = mapped.copy() | {"train": mapped["train"].select(range(24))}
     expected = finetune(
         demo_model_path(), DatasetDict(in_order), output_dir=tmp_path, train_sampling_strategy="sequential", **options
@@ -289,4 +293,4 @@ def test_a_stream_trains_as_the_same_rows_in_memory(tmp_path, demo_table):
     assert streamed.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
     assert streamed.thresholds == pytest.approx(expected.thresholds, rel=1e-4)
     with pytest.raises(ConfigurationError, match="cannot count the labels of a stream"):
-        finetune(demo_model_path(), streams, output_dir=tmp_path, max_steps=3)
+        finetune(demo_model_path(), streams, output_dir=tmp_path, task=task, max_steps=3)
