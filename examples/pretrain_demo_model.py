@@ -43,8 +43,8 @@ This model lets everything in `esm_efficient` run offline. It is too small for s
   which are UniProt entries. UniProt is licensed under
   [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/): The UniProt Consortium, *UniProt: the Universal Protein
   Knowledgebase*, Nucleic Acids Research. The sequences themselves are not shipped.
-- **Held out**: {held_out:,} proteins. A further {dropped:,} proteins, which share two or more runs of {run} residues with one of them,
-  were also left out of the training. Distant relatives may remain.
+- **Held out**: {held_out:,} proteins. A further {dropped:,} proteins, which share two or more runs of {run} residues
+  with one of them, were also left out of the training. Distant relatives may remain.
 - **Training**: masked language modelling (15 % of the residues; 80 % masked, 10 % replaced, 10 % kept) on windows
   of {window} residues, {steps:,} steps of {batch} windows, AdamW, peak learning rate {lr:g}, seed {seed}, by
   `examples/pretrain_demo_model.py`. torch {torch}, transformers {transformers}.
