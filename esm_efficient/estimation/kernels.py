@@ -71,10 +71,10 @@ class Kernels(TorchFunctionMode):
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, ends: CuSeqlens, scale: float) -> Tensor:
-    """Compute attention within packed sequences by CUDA's flash kernel for variable lengths.
+    """Attention within sequences that lie one after another, as CUDA's kernels of variable length allocate.
 
     A real step in float32 uses flex attention, which saves the same tensors.
     """
     longest = max(ends.query_lengths), max(ends.key_lengths)
     options = (ends.queries, ends.keys, *longest, 0.0, False, False)
-    return _torch.varlen_flash_attention(query, key, value, *options, scale=scale)
+    return torch.ops.aten._flash_attention_forward(query, key, value, *options, scale=scale)[0]

@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esm_efficient._torch import fake_tensor_mode
 from esm_efficient.encoder.attention import attend as lean_attend
 from esm_efficient.encoder.attention import played_by
 from esm_efficient.encoder.packing import Packing
@@ -27,7 +26,7 @@ class Names(TorchDispatchMode):
 
 def attend(backend, dtype, *, masked=False):
     shape = (2, 4, 24, 16)
-    with fake_tensor_mode(), Names() as names, Kernels(backend):
+    with FakeTensorMode(), Names() as names, Kernels(backend):
         query, key, value = (torch.empty(shape, dtype=dtype, requires_grad=True) for _ in range(3))
         mask = torch.ones(2, 1, 24, 24, dtype=torch.bool) if masked else None
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -56,7 +55,7 @@ def test_attention_runs_the_kernel_of_the_device(backend, dtype, options, kernel
 @pytest.mark.parametrize("first_only", [False, True])
 def test_packed_attention_runs_a_kernel_of_variable_length(first_only):
     packing = Packing((3, 8), (5, 8, 8))
-    with fake_tensor_mode(), Names() as names, played_by(packed_attention):
+    with FakeTensorMode(), Names() as names, played_by(packed_attention):
         states = torch.empty(21, 2 if first_only else 3, 4, 16, requires_grad=True)
         query = torch.empty(3, 1, 4, 16, requires_grad=True) if first_only else None
         out = lean_attend(states, query, packing)
