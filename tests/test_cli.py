@@ -1,4 +1,4 @@
-"""The command line, as a process and in this one."""
+"""The command line, in a process and in this one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_options_reach_the_function(capsys, tmp_path):
 
 
 def test_recommend_prints_what_it_tried(capsys):
-    command = "recommend --model 8M --device T4 --tokens 40 --batch-size 1 --precision float32 --recipes lora"
+    command = "recommend --model 8M --device T4 --tokens 40 --batch-size 1 --precision float32 --recipe lora"
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "ESM-2 8M on T4" in out
@@ -60,7 +60,7 @@ def test_recommend_prints_what_it_tried(capsys):
 
 
 def test_compare_writes_the_page(capsys, tmp_path):
-    command = f"compare --model 8M --device L4 --tokens 40 --recipes base all --steps 7 --output {tmp_path}"
+    command = f"compare --model 8M --device L4 --tokens 40 --recipe base --recipe all --steps 7 --output {tmp_path}"
     assert main(command.split()) == 0
     expected = compare("8M", device="L4", tokens=40, recipes=["base", "all"], steps=7)
     assert str(expected) in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_compare_writes_the_page(capsys, tmp_path):
 def test_compare_trains_on_the_demo(capsys, tmp_path):
     from esm_efficient import demo_model_path
 
-    command = f"compare --model {demo_model_path()} --data demo --limit 16 --recipes frozen --steps 2 --epochs 1"
+    command = f"compare --model {demo_model_path()} --data demo --limit 16 --recipe frozen --steps 2 --epochs 1"
     assert main([*command.split(), "--device", "cpu", "--json", str(tmp_path / "c.json")]) == 0
     record = json.loads((tmp_path / "c.json").read_text())
     assert [row["steps"] for row in record["rows"]] == [2, 2]
@@ -80,16 +80,16 @@ def test_compare_trains_on_the_demo(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("estimate --model 9M", "no ESM-2 size"),
+        ("estimate --model 9M", "one of the ESM-2 sizes"),
         ("estimate --model 8M --device A11", "no device"),
         (
-            "recommend --model 15B --device T4 --precision float32 --batch-size 1 --tokens 30 --recipes base",
-            "nothing that was tried fits",
+            "recommend --model 15B --device T4 --precision float32 --batch-size 1 --tokens 30 --recipe base",
+            "no setting that was tried fits",
         ),
         ("compare --model 8M --data /nowhere.csv", "nowhere.csv"),
     ],
 )
-def test_errors_are_one_line_of_advice_and_a_status(command, message, capsys):
+def test_errors_of_the_library_end_with_1_and_no_traceback(command, message, capsys):
     assert main(command.split()) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
@@ -98,7 +98,38 @@ def test_errors_are_one_line_of_advice_and_a_status(command, message, capsys):
     assert captured.out == ""
 
 
-def test_arguments_that_make_no_sense_end_with_2():
-    with pytest.raises(SystemExit) as caught:
-        main(["estimate", "--recipe", "best"])
-    assert caught.value.code == 2
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("estimate --recipe best", "no recipe is named 'best'; there are base, ga, gc, lora, all, frozen"),
+        ("recommend --recipe base --recipe best", "there are base, ga, gc, lora, all, frozen"),
+        ("estimate --padding none", "'padded', 'equal-length', 'padding-free'"),
+        ("estimate --precision int4", "'auto', 'float32', 'bf16', 'fp16', 'pure-bf16'"),
+        ("estimate --micro-batch 0", "--micro-batch"),
+        ("compare --limit 3", "--limit needs --data"),
+        ("compare --data demo --precision fp16", "train in float32 or bf16"),
+        ("recommend --batch 3", "--batch"),
+        ("guess", "guess"),
+    ],
+)
+def test_invalid_arguments_end_with_2_and_one_line(command, message, capsys):
+    assert main(command.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("command", ["estimate --recipe best", "estimate --device A11", "--help", "recommend --help"])
+def test_invalid_arguments_and_help_import_no_torch(command):
+    code = f"import sys; from esm_efficient.cli import main; main({command.split()}); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.endswith("False\n")
+
+
+def test_help_lists_commands_and_options(capsys):
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("estimate", "recommend", "compare"))
+    assert main(["recommend", "--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in ("--batch-size", "--tokens", "--recipe", "--json"))

@@ -277,62 +277,96 @@ def test_a_dispatch_mode_sees_the_cpus_attention_kernels():
 # --- estimation ---
 
 
-def test_attention_masks_are_made_under_fake_tensors_only_for_padded_batches(tiny_model):
-    from transformers import masking_utils
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_masks_decides_whether_a_mask_is_made(tiny_model, padded):
+    from torch.nn import functional as F
+    from torch.overrides import TorchFunctionMode
 
-    assert callable(masking_utils._ignore_bidirectional_mask_sdpa)
-    for padded in (True, False):
-        with compat.attention_masks(padded):
-            assert masking_utils._ignore_bidirectional_mask_sdpa(None) is not padded
+    masks = []
 
+    class Masks(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                masks.append((kwargs or {}).get("attn_mask"))
+            return func(*args, **(kwargs or {}))
 
-def test_checkpointing_and_attention_of_a_model_are_read(tiny_model):
     model = tiny_model()
-    assert not compat.is_checkpointing(model)
-    compat.enable_checkpointing(model)
-    assert compat.is_checkpointing(model)
-    for name in ("sdpa", "eager"):
+    model.set_attn_implementation("sdpa")
+    ids = torch.full((2, 6), 5)
+    with compat.attention_masks(padded), Masks(), torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert masks
+    assert all((mask is not None) == padded for mask in masks)
+
+
+def test_the_attention_implementation_is_the_one_that_was_set(tiny_model):
+    model = tiny_model()
+    for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         assert compat.attention_implementation(model.config) == name
+    assert compat.attention_implementation(object()) == "sdpa"
 
 
-def test_views_are_told_from_operations_that_move_memory():
-    aten = torch.ops.aten
-    assert _torch.is_view(aten.view.default)
-    assert _torch.is_view(aten._unsafe_view.default)
-    assert not _torch.is_view(aten.mm.default)
+def test_is_checkpointing_follows_the_model_without_a_warning(tiny_model, recwarn):
+    model = tiny_model()
+    assert compat.is_checkpointing(model) is False
+    for layer in model.esm.encoder.layer:
+        layer.gradient_checkpointing = True
+    assert compat.is_checkpointing(model) is True
+    assert compat.is_checkpointing(object()) is False
+    assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
 
 
-def test_function_modes_stay_active_in_the_backward_pass():
-    calls = []
+def test_fake_tensors_have_shapes_and_real_tensors_numbers():
+    with _torch.fake_tensor_mode():
+        fake = torch.zeros(2, 3) + 1
+        with _torch.real_tensors() as mode:
+            real = torch.ones(2)
+            assert real.sum().item() == 2
+            assert isinstance(mode.from_tensor(real), type(fake))
+    assert type(fake) is not torch.Tensor
+    assert fake.shape == (2, 3)
 
-    class Recorder(torch.overrides.TorchFunctionMode):
+
+def test_run_backward_gives_the_gradient_and_keeps_function_modes():
+    from torch.overrides import TorchFunctionMode
+    from torch.utils.checkpoint import checkpoint
+
+    class Functions(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             calls.append(func)
             return func(*args, **(kwargs or {}))
 
-    weight = torch.ones(2, requires_grad=True)
-    recomputed = torch.utils.checkpoint.checkpoint(torch.sin, weight, use_reentrant=False).sum()
-    with Recorder():
-        _torch.run_backward(recomputed)
-    assert torch.sin in calls
-    assert torch.allclose(weight.grad, torch.ones(2).cos())
+    calls = []
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    with Functions():
+        loss = checkpoint(torch.sin, x, use_reentrant=False).sum()
+        calls.clear()
+        _torch.run_backward(loss)
+    assert torch.sin in calls  # recomputed under the mode
+    assert torch.allclose(x.grad, x.detach().cos())
 
 
-@pytest.mark.parametrize("kernel", [_torch.math_attention, _torch.flash_attention, _torch.efficient_attention])
-def test_kernels_of_other_devices_have_shapes_under_fake_tensors(kernel):
+def test_views_are_told_from_copies():
+    aten = torch.ops.aten
+    assert all(map(_torch.is_view, (aten.view.default, aten.transpose.int, aten._unsafe_view.default)))
+    assert not any(map(_torch.is_view, (aten.clone.default, aten.mm.default)))
+
+
+def test_attention_kernels_exist_under_fake_tensors():
     with _torch.fake_tensor_mode():
-        query, key, value = (torch.empty(2, 3, 16, 8, dtype=torch.float16) for _ in range(3))
-        options = (0.0, None) if kernel is _torch.flash_attention else (None, 0.0, None)
-        assert kernel(query, key, value, *options).shape == query.shape
-
-
-def test_the_kernel_of_packed_sequences_has_shapes_under_fake_tensors():
-    with _torch.fake_tensor_mode():
-        query, key, value = (torch.empty(10, 3, 8, dtype=torch.float16) for _ in range(3))
-        cu_seqlens = torch.empty(3, dtype=torch.int32)
-        options = (cu_seqlens, cu_seqlens, 6, 6, 0.0, False, False)
-        assert _torch.varlen_flash_attention(query, key, value, *options, scale=1.0).shape == query.shape
+        query, key, value = (torch.empty(2, 4, 24, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        outputs = (
+            _torch.math_attention(query, key, value, None, 0.0, 0.25),
+            _torch.flash_attention(query, key, value, 0.0, 0.25),
+            _torch.efficient_attention(query, key, value, None, 0.0, 0.25),
+        )
+        assert all(output.shape == (2, 4, 24, 16) for output in outputs)
+        for output in outputs:
+            assert len(torch.autograd.grad(output.float().sum(), (query, key, value))) == 3
+        states, ends = torch.empty(21, 4, 16, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32)
+        packed = _torch.varlen_flash_attention(states, states, states, ends, ends, 8, 8, 0.0, False, False, scale=0.25)
+        assert packed.shape == (21, 4, 16)
 
 
 # --- profiling ---

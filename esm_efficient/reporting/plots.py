@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 
-# Okabe and Ito's palette, which people who see fewer colours can tell apart.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 CATEGORY_COLOURS = {
     "weights": "#0072b2",
     "gradients": "#e69f00",
@@ -31,12 +31,12 @@ class Method:
     """One point of `pareto_plot`.
 
     Attributes:
-        name: beside the point.
-        seconds: of the whole run.
+        name: label of the point.
+        seconds: time of the whole run.
         memory: peak in bytes.
-        metric: how well the result predicts, or None.
+        metric: value of the metric, or None.
         low: lower end of the metric's confidence interval, or None.
-        high: upper end.
+        high: upper end of the interval, or None.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Method:
 
 
 def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, title: str = "") -> str:
-    """Peak memory by category, one stacked bar a method.
+    """Plot peak memory by category, one stacked bar per method.
 
     Args:
-        stacks: method to bytes by category.
-        capacity: bytes of the device, drawn as a line; 0 leaves it out.
-        title: above the plot.
+        stacks: bytes by category, by method.
+        capacity: bytes of the device, drawn as a line; 0 draws none.
+        title: title above the plot.
 
     Returns:
         SVG.
@@ -84,12 +84,12 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
 def timeline_plot(
     timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, title: str = "", unit: str = "seconds"
 ) -> str:
-    """Memory over one step, one small plot a method, coloured by phase.
+    """Plot memory over one step, one small plot per method, coloured by phase.
 
     Args:
-        timelines: method to its points: phase, time, bytes.
-        title: above the plot.
-        unit: of the times.
+        timelines: points by method: phase, time, bytes.
+        title: title above the plot.
+        unit: unit of the times.
 
     Returns:
         SVG.
@@ -103,9 +103,9 @@ def timeline_plot(
     highest = max(size for points in timelines.values() for _, _, size in points) / GIB
     for axes, (name, points) in zip(grid.flat, timelines.items(), strict=False):
         for phase, colour in PHASE_COLOURS.items():
-            own = [i for i, point in enumerate(points) if point[0] == phase]
-            if own:
-                shown = points[own[0] : own[-1] + 2]  # up to the first point of the next phase, so that no gap is left
+            indices = [i for i, point in enumerate(points) if point[0] == phase]
+            if indices:
+                shown = points[indices[0] : indices[-1] + 2]  # with the first point of the next phase, to leave no gap
                 axes.fill_between(
                     [x for _, x, _ in shown], [y / GIB for _, _, y in shown], color=colour, label=phase, linewidth=0
                 )
@@ -123,14 +123,14 @@ def timeline_plot(
 
 
 def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "") -> str:
-    """Time against peak memory; with a metric, how well each method predicts beside it.
+    """Plot time against peak memory, and beside it the metric if there is one.
 
-    Methods that no other one beats in both time and memory are joined by a line.
+    A line joins the methods that no other method beats in both time and memory.
 
     Args:
         methods: the points.
         metric: name of the metric.
-        title: above the plot.
+        title: title above the plot.
 
     Returns:
         SVG.
@@ -173,7 +173,7 @@ def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     labelled: list[tuple[float, float]] = []
     spread = max((y for _, _, y in points), default=1.0) or 1.0
     for name, x, y in sorted(points, key=lambda point: point[2]):
-        # Labels of points that lie on one another are stacked.
+        # Stack the labels of points that overlap.
         above = sum(abs(y - b) < 0.04 * spread and abs(x - a) < 0.15 * (abs(x) + 1e-9) for a, b in labelled)
         axes.annotate(name, (x, y), (6, 4 + 11 * above), textcoords="offset points", fontsize=9)
         labelled.append((x, y))
@@ -199,7 +199,7 @@ def _svg(figure: Figure, title: str) -> str:
     if title:
         figure.suptitle(title, fontsize=11)
     buffer = io.StringIO()
-    # Text stays text, and the same figures give the same file.
+    # Keep text as text, and give the same file for the same figures.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

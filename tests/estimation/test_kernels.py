@@ -1,4 +1,4 @@
-"""Which of the device's kernels a fake step runs, and what they save."""
+"""A simulated step runs the attention kernels of its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots, read back from their SVG."""
+"""The plots: their SVG has the expected text."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ def texts(svg):
 def test_memory_bars_name_methods_categories_and_totals():
     stacks = {"base": {"weights": 2 * GIB, "activations": 3 * GIB}, "all": {"weights": GIB}}
     svg = memory_plot(stacks, capacity=6 * GIB)
-    found = " ".join(texts(svg))
-    for wanted in ("base", "all", *CATEGORY_COLOURS, "memory of the device", "peak memory, GiB"):
-        assert wanted in found
+    shown = " ".join(texts(svg))
+    for text in ("base", "all", *CATEGORY_COLOURS, "memory of the device", "peak memory, GiB"):
+        assert text in shown
     assert {text.strip() for text in texts(svg)} >= {"5", "1"}
     assert memory_plot(stacks, capacity=6 * GIB) == svg
     assert "memory of the device" not in " ".join(texts(memory_plot(stacks, capacity=600 * GIB)))
 
 
-def test_timelines_have_a_plot_a_method_and_a_colour_a_phase():
+def test_timelines_have_a_plot_per_method_and_a_colour_per_phase():
     points = [("forward", 0.0, 0), ("forward", 1.0, GIB), ("backward", 2.0, GIB), ("optimizer", 3.0, 0)]
-    found = texts(timeline_plot({"one": points, "two": points, "three": points, "four": points}))
-    assert {"one", "two", "three", "four", "forward", "backward", "optimizer", "seconds"} <= set(found)
+    shown = texts(timeline_plot({"one": points, "two": points, "three": points, "four": points}))
+    assert {"one", "two", "three", "four", "forward", "backward", "optimizer", "seconds"} <= set(shown)
 
 
-def test_the_front_joins_what_nothing_beats():
+def test_the_pareto_plot_names_methods_and_axes():
     methods = [Method("fast", 1, 9 * GIB), Method("small", 9, GIB), Method("worse", 9.5, 9.5 * GIB)]
     assert {"fast", "small", "worse", "time of the run, s"} <= set(texts(pareto_plot(methods)))
     scored = [Method("a", 1, GIB, 0.7, 0.6, 0.8), Method("b", 2, GIB, 0.75)]
     assert "MCC" in texts(pareto_plot(scored, metric="MCC"))
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ConfigurationError, match=r"esm-efficient-finetuning\[plot\]"):
         memory_plot({"base": {"weights": 1}})

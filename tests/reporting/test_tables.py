@@ -1,3 +1,5 @@
+"""Tables and numbers as text."""
+
 from __future__ import annotations
 
 import csv
@@ -6,20 +8,20 @@ import io
 import pytest
 
 from esm_efficient.errors import DataError
-from esm_efficient.reporting import format_bytes, format_csv, format_markdown, format_table
+from esm_efficient.reporting import format_bytes, format_csv, format_markdown, format_number, format_table
 
 
-def test_columns_are_aligned_and_nothing_trails():
+def test_columns_are_aligned_without_trailing_spaces():
     text = format_table([("a", 1, "x"), ("longer", 22, "")], ("name", "n", "note"))
     assert text.splitlines() == ["name    n   note", "------  --  ----", "a       1   x", "longer  22"]
 
 
-def test_rows_of_different_lengths_are_refused():
-    with pytest.raises(DataError, match="do not make a table"):
+def test_rows_of_different_widths_are_refused():
+    with pytest.raises(DataError, match="expected the same number"):
         format_table([("a",), ("b", "c")])
     assert format_table([]) == ""
     for layout in (format_markdown, format_csv):
-        with pytest.raises(DataError, match="do not make a table"):
+        with pytest.raises(DataError, match="expected the same number"):
             layout([("a", "b")], ("one",))
 
 
@@ -28,8 +30,13 @@ def test_csv_reads_back_as_it_was():
     assert list(csv.reader(io.StringIO(format_csv(rows, ("n", "v"))))) == [["n", "v"], *rows]
 
 
-def test_markdown_escapes_what_would_end_a_cell():
+def test_markdown_escapes_the_separator_of_cells():
     assert format_markdown([("a|b", 1)], ("n", "v")).splitlines()[-1] == r"| a\|b | 1 |"
+
+
+def test_an_undefined_number_is_a_dash():
+    assert format_number(float("nan"), "{:.2f}") == format_number(None, "{:.2f}") == "-"
+    assert format_number(0.0, "{:.2f}") == "0.00"
 
 
 @pytest.mark.parametrize(
