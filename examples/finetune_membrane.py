@@ -37,7 +37,7 @@ from esm_efficient import (
     write_demo_table,
 )
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
-from esm_efficient.reporting import format_bytes
+from esm_efficient.reporting.tables import format_bytes
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

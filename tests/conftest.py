@@ -185,3 +185,10 @@ def place(aws) -> str:
     assert done.returncode == 0, done.stderr[-3000:]
     aws.upload(Path(demo_model_path()), "work/model")
     return f"s3://{BUCKET}/work"
+
+
+@pytest.fixture
+def table_cache(tmp_path, monkeypatch):
+    """A cache folder that no other test reads."""
+    monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

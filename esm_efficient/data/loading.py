@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient.data.arrow_tables import TablePlan, mapped_table
 from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind
 from esm_efficient.data.leaks import check_leaks
 from esm_efficient.data.schema import WEIGHT_COLUMN
@@ -26,7 +27,6 @@ from esm_efficient.data.splits import (
     split_by_group,
     split_by_partition,
 )
-from esm_efficient.data.tables import TablePlan, mapped_table
 from esm_efficient.errors import ConfigurationError, listing
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from esm_efficient import (
     recipe_arguments,
 )
 from esm_efficient.estimation.inputs import resolve_config
-from esm_efficient.reporting import format_bytes
+from esm_efficient.reporting.tables import format_bytes
 
 TOLERANCE = 0.05
 """Largest allowed difference from a measured peak, as a share of it."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from esm_efficient import format_table
-from esm_efficient.reporting import format_bytes
+from esm_efficient.reporting.tables import format_bytes
 
 LETTERS = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 

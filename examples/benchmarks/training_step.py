@@ -48,7 +48,7 @@ from other_encoders import OTHERS, build_other
 from torch import nn
 
 from esm_efficient import apply_lean_encoder, format_table
-from esm_efficient.reporting import format_bytes
+from esm_efficient.reporting.tables import format_bytes
 
 GOALS = {  # least ratio of residues per second, greatest ratio of activation bytes
     "default": (2.2, 0.20),
