@@ -54,7 +54,7 @@ def grads_of(model):
 
 def main(folder: Path) -> None:
     from conftest import make_model
-    from test_forward import make_batch
+    from lean_models import make_batch
 
     from esm_efficient import apply_lean_encoder, lora_config, prepare_model
 

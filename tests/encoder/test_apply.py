@@ -1,0 +1,321 @@
+"""Applying and removing the lean encoder: adapters, saving, hooks, checkpointing, threads and ranks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dataset, make_model, tiny_config
+from lean_models import HEADS, build, distance, gradient_of, loss_of, make_batch, nodes_of
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EsmForSequenceClassification,
+    EsmModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from esm_efficient import apply_lean_encoder, lora_config, prepare_model, remove_lean_encoder
+from esm_efficient.compat import checkpointing_arguments
+from esm_efficient.encoder import has_lean_encoder
+from esm_efficient.errors import ConfigurationError
+
+
+def test_several_adapters_and_switching_them_off():
+    base = make_model()
+    for parameter in base.parameters():
+        parameter.data.mul_(4 if parameter.dim() == 2 else 1)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["query", "value", "output.dense"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["query", "key"]))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    batch = make_batch([9, 5, 30])
+    loss, gradient = gradient_of(model, batch)
+    apply_lean_encoder(model)
+    found, found_gradient = gradient_of(model, batch)
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert distance(found_gradient, gradient) < 1e-5
+    with model.disable_adapter(), torch.no_grad():
+        off = model(**batch).logits
+        assert torch.allclose(off, remove_lean_encoder(model)(**batch).logits, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(off, model(**batch).logits, rtol=1e-3, atol=0)
+
+
+def test_merging_unmerging_and_unloading():
+    model = apply_lean_encoder(build())
+    batch = make_batch([9, 5, 30])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        model.merge_adapter()
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
+        merged = model.merge_and_unload()
+        assert has_lean_encoder(merged)
+        assert torch.allclose(merged(**batch).logits, expected, atol=1e-5)
+
+
+def test_saving_and_loading_are_unchanged(tmp_path):
+    plain = build()
+    lean = apply_lean_encoder(copy.deepcopy(plain))
+    assert list(lean.state_dict()) == list(plain.state_dict())
+    for name, model in (("plain", plain), ("lean", lean)):
+        model.save_pretrained(tmp_path / name)
+        model.get_base_model().config.save_pretrained(tmp_path / name / "config")
+    files = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.*"))
+    assert {file.name for file in files} >= {"adapter_model.safetensors", "adapter_config.json", "config.json"}
+    for file in files:
+        found, expected = ((tmp_path / name / file).read_bytes() for name in ("lean", "plain"))
+        # A set of target modules is written in no order.
+        same = sorted(found.split()) == sorted(expected.split()) if file.suffix == ".json" else found == expected
+        assert same or file.name == "adapter_config.json", file
+    configs = [PeftConfig.from_pretrained(tmp_path / name) for name in ("lean", "plain")]
+    assert configs[0] == configs[1]
+    base = make_model(num_hidden_layers=3, hidden_size=32, num_attention_heads=4)
+    base.load_state_dict(
+        {n.replace(".base_layer", ""): p for n, p in plain.get_base_model().state_dict().items() if "lora_" not in n},
+        strict=False,
+    )
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lean")
+    batch = make_batch([9, 5])
+    with torch.no_grad():
+        assert torch.allclose(loaded(**batch).logits, plain.eval()(**batch).logits, atol=1e-5)
+
+    full = apply_lean_encoder(make_model())
+    full.save_pretrained(tmp_path / "full")
+    again = EsmForSequenceClassification.from_pretrained(tmp_path / "full")
+    with torch.no_grad():
+        assert torch.allclose(again(**batch).logits, full.eval()(**batch).logits, atol=1e-6)
+
+
+def test_removing_it_restores_the_model():
+    model = build()
+    before = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    hooks = {path: len(module._forward_hooks) for path, module in model.named_modules()}
+    apply_lean_encoder(apply_lean_encoder(model), recompute="layer")
+    assert has_lean_encoder(model)
+    model(**make_batch([4, 3]))
+    remove_lean_encoder(remove_lean_encoder(model))
+    assert not has_lean_encoder(model)
+    for path, module in model.named_modules():
+        assert module.__dict__.keys() == before[path].keys(), path
+        assert len(module._forward_hooks) == hooks[path]
+
+
+def test_a_copy_and_a_pickle_compute_on_their_own_weights():
+    model = apply_lean_encoder(build())
+    batch = make_batch([9, 5])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            expected = model.eval()(**batch).logits
+            assert torch.allclose(copied.eval()(**batch).logits, expected)
+            for parameter in copied.parameters():
+                parameter.mul_(1.5)
+            assert not torch.allclose(copied(**batch).logits, expected)
+            assert not any(m._forward_hooks or "_lean" in m.__dict__ for m in remove_lean_encoder(copied).modules())
+            assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_hidden_states_and_attentions_equal_those_of_the_plain_model(head, caplog):
+    model = build(head, "full").eval()
+    batch = make_batch([9, 5, 12])
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
+        expected = model(**batch, **wanted)
+        found = apply_lean_encoder(model)(**batch, **wanted)
+        again = model(**batch)
+    assert len(found.hidden_states) == 4
+    for name in ("hidden_states", "attentions"):
+        for a, b in zip(found[name], expected[name], strict=True):
+            assert torch.equal(a, b)
+    assert "output_hidden_states was requested" in caplog.text
+    tokens = batch["attention_mask"].bool()
+    states = [out.logits if head is not EsmModel else out.last_hidden_state for out in (again, expected)]
+    a, b = (s if head is EsmForSequenceClassification else s[tokens] for s in states)
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["encoder.layer.1", "encoder.layer.0.attention.self.query", "encoder.layer.2.output"])
+def test_a_hook_sees_the_tensors_of_the_plain_model(path, caplog):
+    model = build(trains="full").eval()
+    seen = []
+    batch = make_batch([9, 5, 12])
+    model.esm.get_submodule(path).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
+        model(**batch)
+        apply_lean_encoder(model)(**batch)
+    assert torch.equal(*seen)
+    assert f"layer {path.removeprefix('encoder.layer.')} has hooks" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["esm", "esm.encoder", "classifier", "classifier.dense"])
+def test_a_hook_on_a_classifiers_encoder_sees_every_token(path):
+    model = apply_lean_encoder(build(trains="full").eval())
+    batch = make_batch([9, 5, 12])
+    tokens = batch["attention_mask"].bool()
+    seen = []
+    module = model.get_submodule(path)
+    module.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0] if "classifier" in path else output[0])
+    )
+    with torch.no_grad():
+        model(**batch)
+        expected = remove_lean_encoder(model).esm(**batch).last_hidden_state
+    if path == "classifier.dense":
+        assert torch.allclose(seen[0], expected[:, 0], atol=1e-5)
+    else:
+        assert torch.allclose(seen[0][tokens], expected[tokens], atol=1e-5)
+
+
+def test_a_head_that_is_set_later_reads_every_token():
+    class MeanPool(nn.Module):
+        def forward(self, features, **kwargs):
+            return features.mean(1)
+
+    model = apply_lean_encoder(build(trains="full").eval())
+    model.classifier = MeanPool()
+    batch = make_batch([12, 12])
+    with torch.no_grad():
+        found = model(**batch).logits
+        assert torch.allclose(found, remove_lean_encoder(model)(**batch).logits, atol=1e-5)
+
+
+def test_calls_with_unsupported_arguments_run_the_plain_encoder(caplog):
+    model = apply_lean_encoder(build(trains="full").eval())
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
+    with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
+        model.esm(**make_batch([9]), cu_seq_lens_q=ends)
+    assert "the argument cu_seq_lens_q is not supported" in caplog.text
+
+
+def test_a_plain_call_uses_the_checkpointing_of_transformers():
+    options = {"gradient_checkpointing": True, "use_reentrant": True}  # which has a node of its own in the graph
+    model = prepare_model(make_model(), adapters=lora_config(make_model()), **options).train()
+    batch = make_batch([9, 5])
+    expected = nodes_of(loss_of(model, batch, output_hidden_states=True))
+    assert expected.count("CheckpointFunctionBackward") == 2
+    apply_lean_encoder(model)
+    for _ in range(2):
+        assert nodes_of(loss_of(model, batch)).count("RecomputedLayerBackward") == 2
+        assert sorted(nodes_of(loss_of(model, batch, output_hidden_states=True))) == sorted(expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_the_trainer_recomputes_layers(reentrant, tokenizer, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch's checkpointing was used")
+
+    weights = []
+    for checkpointing in (False, True):
+        model = apply_lean_encoder(build(num_hidden_layers=2))
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            **checkpointing_arguments(checkpointing, use_reentrant=reentrant),
+        )
+        collate = DataCollatorWithPadding(tokenizer)
+        trainer = Trainer(model, args, train_dataset=make_dataset(8), data_collator=collate)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.utils.checkpoint, "checkpoint", refuse)
+            trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        recomputed = nodes_of(loss_of(model.train(), make_batch([5, 4]))).count("RecomputedLayerBackward")
+        assert recomputed == (2 if checkpointing else 0)
+    assert torch.allclose(*weights, atol=1e-6)
+    # Undone, transformers' own checkpointing is as it was.
+    nodes = nodes_of(loss_of(remove_lean_encoder(model).train(), make_batch([5, 4])))
+    assert any(name.startswith("CheckpointFunction") for name in nodes) == reentrant
+
+
+def test_threads_do_not_share_calls():
+    classifier, tagger = (apply_lean_encoder(build(head, "full").eval()) for head in HEADS[:2])
+    batches = [make_batch(lengths, seed=seed) for seed, lengths in enumerate([[9, 5], [30, 2, 7], [12], [4, 4, 4]])]
+
+    def run(number):
+        with torch.no_grad():
+            model = (classifier, tagger, classifier.esm)[number % 3]
+            return next(iter(model(**batches[number % 4]).values()))
+
+    expected = [run(number) for number in range(12)]
+    with ThreadPoolExecutor(8) as pool:
+        for number, found in enumerate(pool.map(run, list(range(12)) * 20)):
+            assert torch.allclose(found, expected[number % 12], atol=1e-6)
+
+
+def test_a_failed_call_leaves_no_state():
+    model = apply_lean_encoder(build(trains="full").eval())
+    batch = make_batch([9, 5])
+    with torch.no_grad():
+        expected = model.esm(**batch).last_hidden_state
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((2, 3), 99))
+        assert torch.equal(model.esm(**batch).last_hidden_state, expected)
+
+
+def test_torch_compile_changes_nothing():
+    model = apply_lean_encoder(build(num_hidden_layers=2))
+    batch = make_batch([9, 5, 12])
+    loss, gradient = gradient_of(model, batch)
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    found = loss_of(compiled, batch)
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=1e-5)
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert distance(grads, gradient) < 1e-5
+
+
+def test_unsupported_models_are_refused():
+    with pytest.raises(ConfigurationError, match="recompute='full'"):
+        apply_lean_encoder(make_model(), recompute="full")
+    with pytest.raises(ConfigurationError, match="attention='fast'"):
+        apply_lean_encoder(make_model(), attention="fast")
+    with pytest.raises(ConfigurationError, match="Linear has no EsmModel"):
+        apply_lean_encoder(nn.Linear(2, 2))
+    with pytest.raises(ConfigurationError, match="decoder"):
+        apply_lean_encoder(EsmModel(tiny_config(is_decoder=True)))
+    model = apply_lean_encoder(build())
+    replaced = make_model()
+    replaced.esm.encoder.forward = replaced.esm.encoder.forward
+    with pytest.raises(ConfigurationError, match="EsmEncoder has been replaced"):
+        apply_lean_encoder(replaced)
+    model = apply_lean_encoder(build())
+    trainable, loss = [p for p in model.parameters() if p.requires_grad], loss_of(model, make_batch([5, 3]))
+    with pytest.raises(ConfigurationError, match=r"remove_lean_encoder\(model\)"):
+        torch.autograd.grad(loss, trainable, create_graph=True)
+
+
+def test_two_ranks_train_like_one(tmp_path):
+    """Real processes under torchrun; they write how far their gradient is from that of one process."""
+    script = Path(__file__).parent / "lean_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    files = sorted(tmp_path.glob("rank*.txt"))
+    assert len(files) == 2, result.stderr[-3000:]
+    for file in files:
+        lines = [line.split() for line in file.read_text().splitlines()]
+        assert len(lines) >= 8
+        assert all(float(error) < 1e-5 for *_, error in lines), lines
