@@ -158,8 +158,8 @@ def test_lengths_of_the_largest_and_the_average_batch():
         ("8M", {"tokens": 0}, "tokens=0: expected at least 1"),
         ("8M", {"tokens": []}, "got no sequence"),
         ("8M", {"micro_batch": 0}, "at least 1"),
-        ("8M", {"recipe": "base", "adapter_options": {"r": 4}}, "takes no r"),
-        ("8M", {"recipe": "base", "preset": "qkv"}, "a preset and a rank go with"),
+        ("8M", {"recipe": "base", "adapter_options": {"r": 4}}, "has no adapters: leave out r"),
+        ("8M", {"recipe": "base", "preset": "qkv"}, "expected a preset and a rank with trains='adapters'"),
     ],
 )
 def test_invalid_options_are_refused(model, options, message):
