@@ -192,9 +192,9 @@ def test_a_prefix_with_foreign_objects_is_refused(aws, place):
 
 def test_the_requirements_are_those_of_the_library_without_torch():
     lines = (SCRIPTS / "requirements.txt").read_text().splitlines()
-    found = sorted(line for line in lines if not line.startswith("#"))
+    listed = sorted(line for line in lines if not line.startswith("#"))
     needed = [r for r in importlib.metadata.requires("esm-efficient-finetuning") if "extra" not in r]
-    assert found == sorted(line for line in needed if Requirement(line).name != "torch")
+    assert listed == sorted(line for line in needed if Requirement(line).name != "torch")
 
 
 @pytest.mark.parametrize("scope", ["training", "inference"])
