@@ -222,7 +222,7 @@ def test_only_safetensors_and_text_are_downloaded(tmp_path, monkeypatch):
         ("./nope", r"there is no folder nope, and a Hub name has the form owner/name"),
         ("/nope/at/all", "there is no folder /nope/at/all, and"),
         ("output/nope/model", "there is no folder output/nope/model, and"),
-        (Path("output/adapter"), "there is no folder output/adapter$"),
+        (Path("no-such-output/adapter"), "there is no folder no-such-output/adapter$"),
         (
             "someone/absent",
             "no folder someone/absent, the cache .* has no complete copy .*HF_HUB_OFFLINE.*Check the name",
