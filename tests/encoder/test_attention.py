@@ -6,13 +6,14 @@ import itertools
 import logging
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from esm_efficient.encoder import attention
-from esm_efficient.encoder.attention import attend, choose_backend
+from esm_efficient.encoder.attention import attend, choose_backend, use_attention
 from esm_efficient.encoder.packing import Packing
 from esm_efficient.errors import ConfigurationError
 
@@ -32,13 +33,13 @@ def reference(states, query=None):
     return torch.cat(parts).flatten(1)
 
 
-def of_ends(query, key, value, query_ends, key_ends, longest_query, longest_key, scale):
-    """What a kernel of variable length is documented to do."""
-    assert query_ends.dtype == key_ends.dtype == torch.int32
-    assert longest_query == int(query_ends.diff().max())
-    assert longest_key == int(key_ends.diff().max())
+def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+    """Attention within sequences, as the documentation of variable-length kernels describes it."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    assert max_seqlen_k == int(cu_seqlens_k.diff().max())
     parts = []
-    for (a, b), (c, d) in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends), strict=True):
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_seqlens_q), itertools.pairwise(cu_seqlens_k), strict=True):
         q, k, v = (t.transpose(0, 1)[None] for t in (query[a:b], key[c:d], value[c:d]))
         parts.append(F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1))
     return torch.cat(parts)
@@ -46,13 +47,15 @@ def of_ends(query, key, value, query_ends, key_ends, longest_query, longest_key,
 
 @pytest.fixture
 def fake_kernels(monkeypatch):
-    """flash-attn and torch's varlen_attn played on a CPU, by their documented signatures."""
+    """CPU functions with the documented signatures of flash-attn and of torch's varlen_attn."""
     flash = types.ModuleType("flash_attn")
-    flash.flash_attn_varlen_func = lambda q, k, v, qe, ke, ql, kl, softmax_scale: of_ends(
-        q, k, v, qe, ke, ql, kl, softmax_scale
+    flash.flash_attn_varlen_func = lambda q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale: varlen_attention(
+        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale
     )
     varlen = types.ModuleType("torch.nn.attention.varlen")
-    varlen.varlen_attn = lambda q, k, v, qe, ke, ql, kl, *, scale: of_ends(q, k, v, qe, ke, ql, kl, scale)
+    varlen.varlen_attn = lambda q, k, v, cu_q, cu_k, max_q, max_k, *, scale: varlen_attention(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale
+    )
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
     monkeypatch.setattr(attention, "choose_backend", lambda backend, device, dtype, width: backend)
@@ -93,6 +96,23 @@ def test_all_layers_share_the_cu_seqlens_of_a_batch(backend, fake_kernels):
     last = attend(states[:, 1:], query, packing, backend=backend)
     assert torch.allclose(last, reference(states[:, 1:], query), atol=1e-6)
     assert len(packing.cache) == 2
+
+
+def test_an_override_computes_attention_in_its_thread_only():
+    packing = Packing((4, 7), LENGTHS)
+    states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH)
+
+    def zeros(query, key, value, cu_seqlens, scale):
+        assert cu_seqlens.cu_seqlens_q.tolist() == cu_seqlens.cu_seqlens_k.tolist() == [0, 1, 3, 5, 12]
+        return torch.zeros_like(query)
+
+    with use_attention(zeros), ThreadPoolExecutor(1) as pool:
+        assert not attend(states, None, packing).any()
+        with use_attention(None):
+            assert torch.allclose(attend(states, None, packing), reference(states), atol=1e-6)
+        assert not attend(states, None, packing).any()
+        assert torch.allclose(pool.submit(attend, states, None, packing).result(), reference(states), atol=1e-6)
+    assert torch.allclose(attend(states, None, packing), reference(states), atol=1e-6)
 
 
 def test_attention_with_dropout_is_computed_per_length():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from esm_efficient.encoder import functions
-from esm_efficient.encoder.attention import SequenceAttention
+from esm_efficient.encoder.attention import SequenceAttention, attention_override, use_attention
 from esm_efficient.encoder.functions import LinearResidual, Norm, NormLinears, NormMLP, mlp_residual
 from esm_efficient.encoder.layer import RecomputedLayer
 from esm_efficient.encoder.linear import Adapter, Group, Linear
@@ -62,7 +63,7 @@ def test_linear_residual():
 
 
 @pytest.mark.parametrize("mode", ["kept", "recomputed"])
-def test_norm_mlp_in_pieces(mode, monkeypatch):
+def test_norm_mlp_in_chunks(mode, monkeypatch):
     monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)  # two tokens at a time
     up, down = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)])
 
@@ -91,6 +92,31 @@ def test_a_recomputed_layer():
     )
 
 
+def test_a_recomputed_layer_uses_the_kernel_of_its_forward_pass():
+    kernels = []
+
+    def compute(states, keep, without_output):
+        kernels.append(attention_override.kernel)
+        return states.tanh()
+
+    def kernel(query, key, value, cu_seqlens, scale):
+        raise AssertionError("not called")
+
+    with use_attention(kernel):
+        result = RecomputedLayer.apply(draw(TOKENS, WIDTH), compute, False)
+    result.sum().backward()
+    assert kernels == [kernel, kernel]
+
+
+@pytest.mark.parametrize("function", [NormLinears, NormMLP])
+def test_arguments_of_the_layer_norm_come_first_and_parameters_last(function):
+    """The backward passes split gradients by this order."""
+    _, *arguments = inspect.signature(function.forward).parameters.values()
+    first = arguments[: functions._NORM_ARGUMENTS]
+    assert [argument.name for argument in first] == ["x", "weight", "bias"]
+    assert arguments[-1].kind is inspect.Parameter.VAR_POSITIONAL
+
+
 def test_an_mlp_without_output_has_the_same_gradient():
     up, down, norm = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)]), nn.LayerNorm(WIDTH, dtype=torch.float64)
     module, norm = norm, Norm.of(norm)
@@ -103,12 +129,12 @@ def test_an_mlp_without_output_has_the_same_gradient():
         assert torch.equal(a, b)
 
 
-def test_dropout_differs_from_piece_to_piece_of_a_batch(monkeypatch):
+def test_dropout_differs_between_the_chunks_of_a_batch(monkeypatch):
     monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)
     up, down, norm = make_group([(6, WIDTH)], dropout=0.5), make_group([(WIDTH, 6)], dropout=0.5), nn.LayerNorm(WIDTH)
     x = torch.randn(1, WIDTH, dtype=torch.float64).expand(16, WIDTH)
-    pieces = mlp_residual(x, Norm.of(norm.double()), up, down).view(8, 2, WIDTH)
-    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(pieces))
+    chunks = mlp_residual(x, Norm.of(norm.double()), up, down).view(8, 2, WIDTH)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(chunks))
 
 
 def test_gelu_is_the_models_own():

@@ -32,7 +32,7 @@ def reference(linear, inputs):
 
 
 def in_group_order(states, rotated):
-    """What a group does to the outputs of its rotated layers: halves of each head interleaved."""
+    """Interleave the two halves of each head, as a group orders the outputs of its rotated layers."""
     if not rotated:
         return states
     return states.view(-1, HEADS, 2, WIDTH // HEADS // 2).transpose(2, 3).reshape(states.shape)
@@ -59,7 +59,7 @@ def test_a_group_computes_what_its_layers_do(tokens, adapters, dropout, layers, 
         to_inputs = group.backward(gradient, inputs, [True] * len(tensors), grads)
     for name, a, b in zip(itertools.count(), [to_inputs, *grads], wanted, strict=False):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-11), name
-    with torch.no_grad():  # a second piece of a batch adds to what the first has left
+    with torch.no_grad():  # a second chunk of a batch adds to the gradients of the first
         group.backward(gradient, inputs, [True] * len(tensors), grads)
     for a, b in zip(grads, wanted[1:], strict=True):
         assert torch.allclose(a, 2 * b, rtol=1e-11, atol=1e-11)
