@@ -65,16 +65,16 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
     Returns:
         The result in the shape of `query`, and the logsumexp of the scores, which the backward pass needs.
     """
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
+    forward, _ = cpu_attention_operations()
+    return forward(query, key, value, 0.0, False, scale=scale)
 
 
 def cpu_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value of `cpu_attention`, which has no backward pass without it."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, key, value, result, logsumexp, 0.0, False, scale=scale
-    )
+    _, backward = cpu_attention_operations()
+    return backward(gradient, query, key, value, result, logsumexp, 0.0, False, scale=scale)
 
 
 def has_flex_attention() -> bool:

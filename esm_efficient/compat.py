@@ -101,7 +101,8 @@ def keep_column(trainer: Trainer, column: str) -> None:
     """
     trainer._set_signature_columns_if_needed()
     columns: Any = trainer
-    columns._signature_columns = [*columns._signature_columns, column]
+    if column not in columns._signature_columns:
+        columns._signature_columns = [*columns._signature_columns, column]
 
 
 def without_unused_columns(trainer: Trainer, dataset: Any, collate: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,8 +10,8 @@ import sys
 
 import pytest
 
-from esm_efficient import compare, estimate
-from esm_efficient.cli import main
+from esm_efficient import compare, estimate, recommend
+from esm_efficient.cli import commands, main
 
 
 def test_the_largest_model_is_estimated_offline(tmp_path):
@@ -135,3 +136,8 @@ def test_help_lists_commands_and_options(capsys):
     assert main(["recommend", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--batch-size", "--tokens", "--recipe", "--json"))
+
+
+def test_the_default_device_is_one_in_python_and_on_the_command_line():
+    functions = (estimate, recommend, compare, commands.estimate, commands.recommend, commands.compare)
+    assert [inspect.signature(function).parameters["device"].default for function in functions] == ["A10G"] * 6

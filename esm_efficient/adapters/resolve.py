@@ -183,7 +183,9 @@ def recipe_adapters(recipe: str | Recipe, model: nn.Module, **options: Any) -> L
     chosen = get_recipe(recipe)
     if chosen.preset is None:
         if options:
-            raise ConfigurationError(f"recipe {chosen.name!r} has no adapters: leave out {', '.join(options)}")
+            raise ConfigurationError(
+                f"a recipe that trains {chosen.trains!r} has no adapters: leave out {', '.join(options)}"
+            )
         return None
     return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, **options})
 

@@ -175,4 +175,5 @@ class _Runs:
         )
         if result.profile is not None:
             self.device = result.profile.device
+        # A comparison keeps many results, and their models would fill the device. No user sees this copy.
         return dataclasses.replace(result, model=None)  # type: ignore[arg-type]

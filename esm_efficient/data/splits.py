@@ -164,7 +164,12 @@ def split_at_random(
         seed=seed,
         classes=_column(dataset, "label") if has_classes(dataset) else None,
     )
-    warn_of_relatives(stacklevel=stacklevel + 1)
+    warnings.warn(
+        "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
+        "skill. Split by homology partition or by cluster for a figure to report.",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
     return splits
 
 
@@ -294,16 +299,6 @@ def check_sizes(test_size: float, validation_size: float) -> None:
             f"test_size={test_size} and validation_size={validation_size}: expected fractions that leave something to "
             "train on"
         )
-
-
-def warn_of_relatives(*, stacklevel: int) -> None:
-    """Warn that a random split puts relatives into the training set and the test set."""
-    warnings.warn(
-        "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
-        "skill. Split by homology partition or by cluster for a figure to report.",
-        UserWarning,
-        stacklevel=stacklevel,
-    )
 
 
 def has_classes(dataset: Dataset) -> bool:

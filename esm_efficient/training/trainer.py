@@ -254,7 +254,8 @@ class WeightedTrainer(Trainer):
                 raise ConfigurationError(
                     "class_weights with regression: expected None, because numbers have no classes"
                 )
-            config: Any = self.model.config  # type: ignore[union-attr]
+            model: Any = self.model
+            config = model.config
             names = [str(config.id2label[index]) for index in range(config.num_labels)]
             self.class_weights = resolve_class_weights(
                 class_weights, self.train_dataset, names, multi_label=problem_type == "multi_label_classification"

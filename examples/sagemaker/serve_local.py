@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(error.status, str(error))
         except ConnectionError:
             self.close_connection = True  # the client has gone
-        except Exception:
+        except Exception:  # one failed prediction must not end the server
             logger.exception("a request failed")
             self.refuse(500, "the prediction failed: see the server's log")
 
