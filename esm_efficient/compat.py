@@ -184,6 +184,13 @@ Without replacing it, the lean encoder would still make a mask of rows x columns
 """
 
 
+REPLACED_METHODS = ("forward", "__call__", "feed_forward_chunk", ATTENTION_MASKS_METHOD, "_update_cos_sin_tables")
+"""Methods of transformers' ESM-2 modules that the lean encoder stands in for.
+
+Without the private ones, a subclass that changes them would compute what transformers' own class does.
+"""
+
+
 class _NoCheckpointing:
     """Calls a layer directly, in place of the checkpointing function that it replaces."""
 
@@ -228,6 +235,30 @@ def lora_extension(layer: Any, adapter: str) -> str:
     return ""
 
 
+def has_rotary_positions(esm: Any) -> bool:
+    """Whether an ``EsmModel`` rotates queries and keys; transformers 5.23 moves the module to the model."""
+    if hasattr(esm, "rotary_embeddings"):
+        return esm.rotary_embeddings is not None and esm.position_embedding_type == "rotary"
+    return getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None) is not None
+
+
+def rotary_modules(esm: Any, attentions: Iterable[Any]) -> list[tuple[Any, type]]:
+    """Return the modules that compute rotary angles, and the class that transformers has for them.
+
+    transformers 5.23 has one in the model and renames the class. Without it, a module of a user's own would be ignored.
+
+    Args:
+        esm: the ``EsmModel``.
+        attentions: the self-attentions of its layers.
+    """
+    from transformers.models.esm import modeling_esm
+
+    cls = getattr(modeling_esm, "EsmRotaryEmbedding", None) or getattr(modeling_esm, "RotaryEmbedding")  # noqa: B009
+    owners = [esm] if hasattr(esm, "rotary_embeddings") else attentions
+    modules = [getattr(owner, "rotary_embeddings", None) for owner in owners]
+    return [(module, cls) for module in modules if module is not None]
+
+
 def rotary_table(
     esm: Any, position_ids: Tensor | None, states: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
@@ -257,21 +288,6 @@ def rotary_table(
     if shared is None:
         return None
     return shared(states.new_empty(0, dtype=dtype), columns if position_ids is None else position_ids)
-
-
-def reads_first_token(model: nn.Module) -> bool:
-    """Whether a model is a sequence classifier with transformers' own head, which reads only the first token."""
-    from transformers import EsmForSequenceClassification
-    from transformers.models.esm.modeling_esm import EsmClassificationHead
-
-    if not isinstance(model, EsmForSequenceClassification):
-        return False
-    copies = getattr(model.classifier, "modules_to_save", None)
-    heads = [model.classifier] if copies is None else list(copies.values())
-    if any("forward" in module.__dict__ for module in (model, *heads)):
-        return False
-    known = EsmForSequenceClassification.forward, EsmClassificationHead.forward
-    return type(model).forward is known[0] and all(type(head).forward is known[1] for head in heads)
 
 
 # --- adapters ---

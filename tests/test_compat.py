@@ -193,14 +193,6 @@ def test_rotary_angles_are_those_of_the_model(tiny_model):
     assert torch.allclose(sin[0, :, :half], angles.sin(), atol=1e-6)
 
 
-def test_only_transformers_own_classifier_reads_the_first_token(tiny_model):
-    model = tiny_model()
-    assert compat.reads_first_token(model)
-    assert not compat.reads_first_token(tiny_model(EsmForMaskedLM))
-    model.classifier.forward = lambda features, **kwargs: features.mean(1)
-    assert not compat.reads_first_token(model)
-
-
 def test_every_hook_of_a_module_is_found():
     module = torch.nn.Linear(2, 2)
     assert list(_torch.hooks_of(module)) == []
@@ -212,9 +204,18 @@ def test_every_hook_of_a_module_is_found():
     assert set(_torch.hooks_of(module)) == set(hooks)
 
 
-def test_descendants_are_the_modules_below(tiny_model):
+def test_the_tree_of_a_module_has_its_names_and_classes_and_names_what_is_changed(tiny_model):
     model = tiny_model()
-    assert set(_torch.descendants(model)) == set(model.modules()) - {model}
+    tree, changed = _torch.tree_of(model)
+    names = sorted(path.rpartition(".")[2] for path, _ in model.named_modules() if path)
+    assert sorted(entry for entry in tree if isinstance(entry, str) and entry != "pooler") == names
+    assert len(tree) == 2 * len(list(model.modules())) - 2 or None in model.esm._modules.values()
+    assert changed == []
+    model.esm.encoder.register_forward_hook(print)
+    model.classifier.forward = model.classifier.forward
+    assert set(_torch.tree_of(model)[1]) == {model.esm.encoder, model.classifier}
+    model.classifier.dense = torch.nn.Identity()
+    assert _torch.tree_of(model)[0] != tree
 
 
 def test_fake_tensors_are_told_from_real_ones():
