@@ -75,17 +75,6 @@ def leave_division_to_trainer(accelerator: Accelerator) -> None:
     accelerator.gradient_accumulation_steps = 1
 
 
-def save_under_own_names(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` write a model's weights under the names of its modules.
-
-    transformers 5 writes LayerNorm's weights under the legacy names ``gamma`` and ``beta`` if the ESM model was built
-    from a config, or loaded from a file with such names. ``from_pretrained`` reads them. Without this function, a
-    Trainer that resumes does not: it only warns, and keeps the LayerNorm weights that the model had.
-    """
-    conversions: Any = []
-    model._weight_conversions = conversions
-
-
 def tied_weights(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the weights that a checkpoint may lack because they are tied to another weight.
 
@@ -257,6 +246,27 @@ def rotary_table(
     if shared is None:
         return None
     return shared(states.new_empty(0, dtype=dtype), columns if position_ids is None else position_ids)
+
+
+def forget_renaming(model: PreTrainedModel, target: str) -> None:
+    """Drop the renamings to names that contain `target` from those that ``save_pretrained`` undoes.
+
+    A model that was loaded with a ``key_mapping`` is saved with its reverse. Without this function, a model loaded with
+    a pattern is saved under the text of that pattern, which nothing reads.
+    """
+    conversions: Any = getattr(model, "_weight_conversions", None) or []
+    kept: Any = [entry for entry in conversions if not any(target in name for name in entry.target_patterns)]
+    model._weight_conversions = kept
+
+
+def rotates_per_layer() -> bool:
+    """Return whether every attention layer has rotary frequencies of its own, as before transformers 5.23.
+
+    Since 5.23 the model has them. Without it, weights of a later version would be loaded without their frequencies.
+    """
+    from transformers import EsmModel
+
+    return not hasattr(EsmModel, "load_hook")
 
 
 def reads_first_token(model: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.recipes import Precision, Recipe, get_recipe
+from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.audit import AuditCallback
@@ -186,8 +187,12 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a model with the head of a task, and its tokenizer."""
     if not isinstance(model, PreTrainedModel):
-        loaded = auto_class(task.head).from_pretrained(
-            model, num_labels=len(task.names), problem_type=task.problem_type, dtype=torch.float32
+        loaded, _ = load_pretrained(
+            auto_class(task.head),
+            model,
+            num_labels=len(task.names),
+            problem_type=task.problem_type,
+            dtype=torch.float32,
         )
         return loaded, tokenizer or AutoTokenizer.from_pretrained(model)
     if tokenizer is None:

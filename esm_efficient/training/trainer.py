@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from esm_efficient import compat
 from esm_efficient.data.schema import WEIGHT_COLUMN
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.saving import portable_saving
 from esm_efficient.tasks import SPECIAL_TOKENS, head_of
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.batches import EpochCallback, budget_dataloader, mask_repeated_examples
@@ -213,9 +214,11 @@ class WeightedTrainer(Trainer):
         and an adapter as a whole model.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not hasattr(model, "peft_config"):
-            compat.save_under_own_names(model)
-        super().save_model(output_dir, _internal_call)
+        if isinstance(model, PreTrainedModel):
+            with portable_saving(model):
+                super().save_model(output_dir, _internal_call)
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
             folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
             model.get_base_model().config.save_pretrained(folder)
