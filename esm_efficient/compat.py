@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -343,23 +343,34 @@ def guard_training(trainer: Trainer, guard: Callable[[], AbstractContextManager[
     """
     owners: list[tuple[Any, str]] = [(trainer, name) for name in GUARDED_METHODS]
     owners.append((trainer.callback_handler, "on_epoch_begin"))
-    before = [(owner, name, vars(owner).get(name)) for owner, name in owners]
+    # Several callbacks may guard one trainer: the methods are wrapped once, and run in all guards that are left.
+    guards: list[Callable[[], AbstractContextManager[Any]]] = vars(trainer).setdefault("_training_guards", [])
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with guard():
+            with ExitStack() as stack:
+                for enter in list(guards):
+                    stack.enter_context(enter())
                 return method(*args, **kwargs)
 
         return call
 
     def restore() -> None:
-        for owner, name, own in before:
+        if guard not in guards:
+            return
+        guards.remove(guard)
+        if guards:
+            return
+        for (owner, name), own in vars(trainer).pop("_unguarded").items():
             if own is not None:
                 setattr(owner, name, own)
             elif name in vars(owner):
                 delattr(owner, name)
 
-    for owner, name in owners:
-        setattr(owner, name, guarded(getattr(owner, name)))
+    if not guards:
+        vars(trainer)["_unguarded"] = {(owner, name): vars(owner).get(name) for owner, name in owners}
+        for owner, name in owners:
+            setattr(owner, name, guarded(getattr(owner, name)))
+    guards.append(guard)
     return restore

@@ -20,6 +20,7 @@ from esm_efficient.tasks import SPECIAL_TOKENS, head_of
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.batches import EpochCallback, budget_dataloader, mask_repeated_examples
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
+from esm_efficient.training.resuming import start_run
 from esm_efficient.training.weights import has_float_labels, resolve_class_weights
 
 if TYPE_CHECKING:
@@ -117,6 +118,10 @@ class WeightedTrainer(Trainer):
         """Residues trained on over all ranks, without padding and special tokens; counted in the attention masks."""
         on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
         return int(self.accelerator.reduce(on_this_rank, reduction="sum"))
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; resume from a whole checkpoint of the same run only (`start_run`)."""
+        return super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer."""
