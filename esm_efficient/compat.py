@@ -52,18 +52,35 @@ def asks_for_checkpointing(args: TrainingArguments) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
-def declare_loss_normalised(trainer: Trainer) -> None:
-    """Tell a Trainer that its loss is already divided by the weight of the whole accumulated batch.
+def divides_loss(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Return whether a Trainer divides the loss of a micro-batch by the accumulation steps.
 
-    Without it, the Trainer divides the loss by the accumulation steps once more. transformers 5.20 and later have an
-    attribute for this. Earlier versions divide unless the model claims to accept loss arguments.
+    Without it, a loss that is already divided by the weight of the accumulated batch would be divided once more.
+    transformers 5.20 and later have an attribute for this.
+
+    Args:
+        trainer: the trainer.
+        num_items_in_batch: the number of items of the accumulated batch, as `Trainer.get_batch_samples` returns it.
     """
     from transformers import Trainer
 
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        trainer.loss_is_scaled_for_ga = True
-    else:
-        trainer.model_accepts_loss_kwargs = True
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+    if declared is not None:
+        return not declared
+    return trainer.compute_loss_func is None and not (
+        trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    )
+
+
+def has_own_loss_function(model: nn.Module) -> bool:
+    """Return whether the user gave a transformers model a ``loss_function``, or its class defines one.
+
+    Without the private name of what the setter stores, the user's loss would be replaced by a weighted cross-entropy.
+    """
+    from transformers import PreTrainedModel
+
+    defined: Any = getattr(type(model), "loss_function", None)
+    return hasattr(model, "_loss_function") or defined not in (None, PreTrainedModel.loss_function)
 
 
 def leave_division_to_trainer(accelerator: Accelerator) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EsmForMaskedLM,
+    EsmForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -49,13 +50,33 @@ def trainer_of(folder, model, data, tokenizer, **options) -> Trainer:
     return Trainer(model, args, train_dataset=data, processing_class=tokenizer)
 
 
-def test_a_declared_loss_is_not_divided_by_the_accumulation(tmp_path, tiny_model, tiny_dataset, tokenizer):
+@pytest.mark.parametrize("count", [None, torch.tensor(4)], ids=["no count", "count"])
+@pytest.mark.parametrize("accepts", [False, True], ids=["no loss arguments", "loss arguments"])
+def test_whether_a_trainer_divides_a_loss_is_known(tmp_path, tiny_model, tiny_dataset, tokenizer, accepts, count):
     trainer = trainer_of(tmp_path, tiny_model(), tiny_dataset(4), tokenizer, gradient_accumulation_steps=4)
     trainer.current_gradient_accumulation_steps = 4
+    trainer.compute_loss = lambda model, inputs, **kwargs: model(**inputs).loss
+    trainer.model_accepts_loss_kwargs = accepts
     batch = next(iter(trainer.get_train_dataloader()))
-    compat.declare_loss_normalised(trainer)
-    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=torch.tensor(4))
-    assert loss.item() == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-5)
+    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
+    factor = 4 if compat.divides_loss(trainer, count) else 1
+    assert factor * loss.item() == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-5)
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.loss_is_scaled_for_ga = True
+        assert not compat.divides_loss(trainer, count)
+
+
+def test_a_loss_function_of_the_users_is_recognised(tiny_model):
+    class Own(EsmForSequenceClassification):
+        @property
+        def loss_function(self):
+            return torch.nn.functional.cross_entropy
+
+    given = {name: tiny_model() for name in ("none", "function")}
+    given["function"].loss_function = torch.nn.functional.cross_entropy
+    given["class"] = tiny_model(Own)
+    found = {name: compat.has_own_loss_function(model) for name, model in given.items()}
+    assert found == {"none": False, "function": True, "class": True}
 
 
 def test_tied_weights_are_those_that_a_checkpoint_leaves_out(tmp_path, tiny_model):
