@@ -22,7 +22,7 @@ from esm_efficient import _torch, compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import ends_with, find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
-from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.allocations import AllocationTracker, tensors_in
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.attention import attend_by_length, use_attention
 from esm_efficient.errors import ConfigurationError
@@ -167,7 +167,7 @@ def _assign_categories(
     """Count weights, gradients and optimizer state under their own categories."""
     tracker.hold([*model.parameters(), *model.buffers()], "weights")
     tracker.hold((p.grad for p in trainable), "gradients")
-    tracker.hold(_tensors_in_state(optimizer.state), "optimizer")
+    tracker.hold(tensors_in(optimizer.state), "optimizer")
     for parameter in trainable:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold([p.grad], "gradients"))
 
@@ -203,14 +203,6 @@ def _batch(step: Step) -> dict[str, Tensor]:
         batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     labels = shape[:1] if step.head == "sequence-classification" else shape
     return batch | {"labels": torch.zeros(labels, dtype=torch.int64)}
-
-
-def _tensors_in_state(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors_in_state(value)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from esm_efficient.adapters.registry import encoder_layers
-from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes, tensors_in
 from esm_efficient.costs.memory import Memory, Phase
-from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage, output_tensors
+from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage
 
 
 class PhasePeaks:
@@ -235,7 +235,7 @@ class TotalsBackend(Backend):
             self._close(phase)
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        tensor = next(output_tensors(output), None)
+        tensor = next(tensors_in(output), None)
         if self._phases.stage == "forward" and tensor is not None and tensor.grad_fn is not None:
             tensor.grad_fn.register_prehook(lambda _: self._begin_layer("backward"))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esm_efficient._torch import call_after_backward
+from esm_efficient.costs.allocations import tensors_in
 from esm_efficient.costs.memory import Phase
 
 Stage = Literal["between", "forward", "backward", "optimizer", "evaluation"]
@@ -117,7 +117,7 @@ class StageHooks:
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         if self._phases.stage == "forward":
-            for tensor in output_tensors(output):
+            for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:
                     tensor.grad_fn.register_prehook(lambda _: self._before_backward())
         elif self._phases.stage == "evaluation":
@@ -127,13 +127,3 @@ class StageHooks:
         if self._phases.stage == "forward":
             self._listener.begin_stage("backward")
             call_after_backward(lambda: self._listener.begin_stage("between"))
-
-
-def output_tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a module returned."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from (value for value in output.values() if isinstance(value, Tensor))
-    elif isinstance(output, (tuple, list)):
-        yield from (value for value in output if isinstance(value, Tensor))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esm_efficient.costs.allocations import tensors_in
 from esm_efficient.costs.memory import (
     PHASES,
     OutOfMemoryError,
@@ -163,7 +164,7 @@ class _ProfiledRun:
         self.begin_stage(stage)
         if stage == "forward":
             self._throughput.begin_batch(kwargs)
-        self._backend.begin_pass(stage, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        self._backend.begin_pass(stage, list(tensors_in((args, kwargs))))
 
     def end_evaluation(self) -> None:
         """End the forward pass of an evaluation; the stage goes on until something else begins."""
@@ -247,5 +248,4 @@ class _ProfiledRun:
         )
 
     def _optimizer_state(self) -> list[Tensor]:
-        states = () if self._optimizer is None else self._optimizer.state.values()
-        return [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
+        return [] if self._optimizer is None else list(tensors_in(self._optimizer.state))
