@@ -22,7 +22,7 @@ from esm_efficient import _torch, compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import ends_with, find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
-from esm_efficient.costs.allocations import AllocationTracker, tensors_in
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors, tensors_in
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.attention import attend_by_length, use_attention
 from esm_efficient.errors import ConfigurationError
@@ -61,6 +61,7 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
     """
     _check(step)
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
         model = _build(config, step, layers)
         stack.enter_context(_torch.fake_tensor_mode())
         _make_fake(model)
@@ -75,7 +76,7 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
         stack.enter_context(Kernels(step.device.backend))
         if step.device.backend != "cpu":
             stack.enter_context(use_attention(packed_attention if step.device.backend == "cuda" else attend_by_length))
-        with tracker, _quiet("transformers.modeling_layers", "esm_efficient.encoder"):
+        with tracker:
             _train(model, trainable, optimizer, step, recorder)
         times = {"forward": step.recipe.accumulation, "backward": step.recipe.accumulation, "optimizer": 1}
         return Simulation(
@@ -118,7 +119,7 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
     changed = type(config).from_dict(config.to_dict() | {"num_labels": step.num_labels})
     recipe = step.recipe
     frozen_dtype = None if step.precision in ("float32", "pure-bf16") else _HALF[step.precision]
-    with torch.device("meta"), _quiet("esm_efficient.adapters.prepare", "esm_efficient.adapters.resolve"):
+    with torch.device("meta"):
         model = auto_class(step.head).from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
         # Only layers are deleted: the size of other parts, such as the contact head, may depend on their number.
         suffix = find_architecture(model).layers
@@ -165,20 +166,14 @@ def _assign_categories(
     tracker: AllocationTracker, model: nn.Module, trainable: list[nn.Parameter], optimizer: Any
 ) -> None:
     """Count weights, gradients and optimizer state under their own categories."""
-    tracker.hold([*model.parameters(), *model.buffers()], "weights")
+    tracker.hold(model_tensors(model), "weights")
     tracker.hold((p.grad for p in trainable), "gradients")
     tracker.hold(tensors_in(optimizer.state), "optimizer")
     for parameter in trainable:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold([p.grad], "gradients"))
 
 
-def _train(
-    model: nn.Module,
-    trainable: list[nn.Parameter],
-    optimizer: Any,
-    step: Step,
-    recorder: Recorder,
-) -> None:
+def _train(model: nn.Module, trainable: list[nn.Parameter], optimizer: Any, step: Step, recorder: Recorder) -> None:
     """Run one micro-batch and the optimizer's step, as Trainer does."""
     batch = _batch(step)
     recorder.begin("forward", "embeddings")
@@ -206,9 +201,9 @@ def _batch(step: Step) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Silence loggers and deprecation warnings: the simulated model is not the user's."""
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [logging.getLogger(name) for name in ("transformers.modeling_layers", "esm_efficient")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
