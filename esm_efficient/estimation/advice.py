@@ -103,7 +103,7 @@ def explain_out_of_memory(
 
     Args:
         error: torch's error.
-        phase: phase of training.
+        phase: the phase of training in which it was raised.
         held: bytes in use by category.
         model: the model in training.
         batch: sequences and tokens of the micro-batch; None if unknown.

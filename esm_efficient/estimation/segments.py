@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from esm_efficient import _torch
 from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.costs.allocations import AllocationTracker, tensors_in
 from esm_efficient.costs.devices import Device
-from esm_efficient.costs.memory import CATEGORIES
+from esm_efficient.costs.memory import Memory
 from esm_efficient.costs.throughput import flops_of
 
 _CUDA_BLOCK = 512
@@ -78,12 +78,12 @@ class Recorder:
         self.tracker.reset_peak()
         self.tracker.category = "activations" if phase == "forward" else "other"
         self.tracker.recomputes = phase == "backward"
-        self._open, self._cost = (phase, part, _vector(self.tracker.held)), np.zeros(3)
+        self._open, self._cost = (phase, part, _vector(self.tracker.current)), np.zeros(3)
 
     def end(self) -> None:
         """End the current segment, if there is one."""
         if self._open is not None:
-            peak, now = _vector(self.tracker.peak.to_dict()), _vector(self.tracker.held)
+            peak, now = _vector(self.tracker.peak), _vector(self.tracker.current)
             self.segments.append(Segment(*self._open, peak, now, self._cost))
             self._open = None
 
@@ -134,8 +134,8 @@ class Recorder:
         self._cost += (flops, moved, seconds)
 
 
-def _vector(by_category: Any) -> np.ndarray:
-    return np.array([by_category[name] for name in CATEGORIES], dtype=np.int64)
+def _vector(memory: Memory) -> np.ndarray:
+    return np.array(astuple(memory), dtype=np.int64)
 
 
 def _size(tensor: Tensor) -> int:

@@ -41,19 +41,11 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "pure-bf16": torch.bfloa
 
 
 def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation:
-    """Simulate one optimizer step of a model with some of its encoder layers.
+    """Simulate one optimizer step of a model with its first encoder layers; return the segments in the order of time.
 
     The step is one in the middle of a run: the optimizer has its state, and under gradient accumulation the gradients
     of earlier micro-batches exist. One micro-batch is run, and its costs are multiplied by the number of micro-batches
     in `Step.recipe`.
-
-    Args:
-        config: config of the model.
-        step: the step to simulate.
-        layers: number of encoder layers to keep, at least 1.
-
-    Returns:
-        The segments in the order of time.
 
     Raises:
         ConfigurationError: the options contradict each other or the device.
