@@ -20,6 +20,7 @@ from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.batches import EpochCallback, budget_dataloader, mask_repeated_examples
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
 from esm_efficient.training.weights import has_float_labels, resolve_class_weights
+from esm_efficient.trunk.cache import STATES_COLUMN
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -91,7 +92,8 @@ class WeightedTrainer(Trainer):
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
         self._last_losses: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
-        compat.keep_column(self, WEIGHT_COLUMN)
+        for column in (WEIGHT_COLUMN, STATES_COLUMN):
+            compat.keep_column(self, column)
         compat.check_loaded_weights(self, self._refuse_missing_weights)
 
         problem_type = self._set_problem_type(self.model)
