@@ -254,7 +254,8 @@ def rotary_table(
     import torch
 
     columns = torch.arange(states.shape[1], device=states.device)[None]
-    per_layer = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
+    modules = (getattr(module, "rotary_embeddings", None) for module in esm.encoder.layer.modules())
+    per_layer = next((rotary for rotary in modules if rotary is not None), None)
     if per_layer is not None:
         angles = columns[..., None].to(per_layer.inv_freq.dtype) * per_layer.inv_freq
         angles = torch.cat((angles, angles), -1)

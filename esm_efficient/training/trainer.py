@@ -31,6 +31,7 @@ from esm_efficient.training.batches import EpochCallback, budget_dataloader, cou
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
 from esm_efficient.training.resuming import start_run
 from esm_efficient.training.weights import resolve_class_weights
+from esm_efficient.trunk.cache import STATES_COLUMN
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -118,6 +119,7 @@ class WeightedTrainer(Trainer):
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
         self._last_losses: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
+        compat.keep_column(self, STATES_COLUMN)
         compat.check_loaded_weights(self, self._refuse_missing_weights)
 
         has_options = class_weights is not None or bool(focal_gamma)
@@ -143,10 +145,6 @@ class WeightedTrainer(Trainer):
         on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
         return int(self.accelerator.reduce(on_this_rank, reduction="sum"))
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; resume from a whole checkpoint of the same run only (`start_run`)."""
-        return super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
-
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer."""
         super().create_accelerator_and_postprocess()
@@ -159,10 +157,10 @@ class WeightedTrainer(Trainer):
             set_problem_type(model, self._problem_type)
         return model
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does."""
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does; resume from a whole checkpoint of the same run only (`start_run`)."""
         try:
-            return super().train(*args, **kwargs)
+            return super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
         finally:
             self._step_batches = self._step_scale = None
 
