@@ -174,7 +174,8 @@ def _reason(esm: Any, layers: list[Any]) -> str:
         unknown += [part for part in ([None] if leaf is None else leaf.modules()) if not is_per_token(part)]
     if unknown:
         return f"{_described(esm, unknown[0])} is not known to compute each token by itself"
-    in_settings = next(filter(None, (_reason_in_settings(esm, attention) for attention in attentions)), "")
+    settings = (_reason_in_settings(esm, attention, rotates=bool(rotary)) for attention in attentions)
+    in_settings = next(filter(None, settings), "")
     return in_settings or _reason_in_rotation([module.inv_freq for module, _ in rotary])
 
 
@@ -198,7 +199,7 @@ def _is_known_wrapper(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.distributed.") and len(list(module.children())) == 1
 
 
-def _reason_in_settings(esm: Any, inner: Any) -> str:
+def _reason_in_settings(esm: Any, inner: Any, *, rotates: bool) -> str:
     function = attention_function(inner.config)
     if not is_known_attention(function):
         return f"{getattr(function, '__name__', function)} computes attention, which is not a function of transformers"
@@ -207,7 +208,8 @@ def _reason_in_settings(esm: Any, inner: Any) -> str:
         type(inner.scaling) in (int, float)
         and not inner.is_causal
         and inner.num_attention_heads * inner.attention_head_size == inner.all_head_size
-        and (inner.position_embedding_type == "rotary") == compat.has_rotary_positions(esm)
+        and (inner.position_embedding_type == "rotary") == rotates
+        and inner.position_embedding_type == getattr(esm, "position_embedding_type", inner.position_embedding_type)
     )
     return "" if known else f"{_described(esm, inner)} has other settings than its model: {values}"
 
