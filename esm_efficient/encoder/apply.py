@@ -55,7 +55,7 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         The model.
 
     Raises:
-        ConfigurationError: the model has no ``EsmModel``, is a decoder, has a replaced forward, or an option is
+        ConfigurationError: the model has no ``EsmModel``, is a decoder, has a replaced forward itself, or an option is
             unknown. Also raised by a forward pass under torch.nn.DataParallel, ``torch.jit.trace`` or ``torch.export``,
             and by a backward pass with ``create_graph=True``.
 
@@ -117,12 +117,11 @@ def _changed_modules(esm: Any) -> list[Any]:
 
 
 def _refuse_replaced_forward(esm: Any) -> None:
-    for module in _changed_modules(esm):
-        if "forward" in vars(module) and not is_bound(module):
-            raise ConfigurationError(
-                f"the forward of {type(module).__name__} has been replaced already, for example by accelerate's hooks, "
-                "and the lean encoder would overwrite it: restore it first"
-            )
+    if "forward" in vars(esm) and not is_bound(esm):
+        raise ConfigurationError(
+            f"the forward of {type(esm).__name__} has been replaced already, for example by accelerate's hooks, and "
+            "the lean encoder would overwrite it: restore it first"
+        )
 
 
 def _replace_forward(esm: Any, state: LeanState) -> None:

@@ -337,7 +337,8 @@ def _reason_in_hooks(encoder: Any, changed: list[Any]) -> str:
     for module in changed:
         if _is_observed(module):
             path = path_of(encoder, module).removeprefix("layer.")
-            return "the last layer norm has hooks" if path == "emb_layer_norm_after" else f"layer {path} has hooks"
+            name = "the last layer norm" if path == "emb_layer_norm_after" else f"layer {path}"
+            return f"{name} has hooks" if has_foreign_hooks(module) else f"{name} has a replaced forward"
     return ""
 
 

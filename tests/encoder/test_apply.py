@@ -367,8 +367,8 @@ def test_unsupported_models_are_refused():
         apply_lean_encoder(EsmModel(tiny_config(is_decoder=True)))
     model = apply_lean_encoder(build())
     replaced = make_model()
-    replaced.esm.encoder.forward = replaced.esm.encoder.forward
-    with pytest.raises(ConfigurationError, match="EsmEncoder has been replaced"):
+    replaced.esm.forward = replaced.esm.forward
+    with pytest.raises(ConfigurationError, match="EsmModel has been replaced"):
         apply_lean_encoder(replaced)
     model = apply_lean_encoder(build())
     trainable, loss = [p for p in model.parameters() if p.requires_grad], loss_of(model, make_batch([5, 3]))
