@@ -15,6 +15,7 @@ from esm_efficient import errors
         (errors.TargetModuleError, ValueError),
         (errors.ConfigurationError, ValueError),
         (errors.AuditError, RuntimeError),
+        (errors.DivergenceError, ArithmeticError),
     ],
 )
 def test_base_classes(error, builtin):
