@@ -164,7 +164,7 @@ def finetune(
         total_parameters=sum(p.numel() for p in prepared.parameters()),
         trained_layers=audit.report.layers,
         layers=prepared.config.num_hidden_layers,
-        residues_per_second=trainer.residues_trained / trained.metrics["train_runtime"],
+        residues_per_second=(trainer.residues_trained - trainer.residues_resumed) / trained.metrics["train_runtime"],
         peak_memory_bytes=peak.bytes,
         peak_memory_kind=peak.kind,
         seconds=trained.metrics["train_runtime"],
