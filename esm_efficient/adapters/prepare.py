@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EXPECTATION = "_expected_to_train"
+"""The attribute of a prepared model with the names of its trainable parameters, all of which must train."""
+
+_POOLER = "pooler"
+
 
 def prepare_model(
     model: PreTrainedModel,
@@ -93,6 +98,9 @@ def prepare_model(
             parameter.data = parameter.data.to(dtype)
     _align_head_inputs(prepared, architecture)
 
+    # A head may read the pooler or not.
+    names = [name for name, parameter in prepared.named_parameters() if parameter.requires_grad]
+    setattr(prepared, EXPECTATION, frozenset(name for name in names if _POOLER not in name.split(".")))
     trainable = sum(parameter.numel() for parameter in prepared.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in prepared.parameters())
     logger.info("%s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -22,11 +24,12 @@ from transformers import (
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
+from esm_efficient.adapters.registry import find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.costs.memory import peak_memory
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.encoder import apply_lean_encoder
-from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.saving import load_pretrained
@@ -36,7 +39,18 @@ from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.result import FinetuneResult
-from esm_efficient.training.trainer import BASE_CONFIG, WeightedTrainer
+from esm_efficient.training.runs import BASE_CONFIG
+from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
+from esm_efficient.training.standardizing import (
+    LabelScale,
+    RestoringMetrics,
+    StandardizingCollator,
+    find_output_layer,
+    measure_scale,
+    standardize_layer,
+    standardized_training,
+)
+from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
@@ -70,7 +84,9 @@ def finetune(
 
     The feature of the column ``label`` determines the task (`esm_efficient.tasks.task_of`): one class or several labels
     per sequence, one class per residue, or numbers. With several labels, and with a validation and a test split, the
-    threshold of each label is tuned on validation and applied to test.
+    threshold of each label is tuned on validation and applied to test. Numbers are standardised for training: the
+    losses during training are those of standardised numbers, while every metric, and every saved model and checkpoint,
+    is in the unit of the labels.
 
     Args:
         model: a folder or a Hub name of an ESM-2 model, or a loaded model with the head that the task needs.
@@ -120,22 +136,24 @@ def finetune(
         raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
     args = recipe_arguments(chosen, output_dir, precision=precision, seed=seed, **training_options)
     set_seed(seed)
-    loaded, tokenizer = _load(model, tokenizer, task)
+    loaded, tokenizer, has_unit = _load(model, tokenizer, task)
     if "input_ids" not in features:
         dataset, _ = tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)
+    scale = _standardize_head(loaded, tokenizer, dataset["train"], task, has_unit)
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
     audit = AuditCallback()
     callbacks = list(callbacks)
     if args.save_strategy != "no" and not any(isinstance(callback, CheckpointCallback) for callback in callbacks):
         callbacks.append(CheckpointCallback(signals=()))
     profiler = ProfilerCallback() if profile else None
-    collator = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
+    of_tokens = task.head == "token-classification"
+    collator = (DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(tokenizer)
     trainer = WeightedTrainer(
         prepared,
         args,
         train_dataset=dataset["train"],
         eval_dataset=dataset.get("validation"),
-        data_collator=collator(tokenizer),
+        data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
         callbacks=[audit, *([] if profiler is None else [profiler]), *callbacks],
@@ -143,7 +161,7 @@ def finetune(
         focal_gamma=focal_gamma,
         token_budget=token_budget,
     )
-    with peak_memory() as peak:
+    with peak_memory() as peak, _standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     # The model is saved before anything else can fail.
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
@@ -195,17 +213,10 @@ def _task_of_splits(features: Features) -> Task:
 
 def _load(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, task: Task
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model with the head of a task, and its tokenizer."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Return a model with the head of a task, its tokenizer, and whether the head predicts numbers in their unit."""
     if not isinstance(model, PreTrainedModel):
-        loaded, _ = load_pretrained(
-            auto_class(task.head),
-            model,
-            num_labels=len(task.names),
-            problem_type=task.problem_type,
-            dtype=torch.float32,
-        )
-        return loaded, tokenizer or AutoTokenizer.from_pretrained(model)
+        return _load_pretrained(model, tokenizer, task)
     if tokenizer is None:
         raise ConfigurationError("model is a loaded model, which has no tokenizer: give tokenizer too")
     if (head_of(model) == "token-classification") != (task.head == "token-classification"):
@@ -214,7 +225,77 @@ def _load(
     if config.problem_type not in (None, task.problem_type):
         raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
     config.problem_type = task.problem_type
-    return model, tokenizer
+    return model, tokenizer, _forget_labels(config)
+
+
+def _load_pretrained(
+    name: str | Path, tokenizer: PreTrainedTokenizerBase | None, task: Task
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Load a model with the head of a task, which is new unless the checkpoint has one of this size."""
+    config = AutoConfig.from_pretrained(name)
+    was_regressor = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    _forget_labels(config)
+    # In this order: one label of a single-label problem is refused.
+    config.problem_type = task.problem_type
+    config.num_labels = len(task.names)
+    loaded, missing, mismatched = load_pretrained(
+        auto_class(task.head), name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    heads = find_architecture(loaded).heads
+    if wrong := [key for key in mismatched if not key.startswith(tuple(heads))]:
+        raise ConfigurationError(f"{name}: the weights {listing(wrong)} have other shapes than the model's config says")
+    is_new = any(key.startswith(tuple(heads)) for key in (*mismatched, *missing))
+    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and not is_new
+
+
+def _forget_labels(config: Any) -> bool:
+    """Remove what a former training has written about its labels; return whether it was the scale of numbers."""
+    scale = vars(config).pop(LABEL_SCALE, None)
+    vars(config).pop("label_thresholds", None)
+    return scale is not None
+
+
+def _standardize_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Any, task: Task, has_unit: bool
+) -> LabelScale | None:
+    """Return the scale of the numbers to regress; a head that predicts in their unit continues with that scale."""
+    if task.kind != "regression":
+        return None
+    layer = find_output_layer(model, tokenizer)
+    if layer is None:
+        logger.warning(
+            "the head of %s does not end in a linear layer with a bias: the labels are not standardised. Give labels "
+            "with a mean of about 0 and a standard deviation of about 1",
+            type(model).__name__,
+        )
+        return None
+    scale = measure_scale(train, task.names)
+    if has_unit:
+        standardize_layer(layer, scale)
+    return scale
+
+
+@contextmanager
+def _standardized(trainer: Any, scale: LabelScale | None) -> Iterator[None]:
+    """Train on standardised labels, with metrics in the user's unit, within a ``with`` block."""
+    if scale is None:
+        yield
+        return
+    collator, metrics = trainer.data_collator, trainer.compute_metrics
+    model = trainer.model
+    layer = find_output_layer(model, trainer.processing_class)
+    if layer is None or not layer.weight.requires_grad:
+        raise ConfigurationError(
+            "the last layer of the head is adapted or frozen: expected it to train as a whole, so that it can predict "
+            "in the unit of the labels. Leave it out of the adapters' targets"
+        )
+    trainer.data_collator = StandardizingCollator(collator, scale)
+    trainer.compute_metrics = RestoringMetrics(metrics, scale)
+    try:
+        with standardized_training(model, layer, scale):
+            yield
+    finally:
+        trainer.data_collator, trainer.compute_metrics = collator, metrics
 
 
 def _prepare(
