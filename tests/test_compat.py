@@ -14,12 +14,14 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EsmForMaskedLM,
+    EsmForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from esm_efficient import _torch, compat, demo_model_path
+from esm_efficient.saving import portable_saving
 
 # --- training ---
 
@@ -48,30 +50,43 @@ def trainer_of(folder, model, data, tokenizer, **options) -> Trainer:
     return Trainer(model, args, train_dataset=data, processing_class=tokenizer)
 
 
-def test_a_declared_loss_is_not_divided_by_the_accumulation(tmp_path, tiny_model, tiny_dataset, tokenizer):
+@pytest.mark.parametrize("count", [None, torch.tensor(4)], ids=["no count", "count"])
+@pytest.mark.parametrize("accepts", [False, True], ids=["no loss arguments", "loss arguments"])
+def test_whether_a_trainer_divides_a_loss_is_known(tmp_path, tiny_model, tiny_dataset, tokenizer, accepts, count):
     trainer = trainer_of(tmp_path, tiny_model(), tiny_dataset(4), tokenizer, gradient_accumulation_steps=4)
     trainer.current_gradient_accumulation_steps = 4
+    trainer.compute_loss = lambda model, inputs, **kwargs: model(**inputs).loss
+    trainer.model_accepts_loss_kwargs = accepts
     batch = next(iter(trainer.get_train_dataloader()))
-    compat.declare_loss_normalised(trainer)
-    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=torch.tensor(4))
-    assert loss.item() == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-5)
+    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
+    factor = 4 if compat.divides_loss(trainer, count) else 1
+    assert factor * loss.item() == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-5)
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.loss_is_scaled_for_ga = True
+        assert not compat.divides_loss(trainer, count)
 
 
-def test_weights_are_saved_under_the_names_of_their_modules(tmp_path, tiny_model):
-    model = tiny_model()
-    compat.save_under_own_names(model)
-    model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        assert set(handle.keys()) == set(model.state_dict())
+def test_a_loss_function_of_the_users_is_recognised(tiny_model):
+    class Own(EsmForSequenceClassification):
+        @property
+        def loss_function(self):
+            return torch.nn.functional.cross_entropy
+
+    given = {name: tiny_model() for name in ("none", "function")}
+    given["function"].loss_function = torch.nn.functional.cross_entropy
+    given["class"] = tiny_model(Own)
+    found = {name: compat.has_own_loss_function(model) for name, model in given.items()}
+    assert found == {"none": False, "function": True, "class": True}
 
 
 def test_tied_weights_are_those_that_a_checkpoint_leaves_out(tmp_path, tiny_model):
     model = tiny_model(EsmForMaskedLM)
     model.tie_weights()
-    compat.save_under_own_names(model)
-    model.save_pretrained(tmp_path)
+    with portable_saving(model):
+        model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        assert set(model.state_dict()) - set(handle.keys()) == {"lm_head.decoder.weight"}
+        lacking = set(model.state_dict()) - set(handle.keys())
+    assert {name for name in lacking if "rotary" not in name} == {"lm_head.decoder.weight"}
     assert "lm_head.decoder.weight" in compat.tied_weights(model)
     assert compat.tied_weights(torch.nn.Linear(2, 2)) == ()
 
@@ -96,8 +111,8 @@ def test_columns_that_forward_does_not_take_are_removed(tmp_path, tiny_model, ti
 
 def test_missing_weights_are_checked_when_a_checkpoint_is_loaded(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
     model = tiny_model()
-    compat.save_under_own_names(model)
-    model.save_pretrained(tmp_path / "checkpoint-1")
+    with portable_saving(model):
+        model.save_pretrained(tmp_path / "checkpoint-1")
     path = tmp_path / "checkpoint-1" / "model.safetensors"
     weights = load_file(path)
     del weights["classifier.dense.weight"]

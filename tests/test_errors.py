@@ -15,6 +15,7 @@ from esm_efficient import errors
         (errors.TargetModuleError, ValueError),
         (errors.ConfigurationError, ValueError),
         (errors.AuditError, RuntimeError),
+        (errors.CheckpointError, OSError),
     ],
 )
 def test_base_classes(error, builtin):

@@ -123,7 +123,20 @@ def test_public_names_are_on_the_api_page_with_the_module_that_defines_them():
 # --- the order of imports ---
 
 ORDER = (
-    *("errors", "_torch", "compat", "tasks", "recipes", "data", "demo", "reporting", "adapters", "encoder", "trunk"),
+    *(
+        "errors",
+        "_torch",
+        "compat",
+        "saving",
+        "tasks",
+        "recipes",
+        "data",
+        "demo",
+        "reporting",
+        "adapters",
+        "encoder",
+        "trunk",
+    ),
     *("costs", "estimation", "inference", "profiling", "training", "comparison", "cli", "__main__"),
 )
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
-from esm_efficient.errors import ConfigurationError
 
 
 @given(
@@ -49,8 +48,5 @@ def test_flops_are_counted_forward_and_backward_and_not_in_recomputation(phase, 
     assert counter.flops == {"forward": 120, "backward": 60, "optimizer": 0}[phase]
 
 
-def test_the_matmul_rate_is_plausible_and_needs_repeats():
-    rate = matmul_rate("cpu", torch.float32)
-    assert 1e9 < rate < 1e14
-    with pytest.raises(ConfigurationError, match="repeats=0"):
-        matmul_rate("cpu", torch.float32, repeats=0)
+def test_the_matmul_rate_is_plausible():
+    assert 1e9 < matmul_rate("cpu", torch.float32) < 1e14
