@@ -1,4 +1,4 @@
-"""AllocationTracker: compared with arithmetic, with autograd and with torch's own profiler."""
+"""AllocationTracker agrees with arithmetic, with autograd and with torch's own profiler."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_peak_agrees_with_torchs_own_memory_records():
     assert tracker.peak.total == pytest.approx(peak, rel=0.02)
 
 
-def test_bytes_of_storages_count_shared_memory_once_and_other_devices_not_at_all():
+def test_storage_bytes_counts_shared_memory_once_and_ignores_other_devices():
     tied = torch.nn.Linear(4, 4, bias=False)
     model = torch.nn.Sequential(tied, torch.nn.BatchNorm1d(4, affine=False))
     model.append(torch.nn.Linear(4, 4, bias=False))

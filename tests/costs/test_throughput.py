@@ -1,4 +1,4 @@
-"""Throughput: FLOPs and tokens are counted exactly, and the rate of products is plausible."""
+"""Throughput: FLOPs and tokens are counted exactly, and the rate of matrix products is plausible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_
     st.floats(0, 1e5),
     st.lists(st.tuples(st.integers(1, 64), st.integers(10, 1024)), min_size=2, max_size=8),
 )
-def test_the_two_parts_of_the_flops_are_found_from_any_batches(linear, square, shapes):
+def test_linear_and_quadratic_flops_are_fitted_from_any_batches(linear, square, shapes):
     batches = [(rows, n, rows * (linear * n + square * n * n)) for rows, n in shapes]
     fitted, fitted_square = flops_per_token(batches)
     total = sum(rows * (fitted * n + fitted_square * n * n) for rows, n in shapes)

@@ -1,4 +1,4 @@
-"""Backends: their split sums to the peak, and a GPU's counters are read at every border."""
+"""Backends: the categories sum to the peak, and a GPU's counters are read at every change of phase."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ def phases_of(*stages):
     return [tracker.switch(stage) for stage in stages]
 
 
-def test_clipping_belongs_to_the_optimizer_and_waiting_to_data():
+def test_clipping_counts_as_optimizer_time_and_waiting_as_data_time():
     assert phases_of("forward", "backward", "between", "optimizer", "between", "forward") == [
         *("data", "forward", "backward", "optimizer", "optimizer", "data")
     ]
