@@ -33,6 +33,7 @@ from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.audit import AuditCallback
+from esm_efficient.training.cached import cache_for_training
 from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.result import FinetuneResult
@@ -64,6 +65,7 @@ def finetune(
     profile: bool = False,
     task: Task | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    states_dir: str | Path | None = None,
     **training_options: Any,
 ) -> FinetuneResult:
     """Fine-tune ESM-2: tokenise, prepare, train, audit, evaluate, save.
@@ -94,6 +96,8 @@ def finetune(
         profile: measure memory and time per phase (`ProfilerCallback`).
         task: the task, if the labels' feature does not tell it: several labels lose their names in tokenised splits.
         callbacks: further callbacks of the Trainer.
+        states_dir: folder for the states of a recipe with ``cache=True`` (`esm_efficient.trunk.cache.cache_states`);
+            None for ``states/`` in `output_dir`. Runs that share a folder compute them once.
         **training_options: options of `TrainingArguments`, such as ``num_train_epochs``, that override those of the
             recipe.
 
@@ -123,19 +127,27 @@ def finetune(
     loaded, tokenizer = _load(model, tokenizer, task)
     if "input_ids" not in features:
         dataset, _ = tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)
+    splits: Mapping[str, Any] = {name: dataset[name] for name in ("train", "validation") if name in dataset}
+    collator = _make_collator(task, tokenizer)
+    states = None
+    if chosen.cache and not hasattr(dataset["train"], "__len__"):
+        logger.warning("the training data are a stream: the layers that do not train are computed in every epoch")
+    elif chosen.cache:
+        folder = output_dir / "states" if states_dir is None else Path(states_dir)
+        states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
+        loaded, splits, collator = states.rest, states.splits, states.collator
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
     audit = AuditCallback()
     callbacks = list(callbacks)
     if args.save_strategy != "no" and not any(isinstance(callback, CheckpointCallback) for callback in callbacks):
         callbacks.append(CheckpointCallback(signals=()))
     profiler = ProfilerCallback() if profile else None
-    collator = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
     trainer = WeightedTrainer(
         prepared,
         args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset.get("validation"),
-        data_collator=collator(tokenizer),
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
         callbacks=[audit, *([] if profiler is None else [profiler]), *callbacks],
@@ -145,6 +157,9 @@ def finetune(
     )
     with peak_memory() as peak:
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if states is not None:
+        states.restore(trainer)
+        trainer.data_collator = _make_collator(task, tokenizer)
     # The model is saved before anything else can fail.
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
     _save_model(trainer, model_dir, tokenizer)
@@ -152,6 +167,7 @@ def finetune(
     if report is not None and torch.cuda.is_available():
         peak.bytes = max(peak.bytes, report.peak.total)  # the profiler resets the allocator's peak in every phase
     thresholds = _tune_thresholds(trainer, dataset, task, model_dir)
+    residues = trainer.residues_trained if states is None else states.residues_trained(trainer)
     result = FinetuneResult(
         recipe=chosen.name,
         seed=seed,
@@ -164,10 +180,11 @@ def finetune(
         total_parameters=sum(p.numel() for p in prepared.parameters()),
         trained_layers=audit.report.layers,
         layers=prepared.config.num_hidden_layers,
-        residues_per_second=trainer.residues_trained / trained.metrics["train_runtime"],
+        residues_per_second=residues / trained.metrics["train_runtime"],
         peak_memory_bytes=peak.bytes,
         peak_memory_kind=peak.kind,
         seconds=trained.metrics["train_runtime"],
+        states_seconds=0.0 if states is None else states.seconds,
         model_dir=model_dir,
         result_path=output_dir / "result.json",
         model=prepared.eval(),
@@ -217,6 +234,12 @@ def _load(
     return model, tokenizer
 
 
+def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the collator of tokens and labels."""
+    kind = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
+    return kind(tokenizer)
+
+
 def _prepare(
     model: PreTrainedModel, task: Task, recipe: Recipe, args: TrainingArguments, adapter_options: Mapping[str, Any]
 ) -> PreTrainedModel | PeftModel:
@@ -225,6 +248,7 @@ def _prepare(
         model,
         adapters=recipe_adapters(recipe, model, **adapter_options),
         head_only=recipe.trains == "head",
+        layers=recipe.layers,
         gradient_checkpointing=compat.asks_for_checkpointing(args),
         dtype=torch.bfloat16 if args.bf16 else None,
         label_names=task.names,
