@@ -15,13 +15,11 @@ from transformers import (
 from esm_efficient import lora_config, prepare_model
 
 HEADS = (EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel)
-
-
 RECOMPUTES = ("none", "mlp", "layer")
 
 
 def build(head=EsmForSequenceClassification, trains="all-linear", *, dtype=torch.float32, adapters=None, **changes):
-    """A model whose parts all matter to its output."""
+    """Build a model with random weights that are large enough for every part to change the output."""
     model = make_model(head, **({"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4} | changes))
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -48,7 +46,7 @@ def make_batch(lengths, *, seed=0, masked=True):
 
 
 def loss_of(model, batch, **options):
-    """A loss that reads what the head gives for tokens, and nothing of padding."""
+    """Return a loss of the outputs for tokens; outputs for padding have no effect."""
     output = model(**batch, **options)
     states = output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
     weights = torch.linspace(0.5, 1.5, states.shape[-1], dtype=states.dtype)
@@ -65,7 +63,7 @@ def gradient_of(model, batch, **options):
 
 
 def distance(found, expected):
-    """Relative error of the whole gradient."""
+    """Return the relative error of the whole gradient."""
     missing = {name for name in found.keys() ^ expected.keys() if (found | expected)[name].abs().max() > 0}
     assert not missing
     pairs = [(found[n].double(), expected[n].double()) for n in found.keys() & expected.keys()]
@@ -73,7 +71,7 @@ def distance(found, expected):
 
 
 def nodes_of(tensor):
-    """Names of the nodes of a tensor's graph, each as often as it is there."""
+    """Return the names of all nodes in a tensor's graph, with repetitions."""
     seen, wanted, names = set(), [tensor.grad_fn], []
     while wanted:
         node = wanted.pop()

@@ -1,4 +1,4 @@
-"""Run by torchrun: the lean encoder under DDP and both kinds of FSDP, each rank with its own part of a batch."""
+"""Started by torchrun: the lean encoder under DDP and both kinds of FSDP, with one part of a batch per rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 
 def wrap(kind, model):
-    """The model under a wrapper, and how to get its whole gradient by name."""
+    """Return the wrapped model, and a function that returns its whole gradient by name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = base.esm.encoder.layer
     if kind == "ddp":
@@ -40,7 +40,7 @@ def wrap(kind, model):
             named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in wrapped.named_parameters()]
             return {n: p.detach().clone() for n, p in named if p.requires_grad}
 
-    def gradients():  # what a step of gradient descent takes off: flat parameters hand out no gradient by name
+    def gradients():  # measured as the change by a step, because flat parameters have no gradient per name
         before = whole()
         torch.optim.SGD(wrapped.parameters(), lr=1000.0).step()
         return {n: (before[n] - p) / 1000 for n, p in whole().items()}
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
         lines.append(f"{kind} {full} {recompute} {error}")
     (folder / f"rank{rank}.txt").write_text("\n".join(lines))
     dist.barrier()
-    os._exit(0)  # tearing gloo down may hang
+    os._exit(0)  # ending gloo in the usual way may hang
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import ConfigurationError
 
 
-def test_several_adapters_and_switching_them_off():
+def test_several_active_adapters_and_disabled_adapters_give_the_numbers_of_the_plain_model():
     base = make_model()
     for parameter in base.parameters():
         parameter.data.mul_(4 if parameter.dim() == 2 else 1)
@@ -58,7 +58,7 @@ def test_several_adapters_and_switching_them_off():
         assert not torch.allclose(off, model(**batch).logits, rtol=1e-3, atol=0)
 
 
-def test_merging_unmerging_and_unloading():
+def test_merged_unmerged_and_unloaded_adapters_give_the_same_logits():
     model = apply_lean_encoder(build())
     batch = make_batch([9, 5, 30])
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_merging_unmerging_and_unloading():
         assert torch.allclose(merged(**batch).logits, expected, atol=1e-5)
 
 
-def test_saving_and_loading_are_unchanged(tmp_path):
+def test_saved_files_equal_those_of_the_plain_model_and_load_again(tmp_path):
     plain = build()
     lean = apply_lean_encoder(copy.deepcopy(plain))
     assert list(lean.state_dict()) == list(plain.state_dict())
@@ -83,7 +83,7 @@ def test_saving_and_loading_are_unchanged(tmp_path):
     assert {file.name for file in files} >= {"adapter_model.safetensors", "adapter_config.json", "config.json"}
     for file in files:
         found, expected = ((tmp_path / name / file).read_bytes() for name in ("lean", "plain"))
-        # A set of target modules is written in no order.
+        # adapter_config.json lists the target modules of a set in any order.
         same = sorted(found.split()) == sorted(expected.split()) if file.suffix == ".json" else found == expected
         assert same or file.name == "adapter_config.json", file
     configs = [PeftConfig.from_pretrained(tmp_path / name) for name in ("lean", "plain")]
@@ -105,7 +105,7 @@ def test_saving_and_loading_are_unchanged(tmp_path):
         assert torch.allclose(again(**batch).logits, full.eval()(**batch).logits, atol=1e-6)
 
 
-def test_removing_it_restores_the_model():
+def test_remove_lean_encoder_restores_every_module():
     model = build()
     before = {path: dict(module.__dict__) for path, module in model.named_modules()}
     hooks = {path: len(module._forward_hooks) for path, module in model.named_modules()}
@@ -119,7 +119,7 @@ def test_removing_it_restores_the_model():
         assert len(module._forward_hooks) == hooks[path]
 
 
-def test_a_copy_and_a_pickle_compute_on_their_own_weights():
+def test_copies_and_pickles_compute_with_their_own_weights():
     model = apply_lean_encoder(build())
     batch = make_batch([9, 5])
     buffer = io.BytesIO()
@@ -201,7 +201,7 @@ def test_exporting_is_refused_by_name(export, error, message):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_hidden_states_and_attentions_equal_those_of_the_plain_model(head, caplog):
+def test_requested_hidden_states_and_attentions_equal_those_of_the_plain_model(head, caplog):
     model = build(head, "full").eval()
     batch = make_batch([9, 5, 12])
     wanted = {"output_hidden_states": True, "output_attentions": True}
@@ -222,7 +222,7 @@ def test_hidden_states_and_attentions_equal_those_of_the_plain_model(head, caplo
 
 
 @pytest.mark.parametrize("path", ["encoder.layer.1", "encoder.layer.0.attention.self.query", "encoder.layer.2.output"])
-def test_a_hook_sees_the_tensors_of_the_plain_model(path, caplog):
+def test_a_hook_in_a_layer_gets_the_tensors_of_the_plain_model(path, caplog):
     model = build(trains="full").eval()
     seen = []
     batch = make_batch([9, 5, 12])
@@ -235,7 +235,7 @@ def test_a_hook_sees_the_tensors_of_the_plain_model(path, caplog):
 
 
 @pytest.mark.parametrize("path", ["esm", "esm.encoder", "classifier", "classifier.dense"])
-def test_a_hook_on_a_classifiers_encoder_sees_every_token(path):
+def test_a_hook_on_the_encoder_or_head_of_a_classifier_gets_every_token(path):
     model = apply_lean_encoder(build(trains="full").eval())
     batch = make_batch([9, 5, 12])
     tokens = batch["attention_mask"].bool()
@@ -253,7 +253,7 @@ def test_a_hook_on_a_classifiers_encoder_sees_every_token(path):
         assert torch.allclose(seen[0][tokens], expected[tokens], atol=1e-5)
 
 
-def test_a_head_that_is_set_later_reads_every_token():
+def test_a_head_that_replaces_the_first_one_gets_every_token():
     class MeanPool(nn.Module):
         def forward(self, features, **kwargs):
             return features.mean(1)
@@ -274,8 +274,11 @@ def test_calls_with_unsupported_arguments_run_the_plain_encoder(caplog):
     assert "the argument cu_seq_lens_q is not supported" in caplog.text
 
 
-def test_a_plain_call_uses_the_checkpointing_of_transformers():
-    options = {"gradient_checkpointing": True, "use_reentrant": True}  # which has a node of its own in the graph
+def test_a_call_that_runs_plainly_uses_the_checkpointing_of_transformers():
+    options = {
+        "gradient_checkpointing": True,
+        "use_reentrant": True,
+    }  # it adds a node to the graph
     model = prepare_model(make_model(), adapters=lora_config(make_model()), **options).train()
     batch = make_batch([9, 5])
     expected = nodes_of(loss_of(model, batch, output_hidden_states=True))
@@ -313,12 +316,12 @@ def test_gradient_checkpointing_of_the_trainer_recomputes_layers(reentrant, toke
         recomputed = nodes_of(loss_of(model.train(), make_batch([5, 4]))).count("RecomputedLayerBackward")
         assert recomputed == (2 if checkpointing else 0)
     assert torch.allclose(*weights, atol=1e-6)
-    # Undone, transformers' own checkpointing is as it was.
+    # Removing the lean encoder restores transformers' own checkpointing.
     nodes = nodes_of(loss_of(remove_lean_encoder(model).train(), make_batch([5, 4])))
     assert any(name.startswith("CheckpointFunction") for name in nodes) == reentrant
 
 
-def test_threads_do_not_share_calls():
+def test_calls_in_several_threads_do_not_affect_each_other():
     classifier, tagger = (apply_lean_encoder(build(head, "full").eval()) for head in HEADS[:2])
     batches = [make_batch(lengths, seed=seed) for seed, lengths in enumerate([[9, 5], [30, 2, 7], [12], [4, 4, 4]])]
 
@@ -333,7 +336,7 @@ def test_threads_do_not_share_calls():
             assert torch.allclose(found, expected[number % 12], atol=1e-6)
 
 
-def test_a_failed_call_leaves_no_state():
+def test_a_failed_call_does_not_affect_the_next_call():
     model = apply_lean_encoder(build(trains="full").eval())
     batch = make_batch([9, 5])
     with torch.no_grad():
@@ -343,7 +346,7 @@ def test_a_failed_call_leaves_no_state():
         assert torch.equal(model.esm(**batch).last_hidden_state, expected)
 
 
-def test_torch_compile_changes_nothing():
+def test_torch_compile_keeps_the_loss_and_the_gradient():
     model = apply_lean_encoder(build(num_hidden_layers=2))
     batch = make_batch([9, 5, 12])
     loss, gradient = gradient_of(model, batch)
@@ -376,8 +379,8 @@ def test_unsupported_models_are_refused():
         torch.autograd.grad(loss, trainable, create_graph=True)
 
 
-def test_two_ranks_train_like_one(tmp_path):
-    """Real processes under torchrun; they write how far their gradient is from that of one process."""
+def test_two_ranks_have_the_gradient_of_one_process(tmp_path):
+    """torchrun starts two processes. Each writes the relative error of its gradient to a file."""
     script = Path(__file__).parent / "lean_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""Attention within sequences: every backend against attention computed one sequence at a time."""
+"""Every attention backend gives the numbers of attention that is computed one sequence at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reference(states, query=None):
 
 
 def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """Attention within sequences, as the documentation of variable-length kernels describes it."""
+    """Compute what the documentation of variable-length kernels says."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert max_seqlen_k == int(cu_seqlens_k.diff().max())
@@ -73,7 +73,7 @@ def test_every_backend_attends_only_within_sequences(backend, first_only, fake_k
     query = torch.randn(len(LENGTHS), 1, HEADS, WIDTH).requires_grad_(backend != "flex") if first_only else None
     inputs = [states] if query is None else [states, query]
     expected = reference(states, query)
-    trains = backend != "flex"  # which has no backward pass on a CPU
+    trains = backend != "flex"  # flex attention has no backward pass on a CPU
     with torch.set_grad_enabled(trains):
         found = attend(states, query, Packing((4, 7), LENGTHS), backend=backend)
     assert torch.allclose(found, expected, atol=1e-6)
@@ -115,7 +115,7 @@ def test_an_override_computes_attention_in_its_thread_only():
     assert torch.allclose(attend(states, None, packing), reference(states), atol=1e-6)
 
 
-def test_attention_with_dropout_is_computed_per_length():
+def test_attention_with_dropout_has_the_right_mean():
     states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH)
     packing = Packing((4, 7), LENGTHS)
     kept = torch.stack([attend(states, None, packing, dropout=0.5) for _ in range(300)])

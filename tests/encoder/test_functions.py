@@ -1,4 +1,4 @@
-"""The autograd Functions: gradcheck, what they keep, and that they refuse to be differentiated twice."""
+"""The autograd Functions: their gradients, the memory that they save, and an error if differentiated twice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def seed():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("rotates", [True, False])
-def test_norm_linears(dropout, rotates):
+def test_the_gradient_of_norm_linears(dropout, rotates):
     group = make_group([(WIDTH, WIDTH)] * 3, rotated=2, dropout=dropout)
     rotation = torch.polar(torch.ones(TOKENS, 1, 2), torch.randn(TOKENS, 1, 2)).to(torch.complex128)
 
@@ -54,7 +54,7 @@ def test_norm_linears(dropout, rotates):
     assert gradcheck(run, (draw(TOKENS, WIDTH), draw(WIDTH), draw(WIDTH), *group.tensors))
 
 
-def test_linear_residual():
+def test_the_gradient_of_linear_residual():
     group = make_group([(WIDTH, WIDTH)])
     assert gradcheck(
         lambda inputs, residual, *tensors: LinearResidual.apply(inputs, residual, group, *tensors),
@@ -63,8 +63,8 @@ def test_linear_residual():
 
 
 @pytest.mark.parametrize("mode", ["kept", "recomputed"])
-def test_norm_mlp_in_chunks(mode, monkeypatch):
-    monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)  # two tokens at a time
+def test_the_gradient_of_norm_mlp_in_chunks(mode, monkeypatch):
+    monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)  # two tokens per chunk
     up, down = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)])
 
     def run(x, weight, bias, *tensors):
@@ -74,7 +74,7 @@ def test_norm_mlp_in_chunks(mode, monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [(5,), (2, 3), (1, 2, 2)])
-def test_sequence_attention(lengths):
+def test_the_gradient_of_sequence_attention(lengths):
     assert gradcheck(
         lambda states: SequenceAttention.apply(states, None, lengths, 0.5), (draw(TOKENS, 3, HEADS, WIDTH),)
     )
@@ -84,7 +84,7 @@ def test_sequence_attention(lengths):
     )
 
 
-def test_a_recomputed_layer():
+def test_the_gradient_of_a_recomputed_layer():
     weight = draw(WIDTH, WIDTH)
     assert gradcheck(
         lambda x, w: RecomputedLayer.apply(x, lambda states, *_: (states @ w).tanh(), False, w),
@@ -137,7 +137,7 @@ def test_dropout_differs_between_the_chunks_of_a_batch(monkeypatch):
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(chunks))
 
 
-def test_gelu_is_the_models_own():
+def test_gelu_of_torch_equals_gelu_of_transformers_up_to_rounding():
     from transformers.models.esm.modeling_esm import gelu
 
     x = torch.linspace(-6, 6, 10001)

@@ -1,4 +1,4 @@
-"""Groups of linear layers against peft's own layers, and their written-out gradients against autograd's."""
+"""Groups of linear layers: outputs as their definition says, and gradients as autograd computes them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def in_group_order(states, rotated):
     return states.view(-1, HEADS, 2, WIDTH // HEADS // 2).transpose(2, 3).reshape(states.shape)
 
 
-# Two tokens are too few to add the adapters to the weights, sixty are enough.
+# With 2 tokens, adapters are added to the outputs; with 60 tokens, they are added to the weights.
 @pytest.mark.parametrize("tokens", [2, 60])
 @pytest.mark.parametrize(("adapters", "dropout"), [(0, 0.0), (1, 0.0), (2, 0.0), (1, 0.5)])
 @pytest.mark.parametrize(("layers", "rotated", "bias"), [(1, 0, True), (3, 2, True), (2, 1, False)])
-def test_a_group_computes_what_its_layers_do(tokens, adapters, dropout, layers, rotated, bias):
+def test_a_group_has_the_outputs_and_gradients_of_its_layers(tokens, adapters, dropout, layers, rotated, bias):
     linears = [make_linear(adapters=adapters, dropout=dropout, bias=bias, seed=10 * n) for n in range(layers)]
     group = Group(linears, heads=HEADS, rotated=rotated)
     inputs = torch.randn(tokens, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -59,13 +59,13 @@ def test_a_group_computes_what_its_layers_do(tokens, adapters, dropout, layers, 
         to_inputs = group.backward(gradient, inputs, [True] * len(tensors), grads)
     for name, a, b in zip(itertools.count(), [to_inputs, *grads], wanted, strict=False):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-11), name
-    with torch.no_grad():  # a second chunk of a batch adds to the gradients of the first
+    with torch.no_grad():  # as for a second chunk of the batch, whose gradient is added
         group.backward(gradient, inputs, [True] * len(tensors), grads)
     for a, b in zip(grads, wanted[1:], strict=True):
         assert torch.allclose(a, 2 * b, rtol=1e-11, atol=1e-11)
 
 
-def test_adapters_are_added_to_the_weights_only_where_that_is_exact_and_less_work():
+def test_adapters_are_added_to_the_weights_only_if_that_is_exact_and_less_work():
     def merges(tokens, **options):
         return Group([make_linear(adapters=1, **options)]).prepare(tokens).merged
 
@@ -75,7 +75,7 @@ def test_adapters_are_added_to_the_weights_only_where_that_is_exact_and_less_wor
     assert not merges(60, dropout=0.1)
 
 
-def test_dropout_keeps_the_mean_and_draws_the_same_again():
+def test_a_dropout_mask_has_mean_one_and_is_the_same_for_the_same_seed():
     adapter = make_linear(adapters=1, dropout=0.25).adapters[0]
     mask = dropout_mask((100, 100), adapter, "cpu", torch.float32)
     assert torch.equal(mask, dropout_mask((100, 100), adapter, "cpu", torch.float32))
@@ -84,7 +84,7 @@ def test_dropout_keeps_the_mean_and_draws_the_same_again():
     assert not torch.equal(mask, dropout_mask((100, 100), adapter._replace(seed=99), "cpu", torch.float32))
 
 
-def test_a_gradient_is_computed_only_where_it_is_needed():
+def test_only_the_needed_gradients_are_computed():
     group = Group([make_linear(adapters=1)])
     grads = [None] * 4
     inputs, gradient = torch.randn(4, WIDTH, dtype=torch.float64), torch.randn(4, WIDTH, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Packing: every token once, in its place, and equal lengths together."""
+"""Packing keeps every token once, unpacking puts it back, and sequences of equal length are neighbours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ masks = st.integers(1, 6).flatmap(
 
 @settings(max_examples=200, deadline=None)
 @given(masks)
-def test_packing_keeps_tokens_and_puts_zeros_where_padding_was(rows):
+def test_unpacking_restores_the_tokens_and_puts_zeros_in_place_of_padding(rows):
     mask = torch.tensor(rows)
     states = torch.randn(*mask.shape, 3)
     packing = make_packing(mask, tuple(mask.shape))
@@ -40,7 +40,7 @@ def test_runs_cover_every_token_once(lengths):
         assert run.sequences == 1 or run.sequences * run.length <= 5
 
 
-def test_the_rotation_of_a_token_is_that_of_its_column():
+def test_a_token_is_rotated_by_the_angle_of_its_column():
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1]])
     angles = torch.arange(4.0)[None, :, None].repeat(1, 1, 2)
     packing = make_packing(mask, (2, 4)).with_rotation((angles.cos(), angles.sin()), torch.float32)
@@ -49,7 +49,7 @@ def test_the_rotation_of_a_token_is_that_of_its_column():
     assert torch.allclose(packing.rotation.flatten(), torch.polar(torch.ones(6), columns))
 
 
-def test_the_first_tokens_come_back_to_their_rows():
+def test_unpacking_puts_first_tokens_into_their_rows():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     packing = make_packing(mask, (3, 3))
     states = torch.arange(1.0, 10.0).view(3, 3, 1)
@@ -58,7 +58,7 @@ def test_the_first_tokens_come_back_to_their_rows():
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 3)])
-def test_a_batch_without_padding_is_not_gathered(mask):
+def test_packing_a_batch_without_padding_copies_nothing(mask):
     packing = make_packing(mask, (2, 3))
     assert packing.index is None
     assert packing.lengths == (3, 3)
