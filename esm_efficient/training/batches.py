@@ -115,6 +115,7 @@ class EndlessStream:
     def __init__(self, dataloader: Any, *, seed: int, skip: int = 0) -> None:
         self._dataloader, self._seed = dataloader, seed
         self._iterator: Iterator | None = None
+        self._has_ended = False
         self.passes = self.batches = 0
         for _ in range(skip):
             if self._next() is None:
@@ -128,11 +129,13 @@ class EndlessStream:
         batches = list(itertools.islice(iter(self._next, None), count))
         if len(batches) == count:
             return batches
-        if batches:
+        if not self._has_ended and (batches or self.passes):
             logger.warning(
-                "the stream ended for good: its last %d batch(es) fill no accumulated batch and are left out",
+                "the stream ended for good and training stops; its last %d batch(es) fill no accumulated batch and are "
+                "left out",
                 len(batches),
             )
+        self._has_ended = True
         return []
 
     def skip_pass(self) -> None:
@@ -141,6 +144,8 @@ class EndlessStream:
 
     def _next(self) -> Any:
         is_first = self._iterator is None
+        if self._has_ended:
+            return None
         if self._iterator is None:
             if hasattr(self._dataloader, "set_epoch"):
                 self._dataloader.set_epoch(self.passes)

@@ -136,7 +136,7 @@ def test_an_empty_stream_is_refused_and_one_that_ends_stops_the_run(tmp_path, to
     done = weighted(make_model(), args, Once(rows_of(14)), tokenizer, audit=False).train()
     assert done.global_step == 3
     assert "last 1 batch" in caplog.text
-    assert "ended for good at step 3 of 9" in caplog.text
+    assert caplog.text.count("ended for good") == 1
 
 
 def test_a_callback_may_end_a_pass_early(tmp_path, tokenizer):
