@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from esm_efficient.encoder import apply_lean_encoder, has_lean_encoder, remove_lean_encoder
     from esm_efficient.errors import (
         AuditError,
+        CheckpointError,
         ConfigurationError,
         DataError,
         DivergenceError,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     )
     from esm_efficient.training.arguments import recipe_arguments
     from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
+    from esm_efficient.training.evaluation import evaluate
     from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import finetune
     from esm_efficient.training.result import FinetuneResult
@@ -94,6 +96,7 @@ _HOME = {
     "encoder": ("apply_lean_encoder", "has_lean_encoder", "remove_lean_encoder"),
     "errors": (
         "AuditError",
+        "CheckpointError",
         "ConfigurationError",
         "DataError",
         "DivergenceError",
@@ -124,6 +127,7 @@ _HOME = {
     ),
     "training.arguments": ("recipe_arguments",),
     "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
+    "training.evaluation": ("evaluate",),
     "training.export": ("export_model",),
     "training.finetune": ("finetune",),
     "training.result": ("FinetuneResult",),
@@ -137,6 +141,7 @@ __all__ = [
     "AuditCallback",
     "AuditError",
     "CheckpointCallback",
+    "CheckpointError",
     "Comparison",
     "ConfigurationError",
     "DataError",
@@ -171,6 +176,7 @@ __all__ = [
     "deeploc_dataloaders",
     "demo_model_path",
     "estimate",
+    "evaluate",
     "export_model",
     "finetune",
     "format_table",

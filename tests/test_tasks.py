@@ -1,4 +1,4 @@
-"""The task of a dataset's features and of a model, and the names that transformers and peft have for it."""
+"""The task follows from a dataset's features or from a model, and has names in transformers and peft."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_missing_label_column_is_refused():
 
 
 class Subclass(EsmForTokenClassification):
-    """A class of a user, whose own name has no suffix that transformers knows."""
+    """A user's class. Its name does not end as transformers' classes do."""
 
 
 def with_adapters(model):

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+EXPECTATION = "_expected_to_train"
+"""The attribute of a prepared model with the names of its trainable parameters, all of which must train."""
+
+_POOLER = "pooler"
+
 
 def prepare_model(
     model: PreTrainedModel,
@@ -93,6 +98,9 @@ def prepare_model(
             parameter.data = parameter.data.to(dtype)
     _align_head_inputs(prepared, architecture)
 
+    # A head may read the pooler or not.
+    names = [name for name, parameter in prepared.named_parameters() if parameter.requires_grad]
+    setattr(prepared, EXPECTATION, frozenset(name for name in names if _POOLER not in name.split(".")))
     trainable = sum(parameter.numel() for parameter in prepared.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in prepared.parameters())
     logger.info("%s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
@@ -113,10 +121,14 @@ def _name_labels(model: PreTrainedModel, label_names: Sequence[str]) -> None:
 
 
 def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
-    """Convert the inputs of a float32 head, so that it works behind a bfloat16 encoder outside autocast too."""
+    """Convert the inputs of a float32 head, so that it works behind a bfloat16 encoder outside autocast too.
 
-    def to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(value.float() if value.is_floating_point() else value for value in inputs)
+    FSDP2 with mixed precision computes with a bfloat16 copy of the head, so the hook asks for the type in each call.
+    """
+
+    def to_own_type(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = next(module.parameters()).dtype
+        return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
 
     if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
         return
@@ -126,4 +138,4 @@ def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
             copies = getattr(module, "modules_to_save", None)
             for head in [module] if copies is None else copies.values():
                 if all(parameter.requires_grad for parameter in head.parameters()):
-                    head.register_forward_pre_hook(to_float32)
+                    head.register_forward_pre_hook(to_own_type)

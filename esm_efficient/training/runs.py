@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.saving import portable_saving
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.batches import (
     EndlessStream,
@@ -23,6 +24,7 @@ from esm_efficient.training.batches import (
     stream_dataloader,
 )
 from esm_efficient.training.divergence import DivergenceWatch, check_parameters
+from esm_efficient.training.resuming import start_run
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -82,15 +84,17 @@ class WatchedTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         compat.leave_division_to_trainer(self.accelerator)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, and stop a run whose numbers are broken (`esm_efficient.training.divergence`).
+
+        A run resumes from a whole checkpoint of the same run only (`start_run`).
 
         Raises:
             DataError: labels do not fit the model, or none is known.
             DivergenceError: a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
         """
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
             self._watch.look(self.args, at_end=True)
             check_parameters(self.accelerator.unwrap_model(self.model), self.args)
             return result
@@ -155,9 +159,11 @@ class WatchedTrainer(Trainer):
             check_parameters(model, self.args)
             states: Any = self.state.stateful_callbacks
             states[_STATE] = {"args": {}, "attributes": {"residues": self.residues_trained}}
-        if not hasattr(model, "peft_config"):
-            compat.save_under_own_names(model)
-        super().save_model(output_dir, _internal_call)
+        if isinstance(model, PreTrainedModel):
+            with portable_saving(model):
+                super().save_model(output_dir, _internal_call)
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
             folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
             model.get_base_model().config.save_pretrained(folder)

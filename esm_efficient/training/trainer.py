@@ -30,6 +30,7 @@ from esm_efficient.training.batches import (
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
 from esm_efficient.training.runs import WatchedTrainer
 from esm_efficient.training.weights import check_labels, resolve_class_weights
+from esm_efficient.trunk.cache import STATES_COLUMN
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -113,6 +114,7 @@ class WeightedTrainer(WatchedTrainer):
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
         self._last_losses: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
+        compat.keep_column(self, STATES_COLUMN)
 
         has_options = class_weights is not None or bool(focal_gamma)
         if has_options and self.compute_loss_func is not None:

@@ -30,6 +30,7 @@ from transformers import (
 
 from esm_efficient import AuditCallback, WeightedTrainer, compat, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.saving import portable_saving
 
 WEIGHTS = [0.3, 2.5]
 
@@ -304,8 +305,8 @@ def two_ranks(tmp_path_factory, tokenizer):
     for kind in TASK_LOSS:
         make_task_dataset(kind, 37).save_to_disk(folder / kind)
     model = make_model()
-    compat.save_under_own_names(model)
-    model.save_pretrained(folder / "model")
+    with portable_saving(model):
+        model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
