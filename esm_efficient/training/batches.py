@@ -40,7 +40,6 @@ class EpochCallback(TrainerCallback):
 
     def __init__(self, trainer: WatchedTrainer) -> None:
         self._trainer = trainer
-        self._passes = 0
         self._is_telling = False
         self._generator: torch.Generator | None = None
 
@@ -49,7 +48,7 @@ class EpochCallback(TrainerCallback):
     ) -> None:
         """Begin to count."""
         self._trainer.begin_run(state)
-        self._passes = 0
+        self._is_telling = False
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,7 +62,6 @@ class EpochCallback(TrainerCallback):
         stream = self._trainer.stream
         if stream is not None and stream.batches and not self._is_telling:
             stream.skip_pass()  # a callback ended the epoch before the stream did
-            self._passes = stream.passes
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,14 +70,19 @@ class EpochCallback(TrainerCallback):
         stream = self._trainer.stream
         if stream is None:
             return control
-        has_ended, self._passes = stream.passes > self._passes, stream.passes
         state.epoch = stream.passes + stream.batches / (state.max_steps * args.gradient_accumulation_steps)
-        if not has_ended or control.should_training_stop or state.global_step >= state.max_steps:
+        if not stream.ends_pass or control.should_training_stop or state.global_step >= state.max_steps:
             return control
         self._is_telling = True
-        control = self._trainer.callback_handler.on_epoch_end(args, state, control)
-        control = self._trainer.callback_handler.on_epoch_begin(args, state, control)
-        self._is_telling = False
+        return self._trainer.callback_handler.on_epoch_end(args, state, control)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Tell all callbacks that a pass has begun."""
+        if self._is_telling:
+            control = self._trainer.callback_handler.on_epoch_begin(args, state, control)
+            self._is_telling = False
         return control
 
     def _seed_order(self, loader: Any, seed: int, epoch: int) -> None:
@@ -110,11 +113,13 @@ class EndlessStream:
     Attributes:
         passes: number of complete passes.
         batches: micro-batches of the pass that has begun.
+        ends_pass: whether a pass ended in the micro-batches that were taken last.
     """
 
     def __init__(self, dataloader: Any, *, seed: int, skip: int = 0) -> None:
         self._dataloader, self._seed = dataloader, seed
         self._iterator: Iterator | None = None
+        self._has_ended = self.ends_pass = False
         self.passes = self.batches = 0
         for _ in range(skip):
             if self._next() is None:
@@ -125,14 +130,18 @@ class EndlessStream:
 
     def take(self, count: int) -> list:
         """Return the next micro-batches; none if the stream has ended for good before there were so many."""
+        before = self.passes
         batches = list(itertools.islice(iter(self._next, None), count))
+        self.ends_pass = self.passes > before
         if len(batches) == count:
             return batches
-        if batches:
+        if not self._has_ended and (batches or self.passes):
             logger.warning(
-                "the stream ended for good: its last %d batch(es) fill no accumulated batch and are left out",
+                "the stream ended for good and training stops; its last %d batch(es) fill no accumulated batch and are "
+                "left out",
                 len(batches),
             )
+        self._has_ended = True
         return []
 
     def skip_pass(self) -> None:
@@ -141,6 +150,8 @@ class EndlessStream:
 
     def _next(self) -> Any:
         is_first = self._iterator is None
+        if self._has_ended:
+            return None
         if self._iterator is None:
             if hasattr(self._dataloader, "set_epoch"):
                 self._dataloader.set_epoch(self.passes)

@@ -137,7 +137,8 @@ class WatchedTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as Trainer does, unless the set is empty or the numbers of the run are broken."""
-        if has_length(dataloader.dataset) and not len(dataloader.dataset):
+        dataset = getattr(dataloader, "dataset", None)
+        if has_length(dataset) and not len(dataset):
             raise DataError("the evaluation set has no rows: expected at least one")
         if not self.is_in_train:
             self._watch = DivergenceWatch(self.accelerator)
@@ -189,9 +190,6 @@ class WatchedTrainer(Trainer):
         batches = self.stream.take(count)
         if not batches and not state.global_step:
             raise DataError(f"the training set is a stream with fewer than {count} batches: expected at least so many")
-        if not batches:
-            logger.warning("the stream has ended for good at step %d of %d", state.global_step, state.max_steps)
-            self.control.should_training_stop = True
         return batches
 
     def _refuse_missing_weights(self, missing: Sequence[str]) -> None:

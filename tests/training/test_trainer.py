@@ -75,9 +75,9 @@ def arguments(folder, micro_batch=16, accumulation=1, **changes) -> TrainingArgu
     return TrainingArguments(output_dir=str(folder), **(options | changes))
 
 
-def weighted(model, args, data, tokenizer, **options) -> WeightedTrainer:
+def weighted(model, args, data, tokenizer, cls=WeightedTrainer, **options) -> WeightedTrainer:
     options = {"class_weights": WEIGHTS, "data_collator": DataCollatorWithPadding(tokenizer)} | options
-    return WeightedTrainer(model, args, train_dataset=data, **options)
+    return cls(model, args, train_dataset=data, **options)
 
 
 def reference_loss(model, rows, tokenizer, weights=WEIGHTS, label_smoothing=0.0) -> torch.Tensor:
@@ -292,13 +292,15 @@ def test_balanced_weights_of_several_labels_are_negatives_over_positives(tmp_pat
 TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
 TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
 TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
+TWO_RANKS += [(1, 4, 1, "one row"), (37, 4, 2, "subclass"), (11, 4, 2, "stream")]
+TWO_RANKS += [(29, 4, 2, f"resumed {order}") for order in ("group_by_length", "random", "stream")]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, tokenizer):
     """Run every case on two processes under torchrun with gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    for size in {case[0] for case in TWO_RANKS}:
+    for size in {case[0] for case in TWO_RANKS if case[0] > 1}:
         make_dataset(size).save_to_disk(folder / f"data{size}")
     for kind in TASK_LOSS:
         make_task_dataset(kind, 37).save_to_disk(folder / kind)
@@ -310,7 +312,7 @@ def two_ranks(tmp_path_factory, tokenizer):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(
         [*command, str(folder), json.dumps([WEIGHTS, TWO_RANKS])],
-        timeout=240,
+        timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -332,11 +334,14 @@ def test_two_ranks_equal_one_batch_for_every_task(two_ranks, tokenizer, case):
 
 
 def test_two_ranks_with_a_token_budget_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer):
-    (gradient,) = two_ranks[TWO_RANKS[-1]]["gradients"]
+    (gradient,) = two_ranks[37, 1, 100, "budget"]["gradients"]
     assert relative_error(gradient, reference_gradient(tiny_model(), tiny_dataset(37), tokenizer)) <= 1e-5
 
 
-@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] not in TASK_LOSS and c[3] != "budget"], ids=str)
+PLAIN = ("full", "lora", "checkpointing", "subclass")
+
+
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] in PLAIN], ids=str)
 def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer, case):
     result, data = two_ranks[case], tiny_dataset(case[0])
     assert len(result["gradients"]) == -(-case[0] // 16)
@@ -350,6 +355,30 @@ def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenize
         assert relative_error(gradient, expected) <= 1e-5
         assert result["losses"][step] == pytest.approx(reference_loss(plain, rows, tokenizer).item(), rel=1e-5)
     assert result["eval_loss"] == pytest.approx(reference_loss(plain, data, tokenizer).item(), rel=1e-5)
+
+
+def test_one_row_on_two_ranks_counts_once(two_ranks, tokenizer):
+    result = two_ranks[1, 4, 1, "one row"]
+    expected = reference_gradient(make_model(), make_dataset(2).select([0]), tokenizer)
+    assert relative_error(result["gradients"][0], expected) <= 1e-5
+    assert result["eval_loss"] == pytest.approx(
+        reference_loss(make_model(), make_dataset(2).select([0]), tokenizer).item(), rel=1e-5
+    )
+
+
+def test_a_stream_on_two_ranks_has_the_gradients_of_one_batch(two_ranks, tokenizer):
+    data = make_dataset(11)
+    endless = [data[i % 11] for i in range(48)]
+    gradients = two_ranks[11, 4, 2, "stream"]["gradients"]
+    assert len(gradients) == 3
+    for step, gradient in enumerate(gradients):
+        expected = reference_gradient(make_model(), endless[16 * step : 16 * step + 16], tokenizer)
+        assert relative_error(gradient, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3].startswith("resumed")], ids=str)
+def test_two_ranks_resume_in_a_later_epoch(two_ranks, case):
+    assert torch.equal(two_ranks[case]["resumed"], two_ranks[case]["whole"])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -507,6 +536,46 @@ def test_a_resumed_run_ends_with_the_weights_of_a_whole_run(
         resumed = run(3, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert relative_error(resumed, whole) <= 1e-6
     assert relative_error(run(3), whole) > 0.1
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("strategy", "seedable"), [("group_by_length", True), ("random", False)])
+def test_a_run_resumes_in_a_later_epoch_with_its_order(tmp_path, tokenizer, strategy, seedable, drop_last):
+    whole, resumed = (resumed_weights(tmp_path, tokenizer, strategy, seedable, drop_last, step) for step in (None, 5))
+    assert torch.equal(resumed, whole)
+
+
+def resumed_weights(folder, tokenizer, strategy, seedable, drop_last, step, **changes):
+    """Return the weights after two epochs of a run that is whole, or that resumes after a step."""
+    model = prepare_model(make_model())
+    args = arguments(
+        folder,
+        4,
+        2,
+        learning_rate=1e-2,
+        num_train_epochs=2,
+        train_sampling_strategy=strategy,
+        accelerator_config={"use_seedable_sampler": seedable},
+        dataloader_drop_last=drop_last,
+        save_strategy="no" if step else "steps",
+        save_steps=1,
+        **changes,
+    )
+    train = {"resume_from_checkpoint": str(folder / f"checkpoint-{step}")} if step else {}
+    torch.manual_seed(step or 0)  # a run that resumes has drawn other random numbers
+    weighted(model, args, make_dataset(29), tokenizer).train(**train)
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_the_first_epoch_of_one_process_has_the_order_of_trainer(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    losses = {}
+    for cls in (Trainer, WeightedTrainer):
+        seen = Losses()
+        args = arguments(tmp_path, 4, train_sampling_strategy="group_by_length")
+        collate = DataCollatorWithPadding(tokenizer)
+        cls(tiny_model(), args, train_dataset=tiny_dataset(32), data_collator=collate, callbacks=[seen]).train()
+        losses[cls] = seen.values
+    assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tiny_model, tiny_dataset, tokenizer):

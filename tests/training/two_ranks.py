@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from conftest import TASK_LOSS
+from conftest import TASK_LOSS, make_dataset, make_model
 from datasets import load_from_disk
-from test_trainer import Gradients, Losses, arguments, task_model, task_options, weighted
+from test_trainer import (
+    Gradients,
+    Losses,
+    Passes,
+    Stream,
+    arguments,
+    resumed_weights,
+    task_model,
+    task_options,
+    weighted,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from esm_efficient import compat, lora_config, prepare_model
+from esm_efficient import WeightedTrainer, compat, lora_config, prepare_model
 
 
 def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str, weights: list[float]) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    if kind.startswith("resumed"):
+        return resume(folder / kind, kind.removeprefix("resumed "), tokenizer)
     task = kind in TASK_LOSS
     checkpointing = kind in ("lora", "checkpointing")
     model = task_model(kind) if task else AutoModelForSequenceClassification.from_pretrained(folder / "model")
@@ -27,12 +41,14 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
         adapters=lora_config(model, r=2, init_lora_weights=False) if kind == "lora" else None,
         gradient_checkpointing=checkpointing,
     )
-    data = load_from_disk(str(folder / (kind if task else f"data{size}")))
+    data = make_dataset(2).select([0]) if size == 1 else load_from_disk(str(folder / (kind if task else f"data{size}")))
     options = task_options(kind, tokenizer) if task else {"class_weights": weights}
     if kind == "budget":
         options["token_budget"] = 64
     gradients, losses = Gradients(), Losses()
-    trainer = weighted(
+    is_stream = kind == "stream"
+    make = weighted if kind != "subclass" else functools.partial(weighted, cls=CallsSuper)
+    trainer = make(
         model,
         arguments(
             folder / "run",
@@ -40,9 +56,10 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
             accumulation,
             ddp_backend="gloo",
             ddp_find_unused_parameters=False,
+            max_steps=3 if is_stream else -1,
             **compat.checkpointing_arguments(checkpointing),
         ),
-        data,
+        Stream([data[i] for i in range(size)]) if is_stream else data,
         tokenizer,
         **options,
         eval_dataset=data,
@@ -50,6 +67,40 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
     )
     trainer.train()
     return {"gradients": gradients.steps, "losses": losses.values, "eval_loss": trainer.evaluate()["eval_loss"]}
+
+
+class CallsSuper(WeightedTrainer):
+    """Overrides the loss, passes on no number of items, and changes nothing."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+def resume(folder: Path, order: str, tokenizer: Any) -> dict:
+    """Return the weights of a whole run, and of one that resumes in its second epoch or third pass."""
+    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    results = []
+    for step in (None, 3):
+        if order != "stream":
+            # 29 rows are two optimizer steps per epoch on two ranks.
+            results.append(resumed_weights(folder, tokenizer, order, order != "random", True, step, **options))
+            continue
+        model = prepare_model(make_model())
+        args = arguments(
+            folder,
+            4,
+            2,
+            learning_rate=1e-2,
+            max_steps=5,
+            save_strategy="no" if step else "steps",
+            save_steps=1,
+            **options,
+        )
+        train = {"resume_from_checkpoint": str(folder / f"checkpoint-{step}")} if step else {}
+        data = make_dataset(11)
+        weighted(model, args, Passes([data[i] for i in range(11)]), tokenizer).train(**train)
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    return {"whole": results[0], "resumed": results[1]}
 
 
 def main() -> None:
