@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from esm_efficient.encoder import apply_lean_encoder, has_lean_encoder, remove_lean_encoder
     from esm_efficient.errors import (
         AuditError,
+        CheckpointError,
         ConfigurationError,
         DataError,
+        DivergenceError,
         DownloadError,
         EsmEfficientError,
         RequestError,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     )
     from esm_efficient.training.arguments import recipe_arguments
     from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
+    from esm_efficient.training.evaluation import evaluate
     from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import finetune
     from esm_efficient.training.result import FinetuneResult
@@ -93,8 +96,10 @@ _HOME = {
     "encoder": ("apply_lean_encoder", "has_lean_encoder", "remove_lean_encoder"),
     "errors": (
         "AuditError",
+        "CheckpointError",
         "ConfigurationError",
         "DataError",
+        "DivergenceError",
         "DownloadError",
         "EsmEfficientError",
         "RequestError",
@@ -122,6 +127,7 @@ _HOME = {
     ),
     "training.arguments": ("recipe_arguments",),
     "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
+    "training.evaluation": ("evaluate",),
     "training.export": ("export_model",),
     "training.finetune": ("finetune",),
     "training.result": ("FinetuneResult",),
@@ -135,10 +141,12 @@ __all__ = [
     "AuditCallback",
     "AuditError",
     "CheckpointCallback",
+    "CheckpointError",
     "Comparison",
     "ConfigurationError",
     "DataError",
     "Device",
+    "DivergenceError",
     "DownloadError",
     "EsmEfficientError",
     "Estimate",
@@ -168,6 +176,7 @@ __all__ = [
     "deeploc_dataloaders",
     "demo_model_path",
     "estimate",
+    "evaluate",
     "export_model",
     "finetune",
     "format_table",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,18 +52,35 @@ def asks_for_checkpointing(args: TrainingArguments) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
-def declare_loss_normalised(trainer: Trainer) -> None:
-    """Tell a Trainer that its loss is already divided by the weight of the whole accumulated batch.
+def divides_loss(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Return whether a Trainer divides the loss of a micro-batch by the accumulation steps.
 
-    Without it, the Trainer divides the loss by the accumulation steps once more. transformers 5.20 and later have an
-    attribute for this. Earlier versions divide unless the model claims to accept loss arguments.
+    Without it, a loss that is already divided by the weight of the accumulated batch would be divided once more.
+    transformers 5.20 and later have an attribute for this.
+
+    Args:
+        trainer: the trainer.
+        num_items_in_batch: the number of items of the accumulated batch, as `Trainer.get_batch_samples` returns it.
     """
     from transformers import Trainer
 
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        trainer.loss_is_scaled_for_ga = True
-    else:
-        trainer.model_accepts_loss_kwargs = True
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+    if declared is not None:
+        return not declared
+    return trainer.compute_loss_func is None and not (
+        trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    )
+
+
+def has_own_loss_function(model: nn.Module) -> bool:
+    """Return whether the user gave a transformers model a ``loss_function``, or its class defines one.
+
+    Without the private name of what the setter stores, the user's loss would be replaced by a weighted cross-entropy.
+    """
+    from transformers import PreTrainedModel
+
+    defined: Any = getattr(type(model), "loss_function", None)
+    return hasattr(model, "_loss_function") or defined not in (None, PreTrainedModel.loss_function)
 
 
 def leave_division_to_trainer(accelerator: Accelerator) -> None:
@@ -73,17 +90,6 @@ def leave_division_to_trainer(accelerator: Accelerator) -> None:
     number of steps to accelerate; without this function every accumulated gradient is too small by that factor.
     """
     accelerator.gradient_accumulation_steps = 1
-
-
-def save_under_own_names(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` write a model's weights under the names of its modules.
-
-    transformers 5 writes LayerNorm's weights under the legacy names ``gamma`` and ``beta`` if the ESM model was built
-    from a config, or loaded from a file with such names. ``from_pretrained`` reads them. Without this function, a
-    Trainer that resumes does not: it only warns, and keeps the LayerNorm weights that the model had.
-    """
-    conversions: Any = []
-    model._weight_conversions = conversions
 
 
 def tied_weights(model: nn.Module) -> tuple[str, ...]:
@@ -184,6 +190,13 @@ Without replacing it, the lean encoder would still make a mask of rows x columns
 """
 
 
+REPLACED_METHODS = ("forward", "__call__", "feed_forward_chunk", ATTENTION_MASKS_METHOD, "_update_cos_sin_tables")
+"""Methods of transformers' ESM-2 modules that the lean encoder stands in for.
+
+Without the private ones, a subclass that changes them would compute what transformers' own class does.
+"""
+
+
 class _NoCheckpointing:
     """Calls a layer directly, in place of the checkpointing function that it replaces."""
 
@@ -228,6 +241,20 @@ def lora_extension(layer: Any, adapter: str) -> str:
     return ""
 
 
+def rotary_modules(esm: Any, attentions: Iterable[Any]) -> list[tuple[Any, type]]:
+    """Return the modules that compute rotary angles, and the class that transformers has for them.
+
+    transformers 5.23 has one in the model, not in each self-attention, and renames the class. Without it, a module of
+    a user's own would be ignored.
+    """
+    from transformers.models.esm import modeling_esm
+
+    cls = getattr(modeling_esm, "EsmRotaryEmbedding", None) or getattr(modeling_esm, "RotaryEmbedding")  # noqa: B009
+    owners = [esm] if hasattr(esm, "rotary_embeddings") else attentions
+    modules = [getattr(owner, "rotary_embeddings", None) for owner in owners]
+    return [(module, cls) for module in modules if module is not None]
+
+
 def rotary_table(
     esm: Any, position_ids: Tensor | None, states: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
@@ -248,7 +275,8 @@ def rotary_table(
     import torch
 
     columns = torch.arange(states.shape[1], device=states.device)[None]
-    per_layer = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
+    modules = (getattr(module, "rotary_embeddings", None) for module in esm.encoder.layer.modules())
+    per_layer = next((rotary for rotary in modules if rotary is not None), None)
     if per_layer is not None:
         angles = columns[..., None].to(per_layer.inv_freq.dtype) * per_layer.inv_freq
         angles = torch.cat((angles, angles), -1)
@@ -259,19 +287,25 @@ def rotary_table(
     return shared(states.new_empty(0, dtype=dtype), columns if position_ids is None else position_ids)
 
 
-def reads_first_token(model: nn.Module) -> bool:
-    """Whether a model is a sequence classifier with transformers' own head, which reads only the first token."""
-    from transformers import EsmForSequenceClassification
-    from transformers.models.esm.modeling_esm import EsmClassificationHead
+def forget_renaming(model: PreTrainedModel, target: str) -> None:
+    """Drop the renamings to names that contain `target` from those that ``save_pretrained`` undoes.
 
-    if not isinstance(model, EsmForSequenceClassification):
-        return False
-    copies = getattr(model.classifier, "modules_to_save", None)
-    heads = [model.classifier] if copies is None else list(copies.values())
-    if any("forward" in module.__dict__ for module in (model, *heads)):
-        return False
-    known = EsmForSequenceClassification.forward, EsmClassificationHead.forward
-    return type(model).forward is known[0] and all(type(head).forward is known[1] for head in heads)
+    A model that was loaded with a ``key_mapping`` is saved with its reverse. Without this function, a model loaded with
+    a pattern is saved under the text of that pattern, which nothing reads.
+    """
+    conversions: Any = getattr(model, "_weight_conversions", None) or []
+    kept: Any = [entry for entry in conversions if not any(target in name for name in entry.target_patterns)]
+    model._weight_conversions = kept
+
+
+def rotates_per_layer() -> bool:
+    """Return whether every attention layer has rotary frequencies of its own, as before transformers 5.23.
+
+    Since 5.23 the model has them. Without it, weights of a later version would be loaded without their frequencies.
+    """
+    from transformers import EsmModel
+
+    return not hasattr(EsmModel, "load_hook")
 
 
 # --- adapters ---
@@ -333,23 +367,34 @@ def guard_training(trainer: Trainer, guard: Callable[[], AbstractContextManager[
     """
     owners: list[tuple[Any, str]] = [(trainer, name) for name in GUARDED_METHODS]
     owners.append((trainer.callback_handler, "on_epoch_begin"))
-    before = [(owner, name, vars(owner).get(name)) for owner, name in owners]
+    # Several callbacks may guard one trainer: the methods are wrapped once, and run in all guards that are left.
+    guards: list[Callable[[], AbstractContextManager[Any]]] = vars(trainer).setdefault("_training_guards", [])
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with guard():
+            with ExitStack() as stack:
+                for enter in list(guards):
+                    stack.enter_context(enter())
                 return method(*args, **kwargs)
 
         return call
 
     def restore() -> None:
-        for owner, name, own in before:
+        if guard not in guards:
+            return
+        guards.remove(guard)
+        if guards:
+            return
+        for (owner, name), own in vars(trainer).pop("_unguarded").items():
             if own is not None:
                 setattr(owner, name, own)
             elif name in vars(owner):
                 delattr(owner, name)
 
-    for owner, name in owners:
-        setattr(owner, name, guarded(getattr(owner, name)))
+    if not guards:
+        vars(trainer)["_unguarded"] = {(owner, name): vars(owner).get(name) for owner, name in owners}
+        for owner, name in owners:
+            setattr(owner, name, guarded(getattr(owner, name)))
+    guards.append(guard)
     return restore

@@ -12,6 +12,7 @@ from esm_efficient.data.readers import read_fasta, read_table
 from esm_efficient.data.schema import find_column, non_letters
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import DataError, RequestError, listing
+from esm_efficient.inference.inputs import problem_of
 
 TYPES = ("application/json", "text/csv", "text/x-fasta")
 """Accepted content types; other usual names of FASTA are accepted too."""
@@ -115,6 +116,8 @@ def _checked_sequence(raw: Any, number: int, limits: RequestLimits) -> str:
         raise RequestError(
             f"sequence {number} contains characters that are not residues: {listing([repr(c) for c in unknown])}"
         )
+    if problem := problem_of(raw):
+        raise RequestError(f"sequence {number} {problem}")
     return sequence
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esm_efficient.compat import guard_training, running_trainer
@@ -48,11 +50,9 @@ class ProfilerCallback(TrainerCallback):
     def __init__(self, *, warmup_steps: int = 2, compare_with_matmul: bool = True, every: int = 10) -> None:
         self.report: ProfileReport | None = None
         self.reports: RankReports | None = None
-        self._options: dict[str, Any] = {
-            "warmup_steps": warmup_steps,
-            "compare_with_matmul": compare_with_matmul,
-            "every": every,
-        }
+        self._make_profiler = partial(
+            Profiler, warmup_steps=warmup_steps, compare_with_matmul=compare_with_matmul, every=every
+        )
         self._run: _Run | None = None
 
     def on_train_begin(
@@ -72,8 +72,7 @@ class ProfilerCallback(TrainerCallback):
         if self._run is not None:
             self._run.end()
         accumulation = args.gradient_accumulation_steps
-        profiler = Profiler(kwargs["model"], kwargs["optimizer"], accumulation=accumulation, **self._options)
-        self._run = _Run(trainer, profiler)
+        self._run = _Run(trainer, self._make_profiler(kwargs["model"], kwargs["optimizer"], accumulation=accumulation))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step; log at the Trainer's own intervals."""
@@ -93,8 +92,9 @@ class ProfilerCallback(TrainerCallback):
             return
         run, self._run = self._run, None
         run.end()
-        self.reports = _gather(run.profiler.report())
-        self.report = self.reports.reports[args.process_index if len(self.reports.reports) > 1 else 0]
+        gathered = gather_object([run.profiler.report()])
+        reports = [dataclasses.replace(report, rank=rank, ranks=len(gathered)) for rank, report in enumerate(gathered)]
+        self.report, self.reports = reports[args.process_index], RankReports(reports)
         run.trainer.log(self.reports.metrics())
 
 
@@ -105,23 +105,18 @@ class _Run:
         self.trainer = trainer
         self.profiler = profiler
         self._started = False
-        self._ended = False
-        self._remove_guard: Callable[[], None] = guard_training(trainer, self._guard)
+        self._exits = ExitStack()
+        self._exits.callback(guard_training(trainer, self._guard))
 
     def end(self, error: BaseException | None = None) -> None:
-        """Remove the guard and stop the profiler, once; an out-of-memory error is replaced by ours."""
-        if self._ended:
-            return
-        self._ended = True
-        self._remove_guard()
-        if self._started:
-            self.profiler.__exit__(type(error) if error is not None else None, error, None)
+        """Stop the profiler and remove the guard, once; an out-of-memory error is replaced by ours."""
+        self._exits.__exit__(type(error) if error is not None else None, error, None)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
         # Not earlier: an error of another callback's on_train_begin is not seen, and must leave no hooks behind.
         if not self._started:
-            self.profiler.__enter__()
+            self._exits.enter_context(self.profiler)
             self._started = True
         try:
             yield
@@ -129,13 +124,3 @@ class _Run:
             retried = self.trainer.args.auto_find_batch_size and isinstance(error, torch.OutOfMemoryError)
             self.end(None if retried else error)
             raise
-
-
-def _gather(report: ProfileReport) -> RankReports:
-    """Return the reports of all ranks, in order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return RankReports((report,))
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, dataclasses.replace(report, rank=rank, ranks=world))
-    return RankReports(tuple(gathered))

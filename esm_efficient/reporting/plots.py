@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting.tables import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GIB = 1024**3
+_Plot = TypeVar("_Plot", bound=Callable[..., str])
 
 # Okabe and Ito's palette, which is safe for colour-blind readers.
 CATEGORY_COLOURS = {
@@ -47,13 +52,30 @@ class Method:
     high: float | None = None
 
 
-def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, title: str = "") -> str:
+def _plain_text(plot: _Plot) -> _Plot:
+    """Show every text of a plot as it is. matplotlib would set a name with two dollar signs as a formula."""
+
+    @functools.wraps(plot)
+    def plotted(*args: Any, **options: Any) -> str:
+        try:
+            import matplotlib.figure
+        except ImportError as error:
+            raise ConfigurationError(
+                "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
+            ) from error
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return plot(*args, **options)
+
+    return cast("_Plot", plotted)
+
+
+@_plain_text
+def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -> str:
     """Plot peak memory by category, one stacked bar per method.
 
     Args:
         stacks: bytes by category, by method.
         capacity: bytes of the device, drawn as a line; 0 draws none.
-        title: title above the plot.
 
     Returns:
         SVG.
@@ -61,16 +83,16 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    figure, axes = _figure(8, 0.45 * len(stacks) + 1.6)
-    names = list(stacks)
-    left = [0.0] * len(names)
+    figure, [[axes]] = _figure(8, 0.45 * len(stacks) + 1.6)
+    names = [one_line(name) for name in stacks]
+    left = np.zeros(len(stacks))
     for category, colour in CATEGORY_COLOURS.items():
-        sizes = [stacks[name].get(category, 0) / GIB for name in names]
+        sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / GIB
         axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
+        left = left + sizes
     for position, total in enumerate(left):
         axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
-    widest = max(left, default=1.0)
+    widest = left.max()
     if capacity and capacity / GIB < 3 * widest:
         axes.axvline(capacity / GIB, color="black", linestyle="--", linewidth=1, label="memory of the device")
         widest = max(widest, capacity / GIB)
@@ -78,17 +100,15 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
     axes.invert_yaxis()
     axes.set_xlabel("peak memory, GiB")
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
-def timeline_plot(
-    timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, title: str = "", unit: str = "seconds"
-) -> str:
+@_plain_text
+def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, unit: str = "seconds") -> str:
     """Plot memory over one step, one small plot per method, coloured by phase.
 
     Args:
         timelines: points by method: phase, time, bytes.
-        title: title above the plot.
         unit: unit of the times.
 
     Returns:
@@ -109,7 +129,7 @@ def timeline_plot(
                 axes.fill_between(
                     [x for _, x, _ in shown], [y / GIB for _, _, y in shown], color=colour, label=phase, linewidth=0
                 )
-        axes.set_title(name, fontsize=10)
+        axes.set_title(one_line(name), fontsize=10)
         axes.set_ylim(0, 1.05 * highest)
         axes.set_xlim(points[0][1], max(points[-1][1], 1e-9))
         axes.tick_params(labelsize=8)
@@ -119,10 +139,11 @@ def timeline_plot(
     figure.supylabel("GiB", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
-def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "") -> str:
+@_plain_text
+def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
     """Plot time against peak memory, and beside it the metric if there is one.
 
     A line joins the methods that no other method beats in both time and memory.
@@ -130,7 +151,6 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     Args:
         methods: the points.
         metric: name of the metric.
-        title: title above the plot.
 
     Returns:
         SVG.
@@ -139,8 +159,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
         ConfigurationError: matplotlib is not installed.
     """
     measured = [method for method in methods if method.metric is not None]
-    figure, grid = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
-    panels = list(grid.flat) if measured else [grid]
+    figure, [panels] = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
     axes = panels[0]
     front = sorted((m for m in methods if not any(_beats(other, m) for other in methods)), key=lambda m: m.seconds)
     axes.plot([m.seconds for m in front], [m.memory / GIB for m in front], color="#999999", linewidth=1, zorder=1)
@@ -151,16 +170,15 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     if measured:
         axes = panels[1]
         for m in measured:
-            assert m.metric is not None
-            if m.low is not None and m.high is not None:
+            if m.low is not None:
                 axes.plot([m.memory / GIB] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
         _points(axes, [(m.name, m.memory / GIB, m.metric or 0.0) for m in measured])
         axes.set_xlabel("peak memory, GiB")
-        axes.set_ylabel(metric)
+        axes.set_ylabel(one_line(metric))
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.15)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
 def _beats(one: Method, other: Method) -> bool:
@@ -175,32 +193,26 @@ def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     for name, x, y in sorted(points, key=lambda point: point[2]):
         # Stack the labels of points that overlap.
         above = sum(abs(y - b) < 0.04 * spread and abs(x - a) < 0.15 * (abs(x) + 1e-9) for a, b in labelled)
-        axes.annotate(name, (x, y), (6, 4 + 11 * above), textcoords="offset points", fontsize=9)
+        axes.annotate(one_line(name), (x, y), (6, 4 + 11 * above), textcoords="offset points", fontsize=9)
         labelled.append((x, y))
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid[0, 0] if rows == columns == 1 else grid
+    return figure, grid
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure) -> str:
     import matplotlib
 
-    if title:
-        figure.suptitle(title, fontsize=11)
     buffer = io.StringIO()
     # Keep text as text, and give the same file for the same figures.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.tasks import IGNORE
+from esm_efficient.tasks import IGNORE, head_of
+from esm_efficient.training.losses import LARGEST_NUMBER
 
 
 def dataset_labels(dataset: Any) -> np.ndarray:
@@ -46,18 +48,71 @@ def dataset_labels(dataset: Any) -> np.ndarray:
     return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
 
 
-def has_float_labels(dataset: Any) -> bool:
-    """Return whether the labels of a dataset are floats; several float labels per sequence are a multi-label task."""
+def check_labels(dataset: Any, collator: Any, model: Any, problem_type: str | None) -> None:
+    """Check all labels of a training set before the first step, if their column reaches the loss unchanged.
+
+    This is so for a `datasets.Dataset` without a transform and a collator of transformers that makes no labels. The
+    loss checks the labels of every other set batch by batch.
+
+    Args:
+        dataset: the training set.
+        collator: the data collator.
+        model: the model, whose config tells the number of classes.
+        problem_type: as in the model's config; None if the labels decide it.
+
+    Raises:
+        DataError: no label is known, or a label is wrong; the message names the first row.
+    """
     import datasets
 
-    if isinstance(dataset, datasets.IterableDataset):
-        example = next(iter(dataset), None)
-    elif not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
-        return False
-    else:
-        example = dataset[0]
-    value = example.get("labels", example.get("label")) if isinstance(example, Mapping) else None
-    return value is not None and np.issubdtype(np.asarray(value).dtype, np.floating)
+    is_plain = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    column = next((name for name in ("labels", "label") if is_plain and name in dataset.column_names), None)
+    if column is None or not _keeps_labels(collator):
+        return
+    start, is_any_known = 0, False
+    for block in dataset.select_columns(column).with_format("numpy").iter(10_000):
+        rows = [np.asarray(row) for row in block[column]]
+        values = np.concatenate([row.ravel() for row in rows]) if rows else np.empty(0)
+        if values.dtype.kind not in "iuf":
+            return
+        known, wrong, expected = _judge(values, model, problem_type)
+        if wrong.any():
+            row = start + int(np.repeat(np.arange(len(rows)), [row.size for row in rows])[wrong][0])
+            raise DataError(f"row {row} of the training set has the label {values[wrong][0]:g}: expected {expected}")
+        is_any_known = is_any_known or bool(known.any())
+        start += len(rows)
+    if not is_any_known:
+        raise DataError(f"no label of the training set is known: all {start} row(s) have -100 or NaN in {column!r}")
+
+
+def _keeps_labels(collator: Any) -> bool:
+    kind = type(collator) if not callable(getattr(collator, "__code__", None)) else collator
+    name = getattr(collator, "__name__", type(collator).__name__)
+    module = getattr(collator, "__module__", kind.__module__)
+    return module.startswith("transformers.") and "Language" not in name and "WholeWord" not in name
+
+
+def _judge(values: np.ndarray, model: Any, problem_type: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return masks of the labels that are known and that are wrong, and what is expected."""
+    is_float = values.dtype.kind == "f"
+    if problem_type == "regression":
+        known = ~np.isnan(values) if is_float else np.ones(len(values), dtype=bool)
+        return (
+            known,
+            np.abs(values) > LARGEST_NUMBER,
+            f"a number of at most {LARGEST_NUMBER:g}; standardise the numbers",
+        )
+    known = (values != IGNORE) & ~np.isnan(values) if is_float else values != IGNORE
+    if is_float:
+        return known, known & ((values < 0) | (values > 1)), "a number from 0 to 1, or NaN or -100 if it is unknown"
+    head, config = head_of(model), model.config
+    classes = config.vocab_size if head == "masked-lm" else config.num_labels
+    wrong = known & ((values < 0) | (values >= classes))
+    return (
+        known,
+        wrong,
+        f"a class id from 0 to {classes - 1} (config.num_labels is {classes}), or -100 if it is unknown",
+    )
 
 
 def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequence[str]) -> np.ndarray:
@@ -119,11 +174,11 @@ def balanced_label_weights(labels: np.ndarray, label_names: Sequence[str]) -> np
 
 
 def resolve_class_weights(
-    weights: str | Mapping[str, float] | Sequence[float] | Any,
+    weights: str | Mapping[Any, float] | Sequence[float] | Any,
     dataset: Any,
     label_names: Sequence[str],
     *,
-    multi_label: bool,
+    problem_type: str | None,
 ) -> np.ndarray:
     """Return class weights as an array.
 
@@ -131,7 +186,7 @@ def resolve_class_weights(
         weights: ``"balanced"``, or weights as in `check_class_weights`.
         dataset: the training set; only ``"balanced"`` counts its labels.
         label_names: names of the classes in the order of their ids.
-        multi_label: whether a sequence has several labels.
+        problem_type: as in a model's config; None if the labels decide between one class and several labels.
 
     Returns:
         float64 of shape (classes,).
@@ -142,16 +197,17 @@ def resolve_class_weights(
     """
     if not (isinstance(weights, str) and weights == "balanced"):
         return check_class_weights(weights, label_names)
-    balance = balanced_label_weights if multi_label else balanced_class_weights
-    return balance(dataset_labels(dataset), label_names)
+    labels = dataset_labels(dataset)
+    has_several = problem_type == "multi_label_classification" or (problem_type is None and labels.dtype.kind == "f")
+    return (balanced_label_weights if has_several else balanced_class_weights)(labels, label_names)
 
 
-def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
+def check_class_weights(weights: Mapping[Any, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
     """Check weights that a user gave and return them as an array.
 
     Args:
         weights: one number per class, as a sequence, an array or a tensor in the order of the class ids; or a mapping
-            that gives a number for each label name.
+            that gives a number for each label name or for each class id.
         label_names: names of the classes in the order of their ids.
 
     Returns:
@@ -167,11 +223,15 @@ def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, la
     """
     names = ", ".join(label_names)
     if isinstance(weights, Mapping):
-        if wrong := set(weights) ^ set(label_names):
+        ids: Sequence[Any] = range(len(label_names))
+        # Names may look like ids, but are never integers.
+        keys = ids if all(isinstance(key, Integral) for key in weights) else label_names
+        if wrong := set(weights) ^ set(keys):
             raise ConfigurationError(
-                f"class_weights must name every label once ({names}); wrong or missing: {', '.join(map(str, wrong))}"
+                f"class_weights must name every label once ({names}), or every class id from 0 to {len(ids) - 1}; "
+                f"wrong or missing: {', '.join(sorted(map(str, wrong)))}"
             )
-        weights = [weights[name] for name in label_names]
+        weights = [weights[key] for key in keys]
     elif isinstance(weights, str):
         raise ConfigurationError(f'class_weights={weights!r}: expected "balanced", an array, a mapping, or None')
     elif hasattr(weights, "detach"):
