@@ -312,10 +312,10 @@ class _RowCounts:
         """Count the rows of a block; `keep`, bool of shape (rows,), marks the kept ones."""
         self.kept += int(keep.sum())
         self.left_out += int((~keep).sum())
-        for sequence, accession, kept in zip(columns["sequence"], columns["accession"], keep.tolist(), strict=True):
-            if kept and is_nucleotides(sequence):
-                self.nucleotides += 1
-                self.examples = self.examples if len(self.examples) > 4 else [*self.examples, str(accession)]
+        sequences = columns["sequence"]
+        found = [row for row in np.flatnonzero(keep).tolist() if is_nucleotides(sequences[row])]
+        self.nucleotides += len(found)
+        self.examples = [*self.examples, *(str(columns["accession"][row]) for row in found[:5])][:5]
         self.long += int((columns["residues"][keep] >= NUCLEOTIDE_RESIDUES).sum())
         for split, kept in zip(columns.get("split", ()), keep, strict=False):
             self.by_split[split] += int(kept)

@@ -28,16 +28,12 @@ _KEY_AND_VALUE = re.compile(r"(?:^|\s)(\w+)=(\S+)")
 
 
 class Record(NamedTuple):
-    """A FASTA record: its place, its header without ``>``, and its other lines without white space at the end."""
+    """A FASTA record: its place, accession, header without ``>``, and other lines without white space."""
 
     place: str
+    accession: str
     header: str
     lines: list[str]
-
-    @property
-    def accession(self) -> str:
-        """The first word of the header; of a UniProt name, the accession."""
-        return accession_of(self.header.split(None, 1)[0] if self.header.strip() else "")
 
 
 def accession_of(name: str) -> str:
@@ -114,8 +110,10 @@ def read_fasta_table(
                     )
                 leave_out(f"{source}, {record.place}", problem)
                 continue
-            values = dict(_KEY_AND_VALUE.findall(record.header)) if columns else {}
-            yield record.place, [*cells, *(values.get(column, "") for column in columns)]
+            if columns:
+                values = dict(_KEY_AND_VALUE.findall(record.header))
+                cells += [values.get(column, "") for column in columns]
+            yield record.place, cells
 
     return names + columns, rows()
 
@@ -183,6 +181,7 @@ def _records(handle: Iterable[str], source: str | Path) -> Iterator[Record]:
             if text := line.strip():
                 body.append(text.replace(" ", ""))
             continue
-        record = Record("", header, body)
-        yield record._replace(place=f"record {number} ({record.accession})")
+        words = header.split(None, 1)
+        accession = accession_of(words[0]) if words else ""
+        yield Record(f"record {number} ({accession})", accession, header, body)
         number, header, body, size = number + 1, line[1:].rstrip(), [], 0

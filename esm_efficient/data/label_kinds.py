@@ -327,7 +327,9 @@ def _compounds(texts: Sequence[str]) -> list[str]:
 
 
 def _rare_classes(observed: LabelObservations, texts: Sequence[str]) -> Iterator[str]:
-    """A note on classes with one row, where another class has ten or more."""
+    """Notes on classes with one row, where another class has ten or more, and on a single class."""
+    if len(texts) == 1:
+        yield f"the label is {texts[0]!r:.40} in every row"
     rare = [f"{text!r:.40} ({observed.places[text]})" for text in texts if observed.counts[text] == 1]
     if rare and max(observed.counts[text] for text in texts) >= 10:
         yield f"{len(rare)} class(es) have a single row, which may be a slip: {listing(rare)}"

@@ -188,12 +188,14 @@ class _Lines(io.TextIOWrapper):
     source: str | Path = ""
 
     def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
-        line = super().readline(MAX_ROW_CHARACTERS + 1)
-        if len(line) > MAX_ROW_CHARACTERS:
-            raise DataError(f"{self.source} has a line of more than {MAX_ROW_CHARACTERS:,} characters")
-        return line
+        return next(iter(self), "")
 
     def __next__(self) -> str:  # type: ignore[override]
-        if not (line := self.readline()):
-            raise StopIteration
-        return line
+        return next(iter(self))
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        read = super().readline
+        while line := read(MAX_ROW_CHARACTERS + 1):
+            if len(line) > MAX_ROW_CHARACTERS:
+                raise DataError(f"{self.source} has a line of more than {MAX_ROW_CHARACTERS:,} characters")
+            yield line

@@ -10,7 +10,7 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -75,7 +75,7 @@ def read_blocks(
             names, parsed = _read_json_lines(handle, path, leave_out)
         else:
             names, parsed = read_fasta_table(handle, path, keys=pattern is None, leave_out=leave_out)
-        for chunk in _chunks(parsed, rows):
+        for chunk in _chunks(parsed, rows, _json_size if kind == "json" else _text_size):
             cells = zip(*(cells for _, cells in chunk), strict=True)
             block = Block(dict(zip(names, map(list, cells), strict=True)), [place for place, _ in chunk])
             if pattern is not None:
@@ -97,12 +97,22 @@ def read_rows(path: str | Path) -> Block:
     return Block(columns, [place for block in blocks for place in block.places])
 
 
-def _chunks(parsed: Iterable[tuple[str, Sequence[Any]]], rows: int) -> Iterator[list[tuple[str, Sequence[Any]]]]:
-    """Divide rows into blocks."""
+def _text_size(cells: Sequence[str]) -> int:
+    return sum(map(len, cells))
+
+
+def _json_size(cells: Sequence[Any]) -> int:
+    return sum(len(cell) for cell in cells if isinstance(cell, str | list | dict))
+
+
+def _chunks(
+    parsed: Iterable[tuple[str, Sequence[Any]]], rows: int, size: Callable[[Sequence[Any]], int]
+) -> Iterator[list[tuple[str, Sequence[Any]]]]:
+    """Divide rows into blocks of at most `rows` rows that end at `BLOCK_CHARACTERS`."""
     chunk, characters = [], 0
     for row in parsed:
         chunk.append(row)
-        characters += sum(len(cell) for cell in row[1] if isinstance(cell, str | list))
+        characters += size(row[1])
         if len(chunk) == rows or characters > BLOCK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

@@ -36,6 +36,11 @@ def test_labels_of_fasta_come_from_headers_or_a_second_table_or_are_absent(tmp_p
         load_sequences(path, labels=write(table[table.id != "P2"], tmp_path / "few.csv"), label="label")
     with pytest.raises(DataError, match=r"does not match.*record 3 \(P2\)"):
         load_sequences(path, header=r"class=(?P<label>\w+) fold=[^2]")
+    few = write(table.loc[table.id != "P2", ["id", "label"]], tmp_path / "few.csv")
+    with caplog.at_level(logging.WARNING):
+        data = load_sequences(path, labels=few, on_error="skip")
+    assert set(rows_of(data)) == set(table.id) - {"P2"}
+    assert "left out 1 row(s), the second table has no label: " in caplog.text
     for header, message in (("(", "not a regular expression"), ("class", "no named group")):
         with pytest.raises(ConfigurationError, match=message):
             load_sequences(path, header=header)

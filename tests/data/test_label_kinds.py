@@ -276,6 +276,12 @@ def test_a_class_with_one_row_is_a_warning_that_names_it(tmp_path, caplog):
         assert "a.csv, line 4)" in caplog.text
 
 
+def test_a_single_class_is_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_sequences(write(frame().assign(label="membrane"), tmp_path / "a.csv"))
+    assert "the label is 'membrane' in every row" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("column", "value", "options", "problem"),
     [
