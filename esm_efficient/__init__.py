@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from esm_efficient.encoder import apply_lean_encoder, has_lean_encoder, remove_lean_encoder
     from esm_efficient.errors import (
         AuditError,
+        CheckpointError,
         ConfigurationError,
         DataError,
         DownloadError,
@@ -94,6 +95,7 @@ _HOME = {
     "encoder": ("apply_lean_encoder", "has_lean_encoder", "remove_lean_encoder"),
     "errors": (
         "AuditError",
+        "CheckpointError",
         "ConfigurationError",
         "DataError",
         "DownloadError",
@@ -137,6 +139,7 @@ __all__ = [
     "AuditCallback",
     "AuditError",
     "CheckpointCallback",
+    "CheckpointError",
     "Comparison",
     "ConfigurationError",
     "DataError",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,18 +52,35 @@ def asks_for_checkpointing(args: TrainingArguments) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
-def declare_loss_normalised(trainer: Trainer) -> None:
-    """Tell a Trainer that its loss is already divided by the weight of the whole accumulated batch.
+def divides_loss(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Return whether a Trainer divides the loss of a micro-batch by the accumulation steps.
 
-    Without it, the Trainer divides the loss by the accumulation steps once more. transformers 5.20 and later have an
-    attribute for this. Earlier versions divide unless the model claims to accept loss arguments.
+    Without it, a loss that is already divided by the weight of the accumulated batch would be divided once more.
+    transformers 5.20 and later have an attribute for this.
+
+    Args:
+        trainer: the trainer.
+        num_items_in_batch: the number of items of the accumulated batch, as `Trainer.get_batch_samples` returns it.
     """
     from transformers import Trainer
 
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        trainer.loss_is_scaled_for_ga = True
-    else:
-        trainer.model_accepts_loss_kwargs = True
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+    if declared is not None:
+        return not declared
+    return trainer.compute_loss_func is None and not (
+        trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    )
+
+
+def has_own_loss_function(model: nn.Module) -> bool:
+    """Return whether the user gave a transformers model a ``loss_function``, or its class defines one.
+
+    Without the private name of what the setter stores, the user's loss would be replaced by a weighted cross-entropy.
+    """
+    from transformers import PreTrainedModel
+
+    defined: Any = getattr(type(model), "loss_function", None)
+    return hasattr(model, "_loss_function") or defined not in (None, PreTrainedModel.loss_function)
 
 
 def leave_division_to_trainer(accelerator: Accelerator) -> None:
@@ -237,7 +254,8 @@ def rotary_table(
     import torch
 
     columns = torch.arange(states.shape[1], device=states.device)[None]
-    per_layer = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
+    modules = (getattr(module, "rotary_embeddings", None) for module in esm.encoder.layer.modules())
+    per_layer = next((rotary for rotary in modules if rotary is not None), None)
     if per_layer is not None:
         angles = columns[..., None].to(per_layer.inv_freq.dtype) * per_layer.inv_freq
         angles = torch.cat((angles, angles), -1)
@@ -343,23 +361,34 @@ def guard_training(trainer: Trainer, guard: Callable[[], AbstractContextManager[
     """
     owners: list[tuple[Any, str]] = [(trainer, name) for name in GUARDED_METHODS]
     owners.append((trainer.callback_handler, "on_epoch_begin"))
-    before = [(owner, name, vars(owner).get(name)) for owner, name in owners]
+    # Several callbacks may guard one trainer: the methods are wrapped once, and run in all guards that are left.
+    guards: list[Callable[[], AbstractContextManager[Any]]] = vars(trainer).setdefault("_training_guards", [])
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with guard():
+            with ExitStack() as stack:
+                for enter in list(guards):
+                    stack.enter_context(enter())
                 return method(*args, **kwargs)
 
         return call
 
     def restore() -> None:
-        for owner, name, own in before:
+        if guard not in guards:
+            return
+        guards.remove(guard)
+        if guards:
+            return
+        for (owner, name), own in vars(trainer).pop("_unguarded").items():
             if own is not None:
                 setattr(owner, name, own)
             elif name in vars(owner):
                 delattr(owner, name)
 
-    for owner, name in owners:
-        setattr(owner, name, guarded(getattr(owner, name)))
+    if not guards:
+        vars(trainer)["_unguarded"] = {(owner, name): vars(owner).get(name) for owner, name in owners}
+        for owner, name in owners:
+            setattr(owner, name, guarded(getattr(owner, name)))
+    guards.append(guard)
     return restore

@@ -44,6 +44,10 @@ class TrainingInterrupted(EsmEfficientError):
     """A signal ended a run after a checkpoint of its last step was written."""
 
 
+class CheckpointError(EsmEfficientError, OSError):
+    """A checkpoint could not be written, or no checkpoint is whole; the message says which one is good."""
+
+
 class RequestError(EsmEfficientError, ValueError):
     """A request for predictions is invalid.
 

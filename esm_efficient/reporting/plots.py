@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting.tables import one_line
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB = 1024**3
-_Plot = TypeVar("_Plot", bound=Callable[..., str])
 
 # Okabe and Ito's palette, which is safe for colour-blind readers.
 CATEGORY_COLOURS = {
@@ -50,31 +50,12 @@ class Method:
     high: float | None = None
 
 
-def _plain_text(plot: _Plot) -> _Plot:
-    """Show every text of a plot as it is. matplotlib would set a name with two dollar signs as a formula."""
-
-    @functools.wraps(plot)
-    def plotted(*args: Any, **options: Any) -> str:
-        try:
-            import matplotlib.figure
-        except ImportError as error:
-            raise ConfigurationError(
-                "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
-            ) from error
-        with matplotlib.rc_context({"text.parse_math": False}):
-            return plot(*args, **options)
-
-    return cast("_Plot", plotted)
-
-
-@_plain_text
-def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, title: str = "") -> str:
+def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -> str:
     """Plot peak memory by category, one stacked bar per method.
 
     Args:
         stacks: bytes by category, by method.
         capacity: bytes of the device, drawn as a line; 0 draws none.
-        title: title above the plot.
 
     Returns:
         SVG.
@@ -82,17 +63,15 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    figure, grid = _figure(8, 0.45 * len(stacks) + 1.6)
-    axes = grid[0, 0]
-    names = [one_line(name) for name in stacks]
-    left = [0.0] * len(names)
+    figure, [[axes]] = _figure(8, 0.45 * len(stacks) + 1.6)
+    left = np.zeros(len(stacks))
     for category, colour in CATEGORY_COLOURS.items():
-        sizes = [sizes.get(category, 0) / GIB for sizes in stacks.values()]
-        axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
+        sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / GIB
+        axes.barh([one_line(name) for name in stacks], sizes, left=left, color=colour, label=category, height=0.65)
+        left = left + sizes
     for position, total in enumerate(left):
         axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
-    widest = max(left, default=1.0)
+    widest = left.max()
     if capacity and capacity / GIB < 3 * widest:
         axes.axvline(capacity / GIB, color="black", linestyle="--", linewidth=1, label="memory of the device")
         widest = max(widest, capacity / GIB)
@@ -100,18 +79,14 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
     axes.invert_yaxis()
     axes.set_xlabel("peak memory, GiB")
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
-@_plain_text
-def timeline_plot(
-    timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, title: str = "", unit: str = "seconds"
-) -> str:
+def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, unit: str = "seconds") -> str:
     """Plot memory over one step, one small plot per method, coloured by phase.
 
     Args:
         timelines: points by method: phase, time, bytes.
-        title: title above the plot.
         unit: unit of the times.
 
     Returns:
@@ -142,11 +117,10 @@ def timeline_plot(
     figure.supylabel("GiB", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
-@_plain_text
-def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "") -> str:
+def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
     """Plot time against peak memory, and beside it the metric if there is one.
 
     A line joins the methods that no other method beats in both time and memory.
@@ -154,7 +128,6 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     Args:
         methods: the points.
         metric: name of the metric.
-        title: title above the plot.
 
     Returns:
         SVG.
@@ -163,8 +136,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
         ConfigurationError: matplotlib is not installed.
     """
     measured = [method for method in methods if method.metric is not None]
-    figure, grid = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
-    panels = list(grid.flat)
+    figure, [panels] = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
     axes = panels[0]
     front = sorted((m for m in methods if not any(_beats(other, m) for other in methods)), key=lambda m: m.seconds)
     axes.plot([m.seconds for m in front], [m.memory / GIB for m in front], color="#999999", linewidth=1, zorder=1)
@@ -175,8 +147,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     if measured:
         axes = panels[1]
         for m in measured:
-            assert m.metric is not None
-            if m.low is not None and m.high is not None:
+            if m.low is not None:
                 axes.plot([m.memory / GIB] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
         _points(axes, [(m.name, m.memory / GIB, m.metric or 0.0) for m in measured])
         axes.set_xlabel("peak memory, GiB")
@@ -184,7 +155,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.15)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
 def _beats(one: Method, other: Method) -> bool:
@@ -204,8 +175,12 @@ def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
+        ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -213,14 +188,18 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     return figure, grid
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure) -> str:
     import matplotlib
+    from matplotlib.text import Text
 
-    if title:
-        figure.suptitle(one_line(title), fontsize=11)
     buffer = io.StringIO()
-    # Keep text as text, and give the same file for the same figures.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+    # Keep text as text, also a name with dollar signs, and give the same file for the same figures.
+    for artist in figure.findobj(Text):
+        artist.set_parse_math(False)
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif"}),
+        matplotlib.rc_context({"text.parse_math": False}),  # for the texts that are made while drawing
+    ):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,23 +1,37 @@
-"""Checkpoints of runs that are interrupted: written on a signal, and checked for completeness before they are used."""
+"""Checkpoints of runs that are interrupted: written on a signal, and checked before they are used."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
+import os
+import re
+import shutil
 import signal
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from esm_efficient.errors import TrainingInterrupted
+from esm_efficient.compat import guard_training, running_trainer
+from esm_efficient.errors import CheckpointError, ConfigurationError, TrainingInterrupted, listing
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "files.json"
+MANIFEST = "files.json"
+"""The file of a checkpoint that lists size and hash of its files, and describes its run."""
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 
 
 class CheckpointCallback(TrainerCallback):
@@ -27,8 +41,15 @@ class CheckpointCallback(TrainerCallback):
     and writes a checkpoint, and `TrainingInterrupted` is raised. All ranks stop after the same step, whichever rank got
     the signal. A run that resumes from `last_checkpoint` has the same result as one that was not interrupted.
 
+    With ``save_total_limit``, older checkpoints are deleted after the new one is whole. A full disk therefore needs
+    room for one checkpoint more.
+
     Args:
         signals: signals that end the run. They are handled during training, in the main thread.
+
+    Raises:
+        TrainingInterrupted: from within training; a signal was received.
+        CheckpointError: from within training; a checkpoint could not be written.
 
     Example:
         >>> finetune(model, data, callbacks=[CheckpointCallback()], save_strategy="steps")  # doctest: +SKIP
@@ -36,22 +57,42 @@ class CheckpointCallback(TrainerCallback):
 
     def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
         self.signals = signals
-        self._before: dict[signal.Signals, Any] = {}
+        self.run: dict[str, Any] | None = None
+        self._limit: int | None = None
+        self._before: dict[signal.Signals, Any] | None = None
+        self._remove_guard: Callable[[], None] | None = None
         # A signal may come after the ranks have agreed to continue: what this rank received is stored separately.
         self._received = self._agreed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Install the signal handlers."""
+        """Prepare the run; the signals are handled from its first evaluation or epoch."""
+        trainer: Any = running_trainer()
+        if trainer is None:
+            raise ConfigurationError("CheckpointCallback works in trainer.train() only")
+        self._end(args)
         self._received = self._agreed = False
-        self._before = {number: signal.signal(number, self._receive) for number in self.signals}
+        # Trainer deletes older checkpoints before on_save, that is before the new one is known to be whole.
+        self._limit, args.save_total_limit = args.save_total_limit, None
+
+        @contextmanager
+        def guard() -> Iterator[None]:
+            self._handle_signals()
+            try:
+                with explain_full_disk(Path(args.output_dir or "."), trainer.state):
+                    yield
+            except BaseException:
+                self._end(args)
+                raise
+
+        self._remove_guard = guard_training(trainer, guard)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Restore the previous signal handlers."""
-        self._restore_handlers()
+        self._end(args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request a checkpoint if a rank has received a signal."""
@@ -60,31 +101,41 @@ class CheckpointCallback(TrainerCallback):
             self._agreed = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """List the checkpoint's files; end the run if a signal was received.
+        """List the checkpoint's files, then delete older checkpoints; end the run if a signal was received.
 
         Raises:
             TrainingInterrupted: a signal was received.
         """
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
-            sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-            (folder / _MANIFEST).write_text(json.dumps(sizes, indent=2) + "\n")
+        if args.should_save:
+            _write_manifest(folder, self.run)
+            _delete_older(folder, state.best_model_checkpoint, self._limit)
         if self._agreed:
             PartialState().wait_for_everyone()
-            self._restore_handlers()
             raise TrainingInterrupted(
                 f"a signal ended the run after optimizer step {state.global_step} of {state.max_steps}: resume it from "
                 f"{folder}"
             )
 
+    def _handle_signals(self) -> None:
+        if self._before is None and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in self.signals}
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _end(self, args: TrainingArguments) -> None:
+        """Undo what `on_train_begin` and the first epoch set, once."""
+        if self._remove_guard is None:
+            return
+        self._remove_guard()
+        self._remove_guard = None
+        args.save_total_limit = self._limit
+        for number, handler in (self._before or {}).items():
+            # A handler that was not installed from Python is None, and cannot be installed again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = None
 
     def _any_rank_received(self, device: torch.device) -> bool:
         if PartialState().num_processes == 1:
@@ -95,22 +146,167 @@ class CheckpointCallback(TrainerCallback):
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint that a `CheckpointCallback` wrote.
+    """Return the newest whole checkpoint that a `CheckpointCallback` wrote.
 
     Args:
         folder: the ``output_dir`` of the run; it may be missing.
 
     Returns:
-        The checkpoint's folder, for ``resume_from_checkpoint``; None if there is none. An incomplete checkpoint,
-        because its run was killed or its copy was interrupted, is skipped with a warning.
+        The checkpoint's folder, for ``resume_from_checkpoint``; None if there is none. A checkpoint is skipped with a
+        warning if it is incomplete, because its run was killed or its copy was interrupted, or if a file has another
+        content than was written.
     """
-    paths = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[-1].isdecimal()]
-    for path in sorted(paths, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        try:
-            sizes = json.loads((path / _MANIFEST).read_text())
-        except (OSError, ValueError):
-            sizes = None
-        if sizes and all((path / name).is_file() and (path / name).stat().st_size == n for name, n in sizes.items()):
+    for path in numbered_checkpoints(folder):
+        faults = find_faults(path) if (path / MANIFEST).is_file() else [f"{MANIFEST} is missing"]
+        if not faults:
             return path
-        logger.warning("%s is incomplete and is skipped", path)
+        logger.warning("%s is incomplete or damaged and is skipped: %s", path, listing(faults))
     return None
+
+
+def numbered_checkpoints(folder: str | Path) -> list[Path]:
+    """Return the folders ``checkpoint-<step>`` of a run, the newest step first."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and _step_of(path) >= 0]
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def find_faults(path: Path, *, needs_optimizer: bool = True) -> list[str]:
+    """Return what is wrong with a checkpoint's files: by its list of hashes, else by their formats' own checks.
+
+    Args:
+        path: the checkpoint's folder.
+        needs_optimizer: whether a checkpoint without a list of files must have an ``optimizer.pt`` and a
+            ``scheduler.pt``.
+    """
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        if manifest is None:
+            return [f"{MANIFEST} is not a list of files with hashes"]
+        return [fault for name, listed in manifest["files"].items() if (fault := _compare(path / name, listed))]
+    faults = []
+    needed = ["trainer_state.json", *(["optimizer.pt", "scheduler.pt"] if needs_optimizer else [])]
+    faults += [f"{name} is missing" for name in needed if not (path / name).is_file()]
+    for file in sorted(path.iterdir()):
+        try:
+            if file.name == "trainer_state.json":
+                json.loads(file.read_text())
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(file) as archive:
+                    if broken := archive.testzip():
+                        faults.append(f"{file.name} is damaged at {broken}")
+        except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            faults.append(f"{file.name} is damaged ({error})")
+    return faults
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's list of files and the description of its run; None if it has no whole list."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        return None
+    are_listed = all(isinstance(listed, dict) and {"bytes", "sha256"} <= listed.keys() for listed in files.values())
+    return manifest if are_listed else None
+
+
+@contextmanager
+def explain_full_disk(output_dir: Path, state: TrainerState | None = None) -> Iterator[None]:
+    """Replace the error of a file that could not be written by one that says what is full and what is good.
+
+    Args:
+        output_dir: the folder that is written to.
+        state: the state of the run, to delete the checkpoint of its step if it is incomplete; None outside a run.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not (reason := _why_unwritten(error)):
+            raise
+        usage = shutil.disk_usage(output_dir if output_dir.is_dir() else output_dir.absolute().parent)
+        message = (
+            f"a file in {output_dir} could not be written: {reason} ({usage.free / 1e6:,.1f} of "
+            f"{usage.total / 1e6:,.1f} MB are free)."
+        )
+        if state is not None:
+            incomplete = output_dir / f"checkpoint-{state.global_step}"
+            if incomplete.is_dir() and find_faults(incomplete):
+                shutil.rmtree(incomplete, ignore_errors=True)
+                message += f" The incomplete {incomplete.name} was deleted."
+        good = last_checkpoint(output_dir)
+        message += " No checkpoint is whole." if good is None else f" The last whole checkpoint is {good}."
+        raise CheckpointError(
+            f"{message} Free some space, or write less (save_total_limit=1 keeps one checkpoint, and needs room for "
+            "two), and start the run again" + ("" if good is None else " from that checkpoint")
+        ) from error
+
+
+def _why_unwritten(error: BaseException) -> str:
+    """Return why a file could not be written; empty for an error of another kind."""
+    if isinstance(error, OSError):
+        return _FULL.get(error.errno or 0, "")
+    text = str(error)
+    if isinstance(error, SafetensorError):  # "I/O error: No space left on device (os error 28)"
+        code = re.search(r"os error (\d+)", text)
+        return _FULL.get(int(code[1]), "") if code else ""
+    # torch tells no cause: "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
+    is_writer = "unexpected pos" in text or "PytorchStreamWriter" in text
+    return "the disk is full, or a limit is reached" if is_writer else ""
+
+
+def _write_manifest(folder: Path, run: dict[str, Any] | None) -> None:
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    # Renaming is atomic: a run that is killed here leaves no half of a list.
+    unfinished = folder.parent / f".{folder.name}-{MANIFEST}"
+    unfinished.write_text(json.dumps({"run": run, "files": files}, indent=2) + "\n")
+    os.replace(unfinished, folder / MANIFEST)
+
+
+def _compare(path: Path, listed: Any) -> str:
+    """Return how a file differs from what the manifest lists; empty if it does not."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != listed["bytes"]:
+        return f"{path.name} has {path.stat().st_size:,} bytes instead of {listed['bytes']:,}"
+    return "" if _sha256(path) == listed["sha256"] else f"{path.name} has other content than was written"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _delete_older(newest: Path, best: str | None, limit: int | None) -> None:
+    """Delete all but `limit` checkpoints; the newest and the best stay.
+
+    A checkpoint of a later step than the newest is left from a run that was resumed before it. It is deleted first.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {newest.resolve()} | ({Path(best).resolve()} if best else set())
+    others = [path for path in numbered_checkpoints(newest.parent) if path.resolve() not in kept]
+    others.sort(key=lambda path: (_step_of(path) < _step_of(newest), _step_of(path)), reverse=True)
+    for path in others[max(limit - len(kept), 0) :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    number = path.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1

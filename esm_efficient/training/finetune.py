@@ -33,9 +33,10 @@ from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.audit import AuditCallback
+from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.result import FinetuneResult
-from esm_efficient.training.trainer import WeightedTrainer
+from esm_efficient.training.trainer import BASE_CONFIG, WeightedTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
@@ -87,7 +88,9 @@ def finetune(
         seed: seed of the head, the adapters and the order of the batches.
         precision: ``"auto"``, ``"float32"`` or ``"bf16"`` (`esm_efficient.recipes.Precision`).
         adapter_options: options of `lora_config` that override those of the recipe.
-        resume_from_checkpoint: as `transformers.Trainer.train`; ``save_strategy="steps"`` writes checkpoints.
+        resume_from_checkpoint: the checkpoint of a run with the same data and options; True for the newest whole one in
+            `output_dir`. A damaged checkpoint is replaced by the whole one before it, with a warning.
+            ``save_strategy="steps"`` writes checkpoints.
         profile: measure memory and time per phase (`ProfilerCallback`).
         task: the task, if the labels' feature does not tell it: several labels lose their names in tokenised splits.
         callbacks: further callbacks of the Trainer.
@@ -102,6 +105,7 @@ def finetune(
         ConfigurationError: the options contradict each other or the model.
         TargetModuleError: the adapters do not fit the model.
         AuditError: a trainable parameter did not move.
+        CheckpointError: a file could not be written, or no checkpoint is whole.
 
     Example:
         >>> from esm_efficient import finetune, load_deeploc
@@ -121,6 +125,9 @@ def finetune(
         dataset, _ = tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
     audit = AuditCallback()
+    callbacks = list(callbacks)
+    if args.save_strategy != "no" and not any(isinstance(callback, CheckpointCallback) for callback in callbacks):
+        callbacks.append(CheckpointCallback(signals=()))
     profiler = ProfilerCallback() if profile else None
     collator = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
     trainer = WeightedTrainer(
@@ -136,13 +143,15 @@ def finetune(
         focal_gamma=focal_gamma,
         token_budget=token_budget,
     )
-    resume = str(resume_from_checkpoint) if isinstance(resume_from_checkpoint, Path) else resume_from_checkpoint
     with peak_memory() as peak:
-        trained = trainer.train(resume_from_checkpoint=resume)
+        trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    # The model is saved before anything else can fail.
+    model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
+    _save_model(trainer, model_dir, tokenizer)
     report = None if profiler is None else profiler.report
     if report is not None and torch.cuda.is_available():
         peak.bytes = max(peak.bytes, report.peak.total)  # the profiler resets the allocator's peak in every phase
-    thresholds = _tune_thresholds(trainer, dataset, task)
+    thresholds = _tune_thresholds(trainer, dataset, task, model_dir)
     result = FinetuneResult(
         recipe=chosen.name,
         seed=seed,
@@ -159,13 +168,15 @@ def finetune(
         peak_memory_bytes=peak.bytes,
         peak_memory_kind=peak.kind,
         seconds=trained.metrics["train_runtime"],
-        model_dir=output_dir / ("adapter" if chosen.trains == "adapters" else "model"),
+        model_dir=model_dir,
         result_path=output_dir / "result.json",
         model=prepared.eval(),
         profile=report,
         thresholds=thresholds,
     )
-    _save(result, trainer, tokenizer)
+    if trainer.is_world_process_zero():
+        with explain_full_disk(output_dir):
+            result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 
@@ -221,8 +232,10 @@ def _prepare(
     return apply_lean_encoder(prepared) if recipe.encoder == "lean" else prepared
 
 
-def _tune_thresholds(trainer: WeightedTrainer, dataset: DatasetDict, task: Task) -> dict[str, float] | None:
-    """Tune the threshold of each label on validation, and set them in the model's config and in the trainer's metrics.
+def _tune_thresholds(
+    trainer: WeightedTrainer, dataset: DatasetDict, task: Task, folder: Path
+) -> dict[str, float] | None:
+    """Tune the threshold of each label on validation; write them into the model's config and the trainer's metrics.
 
     Returns:
         label name -> threshold; None without several labels, or without both a validation and a test split.
@@ -232,7 +245,11 @@ def _tune_thresholds(trainer: WeightedTrainer, dataset: DatasetDict, task: Task)
     prediction = trainer.predict(dataset["validation"], metric_key_prefix="validation")
     tuned = tune_thresholds(np.asarray(prediction.label_ids), np.asarray(prediction.predictions), task.names)
     thresholds = dict(zip(task.names, tuned.tolist(), strict=True))
-    trainer.accelerator.unwrap_model(trainer.model).config.label_thresholds = thresholds
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.label_thresholds = thresholds
+    if trainer.is_world_process_zero():
+        with explain_full_disk(folder.parent):
+            model.config.save_pretrained(folder / BASE_CONFIG if hasattr(model, "peft_config") else folder)
     trainer.compute_metrics = compute_metrics_for(task, thresholds=tuned)
     logger.info("thresholds: %s", ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items()))
     return thresholds
@@ -248,9 +265,10 @@ def _evaluate(trainer: WeightedTrainer, split: Any) -> dict[str, float]:
     }
 
 
-def _save(result: FinetuneResult, trainer: WeightedTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model or the adapter, the tokenizer and the result."""
-    trainer.save_model(str(result.model_dir))
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(result.model_dir)
-        result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+def _save_model(trainer: WeightedTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model or the adapter, and the tokenizer."""
+    with explain_full_disk(folder.parent):
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(folder)
+    logger.info("the trained model is in %s", folder)

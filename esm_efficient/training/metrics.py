@@ -23,7 +23,7 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
     """Return accuracy, MCC, AUROC and F1 of each class, and the accuracy of always predicting the most frequent class.
 
     Args:
-        y_true: class ids of shape (examples,).
+        y_true: class ids of shape (examples,); -100 if unknown. No metric counts unknown ones.
         y_score: logits, float of shape (examples, classes).
         label_names: names of the classes in the order of their ids.
 
@@ -31,10 +31,10 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
         ``accuracy`` (with one class per example, this is also the micro-averaged F1), ``mcc``, ``auroc`` (with more
         than two classes the mean of each class against the rest; NaN if a class has no example), ``f1_<name>`` of each
         class and their mean ``f1_macro``, with more than two classes ``mcc_<name>`` of each against the rest, and
-        ``majority_accuracy``.
+        ``majority_accuracy``. Each is NaN, with a warning, if no class is known.
 
     Raises:
-        DataError: the shapes do not fit, or the logits are not finite.
+        DataError: the shapes do not fit, a label is not a class id, or the logits are not finite.
 
     Example:
         >>> import numpy as np
@@ -52,6 +52,17 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
             f"column for each of {', '.join(label_names)}"
         )
     _check_finite(y_score)
+    y_true, y_score = y_true[y_true != IGNORE], y_score[y_true != IGNORE]
+    if unknown := sorted(set(y_true.tolist()) - set(classes.tolist())):
+        raise DataError(
+            f"labels {unknown[:5]} are not class ids: expected 0 to {len(classes) - 1} ({', '.join(label_names)}), or "
+            f"{IGNORE} for an unknown one"
+        )
+    each = [
+        f"{metric}_{name}" for metric in ("f1", "mcc") for name in label_names if metric == "f1" or len(classes) > 2
+    ]
+    if not len(y_true):
+        return _undefined(["accuracy", "mcc", "auroc", *each, "f1_macro", "majority_accuracy"])
     y_pred = y_score.argmax(axis=1)
     if len(set(y_true.tolist())) < len(classes):
         auroc = float("nan")
@@ -89,7 +100,8 @@ def multi_label_metrics(
         ``f1_micro``, ``f1_macro``, ``jaccard`` (mean over examples of true positives / labels that are positive in
         truth or in prediction; 1 if there are none), ``subset_accuracy`` (share of examples with all known labels
         right), ``auroc`` (mean over the labels with positive and negative examples), and ``mcc_<name>`` and
-        ``f1_<name>`` of each label.
+        ``f1_<name>`` of each label. Those of a label that is always unknown are NaN, and no mean counts them. If all
+        labels are unknown, each is NaN, with a warning.
 
     Raises:
         DataError: the shapes do not fit, or the logits are not finite.
@@ -102,12 +114,18 @@ def multi_label_metrics(
     from sklearn.metrics import f1_score, roc_auc_score
 
     known = _known_labels(y_true, y_score, label_names)
+    if not known.any():
+        each_name = [f"{metric}_{name}" for metric in ("mcc", "f1") for name in label_names]
+        return _undefined(["f1_micro", "f1_macro", "jaccard", "subset_accuracy", "auroc", *each_name])
     true = np.where(known, y_true, 0).round().astype(int)
     predicted = np.where(known, apply_thresholds(y_score, thresholds), 0).astype(int)
     f1, mcc, areas = {}, {}, []
     for index, name in enumerate(label_names):
         rows = known[:, index]
         labels = true[rows, index]
+        if not rows.any():
+            f1[f"f1_{name}"] = mcc[f"mcc_{name}"] = float("nan")
+            continue
         f1[f"f1_{name}"] = float(f1_score(true[:, index], predicted[:, index], zero_division=0.0))
         mcc[f"mcc_{name}"] = _mcc(labels, predicted[rows, index])
         if len(set(labels.tolist())) == 2:
@@ -117,9 +135,9 @@ def multi_label_metrics(
     jaccard = np.where(union, common / np.maximum(union, 1), 1.0)
     return {
         "f1_micro": float(f1_score(true, predicted, average="micro", zero_division=0.0)),
-        "f1_macro": statistics.fmean(f1.values()),
-        "jaccard": float(jaccard.mean()) if len(jaccard) else float("nan"),
-        "subset_accuracy": float((true == predicted).all(axis=1)[counted].mean()) if counted.any() else float("nan"),
+        "f1_macro": statistics.fmean(value for value in f1.values() if not math.isnan(value)),
+        "jaccard": float(jaccard.mean()),
+        "subset_accuracy": float((true == predicted).all(axis=1)[counted].mean()),
         "auroc": statistics.fmean(areas) if areas else float("nan"),
         **mcc,
         **f1,
@@ -137,10 +155,11 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
 
     Returns:
         ``spearman``, ``pearson``, ``rmse``, ``mae`` and ``r2``, with several numbers their means, and
-        ``spearman_<name>`` for each. A correlation with a constant is NaN.
+        ``spearman_<name>`` for each. A correlation with a constant is NaN. The means leave out a number that is always
+        unknown; if all are, each is NaN, with a warning.
 
     Raises:
-        DataError: the shapes do not fit, or the predictions are not finite.
+        DataError: the shapes do not fit, a number is infinite, or the predictions are not finite.
 
     Example:
         >>> regression_metrics(np.array([1.0, 3.0, 9.0]), np.array([1.0, 2.0, 4.0]), ["stability"])["spearman"]
@@ -149,12 +168,14 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
     from scipy import stats
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-    true, predicted = y_true.reshape(len(y_true), -1), y_pred.reshape(len(y_true), -1)
+    true, predicted = (v.reshape(len(v), -1) if v.size else v.reshape(0, len(names)) for v in (y_true, y_pred))
     if predicted.shape != true.shape or predicted.shape[1] != len(names):
         raise DataError(
             f"predictions have shape {y_pred.shape} and labels {y_true.shape}: expected {len(names)} per example"
         )
     _check_finite(predicted)
+    if infinite := int(np.isinf(true).any(axis=1).sum()):
+        raise DataError(f"{infinite} of {len(true)} labels are infinite: expected numbers, or NaN for unknown ones")
     each: dict[str, list[float]] = {key: [] for key in ("spearman", "pearson", "rmse", "mae", "r2")}
     for index in range(len(names)):
         rows = ~np.isnan(true[:, index])
@@ -162,12 +183,18 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
         varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
         each["spearman"].append(float(stats.spearmanr(x, y).statistic) if varies else float("nan"))
         each["pearson"].append(float(stats.pearsonr(x, y).statistic) if varies else float("nan"))
-        for key, metric in (("rmse", root_mean_squared_error), ("mae", mean_absolute_error), ("r2", r2_score)):
-            each[key].append(float(metric(y, x)) if len(x) > 1 else float("nan"))
-    result = {key: statistics.fmean(values) for key, values in each.items()}
-    if len(names) > 1:
-        result |= {f"spearman_{name}": value for name, value in zip(names, each["spearman"], strict=True)}
-    return result
+        for key, metric, least in (
+            ("rmse", root_mean_squared_error, 1),
+            ("mae", mean_absolute_error, 1),
+            ("r2", r2_score, 2),
+        ):
+            each[key].append(float(metric(y, x)) if len(x) >= least else float("nan"))
+    known = np.flatnonzero((~np.isnan(true)).any(axis=0))
+    spearman = {f"spearman_{name}": value for name, value in zip(names, each["spearman"], strict=True)}
+    if not len(known):
+        return _undefined([*each, *(spearman if len(names) > 1 else ())])
+    result = {key: statistics.fmean(values[index] for index in known) for key, values in each.items()}
+    return result | (spearman if len(names) > 1 else {})
 
 
 def apply_thresholds(y_score: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
@@ -264,6 +291,8 @@ def compute_metrics_for(
         if resolved.kind == "regression":
             return regression_metrics(labels, logits, resolved.names)
         if resolved.kind == "token_classification":
+            logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+            # The logits of padding are arbitrary, and may be no numbers.
             logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]
         return classification_metrics(labels, logits, resolved.names)
 
@@ -296,6 +325,12 @@ def _known_labels(y_true: np.ndarray, y_score: np.ndarray, label_names: Sequence
         )
     _check_finite(y_score)
     return ~np.isnan(y_true) & (y_true != IGNORE)
+
+
+def _undefined(names: Sequence[str]) -> dict[str, float]:
+    """Return NaN for each metric, because nothing is known to compare the predictions with."""
+    logger.warning("no label of the evaluated examples is known: their metrics are NaN")
+    return dict.fromkeys(names, float("nan"))
 
 
 def _check_finite(logits: np.ndarray) -> None:

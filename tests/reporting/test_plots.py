@@ -32,6 +32,7 @@ def test_timelines_have_a_plot_per_method_and_a_colour_per_phase():
     points = [("forward", 0.0, 0), ("forward", 1.0, GIB), ("backward", 2.0, GIB), ("optimizer", 3.0, 0)]
     shown = texts(timeline_plot({"one": points, "two": points, "three": points, "four": points}))
     assert {"one", "two", "three", "four", "forward", "backward", "optimizer", "seconds"} <= set(shown)
+    assert {"one", "forward", "seconds"} <= set(texts(timeline_plot({"one": points})))
 
 
 def test_the_pareto_plot_names_methods_and_axes():
@@ -46,9 +47,9 @@ def test_a_name_is_shown_as_text(name):
     shown = one_line(name)
     points = [("forward", 0.0, 0), ("backward", 2.0, GIB)]
     for svg in (
-        memory_plot({name: {"weights": GIB}}, title=name),
-        timeline_plot({name: points}, title=name),
-        pareto_plot([Method(name, 1, GIB, 0.7)], metric=name, title=name),
+        memory_plot({name: {"weights": GIB}}),
+        timeline_plot({name: points}),
+        pareto_plot([Method(name, 1, GIB, 0.7)], metric=name),
     ):
         assert shown in texts(svg)
         assert "<script" not in svg

@@ -1,26 +1,34 @@
-"""Interrupted runs: a signal writes a checkpoint, and incomplete checkpoints are skipped."""
+"""Interrupted runs: a signal writes a checkpoint, and only whole checkpoints are used."""
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from test_trainer import arguments, weighted
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from esm_efficient import (
     CheckpointCallback,
+    CheckpointError,
+    ProfilerCallback,
+    compat,
     demo_model_path,
     finetune,
     last_checkpoint,
     load_deeploc,
+    prepare_model,
     task_of,
     tokenize_dataset,
 )
 from esm_efficient.errors import ConfigurationError, TrainingInterrupted
+from esm_efficient.training.checkpoints import find_faults
 
 STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "disable_tqdm": True}
 
@@ -94,19 +102,160 @@ def test_a_signal_during_a_scheduled_checkpoint_ends_the_run_after_the_next_step
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
-@pytest.mark.parametrize("broken", ["adapter_model.safetensors", "optimizer.pt", "files.json"])
-@pytest.mark.parametrize("how", ["absent", "cut off"])
-def test_an_incomplete_checkpoint_is_skipped(tmp_path, whole_run, caplog, broken, how):
-    folder = shutil.copytree(whole_run, tmp_path / "run")
-    path = folder / "checkpoint-4" / broken
+def damage(path, how):
+    content = path.read_bytes()
     if how == "absent":
         path.unlink()
+    elif how == "cut off":
+        path.write_bytes(content[: len(content) // 2])
     else:
-        path.write_bytes(path.read_bytes()[:-1][: path.stat().st_size // 2])
+        path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+FILES = (
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "files.json",
+)
+
+
+@pytest.mark.parametrize("broken", FILES)
+@pytest.mark.parametrize("how", ["absent", "cut off", "half of zeros"])
+def test_an_incomplete_or_damaged_checkpoint_is_skipped(tmp_path, whole_run, caplog, broken, how):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    damage(folder / "checkpoint-4" / broken, how)
     assert last_checkpoint(folder) == folder / "checkpoint-2"
-    assert "checkpoint-4 is incomplete and is skipped" in caplog.text
+    assert "checkpoint-4 is incomplete or damaged and is skipped" in caplog.text
+    assert broken in caplog.text
     shutil.rmtree(folder / "checkpoint-2")
     assert last_checkpoint(folder) is None
+
+
+@pytest.mark.parametrize("broken", FILES[1:-1])
+@pytest.mark.parametrize("how", ["absent", "cut off", "half of zeros"])
+def test_without_a_list_the_files_are_checked_by_their_formats(tmp_path, whole_run, broken, how):
+    folder = shutil.copytree(whole_run / "checkpoint-4", tmp_path / "checkpoint-4")
+    (folder / "files.json").unlink()
+    assert find_faults(folder) == []
+    damage(folder / broken, how)
+    # A run without the file of random states resumes, as with Trainer.
+    expected = [] if (broken, how) == ("rng_state.pth", "absent") else [broken]
+    assert [fault.split()[0] for fault in find_faults(folder)] == expected
+
+
+def tiny_run(folder, tiny_model, tiny_dataset, tokenizer, *callbacks, trainer=None, **options):
+    """Return a Trainer of 6 steps that writes a checkpoint every 2 steps, its callbacks in this order."""
+    args = arguments(
+        folder, 4, learning_rate=1e-3, **({"save_strategy": "steps", "save_steps": 2, "max_steps": 6} | options)
+    )
+    torch.manual_seed(0)
+    model = prepare_model(tiny_model())
+    if trainer is not None:
+        collator = DataCollatorWithPadding(tokenizer)
+        return trainer(model, args, train_dataset=tiny_dataset(32), data_collator=collator, callbacks=list(callbacks))
+    return weighted(model, args, tiny_dataset(32), tokenizer, callbacks=list(callbacks))
+
+
+class Fails(TrainerCallback):
+    """Fails in an event, from a step on."""
+
+    def __init__(self, event: str, step: int = 0, error: type[BaseException] = RuntimeError) -> None:
+        def fail(args, state, control, **kwargs):
+            if state.global_step >= step:
+                raise error("as the test wants")
+
+        setattr(self, event, fail)
+
+
+@pytest.mark.parametrize("trainer", [None, Trainer])
+@pytest.mark.parametrize(
+    "event", ["on_train_begin", "on_epoch_begin", "on_step_end", "on_save", "on_log", "on_train_end"]
+)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_fails_leaves_no_signal_handler_behind(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, trainer, event, error
+):
+    before = signal.getsignal(signal.SIGTERM)
+    callbacks = CheckpointCallback(), Fails(event, error=error)
+    run = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, *callbacks, trainer=trainer)
+    with pytest.raises(error, match="as the test wants"):
+        run.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_two_callbacks_that_guard_a_run_leave_nothing_behind(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    callbacks = CheckpointCallback(), ProfilerCallback(), CheckpointCallback(signals=(signal.SIGUSR1,))
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    run = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, *callbacks)
+    for _ in range(2):
+        run.train()
+        assert not {*compat.GUARDED_METHODS} & {*vars(run)}
+        assert "on_epoch_begin" not in vars(run.callback_handler)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_a_thread_beside_the_main_one_trains_without_signals(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    run = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback())
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run.train).result().global_step == 6
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_an_old_checkpoint_stays_until_the_new_one_is_listed(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    options = {"save_total_limit": 1}
+    run = tiny_run(tmp_path / "whole", tiny_model, tiny_dataset, tokenizer, CheckpointCallback(), **options)
+    run.train()
+    assert os.listdir(tmp_path / "whole") == ["checkpoint-6"]
+    assert run.args.save_total_limit == 1
+    # The run dies after Trainer has written checkpoint-4 and before it is listed.
+    dies = Fails("on_save", step=4, error=KeyboardInterrupt), CheckpointCallback()
+    run = tiny_run(tmp_path / "cut", tiny_model, tiny_dataset, tokenizer, *dies, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert last_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-2"
+    assert run.args.save_total_limit == 1
+
+
+def test_checkpoints_of_later_steps_that_an_earlier_run_left_are_deleted_first(
+    tmp_path, tiny_model, tiny_dataset, tokenizer
+):
+    tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback()).train()
+    damage(tmp_path / "checkpoint-4" / "optimizer.pt", "cut off")
+    damage(tmp_path / "checkpoint-6" / "optimizer.pt", "cut off")
+    callbacks = CheckpointCallback(), Fails("on_save", step=4, error=KeyboardInterrupt)
+    run = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, *callbacks, save_total_limit=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(resume_from_checkpoint=True)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-4"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+LIMITS = (0, 1_000, 5_000, 12_000, 20_000, 40_000)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_full_disk_is_named_and_the_last_whole_checkpoint_stays(tmp_path, tiny_model, tiny_dataset, tokenizer, limit):
+    """A limit of the size of a file stands for the disk; it stops the write in another file each time."""
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback(), Full())
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path / "checkpoint-2") in str(caught.value)
+    assert "could not be written" in str(caught.value)
+    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 @pytest.fixture(scope="module")

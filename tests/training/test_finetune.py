@@ -294,3 +294,26 @@ def test_a_stream_trains_as_the_same_rows_in_memory(tmp_path, demo_table):
     assert streamed.thresholds == pytest.approx(expected.thresholds, rel=1e-4)
     with pytest.raises(ConfigurationError, match="cannot count the labels of a stream"):
         finetune(demo_model_path(), streams, output_dir=tmp_path, task=task, max_steps=3)
+
+
+def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monkeypatch):
+    from esm_efficient.training import finetune as module
+
+    monkeypatch.setattr(module, "_evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError("the evaluation failed")))
+    with pytest.raises(RuntimeError, match="the evaluation failed"):
+        finetune(demo_model_path(), data, recipe="frozen", output_dir=tmp_path, max_steps=2, disable_tqdm=True)
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert saved.config.id2label == {0: "non-membrane", 1: "membrane"}
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_evaluation_set_without_known_labels_gives_nan_and_not_an_error(tmp_path, data, caplog):
+    tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    names = tokenized["test"].features["labels"]
+    tokenized["test"] = tokenized["test"].cast_column("labels", Value("int64")).map(lambda _: {"labels": -100})
+    options = {"task": task_of(Features({"label": names})), "recipe": "frozen", "max_steps": 2, "disable_tqdm": True}
+    result = finetune(demo_model_path(), tokenized, output_dir=tmp_path, **options)
+    assert all(np.isnan(value) for value in result.metrics.values())
+    assert json.loads(result.result_path.read_text())["metrics"]["mcc"] is None
+    assert (result.model_dir / "model.safetensors").is_file()
+    assert "no label of the evaluated examples is known" in caplog.text

@@ -182,3 +182,62 @@ def test_shapes_that_do_not_fit_the_labels_are_refused():
         regression_metrics(np.zeros((3, 2)), np.zeros((3, 2)), ["a"])
     with pytest.raises(DataError, match="not finite"):
         regression_metrics(np.zeros(3), np.full(3, NAN), ["a"])
+
+
+# For each task: logits, labels of which some or all are unknown, and the metrics of the known part (None: all are NaN).
+KINDS = {
+    "classes": Task("single_label_classification", ("a", "b", "c")),
+    "tokens": Task("token_classification", ("a", "b", "c")),
+    "several": Task("multi_label_classification", ("a", "b", "c")),
+    "number": Task("regression", ("y",)),
+    "numbers": Task("regression", ("x", "y", "z")),
+}
+ROWS = np.random.default_rng(0).normal(size=(12, 3))
+CLASS_LABELS = np.array([0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0])
+
+
+def predicted(kind, logits, labels):
+    return compute_metrics_for(KINDS[kind])(EvalPrediction(predictions=logits, label_ids=labels))
+
+
+@pytest.mark.parametrize("known", [12, 5, 1, 0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_are_those_of_the_known_labels_alone(kind, known, caplog):
+    if kind in ("classes", "tokens"):
+        logits, labels, unknown = ROWS, CLASS_LABELS, -100
+    elif kind == "several":
+        logits, labels, unknown = ROWS, (ROWS[::-1] > 0.2).astype(float), NAN
+    else:
+        columns = slice(0, 1 if kind == "number" else 3)
+        logits, labels, unknown = ROWS[:, columns], ROWS[::-1, columns].copy(), NAN
+    some = labels.copy()
+    some[known:] = unknown
+    as_tokens = (lambda values: values[None]) if kind == "tokens" else (lambda values: values)
+    found = predicted(kind, as_tokens(logits), as_tokens(some))
+    expected = predicted(kind, as_tokens(logits[:known]), as_tokens(labels[:known]))
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert found.keys() == predicted(kind, as_tokens(logits), as_tokens(labels)).keys()
+    assert all(math.isnan(value) for value in found.values()) == (known == 0)
+    assert ("no label of the evaluated examples is known" in caplog.text) == (known == 0)
+
+
+def test_means_leave_out_what_is_always_unknown():
+    labels = ROWS[::-1].copy()
+    labels[:, 1] = NAN
+    found = predicted("numbers", ROWS, labels)
+    assert math.isnan(found["spearman_y"])
+    assert found["spearman"] == pytest.approx((found["spearman_x"] + found["spearman_z"]) / 2)
+    several = (labels > 0).astype(float)
+    several[:, 1] = NAN
+    found = predicted("several", ROWS, several)
+    assert math.isnan(found["f1_b"])
+    assert math.isnan(found["mcc_b"])
+    assert found["f1_macro"] == pytest.approx((found["f1_a"] + found["f1_c"]) / 2)
+    assert predicted("number", np.array([[1.0], [2.0]]), np.array([3.0, NAN]))["rmse"] == 2.0
+
+
+def test_labels_that_are_no_class_or_infinite_are_refused():
+    with pytest.raises(DataError, match=r"labels \[3, 7\] are not class ids: expected 0 to 2 \(a, b, c\)"):
+        predicted("classes", ROWS, np.array([7, 3] * 6))
+    with pytest.raises(DataError, match="1 of 12 labels are infinite"):
+        predicted("number", ROWS[:, :1], np.array([math.inf] + [0.0] * 11))
