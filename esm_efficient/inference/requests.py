@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from esm_efficient.data.readers import read_fasta, read_table
 from esm_efficient.data.schema import find_column, non_letters
-from esm_efficient.data.sequences import clean
+from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import DataError, RequestError, listing
 from esm_efficient.inference.inputs import problem_of
 
@@ -109,8 +109,8 @@ def _checked_sequence(raw: Any, number: int, limits: RequestLimits) -> str:
     sequence = clean(raw)
     if not sequence:
         raise RequestError(f"sequence {number} is empty")
-    if len(sequence) > limits.residues:
-        message = f"sequence {number} has {len(sequence):,} residues; at most {limits.residues:,} are accepted"
+    if (residues := count_residues(sequence)) > limits.residues:
+        message = f"sequence {number} has {residues:,} residues; at most {limits.residues:,} are accepted"
         raise RequestError(message, status=413)
     if unknown := non_letters(sequence):
         raise RequestError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB = 1024**3
+_Plot = TypeVar("_Plot", bound=Callable[..., str])
 
 # Okabe and Ito's palette, which is safe for colour-blind readers.
 CATEGORY_COLOURS = {
@@ -50,6 +52,24 @@ class Method:
     high: float | None = None
 
 
+def _plain_text(plot: _Plot) -> _Plot:
+    """Show every text of a plot as it is. matplotlib would set a name with two dollar signs as a formula."""
+
+    @functools.wraps(plot)
+    def plotted(*args: Any, **options: Any) -> str:
+        try:
+            import matplotlib.figure
+        except ImportError as error:
+            raise ConfigurationError(
+                "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
+            ) from error
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return plot(*args, **options)
+
+    return cast("_Plot", plotted)
+
+
+@_plain_text
 def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -> str:
     """Plot peak memory by category, one stacked bar per method.
 
@@ -64,10 +84,11 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -
         ConfigurationError: matplotlib is not installed.
     """
     figure, [[axes]] = _figure(8, 0.45 * len(stacks) + 1.6)
+    names = [one_line(name) for name in stacks]
     left = np.zeros(len(stacks))
     for category, colour in CATEGORY_COLOURS.items():
         sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / GIB
-        axes.barh([one_line(name) for name in stacks], sizes, left=left, color=colour, label=category, height=0.65)
+        axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
         left = left + sizes
     for position, total in enumerate(left):
         axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
@@ -82,6 +103,7 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -
     return _svg(figure)
 
 
+@_plain_text
 def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, unit: str = "seconds") -> str:
     """Plot memory over one step, one small plot per method, coloured by phase.
 
@@ -120,6 +142,7 @@ def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, 
     return _svg(figure)
 
 
+@_plain_text
 def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
     """Plot time against peak memory, and beside it the metric if there is one.
 
@@ -175,12 +198,8 @@ def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -190,16 +209,10 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 def _svg(figure: Figure) -> str:
     import matplotlib
-    from matplotlib.text import Text
 
     buffer = io.StringIO()
-    # Keep text as text, also a name with dollar signs, and give the same file for the same figures.
-    for artist in figure.findobj(Text):
-        artist.set_parse_math(False)
-    with (
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif"}),
-        matplotlib.rc_context({"text.parse_math": False}),  # for the texts that are made while drawing
-    ):
+    # Keep text as text, and give the same file for the same figures.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

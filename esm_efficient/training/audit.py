@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from esm_efficient.adapters.prepare import EXPECTATION
 from esm_efficient.adapters.registry import find_architecture, is_unread
 from esm_efficient.errors import AuditError, TargetModuleError, listing
 
@@ -37,7 +38,7 @@ class AuditReport:
     Attributes:
         moved: names of parameters that had a gradient and moved.
         pending: names of parameters that have not moved yet.
-        exempt: names of trainable parameters that no loss uses.
+        exempt: names of trainable parameters that no loss uses, and of those that a warning has named.
     """
 
     moved: tuple[str, ...]
@@ -55,18 +56,23 @@ class AuditReport:
 
 
 class AuditCallback(TrainerCallback):
-    """Fail a run in which a trainable parameter gets no gradient or does not move.
+    """Find trainable parameters that get no gradient or do not move, and fail the run if they should train.
 
-    A missing gradient fails at the first optimizer step. A gradient of zero is correct at first for LoRA's A, because B
-    is zero. No parameter moves while the warm-up's learning rate is zero, or too small to change a float32 of its size.
-    Therefore only steps that are large enough count. After `patience` of them, or at the end of training, a parameter
-    must have had a gradient and moved. A parameter that has moved is not checked again, and costs nothing.
+    A missing gradient is found at the first optimizer step. A gradient of zero is correct at first for LoRA's A,
+    because B is zero. No parameter moves while the warm-up's learning rate is zero, or too small to change a float32 of
+    its size. Therefore only steps that are large enough count. After `patience` of them, or at the end of training, a
+    parameter must have had a gradient and moved. A parameter that has moved is not checked again, and costs nothing.
+
+    The run fails if the parameter is that of an adapter, if `prepare_model` made it trainable, if no parameter of its
+    encoder layer moves, or if nothing moves. Otherwise a warning names it: a pooler that a custom head does not read,
+    or parameters that the optimizer was not given, may be meant so.
 
     The audit works for one process and under DDP. It logs a warning and does nothing if a rank cannot see whole
     gradients (FSDP, DeepSpeed, optimizers that step within the backward pass).
 
     Args:
         patience: number of counted optimizer steps after which a parameter must have moved.
+        strict: whether every trainable parameter must move.
 
     Raises:
         AuditError: from within training; its attributes contain all names.
@@ -76,13 +82,15 @@ class AuditCallback(TrainerCallback):
         AuditReport(moved=(), pending=(), exempt=())
     """
 
-    def __init__(self, patience: int = 3) -> None:
+    def __init__(self, patience: int = 3, *, strict: bool = False) -> None:
         self.patience = patience
+        self.strict = strict
         self._reset()
 
     def _reset(self) -> None:
-        self._trainable: list[nn.Parameter] = []
+        self._trainable: dict[str, nn.Parameter] = {}
         self._pending: dict[str, nn.Parameter] = {}
+        self._expected: set[str] = set()
         self._watched: dict[str, tuple[Tensor, Tensor]] = {}
         self._steps: dict[str, int] = {}
         self._had_gradient: set[str] = set()
@@ -111,11 +119,12 @@ class AuditCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            self._trainable.append(parameter)
+            self._trainable[name] = parameter
             if architecture is not None and is_unread(architecture, name):
                 self._exempt.append(name)
             else:
                 self._pending[name] = parameter
+        self._expected = _expected_to_train(model)
         if self._exempt:
             logger.warning(
                 "%s is trainable but no loss uses it; prepare_model() freezes such parameters", listing(self._exempt)
@@ -129,7 +138,7 @@ class AuditCallback(TrainerCallback):
             return
         missing = [name for name, parameter in self._pending.items() if parameter.grad is None]
         if missing and self._first_step:
-            self._fail("got no gradient", missing, state, unmoved=False)
+            self._judge("got no gradient", missing, state, unmoved=False)
         self._first_step = False
         self._watched = {}
         for name, parameter in self._pending.items():
@@ -150,9 +159,11 @@ class AuditCallback(TrainerCallback):
         if not self._pending or optimizer is None or getattr(optimizer, "step_was_skipped", False):
             return
         # A batch without any weight moves no parameter: the step does not count.
-        if not any(parameter.grad is not None and parameter.grad.any() for parameter in self._trainable):
+        if not any(parameter.grad is not None and parameter.grad.any() for parameter in self._trainable.values()):
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        if outside := [name for name, parameter in self._pending.items() if id(parameter) not in groups]:
+            self._judge("is not in the optimizer", outside, state, unmoved=True)
         overdue = []
         for name, parameter in list(self._pending.items()):
             indices, before = self._watched.get(name, (None, None))
@@ -161,14 +172,12 @@ class AuditCallback(TrainerCallback):
                 self._moved.append(name)
                 del self._pending[name]
                 continue
-            if id(parameter) not in groups:
-                self._fail("is not in the optimizer", [name], state, unmoved=True)
             if _can_change(groups[id(parameter)], optimizer.state.get(parameter, {}), parameter.grad, before):
                 self._steps[name] = self._steps.get(name, 0) + 1
                 if self._steps[name] >= self.patience:
                     overdue.append(name)
         if overdue:
-            self._fail_unmoved(overdue, state)
+            self._judge_unmoved(overdue, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,19 +186,23 @@ class AuditCallback(TrainerCallback):
         # One counted step is not enough for LoRA's A: its gradient is zero in the first step.
         late = [name for name in self._pending if self._steps.get(name, 0) >= min(2, self.patience)]
         if late:
-            self._fail_unmoved(late, state)
+            self._judge_unmoved(late, state)
         if self._pending:
             logger.warning("training ended before %d parameter(s) could be audited", len(self._pending))
         self._watched = {}
 
-    def _fail_unmoved(self, names: list[str], state: TrainerState) -> None:
+    def _judge_unmoved(self, names: list[str], state: TrainerState) -> None:
         with_gradient = [name for name in names if name in self._had_gradient]
         if with_gradient:
-            self._fail("had a gradient and did not move", with_gradient, state, unmoved=True)
-        self._fail("had a gradient of zero at every step", names, state, unmoved=False)
+            self._judge("had a gradient and did not move", with_gradient, state, unmoved=True)
+        if without := [name for name in names if name not in self._had_gradient]:
+            self._judge("had a gradient of zero at every step", without, state, unmoved=False)
 
-    def _fail(self, problem: str, names: list[str], state: TrainerState, *, unmoved: bool) -> None:
-        dtypes = {str(self._pending[name].dtype) for name in names}
+    def _judge(self, problem: str, names: list[str], state: TrainerState, *, unmoved: bool) -> None:
+        """Fail if some of the parameters must train; else name them in a warning and leave them out from now on."""
+        wrong = [name for name in names if self.strict or self._must_train(name, names, problem)]
+        chosen = wrong or names
+        dtypes = {str(self._pending[name].dtype) for name in chosen}
         advice = {
             "got no gradient": "With adapters and reentrant gradient checkpointing, the embeddings' output must "
             "require a gradient, and parts that the loss does not use must be frozen: prepare_model() does both.",
@@ -198,12 +211,44 @@ class AuditCallback(TrainerCallback):
             "parameters in float32, as prepare_model() does, and check the learning rate.",
             "had a gradient of zero at every step": "The loss does not depend on it.",
         }[problem]
-        raise AuditError(
-            f"{len(names)} of {len(self._pending) + len(self._moved)} trainable parameters: each {problem} "
-            f"(optimizer step {state.global_step + 1}): {listing(names)}. {advice}",
-            without_gradient=() if unmoved else tuple(names),
-            unmoved=tuple(names) if unmoved else (),
+        message = (
+            f"{len(chosen)} of {len(self._pending) + len(self._moved)} trainable parameters: each {problem} "
+            f"(optimizer step {state.global_step + 1}): {listing(chosen)}. {advice}"
         )
+        if wrong:
+            without, still = ((), tuple(wrong)) if unmoved else (tuple(wrong), ())
+            raise AuditError(message, without_gradient=without, unmoved=still)
+        logger.warning("%s If this is meant so, freeze what does not train, with requires_grad_(False)", message)
+        for name in names:
+            del self._pending[name]
+            self._exempt.append(name)
+
+    def _must_train(self, name: str, still: list[str], problem: str) -> bool:
+        """Return whether a run is wrong in which a parameter does not train, among others that do not."""
+        if name in self._expected:
+            return True
+        if problem == "is not in the optimizer":
+            return False
+        others = (self._pending.keys() - still) | set(self._moved)
+        layer = _LAYER.match(name)
+        return not others or (layer is not None and not any(other.startswith(layer[0]) for other in others))
+
+
+_LAYER = re.compile(r"(?:.*\.)?(?:layer|layers|blocks|block|h)\.\d+\.")
+"""The path of an encoder layer, at the beginning of a parameter's name."""
+
+
+def _expected_to_train(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of adapters, and of those that `prepare_model` made trainable."""
+    expected = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        expected |= {prefix + name for name in getattr(module, EXPECTATION, ())}
+        if hasattr(module, "peft_config"):
+            # peft trains nothing but adapters, and the head in a wrapper.
+            names = (name for name, parameter in module.named_parameters() if parameter.requires_grad)
+            expected |= {prefix + name for name in names if ".modules_to_save." not in name}
+    return expected
 
 
 def _can_change(

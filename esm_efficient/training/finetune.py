@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -22,21 +24,34 @@ from transformers import (
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
+from esm_efficient.adapters.registry import find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.costs.memory import peak_memory
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.encoder import apply_lean_encoder
-from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.audit import AuditCallback
+from esm_efficient.training.cached import CachedTraining, cache_for_training
 from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.result import FinetuneResult
-from esm_efficient.training.trainer import BASE_CONFIG, WeightedTrainer
+from esm_efficient.training.runs import BASE_CONFIG
+from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
+from esm_efficient.training.standardizing import (
+    LabelScale,
+    RestoringMetrics,
+    StandardizingCollator,
+    find_output_layer,
+    measure_scale,
+    standardize_layer,
+    standardized_training,
+)
+from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
@@ -64,13 +79,16 @@ def finetune(
     profile: bool = False,
     task: Task | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    states_dir: str | Path | None = None,
     **training_options: Any,
 ) -> FinetuneResult:
     """Fine-tune ESM-2: tokenise, prepare, train, audit, evaluate, save.
 
     The feature of the column ``label`` determines the task (`esm_efficient.tasks.task_of`): one class or several labels
     per sequence, one class per residue, or numbers. With several labels, and with a validation and a test split, the
-    threshold of each label is tuned on validation and applied to test.
+    threshold of each label is tuned on validation and applied to test. Numbers are standardised for training: the
+    losses during training are those of standardised numbers, while every metric, and every saved model and checkpoint,
+    is in the unit of the labels.
 
     Args:
         model: a folder or a Hub name of an ESM-2 model, or a loaded model with the head that the task needs.
@@ -94,6 +112,8 @@ def finetune(
         profile: measure memory and time per phase (`ProfilerCallback`).
         task: the task, if the labels' feature does not tell it: several labels lose their names in tokenised splits.
         callbacks: further callbacks of the Trainer.
+        states_dir: folder for the states of a recipe with ``cache=True`` (`esm_efficient.trunk.cache.cache_states`);
+            None for ``states/`` in `output_dir`. Runs that share a folder compute them once.
         **training_options: options of `TrainingArguments`, such as ``num_train_epochs``, that override those of the
             recipe.
 
@@ -115,27 +135,32 @@ def finetune(
     chosen, output_dir = get_recipe(recipe), Path(output_dir)
     features = next(iter(dataset.values())).features
     task = task or _task_of_splits(features)
-    evaluated_on = next((name for name in ("test", "validation") if name in dataset), None)
-    if "train" not in dataset or evaluated_on is None:
-        raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
+    evaluated_on = _evaluation_split(dataset)
     args = recipe_arguments(chosen, output_dir, precision=precision, seed=seed, **training_options)
     set_seed(seed)
-    loaded, tokenizer = _load(model, tokenizer, task)
+    loaded, tokenizer, has_unit = _load(model, tokenizer, task)
     if "input_ids" not in features:
         dataset, _ = tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)
+    scale = _standardize_head(loaded, tokenizer, dataset["train"], task, has_unit)
+    collator = _make_collator(task, tokenizer)
+    splits: Mapping[str, Any] = {name: dataset[name] for name in ("train", "validation") if name in dataset}
+    states = None
+    if _can_cache(chosen, splits["train"]):
+        folder = output_dir / "states" if states_dir is None else Path(states_dir)
+        states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
+        loaded, splits = states.rest, states.splits
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
     audit = AuditCallback()
     callbacks = list(callbacks)
     if args.save_strategy != "no" and not any(isinstance(callback, CheckpointCallback) for callback in callbacks):
         callbacks.append(CheckpointCallback(signals=()))
     profiler = ProfilerCallback() if profile else None
-    collator = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
     trainer = WeightedTrainer(
         prepared,
         args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset.get("validation"),
-        data_collator=collator(tokenizer),
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        data_collator=collator if states is None else states.collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
         callbacks=[audit, *([] if profiler is None else [profiler]), *callbacks],
@@ -143,8 +168,11 @@ def finetune(
         focal_gamma=focal_gamma,
         token_budget=token_budget,
     )
-    with peak_memory() as peak:
+    with peak_memory() as peak, _standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if states is not None:
+        states.restore(trainer)
+        trainer.data_collator = collator
     # The model is saved before anything else can fail.
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
     _save_model(trainer, model_dir, tokenizer)
@@ -164,10 +192,11 @@ def finetune(
         total_parameters=sum(p.numel() for p in prepared.parameters()),
         trained_layers=audit.report.layers,
         layers=prepared.config.num_hidden_layers,
-        residues_per_second=trainer.residues_trained / trained.metrics["train_runtime"],
+        residues_per_second=_residues(trainer, states) / trained.metrics["train_runtime"],
         peak_memory_bytes=peak.bytes,
         peak_memory_kind=peak.kind,
         seconds=trained.metrics["train_runtime"],
+        states_seconds=0.0 if states is None else states.seconds,
         model_dir=model_dir,
         result_path=output_dir / "result.json",
         model=prepared.eval(),
@@ -178,6 +207,14 @@ def finetune(
         with explain_full_disk(output_dir):
             result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def _evaluation_split(dataset: DatasetDict) -> str:
+    """Return the name of the split that the metrics are for."""
+    name = next((name for name in ("test", "validation") if name in dataset), None)
+    if "train" not in dataset or name is None:
+        raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
+    return name
 
 
 def _task_of_splits(features: Features) -> Task:
@@ -195,17 +232,10 @@ def _task_of_splits(features: Features) -> Task:
 
 def _load(
     model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, task: Task
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model with the head of a task, and its tokenizer."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Return a model with the head of a task, its tokenizer, and whether the head predicts numbers in their unit."""
     if not isinstance(model, PreTrainedModel):
-        loaded, _ = load_pretrained(
-            auto_class(task.head),
-            model,
-            num_labels=len(task.names),
-            problem_type=task.problem_type,
-            dtype=torch.float32,
-        )
-        return loaded, tokenizer or AutoTokenizer.from_pretrained(model)
+        return _load_pretrained(model, tokenizer, task)
     if tokenizer is None:
         raise ConfigurationError("model is a loaded model, which has no tokenizer: give tokenizer too")
     if (head_of(model) == "token-classification") != (task.head == "token-classification"):
@@ -214,7 +244,91 @@ def _load(
     if config.problem_type not in (None, task.problem_type):
         raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
     config.problem_type = task.problem_type
-    return model, tokenizer
+    return model, tokenizer, _forget_labels(config)
+
+
+def _load_pretrained(
+    name: str | Path, tokenizer: PreTrainedTokenizerBase | None, task: Task
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Load a model with the head of a task, which is new unless the checkpoint has one of this size."""
+    config = AutoConfig.from_pretrained(name)
+    was_regressor = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    _forget_labels(config)
+    # In this order: one label of a single-label problem is refused.
+    config.problem_type = task.problem_type
+    config.num_labels = len(task.names)
+    loaded, missing, mismatched = load_pretrained(
+        auto_class(task.head), name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    heads = find_architecture(loaded).heads
+    if wrong := [key for key in mismatched if not key.startswith(tuple(heads))]:
+        raise ConfigurationError(f"{name}: the weights {listing(wrong)} have other shapes than the model's config says")
+    is_new = any(key.startswith(tuple(heads)) for key in (*mismatched, *missing))
+    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and not is_new
+
+
+def _forget_labels(config: Any) -> bool:
+    """Remove what a former training has written about its labels; return whether it was the scale of numbers."""
+    scale = vars(config).pop(LABEL_SCALE, None)
+    vars(config).pop("label_thresholds", None)
+    return scale is not None
+
+
+def _standardize_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Any, task: Task, has_unit: bool
+) -> LabelScale | None:
+    """Return the scale of the numbers to regress; a head that predicts in their unit continues with that scale."""
+    if task.kind != "regression":
+        return None
+    layer = find_output_layer(model, tokenizer)
+    if layer is None:
+        logger.warning(
+            "the head of %s does not end in a linear layer with a bias: the labels are not standardised. Give labels "
+            "with a mean of about 0 and a standard deviation of about 1",
+            type(model).__name__,
+        )
+        return None
+    scale = measure_scale(train, task.names)
+    if has_unit:
+        standardize_layer(layer, scale)
+    return scale
+
+
+@contextmanager
+def _standardized(trainer: Any, scale: LabelScale | None) -> Iterator[None]:
+    """Train on standardised labels, with metrics in the user's unit, within a ``with`` block."""
+    if scale is None:
+        yield
+        return
+    collator, metrics = trainer.data_collator, trainer.compute_metrics
+    model = trainer.model
+    layer = find_output_layer(model, trainer.processing_class)
+    if layer is None or not layer.weight.requires_grad:
+        raise ConfigurationError(
+            "the last layer of the head is adapted or frozen: expected it to train as a whole, so that it can predict "
+            "in the unit of the labels. Leave it out of the adapters' targets"
+        )
+    trainer.data_collator = StandardizingCollator(collator, scale)
+    trainer.compute_metrics = RestoringMetrics(metrics, scale)
+    try:
+        with standardized_training(model, layer, scale):
+            yield
+    finally:
+        trainer.data_collator, trainer.compute_metrics = collator, metrics
+
+
+def _can_cache(recipe: Recipe, train: Any) -> bool:
+    """Whether a recipe asks for cached states and the training split can have them."""
+    if recipe.cache and not hasattr(train, "__len__"):
+        logger.warning("the training data are a stream: the layers that do not train are computed in every epoch")
+        return False
+    return recipe.cache
+
+
+def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the collator of tokens and labels."""
+    kind = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
+    return kind(tokenizer)
 
 
 def _prepare(
@@ -225,11 +339,19 @@ def _prepare(
         model,
         adapters=recipe_adapters(recipe, model, **adapter_options),
         head_only=recipe.trains == "head",
+        layers=recipe.layers,
         gradient_checkpointing=compat.asks_for_checkpointing(args),
         dtype=torch.bfloat16 if args.bf16 else None,
         label_names=task.names,
     )
     return apply_lean_encoder(prepared) if recipe.encoder == "lean" else prepared
+
+
+def _residues(trainer: WeightedTrainer, states: CachedTraining | None) -> int:
+    """Return the residues that this run trained on."""
+    if states is not None and states.collator.stored.pooling == "first":  # batches have no masks to count in
+        return states.residues_trained(trainer)
+    return trainer.residues_trained - trainer.residues_resumed
 
 
 def _tune_thresholds(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from test_trainer import arguments, weighted
 from torch import nn
-from transformers import EsmForSequenceClassification
+from transformers import BertConfig, BertModel, EsmForSequenceClassification, EsmModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from esm_efficient import AuditCallback, AuditError, compat, lora_config, prepare_model
+from esm_efficient.adapters.prepare import EXPECTATION
 
 
-def run(model, folder, tokenizer, data, *, audit=None, **options):
+def run(model, folder, tokenizer, data, *, audit=None, class_weights=(0.3, 2.5), **options):
     audit = audit or AuditCallback()
     options = {"learning_rate": 1e-2, "num_train_epochs": 3} | options
-    weighted(model, arguments(folder, 4, 2, **options), data, tokenizer, callbacks=[audit]).train()
+    args = arguments(folder, 4, 2, **options)
+    weighted(model, args, data, tokenizer, callbacks=[audit], class_weights=class_weights).train()
     return audit.report
 
 
@@ -133,19 +137,26 @@ def test_bfloat16_weights_that_lose_their_updates_are_detected(tmp_path, tiny_mo
         model.classifier.dense.weight.fill_(0.5)
     model.esm.requires_grad_(False)
     with pytest.raises(AuditError, match="did not move") as caught:
-        run(model, tmp_path, tokenizer, tiny_dataset(32), learning_rate=1e-4)
+        run(model, tmp_path, tokenizer, tiny_dataset(32), learning_rate=1e-4, audit=AuditCallback(strict=True))
     assert "classifier.dense.weight" in caught.value.unmoved
     assert "bfloat16" in str(caught.value)
 
 
-def test_a_parameter_that_no_loss_uses_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_parameter_that_no_loss_uses_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
     model = tiny_model()
     model.orphan = nn.Parameter(torch.ones(3))
     with pytest.raises(AuditError, match="orphan"):
-        run(model, tmp_path, tokenizer, tiny_dataset(32))
+        run(model, tmp_path, tokenizer, tiny_dataset(32), audit=AuditCallback(strict=True))
+    with pytest.raises(AuditError, match="orphan"):
+        run(prepare_model(model), tmp_path, tokenizer, tiny_dataset(32))
+    model = tiny_model()
+    model.orphan = nn.Parameter(torch.ones(3))
+    report = run(model, tmp_path, tokenizer, tiny_dataset(32))
+    assert "orphan" in report.exempt
+    assert "each got no gradient (optimizer step 1): orphan" in caplog.text
 
 
-def test_a_gradient_of_zero_at_every_step_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
+def test_a_gradient_of_zero_at_every_step_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
     class Muted(EsmForSequenceClassification):
         def __init__(self, config):
             super().__init__(config)
@@ -157,8 +168,11 @@ def test_a_gradient_of_zero_at_every_step_is_detected(tmp_path, tiny_model, tiny
             return output
 
     with pytest.raises(AuditError, match="gradient of zero") as caught:
-        run(tiny_model(Muted), tmp_path, tokenizer, tiny_dataset(32))
+        run(tiny_model(Muted), tmp_path, tokenizer, tiny_dataset(32), audit=AuditCallback(strict=True))
     assert caught.value.without_gradient == ("muted",)
+    report = run(tiny_model(Muted), tmp_path, tokenizer, tiny_dataset(32))
+    assert "muted" in report.exempt
+    assert "each had a gradient of zero at every step" in caplog.text
 
 
 def test_a_parameter_outside_the_optimizer_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
@@ -175,3 +189,82 @@ def test_the_unused_contact_head_of_a_plain_model_is_a_warning(tmp_path, tiny_mo
     assert report.layers == (0, 1)
     assert sorted(report.exempt) == ["esm.contact_head.regression.bias", "esm.contact_head.regression.weight"]
     assert "contact_head" in caplog.text
+
+
+class MeanPooling(nn.Module):
+    """A head that reads the mean of the last states, over an encoder with a pooler that it does not read."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.head = nn.Linear(encoder.config.hidden_size, 2)
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        states = self.encoder(input_ids, attention_mask).last_hidden_state
+        mean = (states * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        logits = self.head(mean)
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def bert():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return MeanPooling(BertModel(BertConfig(vocab_size=33, **sizes)))
+
+
+def esm(prepared=False):
+    encoder = make_model(EsmModel)
+    return MeanPooling(prepare_model(encoder) if prepared else encoder)
+
+
+@pytest.mark.parametrize("build", [bert, esm, lambda: esm(prepared=True)], ids=["bert", "esm", "prepared esm"])
+def test_a_pooler_that_a_custom_head_does_not_read_is_a_warning(tmp_path, tiny_dataset, tokenizer, caplog, build):
+    report = run(build(), tmp_path, tokenizer, tiny_dataset(32), class_weights=None)
+    assert {name.split(".")[-2] for name in report.exempt if "contact_head" not in name} == {"dense"}
+    assert "pooler.dense.weight" in caplog.text
+    assert report.layers == (0, 1)
+    with pytest.raises(AuditError, match="pooler"):
+        run(build(), tmp_path, tokenizer, tiny_dataset(32), class_weights=None, audit=AuditCallback(strict=True))
+
+
+def test_an_optimizer_for_the_head_alone_is_a_warning_unless_adapters_are_left_out(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, caplog
+):
+    def train(model, **options):
+        head = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name]
+        optimizer = torch.optim.AdamW(head, lr=1e-2)
+        args = arguments(tmp_path, 4, 2, num_train_epochs=3)
+        audit = AuditCallback(**options)
+        weighted(model, args, tiny_dataset(32), tokenizer, optimizers=(optimizer, None), callbacks=[audit]).train()
+        return audit.report
+
+    report = train(tiny_model())
+    assert all("classifier" in name for name in report.moved)
+    assert "each is not in the optimizer" in caplog.text
+    model = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    with pytest.raises(AuditError, match="lora_A"):
+        train(model)
+    for expected in (prepare_model(tiny_model()), tiny_model()):
+        with pytest.raises(AuditError, match="is not in the optimizer"):
+            train(expected, strict=not hasattr(expected, EXPECTATION))
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+def test_a_layer_in_which_nothing_trains_fails_an_unprepared_model_too(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, layers
+):
+    model = tiny_model()
+    for index in layers:
+        model.esm.encoder.layer[index].forward = lambda hidden_states, *_, **__: hidden_states
+    with pytest.raises(AuditError, match="got no gradient") as caught:
+        run(model, tmp_path, tokenizer, tiny_dataset(32))
+    assert {int(name.split(".layer.")[1][0]) for name in caught.value.without_gradient} == set(layers)
+
+
+def test_nothing_that_moves_fails(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    model = tiny_model().to(torch.bfloat16).requires_grad_(False)
+    model.classifier.out_proj.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.classifier.out_proj.weight.fill_(0.5)
+    with pytest.raises(AuditError, match="did not move"):
+        run(model, tmp_path, tokenizer, tiny_dataset(32), learning_rate=1e-4)

@@ -1,0 +1,223 @@
+"""Train a regressor on standardised numbers, while its saved weights predict in the user's unit.
+
+AdamW moves every weight by about the learning rate. A head that must reach 50, or whose errors count a hundredfold, is
+therefore not learnt in a usual run. During training the labels have mean 0 and standard deviation 1. The head's last
+layer is linear: multiplied by the standard deviation and shifted by the mean, it predicts in the user's unit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.training.weights import dataset_labels
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "label_scale"
+"""The entry of a regressor's config with the mean and the standard deviation of the labels that it was trained on."""
+
+_STREAM_ROWS = 10_000
+_MOST_SPREAD = 100
+"""The standard deviation in interquartile ranges from which a warning says that few labels are far from the others."""
+
+
+@dataclass(frozen=True)
+class LabelScale:
+    """Mean and standard deviation of the numbers to regress.
+
+    Attributes:
+        mean: float64 of shape (numbers,).
+        std: float64 of shape (numbers,), above 0.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+
+    def standardize(self, labels: Tensor) -> Tensor:
+        """Return standardised labels, float32 of the same shape: (batch,) for one number, else (batch, numbers)."""
+        mean, std = torch.from_numpy(self.mean), torch.from_numpy(self.std)
+        values = labels.double().reshape(len(labels), -1)
+        return ((values - mean) / std).reshape(labels.shape).float()
+
+    def restore(self, values: np.ndarray) -> np.ndarray:
+        """Return standardised values, float of shape (examples, numbers) or (examples,), in the user's unit."""
+        table = np.asarray(values, dtype=np.float64)
+        return (table.reshape(len(table), -1) * self.std + self.mean).reshape(table.shape)
+
+
+def measure_scale(dataset: Any, names: Sequence[str]) -> LabelScale:
+    """Return the scale of a training set's numbers; of a stream, that of its first 10,000 rows.
+
+    Args:
+        dataset: a tokenised split with a column ``labels``.
+        names: names of the numbers in their order.
+
+    Raises:
+        DataError: a number is infinite, none is known, or one is so large that the others cannot be told apart.
+    """
+    if hasattr(dataset, "__len__"):
+        labels = dataset_labels(dataset)
+    else:
+        labels = np.array([row["labels"] for row in itertools.islice(dataset, _STREAM_ROWS)])
+    columns = np.asarray(labels, dtype=np.float64).reshape(-1, len(names)).T
+    scales = [_scale_of(column, name) for column, name in zip(columns, names, strict=True)]
+    return LabelScale(*(np.array(part) for part in zip(*scales, strict=True)))
+
+
+def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
+    if infinite := np.flatnonzero(np.isinf(column)).tolist():
+        raise DataError(f"{name}: {len(infinite)} labels are infinite, the first in row {infinite[0] + 1}")
+    known = column[~np.isnan(column)]
+    if not len(known):
+        raise DataError(f"{name}: no label of the training set is known: there is nothing to learn")
+    mean, std = float(known.mean()), float(known.std()) or 1.0
+    far = int(np.nanargmax(np.abs(column - np.median(known))))
+    standardized = ((known - mean) / std).astype(np.float32)
+    if len(np.unique(standardized)) < len(np.unique(known)) / 2:
+        raise DataError(
+            f"{name}: the label {column[far]:g} in row {far + 1} is so far from the others that they cannot be told "
+            "apart beside it: correct or remove it, or regress the logarithm"
+        )
+    spread = float(np.subtract(*np.percentile(known, (75, 25))))
+    if 0 < spread < std / _MOST_SPREAD:
+        logger.warning(
+            "%s: the label %g in row %d is far from the others (standard deviation %g, interquartile range %g): few "
+            "labels decide the loss. Correct it, or regress the logarithm",
+            *(name, column[far], far + 1, std, spread),
+        )
+    return mean, std
+
+
+@dataclass(frozen=True)
+class StandardizingCollator:
+    """A data collator that standardises the labels of another one's batches."""
+
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    scale: LabelScale
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch with standardised labels."""
+        batch = dict(self.collator(rows))
+        return batch | {"labels": self.scale.standardize(batch["labels"])}
+
+
+@dataclass(frozen=True)
+class RestoringMetrics:
+    """A ``compute_metrics`` function that computes another one's metrics in the user's unit."""
+
+    compute: Callable[[EvalPrediction], dict[str, float]]
+    scale: LabelScale
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Return the metrics of standardised predictions and labels."""
+        outputs = prediction.predictions
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        restored = self.scale.restore(logits), self.scale.restore(np.asarray(prediction.label_ids))
+        return self.compute(type(prediction)(predictions=restored[0], label_ids=restored[1]))
+
+
+def find_output_layer(model: nn.Module, tokenizer: Any) -> nn.Linear | None:
+    """Return the linear layer with a bias whose output is a model's logits; None if there is none.
+
+    Args:
+        model: a model of sequences, which is called once.
+        tokenizer: its tokenizer.
+    """
+    outputs: list[tuple[nn.Linear, Tensor]] = []
+
+    def note(module: nn.Module, _: Any, output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            outputs.append((module, output))
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is not None]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    device, was_training = next(model.parameters()).device, model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(**tokenizer("MKTV", return_tensors="pt").to(device)).logits
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    same = [layer for layer, output in outputs if torch.equal(output.reshape(-1), logits.reshape(-1))]
+    return same[-1] if same else None
+
+
+def standardize_layer(layer: nn.Linear, scale: LabelScale) -> None:
+    """Change a layer that predicts in the user's unit into one that predicts standardised numbers."""
+    _write(layer, *_standardized(layer.weight, layer.bias, scale))
+
+
+@contextmanager
+def standardized_training(model: Any, layer: nn.Linear, scale: LabelScale) -> Iterator[None]:
+    """Train a layer on standardised numbers within a ``with`` block; its state dict is always in the user's unit.
+
+    Checkpoints therefore predict in the user's unit too. The layer's weights are float64 in them, so that a run that
+    resumes has the same float32 weights as before. At the end, the layer itself predicts in the user's unit, and the
+    scale is in the model's config.
+
+    Args:
+        model: the model, whose config gets the scale.
+        layer: its output layer.
+        scale: the scale of the labels.
+    """
+
+    def save(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        pair = (state[prefix + "weight"], state[prefix + "bias"])
+        state[prefix + "weight"], state[prefix + "bias"] = _restored(*pair, scale)
+
+    def load(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        names = prefix + "weight", prefix + "bias"
+        if set(names) <= state.keys():
+            pair = _standardized(state[names[0]], state[names[1]], scale)
+            state.update((name, value.to(module.weight.dtype)) for name, value in zip(names, pair, strict=True))
+
+    hooks = [layer.register_state_dict_post_hook(save), layer.register_load_state_dict_pre_hook(load)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _write(layer, *_restored(layer.weight, layer.bias, scale))
+        setattr(model.config, CONFIG_NAME, {"mean": scale.mean.tolist(), "std": scale.std.tolist()})
+
+
+def _restored(weight: Tensor, bias: Tensor, scale: LabelScale) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, std = _in_float64(weight, bias, scale)
+    return weight * std[:, None], bias * std + mean
+
+
+def _standardized(weight: Tensor, bias: Tensor, scale: LabelScale) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, std = _in_float64(weight, bias, scale)
+    return weight / std[:, None], (bias - mean) / std
+
+
+def _in_float64(weight: Tensor, bias: Tensor, scale: LabelScale) -> tuple[Tensor, ...]:
+    if hasattr(weight, "device_mesh"):
+        raise ConfigurationError(
+            "a regressor's head is divided among the ranks (FSDP): its labels cannot be standardised. Train on one "
+            "device or with DDP, or use WeightedTrainer with labels of mean 0 and standard deviation 1"
+        )
+    parts = weight.detach(), bias.detach(), torch.from_numpy(scale.mean), torch.from_numpy(scale.std)
+    # An Apple GPU has no float64.
+    device = "cpu" if weight.device.type == "mps" else weight.device
+    return tuple(part.to(device).double() for part in parts)
+
+
+@torch.no_grad()
+def _write(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
