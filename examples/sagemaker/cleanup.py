@@ -3,7 +3,8 @@
     python examples/sagemaker/cleanup.py --endpoint esm2-membrane --place s3://BUCKET/esm2-membrane --yes
 
 Without ``--yes`` the script lists what it would delete. It skips what no longer exists. If the tags of an endpoint or
-the marker of a place are missing, these scripts did not create it: the script reports an error and deletes nothing.
+the marker of a place are missing, these scripts did not create it: the script reports an error and deletes nothing. In
+a bucket with versions, the marker must be the current version, and versions older than the marker stay.
 """
 
 from __future__ import annotations
@@ -74,21 +75,31 @@ def find_endpoint(sagemaker: Any, name: str) -> list[tuple[str, Callable[[], Any
     return steps
 
 
-def find_objects(s3: Any, place: Place) -> list[dict[str, str]]:
-    """List all versions of all objects of a place. The marker is last, so that an interrupted deletion can continue."""
-    pages = s3.get_paginator("list_object_versions").paginate(Bucket=place.bucket, Prefix=f"{place.prefix}/")
-    versions = [
-        {"Key": item["Key"], "VersionId": item["VersionId"]}
-        for page in pages
-        for item in (*page.get("Versions", ()), *page.get("DeleteMarkers", ()))
-    ]
-    marker = place.key(MARKER)
-    if versions and not any(item["Key"] == marker for item in versions):
-        raise ConfigurationError(
-            f"{place.uri()} has no {MARKER}, so these scripts did not create it. They do not delete its "
-            f"{len(versions)} object(s)"
-        )
-    return sorted(versions, key=lambda item: item["Key"] == marker)
+def find_objects(s3: Any, place: Place) -> tuple[list[dict[str, str]], int]:
+    """List all versions of all objects that were written to a place since it was marked.
+
+    In a bucket with versions, a deleted marker is still listed, and so are the objects of an earlier owner. So the
+    marker must be the current version, and what is older than the marker is left.
+
+    Returns:
+        The versions to delete, with the current marker last, so that an interrupted deletion can continue; and the
+        number of versions that are left because they are older than the marker.
+    """
+    pages = list(s3.get_paginator("list_object_versions").paginate(Bucket=place.bucket, Prefix=f"{place.prefix}/"))
+    markers = place.key(MARKER)
+    versions = [item for page in pages for item in page.get("Versions", ())]
+    everything = versions + [item for page in pages for item in page.get("DeleteMarkers", ())]
+    current = next((item for item in versions if item["Key"] == markers and item["IsLatest"]), None)
+    if current is None:
+        if everything:
+            raise ConfigurationError(
+                f"{place.uri()} has no {MARKER}, or it was deleted, so these scripts did not create what is there now. "
+                f"They do not delete its {len(everything)} object(s)"
+            )
+        return [], 0
+    ours = [item for item in everything if item["Key"] == markers or item["LastModified"] >= current["LastModified"]]
+    ours.sort(key=lambda item: (item["Key"] == markers, item is current))
+    return [{"Key": item["Key"], "VersionId": item["VersionId"]} for item in ours], len(everything) - len(ours)
 
 
 def delete_objects(s3: Any, place: Place, objects: list[dict[str, str]]) -> None:
@@ -107,7 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
         steps += find_endpoint(sagemaker, options.endpoint)
     if options.place:
         s3, place = client("s3", options.region), Place.parse(options.place)
-        if objects := find_objects(s3, place):
+        objects, older = find_objects(s3, place)
+        if older:
+            print(f"{older} object version(s) below {place.uri()} are older than {MARKER} and are left")
+        if objects:
             steps.append((f"{len(objects)} object(s) below {place.uri()}", lambda: delete_objects(s3, place, objects)))
     if not steps:
         print("there is nothing to delete")

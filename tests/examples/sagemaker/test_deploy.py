@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 
 import pytest
@@ -143,6 +144,41 @@ def test_all_object_versions_of_a_place_are_deleted_and_nothing_outside_it(aws):
         assert s3.list_objects_v2(Bucket="versions")["KeyCount"] == 1
     assert aws.run("cleanup.py", "--place", "s3://versions", "--yes").returncode == 1
     assert aws.run("cleanup.py", "--yes").returncode == 2
+
+
+def versioned_bucket(aws, name):
+    s3 = aws.client("s3")
+    s3.create_bucket(Bucket=name)
+    s3.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    return s3
+
+
+def test_a_marker_that_was_deleted_marks_nothing(aws):
+    s3 = versioned_bucket(aws, "reused")
+    s3.put_object(Bucket="reused", Key="place/created-by-esm-efficient.json", Body=b"{}")
+    s3.delete_object(Bucket="reused", Key="place/created-by-esm-efficient.json")
+    s3.put_object(Bucket="reused", Key="place/thesis.csv", Body=b"somebody else's")
+    done = aws.run("cleanup.py", "--place", "s3://reused/place", "--yes")
+    assert done.returncode == 1
+    assert "has no created-by-esm-efficient.json, or it was deleted" in done.stderr
+    left = s3.list_object_versions(Bucket="reused")
+    assert len(left["Versions"]) == 2
+    assert len(left["DeleteMarkers"]) == 1
+
+
+def test_versions_from_before_the_marker_are_left(aws):
+    s3 = versioned_bucket(aws, "before")
+    s3.put_object(Bucket="before", Key="place/thesis.csv", Body=b"somebody else's")
+    s3.delete_object(Bucket="before", Key="place/thesis.csv")
+    time.sleep(1.1)  # S3 gives times in seconds
+    s3.put_object(Bucket="before", Key="place/created-by-esm-efficient.json", Body=b"{}")
+    s3.put_object(Bucket="before", Key="place/model/weights", Body=b"ours")
+    done = aws.run("cleanup.py", "--place", "s3://before/place", "--yes")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 object version(s) below s3://before/place are older" in done.stdout
+    left = s3.list_object_versions(Bucket="before")
+    assert [item["Key"] for item in left["Versions"]] == ["place/thesis.csv"]
+    assert [item["Key"] for item in left["DeleteMarkers"]] == ["place/thesis.csv"]
 
 
 def test_a_failed_endpoint_is_reported_with_its_reason_and_the_way_to_delete_it(aws, job, monkeypatch):
