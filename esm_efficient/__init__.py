@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import finetune
     from esm_efficient.training.result import FinetuneResult
+    from esm_efficient.trunk import StatesCollator, cache_states, join_model, split_model, truncate
 
 __version__ = "0.1.0"
 
@@ -131,6 +132,7 @@ _HOME = {
     "training.export": ("export_model",),
     "training.finetune": ("finetune",),
     "training.result": ("FinetuneResult",),
+    "trunk": ("StatesCollator", "cache_states", "join_model", "split_model", "truncate"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -163,6 +165,7 @@ __all__ = [
     "RequestError",
     "RequestLimits",
     "ResidueEncoder",
+    "StatesCollator",
     "TargetModuleError",
     "Task",
     "TokenBudgetBatchSampler",
@@ -170,6 +173,7 @@ __all__ = [
     "WeightedTrainer",
     "apply_lean_encoder",
     "apply_thresholds",
+    "cache_states",
     "classification_metrics",
     "compare",
     "compute_metrics_for",
@@ -182,6 +186,7 @@ __all__ = [
     "format_table",
     "get_device",
     "has_lean_encoder",
+    "join_model",
     "last_checkpoint",
     "load_deeploc",
     "load_sequences",
@@ -197,9 +202,11 @@ __all__ = [
     "regression_metrics",
     "remove_lean_encoder",
     "resolve_targets",
+    "split_model",
     "stratified_sample",
     "task_of",
     "tokenize_dataset",
+    "truncate",
     "tune_thresholds",
     "write_demo_table",
 ]

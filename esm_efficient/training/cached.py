@@ -18,7 +18,7 @@ from esm_efficient.encoder.origins import reads_first_token
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import SPECIAL_TOKENS
-from esm_efficient.trunk.cache import Pooling, StateFormat, StatesCollator, cache_states
+from esm_efficient.trunk.cache import Pooling, StateDtype, StatesCollator, cache_states
 from esm_efficient.trunk.split import Trunk, join_model, split_model
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def cache_for_training(
     trained = recipe.trained_layers(count)
     top = count - min(trained) if trained else 0
     pooling: Pooling = "first" if top == 0 and reads_first_token(model) else "tokens"
-    stored = StateFormat("bfloat16" if args.bf16 else "float32", pooling)
+    dtype: StateDtype = "bfloat16" if args.bf16 else "float32"
     trunk, rest = split_model(model, top)
     if args.bf16:
         trunk.to(torch.bfloat16)
@@ -96,8 +96,7 @@ def cache_for_training(
     trunk.to(args.device)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         cached = {
-            name: cache_states(split, trunk, folder, dtype=stored.dtype, pooling=pooling)
-            for name, split in splits.items()
+            name: cache_states(split, trunk, folder, dtype=dtype, pooling=pooling) for name, split in splits.items()
         }
     trunk.to("cpu")
     seconds = time.perf_counter() - started
@@ -106,7 +105,7 @@ def cache_for_training(
     return CachedTraining(
         rest=rest,
         splits=cached,
-        collator=StatesCollator(collator, stored, trunk.width, stored.torch_dtype),
+        collator=StatesCollator(collator, trunk, dtype=dtype, pooling=pooling),
         trunk=trunk,
         residues_per_epoch=int(tokens.sum() - SPECIAL_TOKENS * len(tokens)),
         seconds=seconds,

@@ -136,14 +136,17 @@ class StatesCollator:
 
     Args:
         collator: the collator of the other columns.
-        stored: how the states are stored.
-        width: width of the states.
-        dtype: the dtype in which the model gets them; the trunk's own, so that the numbers are those of a run without a
-            cache.
+        trunk: the trunk that computed the states. The model gets them in the dtype of its weights, so that the numbers
+            are those of a run without a cache.
+        dtype: as in `cache_states`.
+        pooling: as in `cache_states`.
     """
 
-    def __init__(self, collator: Any, stored: StateFormat, width: int, dtype: torch.dtype = torch.float32) -> None:
-        self.collator, self.stored, self.width, self.dtype = collator, stored, width, dtype
+    def __init__(
+        self, collator: Any, trunk: Trunk, *, dtype: StateDtype = "float32", pooling: Pooling = "tokens"
+    ) -> None:
+        self.collator, self.stored = collator, StateFormat(dtype, pooling)
+        self.width, self.dtype = trunk.width, next(trunk.parameters()).dtype
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return a batch with ``inputs_embeds`` and without ``input_ids``."""

@@ -248,7 +248,7 @@ def train(tokenizer, rows, folder, *, layers, adapters, head, steps=50, cached=N
         model = join_model(model, trunk)
     else:
         rows = cache_states(rows, trunk, folder, dtype=cached)
-        collator = StatesCollator(collator, StateFormat(cached), trunk.width)
+        collator = StatesCollator(collator, trunk, dtype=cached)
     count = model.config.num_hidden_layers
     apply_lean_encoder(model)
     trained = tuple(f".layer.{number}." for number in range(count - layers, count))
