@@ -52,18 +52,35 @@ def asks_for_checkpointing(args: TrainingArguments) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
 
 
-def declare_loss_normalised(trainer: Trainer) -> None:
-    """Tell a Trainer that its loss is already divided by the weight of the whole accumulated batch.
+def divides_loss(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Return whether a Trainer divides the loss of a micro-batch by the accumulation steps.
 
-    Without it, the Trainer divides the loss by the accumulation steps once more. transformers 5.20 and later have an
-    attribute for this. Earlier versions divide unless the model claims to accept loss arguments.
+    Without it, a loss that is already divided by the weight of the accumulated batch would be divided once more.
+    transformers 5.20 and later have an attribute for this.
+
+    Args:
+        trainer: the trainer.
+        num_items_in_batch: the number of items of the accumulated batch, as `Trainer.get_batch_samples` returns it.
     """
     from transformers import Trainer
 
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        trainer.loss_is_scaled_for_ga = True
-    else:
-        trainer.model_accepts_loss_kwargs = True
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None) if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+    if declared is not None:
+        return not declared
+    return trainer.compute_loss_func is None and not (
+        trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    )
+
+
+def has_own_loss_function(model: nn.Module) -> bool:
+    """Return whether the user gave a transformers model a ``loss_function``, or its class defines one.
+
+    Without the private name of what the setter stores, the user's loss would be replaced by a weighted cross-entropy.
+    """
+    from transformers import PreTrainedModel
+
+    defined: Any = getattr(type(model), "loss_function", None)
+    return hasattr(model, "_loss_function") or defined not in (None, PreTrainedModel.loss_function)
 
 
 def leave_division_to_trainer(accelerator: Accelerator) -> None:
@@ -73,17 +90,6 @@ def leave_division_to_trainer(accelerator: Accelerator) -> None:
     number of steps to accelerate; without this function every accumulated gradient is too small by that factor.
     """
     accelerator.gradient_accumulation_steps = 1
-
-
-def save_under_own_names(model: PreTrainedModel) -> None:
-    """Make ``save_pretrained`` write a model's weights under the names of its modules.
-
-    transformers 5 writes LayerNorm's weights under the legacy names ``gamma`` and ``beta`` if the ESM model was built
-    from a config, or loaded from a file with such names. ``from_pretrained`` reads them. Without this function, a
-    Trainer that resumes does not: it only warns, and keeps the LayerNorm weights that the model had.
-    """
-    conversions: Any = []
-    model._weight_conversions = conversions
 
 
 def tied_weights(model: nn.Module) -> tuple[str, ...]:
@@ -248,7 +254,8 @@ def rotary_table(
     import torch
 
     columns = torch.arange(states.shape[1], device=states.device)[None]
-    per_layer = getattr(esm.encoder.layer[0].attention.self, "rotary_embeddings", None)
+    modules = (getattr(module, "rotary_embeddings", None) for module in esm.encoder.layer.modules())
+    per_layer = next((rotary for rotary in modules if rotary is not None), None)
     if per_layer is not None:
         angles = columns[..., None].to(per_layer.inv_freq.dtype) * per_layer.inv_freq
         angles = torch.cat((angles, angles), -1)
@@ -257,6 +264,27 @@ def rotary_table(
     if shared is None:
         return None
     return shared(states.new_empty(0, dtype=dtype), columns if position_ids is None else position_ids)
+
+
+def forget_renaming(model: PreTrainedModel, target: str) -> None:
+    """Drop the renamings to names that contain `target` from those that ``save_pretrained`` undoes.
+
+    A model that was loaded with a ``key_mapping`` is saved with its reverse. Without this function, a model loaded with
+    a pattern is saved under the text of that pattern, which nothing reads.
+    """
+    conversions: Any = getattr(model, "_weight_conversions", None) or []
+    kept: Any = [entry for entry in conversions if not any(target in name for name in entry.target_patterns)]
+    model._weight_conversions = kept
+
+
+def rotates_per_layer() -> bool:
+    """Return whether every attention layer has rotary frequencies of its own, as before transformers 5.23.
+
+    Since 5.23 the model has them. Without it, weights of a later version would be loaded without their frequencies.
+    """
+    from transformers import EsmModel
+
+    return not hasattr(EsmModel, "load_hook")
 
 
 def reads_first_token(model: nn.Module) -> bool:

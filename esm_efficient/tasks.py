@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from esm_efficient import compat
 from esm_efficient.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -129,14 +130,68 @@ def task_of_model(model: Any) -> Task:
     return Task(config.problem_type or default, names)
 
 
+def base_model_of(model: Any) -> Any:
+    """Return the model inside a model with peft adapters; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def head_of(model: Any) -> Head | None:
     """Return the kind of head of a model, by its class name and those of its parents; None for an unknown one.
 
     Args:
         model: a transformers model, with or without peft adapters.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _head_of_names([parent.__name__ for parent in type(base).__mro__])
+    return _head_of_names([parent.__name__ for parent in type(base_model_of(model)).__mro__])
+
+
+def problem_type_of(model: Any) -> str | None:
+    """Return the ``problem_type`` by which a model computes its loss; None if its labels decide it.
+
+    Token classifiers and masked language models have cross-entropy, whatever their config says. One output is a number
+    to regress, unless the config says something else.
+    """
+    if head_of(model) in ("token-classification", "masked-lm"):
+        return "single_label_classification"
+    config = getattr(model, "config", None)
+    declared = getattr(config, "problem_type", None)
+    if declared is None and getattr(config, "num_labels", None) == 1:
+        return "regression"
+    return declared
+
+
+def set_problem_type(model: Any, problem_type: str) -> None:
+    """Set ``problem_type`` in the config of a sequence classifier.
+
+    transformers infers it from the labels in forward, but a trainer that computes the loss itself passes no labels.
+    """
+    if head_of(model) == "sequence-classification" and hasattr(model, "config"):
+        model.config.problem_type = problem_type
+
+
+def label_names_of(model: Any) -> tuple[str, ...]:
+    """Return the names of a model's labels in their order: those of its config, or else their numbers.
+
+    Raises:
+        ConfigurationError: the model has no config with ``num_labels``.
+    """
+    config = getattr(model, "config", None)
+    count = getattr(config, "num_labels", None)
+    if count is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no config.num_labels: expected it, because the number of classes is unknown"
+        )
+    names = getattr(config, "id2label", None) or {}
+    return tuple(str(names.get(index, index)) for index in range(count))
+
+
+def has_known_loss(model: Any) -> bool:
+    """Return whether a model's own loss is plain cross-entropy, binary cross-entropy or squared error.
+
+    This is so for the heads of transformers, unless the user gave the model a ``loss_function``.
+    """
+    base = base_model_of(model)
+    is_of_transformers = type(base).forward.__module__.startswith("transformers.") and "forward" not in vars(base)
+    return is_of_transformers and head_of(base) is not None and not compat.has_own_loss_function(base)
 
 
 def head_of_config(config: Any) -> Head | None:

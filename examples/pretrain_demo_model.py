@@ -26,7 +26,7 @@ import transformers
 from tqdm import tqdm
 from transformers import EsmConfig, EsmForMaskedLM, EsmTokenizer, set_seed
 
-from esm_efficient.compat import save_under_own_names
+from esm_efficient.saving import portable_saving
 
 VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
 CLS, PAD, EOS, UNK, MASK = (VOCABULARY.index(token) for token in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>"))
@@ -256,8 +256,8 @@ def main() -> None:
     pretrain(model, train, test, options, rng)
 
     output: Path = options.output
-    save_under_own_names(model)
-    model.save_pretrained(output)
+    with portable_saving(model):
+        model.save_pretrained(output)
     (output / "vocab.txt").write_text("\n".join(VOCABULARY))
     EsmTokenizer(str(output / "vocab.txt"), model_max_length=1024).save_pretrained(output)
     card = CARD.format(

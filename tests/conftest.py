@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: a tiny model with the demo's architecture, the demo table, the real data."""
+"""Fixtures that several tests share: tiny models, small data sets, the demo table, the real data."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ TASK_LOSS = {
 
 
 def make_task_dataset(kind: str, size: int = 32, *, seed: int = 0) -> Dataset:
-    """Return tokenised random sequences with the labels of a task, some unknown, and with sample weights."""
+    """Return tokenised random sequences with sample weights and a task's labels, of which some are unknown."""
     rng = np.random.default_rng(seed)
     data = make_dataset(size, seed=seed)
     lengths = [len(ids) for ids in data["input_ids"]]
@@ -133,7 +133,7 @@ def make_task_dataset(kind: str, size: int = 32, *, seed: int = 0) -> Dataset:
 
 
 def task_loss(kind: str, logits: torch.Tensor, batch: dict) -> torch.Tensor:
-    """Return the loss of a whole batch of `make_task_dataset`, computed from its definition."""
+    """Return the loss of one batch of `make_task_dataset`, computed from the definition of the loss."""
     labels, weights = batch["labels"], batch.get("sample_weight")
     if kind == "tokens":
         return torch.nn.functional.cross_entropy(

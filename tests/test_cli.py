@@ -1,4 +1,4 @@
-"""The command line, in a process and in this one."""
+"""The command line, run in a new process and in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compare(): estimates and runs in every format, and the page in a real browser."""
+"""compare(): every format has the same figures, and the page opens in a real browser."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ def test_all_recipes_are_estimated_at_both_budgets(estimated):
 
 def test_runs_are_measured_with_their_metric(measured, data):
     steps, epochs = at(measured, "steps"), at(measured, "epochs")
-    # At a batch of 8, an epoch of 24 is the three steps of the other budget, and the run is shared; at a batch of 4 it
-    # is six.
+    # 24 sequences in batches of 8 are 3 steps, so both budgets share one run. In batches of 4 they are 6 steps.
     assert steps["base"].scores == epochs["base"].scores
     assert (steps["base"].steps, epochs["base"].steps) == (3, 3)
     assert (steps["lora"].steps, epochs["lora"].steps) == (3, 6)

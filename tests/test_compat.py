@@ -14,12 +14,14 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EsmForMaskedLM,
+    EsmForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from esm_efficient import _torch, compat, demo_model_path
+from esm_efficient.saving import portable_saving
 
 # --- training ---
 
@@ -48,30 +50,43 @@ def trainer_of(folder, model, data, tokenizer, **options) -> Trainer:
     return Trainer(model, args, train_dataset=data, processing_class=tokenizer)
 
 
-def test_a_declared_loss_is_not_divided_by_the_accumulation(tmp_path, tiny_model, tiny_dataset, tokenizer):
+@pytest.mark.parametrize("count", [None, torch.tensor(4)], ids=["no count", "count"])
+@pytest.mark.parametrize("accepts", [False, True], ids=["no loss arguments", "loss arguments"])
+def test_whether_a_trainer_divides_a_loss_is_known(tmp_path, tiny_model, tiny_dataset, tokenizer, accepts, count):
     trainer = trainer_of(tmp_path, tiny_model(), tiny_dataset(4), tokenizer, gradient_accumulation_steps=4)
     trainer.current_gradient_accumulation_steps = 4
+    trainer.compute_loss = lambda model, inputs, **kwargs: model(**inputs).loss
+    trainer.model_accepts_loss_kwargs = accepts
     batch = next(iter(trainer.get_train_dataloader()))
-    compat.declare_loss_normalised(trainer)
-    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=torch.tensor(4))
-    assert loss.item() == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-5)
+    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
+    factor = 4 if compat.divides_loss(trainer, count) else 1
+    assert factor * loss.item() == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-5)
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.loss_is_scaled_for_ga = True
+        assert not compat.divides_loss(trainer, count)
 
 
-def test_weights_are_saved_under_the_names_of_their_modules(tmp_path, tiny_model):
-    model = tiny_model()
-    compat.save_under_own_names(model)
-    model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        assert set(handle.keys()) == set(model.state_dict())
+def test_a_loss_function_of_the_users_is_recognised(tiny_model):
+    class Own(EsmForSequenceClassification):
+        @property
+        def loss_function(self):
+            return torch.nn.functional.cross_entropy
+
+    given = {name: tiny_model() for name in ("none", "function")}
+    given["function"].loss_function = torch.nn.functional.cross_entropy
+    given["class"] = tiny_model(Own)
+    found = {name: compat.has_own_loss_function(model) for name, model in given.items()}
+    assert found == {"none": False, "function": True, "class": True}
 
 
 def test_tied_weights_are_those_that_a_checkpoint_leaves_out(tmp_path, tiny_model):
     model = tiny_model(EsmForMaskedLM)
     model.tie_weights()
-    compat.save_under_own_names(model)
-    model.save_pretrained(tmp_path)
+    with portable_saving(model):
+        model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        assert set(model.state_dict()) - set(handle.keys()) == {"lm_head.decoder.weight"}
+        lacking = set(model.state_dict()) - set(handle.keys())
+    assert {name for name in lacking if "rotary" not in name} == {"lm_head.decoder.weight"}
     assert "lm_head.decoder.weight" in compat.tied_weights(model)
     assert compat.tied_weights(torch.nn.Linear(2, 2)) == ()
 
@@ -96,8 +111,8 @@ def test_columns_that_forward_does_not_take_are_removed(tmp_path, tiny_model, ti
 
 def test_missing_weights_are_checked_when_a_checkpoint_is_loaded(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
     model = tiny_model()
-    compat.save_under_own_names(model)
-    model.save_pretrained(tmp_path / "checkpoint-1")
+    with portable_saving(model):
+        model.save_pretrained(tmp_path / "checkpoint-1")
     path = tmp_path / "checkpoint-1" / "model.safetensors"
     weights = load_file(path)
     del weights["classifier.dense.weight"]
@@ -105,7 +120,7 @@ def test_missing_weights_are_checked_when_a_checkpoint_is_loaded(tmp_path, tiny_
     missing: list[str] = []
     trainer = trainer_of(tmp_path, model, tiny_dataset(4), tokenizer, max_steps=1)
     compat.check_loaded_weights(trainer, missing.extend)
-    # There is no optimizer to resume: the Trainer loads the weights, and then looks for its state.
+    # The folder has weights only: the Trainer loads them, and then does not find its own state.
     with pytest.raises(FileNotFoundError, match="trainer_state"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert missing == ["classifier.dense.weight"]
@@ -212,12 +227,12 @@ def test_every_hook_of_a_module_is_found():
     assert set(_torch.hooks_of(module)) == set(hooks)
 
 
-def test_descendants_are_the_modules_below(tiny_model):
+def test_descendants_are_all_modules_below_a_module(tiny_model):
     model = tiny_model()
     assert set(_torch.descendants(model)) == set(model.modules()) - {model}
 
 
-def test_fake_tensors_are_told_from_real_ones():
+def test_is_fake_distinguishes_fake_and_real_tensors():
     with _torch.fake_tensor_mode():
         fake = torch.zeros(2)
         with _torch.real_tensors():
@@ -226,7 +241,7 @@ def test_fake_tensors_are_told_from_real_ones():
     assert not _torch.is_fake(real)
 
 
-def test_the_cpu_kernel_and_its_backward_pass_are_attention():
+def test_the_cpu_kernel_computes_attention_and_its_gradient():
     query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
     found, logsumexp = _torch.cpu_attention(query.detach(), key.detach(), value.detach(), 0.3)
@@ -317,7 +332,7 @@ def test_is_checkpointing_follows_the_model_without_a_warning(tiny_model, recwar
     assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
 
 
-def test_fake_tensors_have_shapes_and_real_tensors_numbers():
+def test_fake_tensors_have_no_values_and_real_tensors_do():
     with _torch.fake_tensor_mode():
         fake = torch.zeros(2, 3) + 1
         with _torch.real_tensors() as mode:
@@ -347,7 +362,7 @@ def test_run_backward_gives_the_gradient_and_keeps_function_modes():
     assert torch.allclose(x.grad, x.detach().cos())
 
 
-def test_views_are_told_from_copies():
+def test_is_view_distinguishes_views_and_copies():
     aten = torch.ops.aten
     assert all(map(_torch.is_view, (aten.view.default, aten.transpose.int, aten._unsafe_view.default)))
     assert not any(map(_torch.is_view, (aten.clone.default, aten.mm.default)))
@@ -387,7 +402,7 @@ def test_a_function_is_called_after_the_backward_pass():
 
 
 def test_the_running_trainer_and_its_guarded_methods_are_found(tmp_path, tiny_model, tiny_dataset):
-    """Every event from the first epoch to the end must lie in a guard, but for those between two guarded methods."""
+    """Events from the first epoch on must occur inside a guarded method, except those between two of them."""
     seen, depth, trainers = [], 0, []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""All errors have one base class, and also the built-in class that a caller would expect."""
+"""All errors derive from one base class and from the built-in class that a caller would expect."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_every_public_name_resolves_and_is_listed(name):
 
 
 def test_names_for_type_checkers_are_the_names_at_run_time():
-    """A type checker reads the imports under TYPE_CHECKING, and they must name the module that is loaded."""
+    """The imports under TYPE_CHECKING, which type checkers read, must name the modules that are loaded."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
     static = {alias.name: node.module for node in block.body for alias in node.names}
@@ -61,7 +61,7 @@ def test_the_package_is_typed():
 
 
 def python_sources() -> Iterator[tuple[str, str]]:
-    """Every example and every Python block of the README and the pages, with the name of its file."""
+    """Yield the file name and the text of every example, and of every Python block of the README and the pages."""
     for path in sorted((REPOSITORY / "examples").rglob("*.py")):
         yield str(path.relative_to(REPOSITORY)), path.read_text()
     for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "pages").glob("*.md"))):
@@ -70,7 +70,7 @@ def python_sources() -> Iterator[tuple[str, str]]:
 
 
 def documented_imports() -> list[tuple[str, str, str]]:
-    """File, module and name of every `from esm_efficient... import ...` in the examples and the documentation."""
+    """Return the file, module and name of each `from esm_efficient... import ...` in examples and documentation."""
     return sorted(
         {
             (file, node.module, alias.name)
@@ -94,7 +94,7 @@ def test_the_documentation_and_the_examples_import_something():
 
 @pytest.mark.parametrize(("file", "module", "name"), documented_imports())
 def test_names_that_documentation_and_examples_import_are_public(file, module, name):
-    """A public name is imported from the top; any other from where it lives, which the API page lists."""
+    """Public names are imported from the package. Other names are imported from modules that the API page lists."""
     assert pkgutil.resolve_name(f"{module}.{name}") is not None
     if module == "esm_efficient":
         assert name in esm_efficient.__all__
@@ -123,13 +123,26 @@ def test_public_names_are_on_the_api_page_with_the_module_that_defines_them():
 # --- the order of imports ---
 
 ORDER = (
-    *("errors", "_torch", "compat", "tasks", "recipes", "data", "demo", "reporting", "adapters", "encoder", "trunk"),
+    *(
+        "errors",
+        "_torch",
+        "compat",
+        "saving",
+        "tasks",
+        "recipes",
+        "data",
+        "demo",
+        "reporting",
+        "adapters",
+        "encoder",
+        "trunk",
+    ),
     *("costs", "estimation", "inference", "profiling", "training", "comparison", "cli", "__main__"),
 )
 
 
 def library_imports(path: Path) -> Iterator[str]:
-    """Dotted names of the library's modules that a file imports, except under TYPE_CHECKING."""
+    """Yield the names of the library's modules that a file imports, except under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -154,7 +167,7 @@ MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_imports_run_one_way():
-    """A package imports its own files and packages that come before it in ORDER."""
+    """A package may import its own files and the packages before it in ORDER."""
     rank = {name: level for level, name in enumerate(ORDER)}
     wrong = []
     for module, path in MODULES.items():

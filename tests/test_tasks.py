@@ -1,4 +1,4 @@
-"""The task of a dataset's features and of a model, and the names that transformers and peft have for it."""
+"""The task follows from a dataset's features or from a model, and has names in transformers and peft."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ from transformers import (
 )
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.tasks import IGNORE, auto_class, head_of, head_of_config, peft_task_type, task_of, task_of_model
+from esm_efficient.tasks import (
+    IGNORE,
+    auto_class,
+    has_known_loss,
+    head_of,
+    head_of_config,
+    label_names_of,
+    peft_task_type,
+    problem_type_of,
+    set_problem_type,
+    task_of,
+    task_of_model,
+)
 
 CLASSES = ClassLabel(names=["no", "yes"])
 SEVERAL = {"nucleus": Value("float32"), "golgi": Value("int8")}
@@ -63,7 +75,7 @@ def test_a_missing_label_column_is_refused():
 
 
 class Subclass(EsmForTokenClassification):
-    """A class of a user, whose own name has no suffix that transformers knows."""
+    """A user's class. Its name does not end as transformers' classes do."""
 
 
 def with_adapters(model):
@@ -135,3 +147,48 @@ def test_a_model_without_a_classification_head_has_no_task(model_class):
 
 def test_the_class_id_of_unlabelled_tokens_is_the_one_that_torch_ignores():
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "expected"),
+    [
+        (EsmForSequenceClassification, {"num_labels": 3}, None),
+        (EsmForSequenceClassification, {"num_labels": 1}, "regression"),
+        (EsmForSequenceClassification, {"num_labels": 3, "problem_type": "regression"}, "regression"),
+        (EsmForTokenClassification, {"num_labels": 1}, "single_label_classification"),
+        (EsmForMaskedLM, {"num_labels": 1, "problem_type": "regression"}, "single_label_classification"),
+    ],
+    ids=str,
+)
+def test_the_head_and_the_config_tell_the_loss_or_leave_it_to_the_labels(head, options, expected):
+    assert problem_type_of(make_model(head, **options)) == expected
+
+
+def test_a_model_without_a_config_has_no_problem_type_and_no_label_names():
+    model = torch.nn.Linear(1, 2)
+    assert problem_type_of(model) is None
+    set_problem_type(model, "regression")
+    assert not hasattr(model, "config")
+    with pytest.raises(ConfigurationError, match="num_labels"):
+        label_names_of(model)
+
+
+def test_only_a_sequence_classifiers_config_gets_the_problem_type():
+    classifier, tokens = make_model(), make_model(EsmForTokenClassification)
+    for model in (classifier, tokens):
+        set_problem_type(model, "multi_label_classification")
+    assert classifier.config.problem_type == "multi_label_classification"
+    assert tokens.config.problem_type is None
+
+
+def test_models_with_a_loss_of_their_own_are_not_known():
+    class Own(EsmForSequenceClassification):
+        def forward(self, input_ids=None, labels=None):
+            return super().forward(input_ids, labels=labels)
+
+    changed, patched = make_model(), make_model()
+    changed.loss_function = torch.nn.functional.cross_entropy
+    patched.forward = lambda **inputs: None
+    models = [make_model(), get_peft_model(make_model(), LoraConfig(target_modules=["query"]))]
+    assert all(has_known_loss(model) for model in models)
+    assert not any(has_known_loss(model) for model in (make_model(Own), make_model(EsmModel), changed, patched))

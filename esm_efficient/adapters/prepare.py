@@ -121,10 +121,14 @@ def _name_labels(model: PreTrainedModel, label_names: Sequence[str]) -> None:
 
 
 def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
-    """Convert the inputs of a float32 head, so that it works behind a bfloat16 encoder outside autocast too."""
+    """Convert the inputs of a float32 head, so that it works behind a bfloat16 encoder outside autocast too.
 
-    def to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(value.float() if value.is_floating_point() else value for value in inputs)
+    FSDP2 with mixed precision computes with a bfloat16 copy of the head, so the hook asks for the type in each call.
+    """
+
+    def to_own_type(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = next(module.parameters()).dtype
+        return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
 
     if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.is_floating_point()):
         return
@@ -134,4 +138,4 @@ def _align_head_inputs(model: nn.Module, architecture: Architecture) -> None:
             copies = getattr(module, "modules_to_save", None)
             for head in [module] if copies is None else copies.values():
                 if all(parameter.requires_grad for parameter in head.parameters()):
-                    head.register_forward_pre_hook(to_float32)
+                    head.register_forward_pre_hook(to_own_type)

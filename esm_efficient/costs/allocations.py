@@ -7,7 +7,8 @@ torch keeps no such count, it measures a real step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,23 +94,16 @@ class AllocationTracker(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         category = "activations" if self.recomputes and torch.is_grad_enabled() else self.category
-        if isinstance(result, Tensor):
-            self._add(result, category)
-        elif isinstance(result, (tuple, list)):
-            for item in result:
-                if isinstance(item, Tensor):
-                    self._add(item, category)
+        for tensor in tensors_in(result):
+            self._add(tensor, category)
         if self.observer is not None:
             self.observer(func, args, kwargs, result)
         return result
 
     def _add(self, tensor: Tensor, category: str) -> None:
         storage = tensor.untyped_storage()
-        key = storage_key(storage)
-        if key in self._live:
-            return
-        size = storage.nbytes()
-        if size == 0:
+        key, size = storage_key(storage), storage.nbytes()
+        if key in self._live or size == 0:
             return
         size = -(-size // self.granularity) * self.granularity
         # The Python object of a storage lives as long as the storage, so the weak reference shows when it is freed.
@@ -125,13 +119,20 @@ class AllocationTracker(TorchDispatchMode):
         self._total -= allocation.bytes
 
 
+@dataclass(slots=True)
 class _Allocation:
-    __slots__ = ("bytes", "category", "reference")
+    bytes: int
+    category: str
+    reference: weakref.ref
 
-    def __init__(self, size: int, category: str, reference: weakref.ref) -> None:
-        self.bytes = size
-        self.category = category
-        self.reference = reference
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, also those in tuples, lists and dicts at any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
 
 
 def storage_bytes(tensors: Iterable[Tensor | None], device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """Table of GPUs and of the instance types that have them.
 
-Rates are the vendors' dense peak figures (no sparsity), from the data sheets that `Device.source` names. Instance types
-are those of EC2; SageMaker puts ``ml.`` before them.
+Rates are the vendors' dense peak figures, from the data sheets that `Device.source` names. The sheets of L4, H100 and
+H200 state half-precision rates with sparsity, so half of these is used. For the RTX cards the half-precision rates are
+those with float32 accumulation. Instance types are those of EC2; SageMaker puts ``ml.`` before them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,21 @@ class Device:
         return "bfloat16" in self.flops_per_second
 
 
+_SMALL = ("xlarge", "2xlarge", "4xlarge", "8xlarge", "16xlarge")
+
+_INSTANCES: dict[str, dict[int, tuple[str, ...]]] = {
+    "g4dn": {1: _SMALL, 4: ("12xlarge",), 8: ("metal",)},
+    "g5": {1: _SMALL, 4: ("12xlarge", "24xlarge"), 8: ("48xlarge",)},
+    "g6": {1: _SMALL, 4: ("12xlarge", "24xlarge"), 8: ("48xlarge",)},
+    "p4d": {8: ("24xlarge",)},
+    "p4de": {8: ("24xlarge",)},
+    "p5": {1: ("4xlarge",), 8: ("48xlarge",)},
+    "p5e": {8: ("48xlarge",)},
+    "p5en": {8: ("48xlarge",)},
+}
+"""Sizes of an EC2 family's instances by their number of devices."""
+
+
 def _gpu(
     name: str,
     gib: float,
@@ -53,114 +69,37 @@ def _gpu(
     *,
     fp32: float,
     half: float,
+    source: str,
+    families: tuple[str, ...] = (),
     bf16: bool = True,
     backend: Backend = "cuda",
-    instances: Mapping[str, int] | None = None,
-    source: str,
 ) -> Device:
     """Return a device from the figures of a data sheet: GiB, GB/s and TFLOP/s."""
     flops = {"float32": fp32 * 1e12, "float16": half * 1e12}
     if bf16:
         flops["bfloat16"] = half * 1e12
-    return Device(name, backend, int(gib * GIB), flops, gbps * 1e9, instances or {}, source)
+    instances = {
+        f"{family}.{size}": count
+        for family in families
+        for count, sizes in _INSTANCES[family].items()
+        for size in sizes
+    }
+    return Device(name, backend, int(gib * GIB), flops, gbps * 1e9, instances, source)
 
-
-def _sizes(family: str, *sizes: str, devices: int = 1) -> dict[str, int]:
-    return {f"{family}.{size}": devices for size in sizes}
-
-
-_ONE = ("xlarge", "2xlarge", "4xlarge", "8xlarge", "16xlarge")
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         Device("cpu", "cpu", source="no figures: memory by category only"),
-        _gpu(
-            "T4",
-            14.6,
-            320,
-            fp32=8.1,
-            half=65,
-            bf16=False,
-            instances=_sizes("g4dn", *_ONE)
-            | _sizes("g4dn", "12xlarge", devices=4)
-            | _sizes("g4dn", "metal", devices=8),
-            source="NVIDIA T4 data sheet",
-        ),
-        _gpu(
-            "L4",
-            22.0,
-            300,
-            fp32=30.3,
-            half=121,
-            instances=_sizes("g6", *_ONE)
-            | _sizes("g6", "12xlarge", "24xlarge", devices=4)
-            | _sizes("g6", "48xlarge", devices=8),
-            source="NVIDIA L4 data sheet (its tensor rates are given with sparsity; halved here)",
-        ),
-        _gpu(
-            "A10G",
-            22.1,
-            600,
-            fp32=31.5,
-            half=70,
-            instances=_sizes("g5", *_ONE)
-            | _sizes("g5", "12xlarge", "24xlarge", devices=4)
-            | _sizes("g5", "48xlarge", devices=8),
-            source="NVIDIA A10G data sheet",
-        ),
-        _gpu(
-            "A100-40",
-            39.4,
-            1555,
-            fp32=19.5,
-            half=312,
-            instances=_sizes("p4d", "24xlarge", devices=8),
-            source="NVIDIA A100 data sheet",
-        ),
-        _gpu(
-            "A100-80",
-            79.2,
-            2039,
-            fp32=19.5,
-            half=312,
-            instances=_sizes("p4de", "24xlarge", devices=8),
-            source="NVIDIA A100 data sheet (SXM)",
-        ),
-        _gpu(
-            "H100",
-            79.1,
-            3350,
-            fp32=67,
-            half=989,
-            instances=_sizes("p5", "4xlarge") | _sizes("p5", "48xlarge", devices=8),
-            source="NVIDIA H100 data sheet (SXM; its tensor rates are given with sparsity; halved here)",
-        ),
-        _gpu(
-            "H200",
-            139.8,
-            4800,
-            fp32=67,
-            half=989,
-            instances=_sizes("p5e", "48xlarge", devices=8) | _sizes("p5en", "48xlarge", devices=8),
-            source="NVIDIA H200 data sheet (SXM; its tensor rates are given with sparsity; halved here)",
-        ),
-        _gpu(
-            "RTX-3090",
-            23.6,
-            936,
-            fp32=35.6,
-            half=71,
-            source="NVIDIA Ampere GA102 whitepaper (half precision with float32 accumulation)",
-        ),
-        _gpu(
-            "RTX-4090",
-            23.6,
-            1008,
-            fp32=82.6,
-            half=165.2,
-            source="NVIDIA Ada whitepaper (half precision with float32 accumulation)",
-        ),
+        _gpu("T4", 14.6, 320, fp32=8.1, half=65, bf16=False, families=("g4dn",), source="NVIDIA T4 data sheet"),
+        _gpu("L4", 22.0, 300, fp32=30.3, half=121, families=("g6",), source="NVIDIA L4 data sheet"),
+        _gpu("A10G", 22.1, 600, fp32=31.5, half=70, families=("g5",), source="NVIDIA A10G data sheet"),
+        _gpu("A100-40", 39.4, 1555, fp32=19.5, half=312, families=("p4d",), source="NVIDIA A100 data sheet"),
+        _gpu("A100-80", 79.2, 2039, fp32=19.5, half=312, families=("p4de",), source="NVIDIA A100 data sheet (SXM)"),
+        _gpu("H100", 79.1, 3350, fp32=67, half=989, families=("p5",), source="NVIDIA H100 data sheet (SXM)"),
+        _gpu("H200", 139.8, 4800, fp32=67, half=989, families=("p5e", "p5en"), source="NVIDIA H200 data sheet (SXM)"),
+        _gpu("RTX-3090", 23.6, 936, fp32=35.6, half=71, source="NVIDIA Ampere GA102 whitepaper"),
+        _gpu("RTX-4090", 23.6, 1008, fp32=82.6, half=165.2, source="NVIDIA Ada whitepaper"),
         # Apple states the shared memory and its bandwidth. The GPU may use about three quarters of the memory. It has
         # no faster unit for half precision, so both rates are those of float32 arithmetic.
         _gpu("M1-Max-32", 21.3, 400, fp32=10.4, half=10.4, backend="mps", source="Apple specifications"),
@@ -170,7 +109,6 @@ DEVICES: dict[str, Device] = {
     )
 }
 """Devices by name. Memory is the total that torch reports, which is less than the name says."""
-
 
 DEFAULT_DEVICE = "A10G"
 """The default device of estimates: the GPU of SageMaker's ``ml.g5`` instances."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 from esm_efficient._torch import TorchDispatchMode, cpu_attention_operations, operation_of
-from esm_efficient.errors import ConfigurationError
 
 _CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = cpu_attention_operations()
 
@@ -125,32 +124,26 @@ def flops_per_token(batches: list[tuple[int, int, float]]) -> tuple[float, float
     return float(flops.sum() / (rows * tokens).sum()), 0.0
 
 
-def matmul_rate(device: torch.device | str, dtype: torch.dtype, *, repeats: int = 5) -> float:
+def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """Measure the rate at which a device multiplies large matrices, an upper limit for any model.
 
     Args:
         device: the device to measure.
         dtype: dtype of the matrices.
-        repeats: number of measurements; their median is returned.
 
     Returns:
-        FLOP/s.
-
-    Raises:
-        ConfigurationError: `repeats` is below 1.
+        FLOP/s, the median of five measurements.
 
     Example:
         >>> matmul_rate("cpu", torch.float32) > 1e8
         True
     """
-    if repeats < 1:
-        raise ConfigurationError(f"repeats={repeats}: expected at least 1")
     device = torch.device(device)
     size = 1024 if device.type == "cpu" else 4096
     with torch.no_grad():
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
         times = []
-        for _ in range(repeats + 2):
+        for _ in range(7):  # the first two warm up
             synchronize(device)
             began = time.perf_counter()
             torch.mm(left, right)

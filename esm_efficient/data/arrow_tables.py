@@ -11,28 +11,40 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from esm_efficient import __version__
 from esm_efficient.data.download import cache_folder
-from esm_efficient.data.label_kinds import LabelKind, LabelObservations, decide_encoding
-from esm_efficient.data.readers import Block, accession_of, read_blocks, read_rows
+from esm_efficient.data.label_cells import LabelObservations
+from esm_efficient.data.label_kinds import LabelEncoding, LabelKind, decide_encoding
+from esm_efficient.data.left_out import LeftOut, Notes
+from esm_efficient.data.own_splits import FLAGS, are_split_names, split_names, splits_of
+from esm_efficient.data.readers import Block, block_without, read_blocks
 from esm_efficient.data.schema import (
     OPTIONAL_COLUMNS,
     USUAL_NAMES,
+    CellError,
+    Column,
     binary_labels,
     find_column,
     sequences_of,
     texts_of,
 )
+from esm_efficient.data.second_table import SecondTable
+from esm_efficient.data.sequences import NUCLEOTIDE_RESIDUES, count_residues, is_nucleotides
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+
+_FORMAT = 1
+"""Of the cached tables; raise it when the same files and options give another table."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +55,27 @@ class TablePlan:
         columns: role to the column that the user named; None to find the column by its usual names.
         label_columns: label name to column, for several labels per sequence.
         label_kind: what a single label column holds, if the user says so.
+        unlabelled: the letter of a residue without a label; None to ask.
         bounds: the fewest and the most residues of a sequence.
         header: a regular expression for FASTA headers.
         second_table: a file of labels to join by accession.
+        on_error: whether a wrong row is an error or is left out and counted.
     """
 
-    columns: Mapping[str, str | None]
+    columns: Mapping[str, Column]
     label_columns: Mapping[str, str]
     label_kind: LabelKind | None
+    unlabelled: str | None
     bounds: tuple[float, float]
     header: str | None
     second_table: str | Path | None
+    on_error: OnError
 
 
 def mapped_table(files: Mapping[str, str | Path], plan: TablePlan) -> Path:
     """Return the Arrow file of all rows; write it unless it is in the cache folder.
+
+    What the user should know about the rows is logged each time.
 
     Args:
         files: split to file; the split is empty if the rows name theirs or have none.
@@ -69,18 +87,20 @@ def mapped_table(files: Mapping[str, str | Path], plan: TablePlan) -> Path:
     """
     folder = cache_folder() / "tables"
     name = _cache_name(files, plan)
-    table = folder / f"{name}.arrow"
-    if table.is_file():
-        return table
-    folder.mkdir(parents=True, exist_ok=True)
-    raw, encoded = (folder / f"{name}.{os.getpid()}.{step}" for step in ("raw", "encoded"))
-    try:
-        observed = _write_rows(raw, files, plan)
-        _write_encoded(raw, encoded, plan, observed)
-        os.replace(encoded, table)
-    finally:
-        for leftover in (raw, encoded):
-            leftover.unlink(missing_ok=True)
+    table, notes = folder / f"{name}.arrow", folder / f"{name}.json"
+    if not (table.is_file() and notes.is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
+        raw, encoded = (folder / f"{name}.{os.getpid()}.{step}" for step in ("raw", "encoded"))
+        try:
+            found = _TableWriter(files, plan).write(raw, encoded)
+            if _cache_name(files, plan) != name:
+                raise DataError(f"{listing([str(path) for path in files.values()])} changed while it was read")
+            notes.write_bytes(found.to_json())
+            os.replace(encoded, table)
+        finally:
+            for leftover in (raw, encoded):
+                leftover.unlink(missing_ok=True)
+    Notes.from_json(notes.read_bytes()).log(logger)
     return table
 
 
@@ -90,136 +110,185 @@ def _cache_name(files: Mapping[str, str | Path], plan: TablePlan) -> str:
     for split, path in [*files.items(), *([] if plan.second_table is None else [("labels", plan.second_table)])]:
         place = Path(path).resolve()
         if not place.is_file():
-            raise DataError(f"no file at {path}")
+            remote = "://" in str(path)
+            raise DataError(f"no file at {path}" + (": expected a path, so download the file first" if remote else ""))
         identities.append((split, str(place), place.stat().st_size, place.stat().st_mtime_ns))
-    return hashlib.sha256(repr((__version__, identities, plan)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((__version__, _FORMAT, identities, plan)).encode()).hexdigest()[:16]
 
 
-def _write_rows(raw: Path, files: Mapping[str, str | Path], plan: TablePlan) -> LabelObservations:
-    """Write all rows to an Arrow file, with labels of a single column still as text, and return what they look like."""
-    import pyarrow as pa
+class _TableWriter:
+    """Reads files and writes their rows to an Arrow file."""
 
-    second = None if plan.second_table is None else _SecondTable(plan.second_table, plan.columns["accession"])
-    counts, observed, schema = _RowCounts(), LabelObservations(), None
-    with contextlib.ExitStack() as stack:
-        for split, path in files.items():
-            for block in read_blocks(path, header=plan.header):
-                columns = _parsed_columns(block, path, split, plan, second, observed)
+    def __init__(self, files: Mapping[str, str | Path], plan: TablePlan) -> None:
+        self.files, self.plan = files, plan
+        self.observed, self.counts, self.notes = LabelObservations(), _RowCounts(), Notes()
+        self.left_out = LeftOut() if plan.on_error == "skip" else None
+        self.second = None if plan.second_table is None else SecondTable(plan.second_table, plan.columns["accession"])
+
+    def write(self, raw: Path, encoded: Path) -> Notes:
+        """Write the table to `encoded`, by way of `raw`, and return what the user should know about it."""
+        import pyarrow as pa
+
+        schema = None
+        with contextlib.ExitStack() as stack:
+            for columns in self._parsed_blocks():
                 residues = columns["residues"]
-                keep = (residues >= plan.bounds[0]) & (residues <= plan.bounds[1])
-                counts.add(columns, keep)
+                keep = (residues >= self.plan.bounds[0]) & (residues <= self.plan.bounds[1])
+                self.counts.add(columns, keep)
                 rows = pa.table(columns).filter(pa.array(keep))
                 if schema is None:
                     schema = rows.schema
                     writer = stack.enter_context(pa.ipc.new_stream(raw, schema))
                 elif rows.schema != schema:
-                    raise DataError(f"{path} has other columns, or other kinds of cells, than the rows before it")
+                    raise DataError(
+                        f"{columns['accession'][0]} and the rows after it have other columns, or other kinds of cells, "
+                        "than the rows before them"
+                    )
                 writer.write_table(rows)
-    counts.check(files)
-    if second is not None and second.unused:
-        unused = sorted(second.unused)
-        logger.warning("%d row(s) of the second table have no sequence: %s", len(unused), listing(unused))
-    return observed
+        self.counts.check(self.files, self.notes)
+        if self.second is not None and self.second.unused:
+            unused = sorted(self.second.unused)
+            message = f"{len(unused)} row(s) of the second table have no sequence: {listing(unused)}"
+            self.notes.add(logging.WARNING, message)
+        self._encode(raw, encoded)
+        for note in () if self.left_out is None else self.left_out.notes():
+            self.notes.add(logging.WARNING, note)
+        return self.notes
 
+    def _parsed_blocks(self) -> Iterator[dict[str, Any]]:
+        """The columns of each block, without the rows that are left out."""
+        leave_out = None if self.left_out is None else self.left_out.add
+        for split, path in self.files.items():
+            roles = None
+            for block in read_blocks(path, header=self.plan.header, leave_out=leave_out):
+                while block.places:
+                    try:
+                        joined = self._joined(block, path)
+                        roles = roles or self._roles(joined.columns, path)
+                        columns = self._parsed_columns(joined, roles, path, split)
+                    except CellError as error:
+                        if leave_out is None:
+                            raise
+                        for shown in error.shown:
+                            leave_out(shown, error.problem)
+                        block = block_without(block, error.rows)
+                    else:
+                        yield columns
+                        break
 
-def _parsed_columns(
-    block: Block,
-    path: str | Path,
-    split: str,
-    plan: TablePlan,
-    second: _SecondTable | None,
-    observed: LabelObservations,
-) -> dict[str, Any]:
-    """The columns of a block as they are first written, with labels of a single column still as text."""
-    columns, places = dict(block.columns), [f"{path}, {place}" for place in block.places]
-    given = dict(plan.columns)
-    if second is not None and given["accession"] not in columns:
-        given["accession"] = None  # the user named the column of the second table
-    given["accession"] = find_column("accession", columns, given["accession"], path)
-    accessions = places if given["accession"] is None else texts_of(columns[given["accession"]])
-    if second is not None:
-        joined = second.columns_for(accessions, places)
-        if both := [name for name in joined if name in columns]:
+    def _joined(self, block: Block, path: str | Path) -> Block:
+        """The block with the columns of the second table."""
+        if self.second is None:
+            return block
+        given = self.plan.columns["accession"]
+        # The user may have named the column of the second table.
+        key = find_column("accession", block.columns, given if given in block.columns else None, path)
+        places = [f"{path}, {place}" for place in block.places]
+        accessions = places if key is None else texts_of(block.columns[key])
+        joined = self.second.columns_for(accessions, places)
+        if both := [name for name in joined if name in block.columns]:
             raise DataError(f"{path} and the second table both have a column {listing(both)}. Remove one of them")
-        columns |= joined
-    found = {role: find_column(role, columns, name, path) for role, name in given.items()}
-    if found["sequence"] is None:
-        raise DataError(
-            f"{path} has no column with a usual name of sequences ({', '.join(USUAL_NAMES['sequence'])}); it has "
-            f"{', '.join(columns)}. Name the column with sequence="
-        )
-    sequences = sequences_of(columns[found["sequence"]], places)
-    residues = np.fromiter(map(len, sequences), dtype=np.int32, count=len(sequences))
-    parsed: dict[str, Any] = {"sequence": sequences, "accession": accessions, "residues": residues}
-    if plan.label_columns:
-        parsed["label"] = binary_labels(columns, plan.label_columns, path, places)
-    elif (label := found["label"]) is not None:
-        parsed["label"] = observed.observe(columns[label], residues, places)
-    if split:
-        parsed["split"] = [split] * len(places)
-    for role, (parse, _) in OPTIONAL_COLUMNS.items():
-        if (column := found[role]) is not None and role not in parsed:
-            parsed[role] = parse(columns[column], column, places)
-    return parsed
+        return block._replace(columns=block.columns | joined)
 
-
-def _write_encoded(raw: Path, encoded: Path, plan: TablePlan, observed: LabelObservations) -> None:
-    """Write the rows again, with the labels encoded."""
-    import pyarrow as pa
-    from datasets import Features, Value
-
-    with pa.OSFile(str(raw)) as source, pa.ipc.open_stream(source) as reader:
-        names = reader.schema.names
-        features = {"sequence": Value("string"), "accession": Value("string"), "residues": Value("int32")}
-        encoding = None
-        if plan.label_columns:
-            features["label"] = {name: Value("float32") for name in plan.label_columns}
-        elif "label" in names:
-            encoding = decide_encoding(observed, plan.label_kind)
-            features["label"] = encoding.feature()
-        features |= {role: Value(dtype) for role, (_, dtype) in OPTIONAL_COLUMNS.items() if role in names}
-        schema = Features(features).arrow_schema
-        with pa.ipc.new_stream(encoded, schema) as writer:
-            for batch in reader:
-                columns = {name: batch.column(name) for name in features}
-                if encoding is not None:
-                    columns["label"] = encoding.encode(columns["label"])
-                arrays = [columns[name].cast(schema.field(name).type) for name in features]
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
-
-
-class _SecondTable:
-    """A table of labels and other columns, in memory, to be joined by accession.
-
-    Attributes:
-        names: the columns, without the accession.
-        rows: accession to the cells of these columns.
-        unused: accessions that have not been joined.
-    """
-
-    def __init__(self, path: str | Path, accession: str | None) -> None:
-        block = read_rows(path)
-        key = find_column("accession", block.columns, accession, path)
-        self.names = [name for name in block.columns if name != key]
-        if key is None or not self.names:
+    def _roles(self, columns: Mapping[str, list[Any]], path: str | Path) -> dict[str, str | None]:
+        """The column of each role, from the first block of a file."""
+        given = dict(self.plan.columns)
+        if self.second is not None and given["accession"] not in columns:
+            given["accession"] = None
+        taken = {*given.values(), *self.plan.label_columns.values()}
+        if self.plan.label_columns:
+            given["label"] = False
+        roles = {role: find_column(role, columns, name, path, taken) for role, name in given.items()}
+        if roles["sequence"] is None:
             raise DataError(
-                f"{path} has the columns {', '.join(block.columns)}: expected one of accessions and one of labels. "
-                "Name them with accession= and label="
+                f"{path} has no column with a usual name of sequences ({', '.join(USUAL_NAMES['sequence'])}); it has "
+                f"{listing([name[:40] for name in columns], 20)}. Name the column with sequence="
             )
-        self.rows: dict[str, tuple[Any, ...]] = {}
-        cells = zip(*(block.columns[name] for name in self.names), strict=True)
-        for place, name, row in zip(block.places, texts_of(block.columns[key]), cells, strict=True):
-            if self.rows.setdefault(accession_of(name), row) is not row:
-                raise DataError(f"{path}, {place}: {name} is in the table more than once")
-        self.unused = set(self.rows)
+        if given["split"] is None and not any(roles[role] for role in ("split", *FLAGS)):
+            free = set(columns) - {column for role, column in roles.items() if role != "partition"} - taken
+            words = [name for name in columns if name in free and are_split_names(columns[name])]
+            if len(words) > 1:
+                raise DataError(f"{path}: the split could be any of {listing(words)}. Name one with split=")
+            roles["split"] = words[0] if words else None
+        if roles["split"] is not None and roles["split"] == roles["partition"]:
+            roles["partition"] = None
+        return roles
 
-    def columns_for(self, accessions: Sequence[str], places: Sequence[str]) -> dict[str, list[Any]]:
-        """Return the columns for some sequences; a sequence without a row is a DataError."""
-        keys = [accession_of(accession) for accession in accessions]
-        if absent := [place for place, key in zip(places, keys, strict=True) if key not in self.rows]:
-            raise DataError(f"{len(absent)} sequence(s) have no label in the second table: {listing(absent)}")
-        self.unused -= set(keys)
-        return {name: [self.rows[key][index] for key in keys] for index, name in enumerate(self.names)}
+    def _parsed_columns(
+        self, block: Block, roles: Mapping[str, str | None], path: str | Path, split: str
+    ) -> dict[str, Any]:
+        """The columns of a block as they are first written, with labels of a single column still as text."""
+        columns, places = block.columns, [f"{path}, {place}" for place in block.places]
+        sequences = sequences_of(columns[roles["sequence"] or ""], places)
+        residues = np.fromiter(map(count_residues, sequences), dtype=np.int32, count=len(sequences))
+        accessions = places if roles["accession"] is None else texts_of(columns[roles["accession"]])
+        parsed: dict[str, Any] = {"sequence": sequences, "accession": accessions, "residues": residues}
+        column = roles["split"]
+        flags = {role: (name, columns[name]) for role in FLAGS if (name := roles[role]) is not None}
+        words = [split] * len(places) if split else None
+        if words is None and column is not None:
+            words = split_names(columns[column], column, places)
+        if words is not None or flags:
+            parsed["split"] = splits_of(words, flags, places)
+        for role, (parse, _) in OPTIONAL_COLUMNS.items():
+            if (column := roles[role]) is not None:
+                parsed[role] = parse(columns[column], column, places)
+        # The label comes last: after it no row may be left out, since it has been observed.
+        if self.plan.label_columns:
+            parsed["label"] = binary_labels(columns, self.plan.label_columns, path, places)
+        elif (label := roles["label"]) is not None:
+            parsed["label"] = self.observed.observe(columns[label], residues, places)
+        return parsed
+
+    def _encode(self, raw: Path, encoded: Path) -> None:
+        """Write the rows again, with the labels encoded."""
+        import pyarrow as pa
+        from datasets import Features, Value
+
+        with pa.OSFile(str(raw)) as source, pa.ipc.open_stream(source) as reader:
+            names = reader.schema.names
+            features = {"sequence": Value("string"), "accession": Value("string"), "residues": Value("int32")}
+            encoding = None
+            if self.plan.label_columns:
+                features["label"] = {name: Value("float32") for name in self.plan.label_columns}
+            elif "label" in names:
+                skip = self.left_out is not None
+                encoding = decide_encoding(
+                    self.observed, self.plan.label_kind, unlabelled=self.plan.unlabelled, skip=skip
+                )
+                features["label"] = encoding.feature()
+                for note in encoding.notes:
+                    self.notes.add(logging.WARNING, note)
+            optional = {"split": "string"} | {role: dtype for role, (_, dtype) in OPTIONAL_COLUMNS.items()}
+            features |= {role: Value(dtype) for role, dtype in optional.items() if role in names}
+            schema = Features(features).arrow_schema
+            kept = 0
+            with pa.ipc.new_stream(encoded, schema) as writer:
+                for batch in reader:
+                    columns = {name: batch.column(name) for name in features}
+                    if encoding is not None:
+                        columns = self._with_encoded_labels(columns, encoding)
+                    arrays = [columns[name].cast(schema.field(name).type) for name in features]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
+                    kept += len(arrays[0])
+        if not kept:
+            raise DataError(f"{listing([str(path) for path in self.files.values()])}: no sequence is left")
+
+    def _with_encoded_labels(self, columns: dict[str, Any], encoding: LabelEncoding) -> dict[str, Any]:
+        """The columns with the labels encoded, without the rows that are left out because of their label."""
+        import pyarrow as pa
+
+        residues = columns["residues"].to_numpy()
+        if self.left_out is not None:
+            fits = encoding.fits(columns["label"], residues)
+            for row in np.flatnonzero(~fits).tolist():
+                label = str(columns["label"][row].as_py())
+                self.left_out.add(
+                    f"{columns['accession'][row]}: {label!r:.40}", f"the label does not fit {encoding.kind!r}"
+                )
+            columns = {name: column.filter(pa.array(fits)) for name, column in columns.items()}
+            residues = residues[fits]
+        return columns | {"label": encoding.encode(columns["label"], residues)}
 
 
 class _RowCounts:
@@ -228,31 +297,43 @@ class _RowCounts:
     Attributes:
         kept: rows within the bounds of length.
         left_out: rows outside the bounds.
-        nucleotides: kept rows with no other letters than A, C, G, T, U and N.
+        long: kept rows whose sequence is long enough to tell nucleotides from proteins.
+        nucleotides: those that consist of the letters of DNA and RNA.
+        examples: the first of these.
         by_split: split to kept rows; 0 for a split without kept rows.
     """
 
     def __init__(self) -> None:
-        self.kept = self.left_out = self.nucleotides = 0
+        self.kept = self.left_out = self.long = self.nucleotides = 0
+        self.examples: list[str] = []
         self.by_split: Counter[str] = Counter()
 
     def add(self, columns: Mapping[str, Any], keep: np.ndarray) -> None:
         """Count the rows of a block; `keep`, bool of shape (rows,), marks the kept ones."""
         self.kept += int(keep.sum())
         self.left_out += int((~keep).sum())
-        sequences = zip(columns["sequence"], keep, strict=True)
-        self.nucleotides += sum(not sequence.strip("ACGTUN") for sequence, kept in sequences if kept)
+        for sequence, accession, kept in zip(columns["sequence"], columns["accession"], keep.tolist(), strict=True):
+            if kept and is_nucleotides(sequence):
+                self.nucleotides += 1
+                self.examples = self.examples if len(self.examples) > 4 else [*self.examples, str(accession)]
+        self.long += int((columns["residues"][keep] >= NUCLEOTIDE_RESIDUES).sum())
         for split, kept in zip(columns.get("split", ()), keep, strict=False):
             self.by_split[split] += int(kept)
 
-    def check(self, files: Mapping[str, str | Path]) -> None:
-        """Refuse an empty table or split, and log rows that were left out or look like nucleotides."""
+    def check(self, files: Mapping[str, str | Path], notes: Notes) -> None:
+        """Refuse an empty table or split and nucleotides, and take note of rows that were left out."""
+        paths = listing([str(path) for path in files.values()])
         if not self.kept:
-            raise DataError(f"{listing([str(path) for path in files.values()])}: no sequence is left")
+            raise DataError(f"{paths}: no sequence is left")
         if empty := sorted(split for split, kept in self.by_split.items() if not kept):
             raise DataError(f"no sequence of {', '.join(empty)} is within the bounds of length")
+        if 2 * self.nucleotides > self.long:
+            raise DataError(
+                f"{paths}: {self.nucleotides} of {self.kept} sequences consist of the letters A, C, G, T, U and N: "
+                "expected proteins, got nucleotides. Translate them first"
+            )
+        if self.nucleotides:
+            examples = listing([*self.examples, *[""] * (self.nucleotides - len(self.examples))])
+            notes.add(logging.WARNING, f"{self.nucleotides} sequence(s) may be nucleotides, not proteins: {examples}")
         if self.left_out:
-            logger.info("%d sequence(s) outside the bounds of length were left out", self.left_out)
-        if 2 * self.nucleotides > self.kept:
-            message = "%d of %d sequences contain only A, C, G, T, U and N. Are they nucleotides?"
-            logger.warning(message, self.nucleotides, self.kept)
+            notes.add(logging.INFO, f"{self.left_out} sequence(s) outside the bounds of length were left out")

@@ -35,8 +35,8 @@ class TokenBudgetBatchSampler:
 
     A batch of n sequences that has m tokens in the longest takes n x m tokens, padding included. This is at most the
     budget; a longer sequence is alone in its batch. An epoch yields every sequence exactly once over all ranks, and the
-    same number of batches on each rank. Each epoch shuffles the batches, and the sequences with others of nearly equal
-    length; the number of batches never changes.
+    same number of batches on each rank; some of the last batches are halved for that. Each epoch shuffles the batches,
+    and the sequences with others of nearly equal length; the number of batches never changes.
 
     It is a batch sampler for `torch.utils.data.DataLoader`.
 
@@ -90,13 +90,14 @@ class TokenBudgetBatchSampler:
                 "%d sequence(s) exceed the budget of %d tokens (the longest has %d): each is alone in its batch",
                 *(over, budget, int(ordered[0])),
             )
-        batch_sizes = _spread_over_ranks(_batch_sizes(ordered, budget), ranks)
-        self._offsets = offsets_from_lengths(batch_sizes)
-        self._shuffle_groups = _shuffle_groups(ordered, np.repeat(batch_sizes, batch_sizes))
+        sizes = np.array(_batch_sizes(ordered, budget))
+        _check_enough_sequences(len(ordered), len(sizes), ranks)
+        self._offsets = offsets_from_lengths(sizes)
+        self._shuffle_groups = _shuffle_groups(ordered, np.repeat(sizes, sizes))
 
     def __len__(self) -> int:
         """Return the batches per epoch on one rank."""
-        return (len(self._offsets) - 1) // self.ranks
+        return -(-(len(self._offsets) - 1) // self.ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of the sequences of each batch of this rank, from where the epoch was resumed."""
@@ -106,8 +107,14 @@ class TokenBudgetBatchSampler:
             rng = np.random.default_rng((self.seed, self.epoch))
             order = order[np.lexsort((rng.random(len(order)), self._shuffle_groups))]
             batches = rng.permutation(batches)
-        for batch in batches[self.rank :: self.ranks][skipped:].tolist():
-            yield order[self._offsets[batch] : self._offsets[batch + 1]].tolist()
+        start, ends = _halve_last_batches(np.diff(self._offsets)[batches], self.ranks)
+        whole = (order[self._offsets[batch] : self._offsets[batch + 1]] for batch in batches[:start])
+        last = np.concatenate([order[:0], *(order[self._offsets[b] : self._offsets[b + 1]] for b in batches[start:])])
+        parts = (last[begin:end] for begin, end in itertools.pairwise(ends))
+        for batch in itertools.islice(
+            itertools.chain(whole, parts), self.rank + skipped * self.ranks, None, self.ranks
+        ):
+            yield batch.tolist()
 
     def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
         """Set the epoch of the next iteration; transformers' Trainer and accelerate call this.
@@ -129,22 +136,38 @@ def _batch_sizes(ordered: np.ndarray, budget: int) -> list[int]:
     return sizes
 
 
-def _spread_over_ranks(sizes: list[int], ranks: int) -> np.ndarray:
-    """Return the sequences per batch after batches are halved until every rank has the same number of batches."""
-    missing = -len(sizes) % ranks
-    if missing > sum(size - 1 for size in sizes):
+def _check_enough_sequences(sequences: int, batches: int, ranks: int) -> None:
+    """Raise if no multiple of the ranks lies between the number of batches and the number of sequences."""
+    if batches + -batches % ranks > sequences:
         raise ConfigurationError(
-            f"{sum(sizes)} sequences in {len(sizes)} batches cannot be spread evenly over {ranks} ranks without a "
-            f"batch that is empty or over the budget: raise the budget, or leave out {len(sizes) % ranks} sequence(s)"
+            f"{sequences} sequences in {batches} batches cannot be spread evenly over {ranks} ranks without a batch "
+            f"that is empty or over the budget: raise the budget, or leave out {batches % ranks} sequence(s)"
         )
-    while missing:
-        # Each round halves the largest batches once, so that no batch gets much smaller than the others.
-        halved = set(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:missing])
-        halved = {i for i in halved if sizes[i] > 1}
-        missing -= len(halved)
-        parts = [(n - n // 2, n // 2) if i in halved else (n,) for i, n in enumerate(sizes)]
-        sizes = list(itertools.chain.from_iterable(parts))
-    return np.array(sizes)
+
+
+def _halve_last_batches(sizes: np.ndarray, ranks: int) -> tuple[int, list[int]]:
+    """Halve some of the last batches, so that the number of batches is a multiple of the ranks.
+
+    Only the last batches change, and together they keep their sequences. The sequences of an optimizer step are
+    therefore the same for any number of ranks, and a run can resume on another number.
+
+    Args:
+        sizes: sequences per batch, in the order of the epoch.
+        ranks: number of ranks.
+
+    Returns:
+        The number of batches that stay as they are, and the limits of the others: positions in the sequences of the
+        batches after these.
+    """
+    missing = -len(sizes) % ranks
+    start = len(sizes) - (len(sizes) % ranks if missing else 0)
+    while (sizes[start:] - 1).sum() < missing:
+        start -= 1
+    parts = sizes[start:].tolist()
+    for _ in range(missing):
+        largest = parts.index(max(parts))
+        parts[largest : largest + 1] = [parts[largest] - parts[largest] // 2, parts[largest] // 2]
+    return start, [0, *itertools.accumulate(parts)]
 
 
 def _shuffle_groups(ordered: np.ndarray, batch_size_of: np.ndarray) -> np.ndarray:

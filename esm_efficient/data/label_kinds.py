@@ -1,102 +1,50 @@
-"""What kind of label a column holds: classes, one class per residue, or numbers.
+"""What kind of label a column holds: classes, one class per residue, several labels per sequence, or numbers.
 
 `LabelObservations` gathers what the cells look like, `decide_encoding` tells the kind from it, and `LabelEncoding`
-stores the labels. Cells that fit two kinds are an error that says how to choose.
+stores the labels. Cells that fit two kinds, and cells that are unlikely to be classes, are an error that says how to
+choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from esm_efficient.data.schema import number_of, refuse_cells, texts_of
-from esm_efficient.errors import DataError, listing
+from esm_efficient.data.label_cells import (
+    MAX_CLASSES,
+    MAX_NAME,
+    SEPARATORS,
+    LabelObservations,
+    Reading,
+    is_bracketed,
+    items_of,
+    letters_of,
+    parts_of,
+    spelling,
+)
+from esm_efficient.data.schema import number_of
+from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LabelKind = Literal["class", "residues", "number"]
+LabelKind = Literal["class", "residues", "number", "several"]
 LABEL_KINDS = get_args(LabelKind)
 
-_MAX_CLASSES = 1000
+_AS_CLASS = 'pass label_kind="class" if each is a class'
+_MISSING = frozenset(("NA", "N/A", "n/a", "NaN", "nan", "None", "NULL", "null", "<NA>", "#N/A", "-", "?", "."))
+"""How other programs write a missing cell."""
 
+_UNLABELLED = frozenset("-?._*~ ")
+"""Letters that usually mark a residue without a label."""
 
-@dataclass
-class LabelObservations:
-    """What the cells of a label column look like, gathered block by block.
-
-    Attributes:
-        rows: labels seen.
-        are_lists: whether the cells are lists; None before the first cell.
-        texts: different cells, at most one more than a label may have classes.
-        items: different letters of the cells, or items of the lists, likewise.
-        residue_rows: rows of two or more residues that have one letter or item per residue.
-        mismatches: rows in which the number of letters or items differs from the number of residues.
-        first_mismatch: the first of these rows; None without one, as for the attributes below.
-        first_number: the first cell that is a number, with its place.
-        first_word: the first cell that is not a number, with its place.
-        first_fraction: the first number that is not whole, with its place.
-    """
-
-    rows: int = 0
-    are_lists: bool | None = None
-    texts: set[str] = field(default_factory=set)
-    items: set[str] = field(default_factory=set)
-    residue_rows: int = 0
-    mismatches: int = 0
-    first_mismatch: str | None = None
-    first_number: str | None = None
-    first_word: str | None = None
-    first_fraction: str | None = None
-
-    def observe(self, cells: Sequence[Any], residues: np.ndarray, places: Sequence[str]) -> pa.Array:
-        """Take note of some cells and return them as an Arrow array of text or of lists of text.
-
-        Args:
-            cells: of the label column.
-            residues: int of shape (cells,): the length of each sequence.
-            places: where each row is.
-
-        Raises:
-            DataError: a label is missing, or some labels are lists and others are not.
-        """
-        import pyarrow as pa
-
-        are_lists = [isinstance(cell, list) for cell in cells]
-        self.are_lists = are_lists[0] if self.are_lists is None else self.are_lists
-        mixed = [is_list != self.are_lists for is_list in are_lists]
-        refuse_cells(cells, places, mixed, "the label is a list in some rows and not in others")
-        labels: list[Any] = [_items_of(cell) for cell in cells] if self.are_lists else texts_of(cells)
-        refuse_cells(cells, places, [not label for label in labels], "the label is missing")
-        for label, length, place in zip(labels, residues.tolist(), places, strict=True):
-            self._observe_length(label, length, place)
-            if len(self.items) <= _MAX_CLASSES:
-                self.items.update(item for item in label if item is not None)
-            if not self.are_lists and label not in self.texts:
-                self._observe_text(label, place)
-        self.rows += len(labels)
-        return pa.array(labels, pa.list_(pa.string()) if self.are_lists else pa.string())
-
-    def _observe_length(self, label: Sequence[str | None], residues: int, place: str) -> None:
-        if len(label) != residues:
-            self.mismatches += 1
-            self.first_mismatch = self.first_mismatch or f"{place}: {len(label)} labels for {residues} residues"
-        elif residues > 1:
-            self.residue_rows += 1
-
-    def _observe_text(self, text: str, place: str) -> None:
-        if len(self.texts) <= _MAX_CLASSES:
-            self.texts.add(text)
-        value = number_of(text)
-        if value is None:
-            self.first_word = self.first_word or f"{place}: {text!r:.40}"
-            return
-        self.first_number = self.first_number or f"{place}: {text!r:.40}"
-        if value % 1:
-            self.first_fraction = self.first_fraction or f"{place}: {text!r:.40}"
+_COMPOUND = re.compile(r"\s*[,/&+]\s*")
+_NUMBERS = re.compile(r"[\[(]?\s*[-+]?\d+(\s*[,;\s]\s*[-+]?\d+)+\s*[\])]?")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 
 @dataclass(frozen=True)
@@ -105,13 +53,19 @@ class LabelEncoding:
 
     Attributes:
         kind: what the labels are.
-        names: of the classes, sorted; empty for numbers.
-        whole_numbers: whether the classes are whole numbers, so that ``1`` and ``1.0`` are the same class.
+        names: of the classes or of the labels, sorted; empty for numbers.
+        ids: the number of the class of each spelling: ``1`` and ``1.0`` are the same class.
+        reading: how a cell holds the labels of residues.
+        separator: what is between several labels of a sequence.
+        notes: what the user should know about the labels.
     """
 
     kind: LabelKind
     names: tuple[str, ...] = ()
-    whole_numbers: bool = False
+    ids: Mapping[str, int] = field(default_factory=dict)
+    reading: Reading = "letters"
+    separator: str = ""
+    notes: tuple[str, ...] = ()
 
     def feature(self) -> Any:
         """Return the `datasets` feature of the column."""
@@ -119,97 +73,267 @@ class LabelEncoding:
 
         if self.kind == "number":
             return Value("float32")
+        if self.kind == "several":
+            return {name: Value("float32") for name in self.names}
         classes = ClassLabel(names=list(self.names))
         return List(classes) if self.kind == "residues" else classes
 
-    def encode(self, labels: pa.Array) -> pa.Array:
-        """Return labels as `LabelObservations.observe` made them as class ids or numbers; a null stays null."""
+    def encode(self, labels: pa.Array, residues: np.ndarray) -> pa.Array:
+        """Return labels as `LabelObservations.observe` made them as class ids, numbers or structs; a null stays null.
+
+        Args:
+            labels: some rows of the column.
+            residues: int of shape (rows,): the length of each sequence.
+        """
+        import pyarrow as pa
+
+        rows = labels.to_pylist()
+        if self.kind == "number":
+            return pa.array([float(label) for label in rows], pa.float64())
+        if self.kind == "several":
+            present = [set(label if isinstance(label, list) else parts_of(label, self.separator)) for label in rows]
+            columns = [np.array([name in labels for labels in present], np.float32) for name in self.names]
+            return pa.StructArray.from_arrays([pa.array(column) for column in columns], list(self.names))
+        if self.kind == "class":
+            return self._ids(labels)
+        if not isinstance(labels, pa.ListArray):
+            rows = self._of_residues(rows, residues)
+        ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+        return pa.ListArray.from_arrays(
+            pa.array(ends), self._ids(pa.array([item for row in rows for item in row], pa.string()))
+        )
+
+    def fits(self, labels: pa.Array, residues: np.ndarray) -> np.ndarray:
+        """Return which rows can be encoded, bool of shape (rows,)."""
+        rows = labels.to_pylist()
+        if self.kind == "number":
+            return np.array([number_of(label) is not None for label in rows], dtype=bool)
+        if self.kind == "class":
+            return np.array([label in self.ids for label in rows], dtype=bool)
+        if self.kind == "residues":
+            rows = rows if rows and isinstance(rows[0], list) else self._of_residues(rows, residues)
+            return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) == residues
+        return np.ones(len(rows), dtype=bool)
+
+    def _of_residues(self, texts: Sequence[str], residues: np.ndarray) -> list[Sequence[str | None]]:
+        if self.reading == "items":
+            return [items_of(text) for text in texts]
+        return [letters_of(text, length) for text, length in zip(texts, residues.tolist(), strict=True)]
+
+    def _ids(self, labels: pa.Array) -> pa.Array:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if self.kind == "number":
-            return pa.array([float(label) for label in labels.to_pylist()], pa.float64())
-        names = pa.array(self.names, pa.string())
-        if self.kind == "residues":
-            rows = labels.to_pylist()
-            ids = pc.index_in(pa.array([item for row in rows for item in row], pa.string()), names)
-            ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
-            return pa.ListArray.from_arrays(pa.array(ends), ids)
-        if self.whole_numbers:
-            labels = pa.array([_whole(label) for label in labels.to_pylist()], pa.string())
-        return pc.index_in(labels, names)
+        spellings = pc.index_in(labels, pa.array(list(self.ids), pa.string()))
+        return pa.array(list(self.ids.values()), pa.int64()).take(spellings)
 
 
-def decide_encoding(observed: LabelObservations, kind: LabelKind | None = None) -> LabelEncoding:
+def decide_encoding(
+    observed: LabelObservations, kind: LabelKind | None = None, *, unlabelled: str | None = None, skip: bool = False
+) -> LabelEncoding:
     """Decide how to store labels.
 
     Args:
         observed: all labels of the column.
         kind: what the labels are, if the user says so.
+        unlabelled: the letter or item of a residue without a label; an empty text for none; None to ask if there may
+            be one.
+        skip: whether rows that do not fit the kind of most rows are left out; otherwise they are an error.
 
     Raises:
-        DataError: the labels could be of two kinds, do not fit the kind, or have too many values for classes.
+        DataError: the labels could be of two kinds, do not fit the kind, or are unlikely to be classes.
+        ConfigurationError: `unlabelled` is given for labels that are not those of residues.
     """
-    kind = kind or _kind_of(observed)
-    if observed.are_lists and kind != "residues":
-        raise DataError(f'the label is a list in every row: label_kind="{kind}" needs one value per row')
-    if kind == "number":
-        if observed.first_word is not None:
+    found, reading = _kind_of(observed, skip) if kind is None else (kind, _best_reading(observed))
+    if unlabelled is not None and found != "residues":
+        raise ConfigurationError(f"unlabelled={unlabelled!r} is for labels per residue, but the labels are {found!r}")
+    if observed.are_lists and found not in ("residues", "several"):
+        raise DataError(f'the label is a list in every row: label_kind="{found}" needs one value per row')
+    if found == "number":
+        if observed.first_word is not None and not skip:
             raise DataError(f"the label is not a finite number in {observed.first_word}")
-        return LabelEncoding(kind)
-    if kind == "residues":
-        if observed.mismatches:
-            raise DataError(
-                f"{observed.mismatches} row(s): label count differs from residue count, first in "
-                f"{observed.first_mismatch}"
-            )
-        names = sorted(observed.items)
-        if len(names) > _MAX_CLASSES or any((number_of(name) or 0) % 1 for name in names):
-            raise DataError(
-                f"labels per residue must be classes, but have values such as {listing(names)}: numbers per residue "
-                "are not supported"
-            )
-        return LabelEncoding(kind, tuple(names))
-    whole = observed.first_word is None and observed.first_fraction is None
-    names = sorted({_whole(text) for text in observed.texts}, key=int) if whole else sorted(observed.texts)
-    if len(names) > _MAX_CLASSES:
-        raise DataError(
-            f"the label has more than {_MAX_CLASSES} values, such as {listing(names)}: too many for classes"
-        )
-    return LabelEncoding(kind, tuple(names), whole)
+        return LabelEncoding(found)
+    if found == "residues":
+        return _residue_encoding(observed, reading, unlabelled, skip)
+    if found == "several":
+        return _several_encoding(observed)
+    return _class_encoding(observed, asked=kind is not None, skip=skip)
 
 
-def _kind_of(observed: LabelObservations) -> LabelKind:
-    """The kind of label that the cells show."""
-    if observed.are_lists or (observed.residue_rows and not observed.mismatches):
-        return "residues"
-    if 2 * observed.residue_rows > observed.rows:
+def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Reading]:
+    """The kind of label that the cells show, and how a cell holds the labels of residues."""
+    reading = _best_reading(observed)
+    labels = observed.readings[reading]
+    most = 2 * labels.rows > observed.rows
+    if (labels.rows and not labels.mismatches) or (most and skip):
+        return "residues", reading
+    if most:
         raise DataError(
-            f"most labels have one letter per residue, but not {observed.first_mismatch}. Correct the row, or say "
-            "what the labels are with label_kind="
+            f"most labels have one {reading[:-1]} per residue, but not {labels.first_mismatch}. Correct the row, leave "
+            'such rows out with on_error="skip", or say what the labels are with label_kind='
         )
+    if observed.are_lists or all(map(is_bracketed, observed.counts or "-")):
+        raise DataError(
+            f"the label is a list in every row, but label count differs from residue count in {labels.mismatches} "
+            f'row(s), first in {labels.first_mismatch}. Pass label_kind="several" if each list names the labels of a '
+            "sequence; write lists of 0 and 1 as one column per label"
+        )
+    if doubt := _numbers_doubt(observed):
+        raise DataError(doubt)
     if observed.first_number is None:
-        return "class"
-    if observed.first_word is not None:
+        return "class", reading
+    if observed.first_word is not None and not (skip and 2 * observed.word_rows < observed.rows):
         raise DataError(
             f"the label is a number in {observed.first_number}, but not in {observed.first_word}. Correct the row, or "
             'pass label_kind="class"'
         )
     if observed.first_fraction is not None:
-        return "number"
-    if {number_of(text) for text in observed.texts} <= {0.0, 1.0}:
-        return "class"
+        return "number", reading
+    numbers = sorted(text for text in observed.counts if number_of(text) is not None)
+    if {number_of(text) for text in numbers} <= {0.0, 1.0}:
+        return "class", reading
     raise DataError(
-        f"the label is a whole number in every row, such as {listing(sorted(observed.texts))}: pass "
+        f"the label is a whole number in every row, such as {listing(numbers)}: pass "
         'label_kind="class" or label_kind="number"'
     )
 
 
-def _whole(text: str) -> str:
-    """The whole number that a text such as ``1.0`` writes."""
-    return str(int(float(text)))
+def _best_reading(observed: LabelObservations) -> Reading:
+    """The reading in which the most cells have one label per residue."""
+    letters, items = observed.readings["letters"], observed.readings["items"]
+    return "items" if observed.are_lists or items.mismatches < letters.mismatches else "letters"
 
 
-def _items_of(cell: list[Any]) -> list[str | None]:
-    """The items of a list as text; None where one is missing."""
-    return [None if item is None or item != item else str(item).strip() for item in cell]
+def _numbers_doubt(observed: LabelObservations) -> str | None:
+    """What to ask if cells hold several numbers."""
+    words = [text for text in observed.counts if number_of(text) is None]
+    if shown := [f"{observed.places[text]}: {text!r:.40}" for text in words if _NUMBERS.fullmatch(text)]:
+        if all(_DECIMAL_COMMA.fullmatch(text) for text in words):
+            return (
+                f"the label has two numbers with a comma between them in {listing(shown)}. Write a decimal comma as a "
+                "point; write positions of sites as one letter per residue, such as 0010; or "
+                f"{_AS_CLASS}"
+            )
+        return (
+            f"the label has several numbers in {listing(shown)}. Write positions of sites as one letter per residue, "
+            f'such as 0010; pass label_kind="several" if each number is a label of the sequence; or {_AS_CLASS}'
+        )
+    return None
+
+
+def _residue_encoding(
+    observed: LabelObservations, reading: Reading, unlabelled: str | None, skip: bool
+) -> LabelEncoding:
+    labels = observed.readings[reading]
+    if labels.mismatches and not skip:
+        raise DataError(
+            f"{labels.mismatches} row(s): label count differs from residue count, first in {labels.first_mismatch}"
+        )
+    spellings = sorted(labels.names)
+    marks = [name for name in spellings if name in _UNLABELLED]
+    if marks and unlabelled is None:
+        raise DataError(
+            f"a label of a residue is {marks[0]!r}, first in {labels.names[marks[0]]}. Pass "
+            f'unlabelled="{marks[0]}" if such residues have no label, or unlabelled="" if it is a class'
+        )
+    if unlabelled:
+        if unlabelled not in spellings:
+            raise DataError(f"unlabelled={unlabelled!r}, but no residue has this label: they have {listing(spellings)}")
+        spellings.remove(unlabelled)
+    if len(spellings) > MAX_CLASSES or any((number_of(name) or 0) % 1 for name in spellings):
+        raise DataError(
+            f"labels per residue must be classes, but have values such as {listing(spellings)}: numbers per residue "
+            "are not supported"
+        )
+    names, ids = _named(spellings)
+    return LabelEncoding("residues", names, ids, reading)
+
+
+def _several_encoding(observed: LabelObservations) -> LabelEncoding:
+    is_list = observed.are_lists or all(map(is_bracketed, observed.counts or "-"))
+    separators = [] if is_list else [s for s in SEPARATORS if any(s in text for text in observed.counts)]
+    separator = separators[0] if separators else "" if is_list else SEPARATORS[0]
+    names = sorted(observed.parts[separator])
+    _refuse_names(names)
+    if all(number_of(name) in (0, 1) for name in names):
+        raise DataError(
+            f"the labels of a sequence are {listing(names)}, which name nothing: write lists of 0 and 1 as one column "
+            "per label, and pass label=[...]"
+        )
+    return LabelEncoding("several", tuple(names), separator=separator)
+
+
+def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> LabelEncoding:
+    spellings = sorted(observed.counts)
+    if skip and not asked and observed.first_number is not None:
+        spellings = [text for text in spellings if number_of(text) is not None]
+    if skip:
+        spellings = [text for text in spellings if text not in _MISSING]
+    if observed.long_text is not None and not skip:
+        raise DataError(f"the label has more than {MAX_NAME} characters in {observed.long_text}: too long for a class")
+    _refuse_names(spellings)
+    doubts = list(_class_doubts(observed, spellings, asked))
+    if doubts and not asked:
+        raise DataError(f"{'. '.join(doubts[0])}, or {_AS_CLASS}")
+    names, ids = _named(spellings)
+    notes = (*(problem for problem, _ in doubts), *_rare_classes(observed, spellings))
+    return LabelEncoding("class", names, ids, notes=notes)
+
+
+def _refuse_names(names: Sequence[str]) -> None:
+    if len(names) > MAX_CLASSES:
+        raise DataError(
+            f"the label has more than {MAX_CLASSES} values, such as {listing(list(names))}: too many for classes"
+        )
+
+
+def _class_doubts(observed: LabelObservations, texts: Sequence[str], asked: bool) -> Iterator[tuple[str, str]]:
+    """Why cells may not be the classes that they seem to be, and what to do; `asked` if the user says that they are."""
+
+    def shown(names: Sequence[str]) -> str:
+        return listing([f"{observed.places[name]}: {name!r:.40}" for name in names])
+
+    if missing := [text for text in texts if text in _MISSING]:
+        cure = 'Correct the row, leave such rows out with on_error="skip"'
+        yield f"the label may be missing in {shown(missing)}", cure
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(spelling(text), []).append(text)
+    if same := [text for group in alike.values() if len(group) > 1 for text in group]:
+        yield f"classes may be one class in several spellings: {shown(same)}", "Spell a class in one way"
+    if asked:
+        return
+    if compound := _compounds(texts):
+        cure = 'Pass label_kind="several" to read each of them'
+        yield f"a cell may hold several labels: {shown(compound)}", cure
+    limit = max(observed.rows // 10, min(10, observed.rows // 2), 2)
+    if len(texts) > limit:
+        problem = f"the label has {len(texts)} different values in {observed.rows} rows, which is many for classes: "
+        yield problem + shown(texts), "Name another column with label=, or say with label_kind= what it holds"
+
+
+def _compounds(texts: Sequence[str]) -> list[str]:
+    """Texts that may hold several labels: with a bar or a semicolon, or with a part that other texts have too."""
+    if certain := [text for text in texts if "|" in text or ";" in text]:
+        return certain
+    parts = {text: {part.strip() for part in _COMPOUND.split(text) if part.strip()} for text in texts}
+    texts_with: dict[str, int] = {}
+    for part in (part for found in parts.values() for part in found):
+        texts_with[part] = texts_with.get(part, 0) + 1
+    return [text for text, found in parts.items() if len(found) > 1 and any(texts_with[part] > 1 for part in found)]
+
+
+def _rare_classes(observed: LabelObservations, texts: Sequence[str]) -> Iterator[str]:
+    """A note on classes with one row, where another class has ten or more."""
+    rare = [f"{text!r:.40} ({observed.places[text]})" for text in texts if observed.counts[text] == 1]
+    if rare and max(observed.counts[text] for text in texts) >= 10:
+        yield f"{len(rare)} class(es) have a single row, which may be a slip: {listing(rare)}"
+
+
+def _named(spellings: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The names of the classes and the class of each spelling; if all are whole numbers, ``1.0`` is the class ``1``."""
+    numbers = [number_of(text) for text in spellings]
+    if all(number is not None and number % 1 == 0 for number in numbers):
+        names = [str(number) for number in sorted({int(float(text)) for text in spellings})]
+        return tuple(names), {text: names.index(str(int(float(text)))) for text in spellings}
+    return tuple(spellings), {text: index for index, text in enumerate(spellings)}

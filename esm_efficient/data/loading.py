@@ -10,14 +10,15 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from esm_efficient.data.arrow_tables import TablePlan, mapped_table
+from esm_efficient.data.arrow_tables import OnError, TablePlan, mapped_table
 from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind
 from esm_efficient.data.leaks import check_leaks
-from esm_efficient.data.schema import WEIGHT_COLUMN
+from esm_efficient.data.own_splits import FLAGS
+from esm_efficient.data.schema import WEIGHT_COLUMN, Column
 from esm_efficient.data.splits import (
     SPLITS,
     check_sizes,
@@ -39,12 +40,14 @@ def load_sequences(
     path: str | Path | Mapping[str, str | Path],
     *,
     sequence: str | None = None,
-    label: str | Sequence[str] | Mapping[str, str] | None = None,
+    label: Column | Sequence[str] | Mapping[str, str] = None,
     label_kind: LabelKind | None = None,
+    unlabelled: str | None = None,
     accession: str | None = None,
-    partition: str | None = None,
-    split: str | None = None,
-    sample_weight: str | None = None,
+    partition: Column = None,
+    split: Column = None,
+    validation: Column = None,
+    sample_weight: Column = None,
     labels: str | Path | None = None,
     header: str | None = None,
     clusters: str | Path | None = None,
@@ -54,28 +57,32 @@ def load_sequences(
     validation_size: float = 0.1,
     min_residues: int | None = None,
     max_residues: int | None = None,
+    on_error: OnError = "raise",
     seed: int = 0,
 ) -> DatasetDict:
     r"""Load your own files of sequences as a labelled, split `DatasetDict`.
 
-    The splits are those of the files or of the column `split`, if there are any; else they are made from clusters, from
+    The splits are those of the files or of their columns, if there are any; else they are made from clusters, from
     homology partitions, or at random with a warning, in this order. The rows of each split are shuffled.
 
     Args:
-        path: a CSV, TSV, Parquet or FASTA file, plain, gzip or xz; or one file per split, by the names ``train``,
-            ``validation`` and ``test``.
+        path: a CSV, TSV, Parquet, JSON lines or FASTA file, plain, gzip or xz; or one file per split, by the names
+            ``train``, ``validation`` and ``test``. A FASTA file may have a line of labels below each sequence.
         sequence: the column of the sequences. Any column that is not named is found by a usual name
-            (`esm_efficient.data.schema.USUAL_NAMES`).
+            (`esm_efficient.data.schema.USUAL_NAMES`); False says that there is no such column.
         label: the column of the labels; or several columns of 0, 1 and empty cells (unknown), by their names or as a
             mapping of new names to columns. Without labels, the sequences have no label.
         label_kind: what a single label column holds, where its cells do not tell: ``"class"``, ``"residues"`` (one
-            letter or list item per residue) or ``"number"``.
+            letter or item per residue), ``"several"`` (the labels of the sequence, such as ``Cytoplasm|Nucleus``) or
+            ``"number"``.
+        unlabelled: the letter or item of residues without a label, such as ``"-"``; an empty text if each is a class.
         accession: the column of the accessions; without one, the place of a row in its file is its accession.
         partition: the column of homology partitions, whole numbers.
-        split: the column of ``train``, ``validation`` or ``test``.
+        split: the column of ``train``, ``validation`` or ``test``. False ignores all columns that tell the split.
+        validation: the column that is true where a row of ``train`` is for validation; False to ignore it.
         sample_weight: the column of weights in the loss.
-        labels: a second table, joined by accession, with the labels and other columns of the sequences of a FASTA file.
-            It is read into memory.
+        labels: a second table, joined by accession, with the labels and other columns of the sequences; or a FASTA
+            file of the labels of residues. It is read into memory.
         header: a regular expression for FASTA headers, such as ``r"label=(?P<label>\w+)"``. It may match anywhere in a
             header; its named groups become columns.
         clusters: a file of MMseqs2 or CD-HIT with the cluster of each accession; each cluster is in one split.
@@ -85,6 +92,8 @@ def load_sequences(
         validation_size: fraction of the rows in the validation set, likewise; 0 for none.
         min_residues: the fewest residues of a sequence to keep; None for no bound.
         max_residues: the most residues of a sequence to keep; None for no bound.
+        on_error: ``"skip"`` leaves out rows that are wrong and FASTA records whose header does not match, and logs how
+            many and the first of them; ``"raise"`` makes them an error.
         seed: of the splits and of the order of the rows.
 
     Returns:
@@ -103,35 +112,49 @@ def load_sequences(
     files = dict(path) if isinstance(path, Mapping) else {"": path}
     if unknown := sorted(set(files) - {"", *SPLITS}):
         raise ConfigurationError(f"files for {listing(unknown)}: expected train, validation and test")
+    if on_error not in get_args(OnError):
+        raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
+    flags: dict[str, Column] = dict.fromkeys(FLAGS, False if split is False else None)
     plan = TablePlan(
         columns={
             "sequence": sequence,
-            "label": label if isinstance(label, str) else None,
+            "label": label if isinstance(label, str) or label is False else None,
             "accession": accession,
             "partition": partition,
             "split": split,
             WEIGHT_COLUMN: sample_weight,
+            **flags,
+            **({} if validation is None else {"validation": validation}),
         },
         label_columns=_label_columns(label, label_kind),
         label_kind=label_kind,
+        unlabelled=unlabelled,
         bounds=(min_residues or 0, math.inf if max_residues is None else max_residues),
         header=header,
         second_table=labels,
+        on_error=on_error,
     )
 
     from datasets import Dataset
 
     whole = Dataset.from_file(str(mapped_table(files, plan)))
+    if "split" in whole.features and (
+        unused := [n for n, v in (("clusters", clusters), ("partition", partition)) if v]
+    ):
+        raise ConfigurationError(
+            f"the files tell their splits, so {unused[0]}= would not be used. Remove it, or pass split=False to ignore "
+            "the splits of the files"
+        )
     sizes = {"test_size": test_size, "validation_size": validation_size, "seed": seed}
     parts = _split(whole, clusters, (test_partitions, validation_partitions), sizes)
     return shuffled_splits(parts, seed)
 
 
-def _label_columns(label: str | Sequence[str] | Mapping[str, str] | None, kind: LabelKind | None) -> dict[str, str]:
+def _label_columns(label: Column | Sequence[str] | Mapping[str, str], kind: LabelKind | None) -> dict[str, str]:
     """Label name to column, where there are several; empty for a single label column or none."""
     if kind not in (None, *LABEL_KINDS):
         raise ConfigurationError(f"label_kind={kind!r}: expected one of {', '.join(LABEL_KINDS)}")
-    if label is None or isinstance(label, str):
+    if label is None or label is False or isinstance(label, str):
         return {}
     columns = dict(label) if isinstance(label, Mapping) else {name: name for name in label}
     if not columns or kind is not None:

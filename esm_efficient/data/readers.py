@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, Parquet and FASTA: from a file, or from a text such as the body of a request.
+"""Rows of CSV, TSV, Parquet, JSON lines and FASTA: from a file, or from a text such as the body of a request.
 
 A file is read in blocks of rows, so it may be larger than memory. Cells stay text, nothing is guessed, and an error
 names the line or the record that cannot be parsed.
@@ -6,34 +6,34 @@ names the line or the record that cannot be parsed.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import gzip
-import io
 import itertools
-import lzma
+import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from esm_efficient.data.fasta import LeaveOut, accession_of, read_fasta, read_fasta_table
+from esm_efficient.data.opening import FREE_BYTES, MAX_RATIO, MAX_ROW_CHARACTERS, first_bytes, open_text
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
+__all__ = ["Block", "accession_of", "kind_of", "open_text", "read_blocks", "read_fasta", "read_rows", "read_table"]
+
 BLOCK_ROWS = 10_000
-"""Rows of a file that are in memory at once."""
+"""The most rows of a file that are in memory at once."""
 
-FASTA_COLUMNS = ("accession", "header", "sequence")
-"""Columns of a FASTA file."""
+BLOCK_CHARACTERS = 1 << 24
+"""The characters of the rows in memory at which a block ends."""
 
-_READ_ERRORS = (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error)
+_PARQUET_VALUES = 1 << 23
 
 
 class Block(NamedTuple):
     """Some rows of a file.
 
     Attributes:
-        columns: column name to cells: text, or the values of a Parquet file.
+        columns: column name to cells: text, or the values of a Parquet or JSON lines file.
         places: where each row is, for messages, such as ``line 3``.
     """
 
@@ -41,16 +41,20 @@ class Block(NamedTuple):
     places: list[str]
 
 
-def read_blocks(path: str | Path, *, rows: int = BLOCK_ROWS, header: str | None = None) -> Iterator[Block]:
-    """Read a CSV, TSV, Parquet or FASTA file, plain, gzip or xz, a block of rows at a time.
+def read_blocks(
+    path: str | Path, *, rows: int = BLOCK_ROWS, header: str | None = None, leave_out: LeaveOut | None = None
+) -> Iterator[Block]:
+    """Read a CSV, TSV, Parquet, JSON lines or FASTA file, plain, gzip or xz, a block of rows at a time.
 
-    A FASTA file has the columns ``accession``, ``header`` and ``sequence``. The accession is the first word of the
-    header, or the middle part of a UniProt name such as ``sp|P12345|NAME``.
+    A FASTA file has the columns ``accession``, ``header`` and ``sequence``; ``labels`` if a line of labels is below
+    each sequence; and those of `esm_efficient.data.fasta.HEADER_KEYS` that its first header has as ``KEY=value``. The
+    accession is the first word of the header, or the middle part of a UniProt name such as ``sp|P12345|NAME``.
 
     Args:
         path: the file.
         rows: the largest number of rows in a block.
-        header: a regular expression for FASTA headers; its named groups become columns.
+        header: a regular expression for FASTA headers; its named groups become columns, and keys do not.
+        leave_out: takes the rows that cannot be parsed; None to raise an error.
 
     Raises:
         DataError: the file cannot be read, a row has too few or too many cells, or a header does not match.
@@ -63,12 +67,21 @@ def read_blocks(path: str | Path, *, rows: int = BLOCK_ROWS, header: str | None 
         yield from _parquet_blocks(path, rows)
         return
     pattern = None if header is None else _header_pattern(header)
+    parsed: Iterator[tuple[str, Sequence[Any]]]
     with open_text(path) as handle:
-        names, parsed = read_table(handle, path) if kind == "table" else (FASTA_COLUMNS, read_fasta(handle, path))
-        while chunk := list(itertools.islice(parsed, rows)):
+        if kind == "table":
+            names, parsed = read_table(handle, path, leave_out=leave_out)
+        elif kind == "json":
+            names, parsed = _read_json_lines(handle, path, leave_out)
+        else:
+            names, parsed = read_fasta_table(handle, path, keys=pattern is None, leave_out=leave_out)
+        for chunk in _chunks(parsed, rows):
             cells = zip(*(cells for _, cells in chunk), strict=True)
             block = Block(dict(zip(names, map(list, cells), strict=True)), [place for place, _ in chunk])
-            yield block if pattern is None else _with_header_groups(block, pattern, path)
+            if pattern is not None:
+                block = _with_header_groups(block, pattern, path, leave_out)
+            if block.places:
+                yield block
 
 
 def read_rows(path: str | Path) -> Block:
@@ -84,8 +97,21 @@ def read_rows(path: str | Path) -> Block:
     return Block(columns, [place for block in blocks for place in block.places])
 
 
+def _chunks(parsed: Iterable[tuple[str, Sequence[Any]]], rows: int) -> Iterator[list[tuple[str, Sequence[Any]]]]:
+    """Divide rows into blocks."""
+    chunk, characters = [], 0
+    for row in parsed:
+        chunk.append(row)
+        characters += sum(len(cell) for cell in row[1] if isinstance(cell, str | list))
+        if len(chunk) == rows or characters > BLOCK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
 def read_table(
-    handle: IO[str], source: str | Path, *, delimiter: str | None = None
+    handle: IO[str], source: str | Path, *, delimiter: str | None = None, leave_out: LeaveOut | None = None
 ) -> tuple[list[str], Iterator[tuple[str, list[str]]]]:
     r"""Read the column names and the rows of a CSV or TSV text.
 
@@ -94,6 +120,7 @@ def read_table(
         source: the name of the text in errors, such as its path.
         delimiter: the character between cells; None for the most frequent of tab, comma and semicolon in the first
             line.
+        leave_out: takes rows with too few or too many cells; None to raise an error.
 
     Returns:
         The column names, and an iterator over the rows: the place of each, such as ``line 3``, and its cells. Lines of
@@ -119,28 +146,49 @@ def read_table(
         raise DataError(f"{source}: more than one column is named {listing([name[:40] for name in repeated])}")
     # pandas writes row numbers into a first column without a name.
     names = [name or f"unnamed {index}" for index, name in enumerate(names)]
-    return names, _complete_rows(lines, names, source, delimiter)
+    return names, _complete_rows(lines, names, source, delimiter, leave_out)
 
 
 def _numbered_lines(
     text: Iterable[str], source: str | Path, delimiter: str, skipped: int
 ) -> Iterator[tuple[str, list[str]]]:
     """The place and the cells of each line; an error of the parser names the line."""
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    size = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for line in text:
+            size += len(line)
+            if size > MAX_ROW_CHARACTERS:
+                raise DataError(
+                    f"{source}, line {skipped + reader.line_num + 1}: a row of more than {MAX_ROW_CHARACTERS:,} "
+                    "characters. Check for a quote that is not closed"
+                )
+            yield line
+
+    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
+            size = 0
             yield f"line {skipped + reader.line_num}", cells
     except csv.Error as error:
         raise DataError(f"{source}, line {skipped + reader.line_num}: {error}") from error
 
 
 def _complete_rows(
-    lines: Iterable[tuple[str, list[str]]], names: Sequence[str], source: str | Path, delimiter: str
+    lines: Iterable[tuple[str, list[str]]],
+    names: Sequence[str],
+    source: str | Path,
+    delimiter: str,
+    leave_out: LeaveOut | None,
 ) -> Iterator[tuple[str, list[str]]]:
     """The lines that are not empty; each must have one cell per column."""
     for place, cells in lines:
         if len(cells) != len(names):
             if not any(cell.strip() for cell in cells):
+                continue
+            if leave_out is not None:
+                leave_out(f"{source}, {place}", f"the number of cells is not {len(names)}, the number of columns")
                 continue
             raise DataError(
                 f"{source}, {place}: {len(cells)} cells for {len(names)} columns "
@@ -151,58 +199,58 @@ def _complete_rows(
         yield place, cells
 
 
-def read_fasta(handle: Iterable[str], source: str | Path) -> Iterator[tuple[str, tuple[str, str, str]]]:
-    r"""Read the records of a FASTA text; lines that begin with ``;`` are comments.
+def _read_json_lines(
+    handle: Iterable[str], source: str | Path, leave_out: LeaveOut | None
+) -> tuple[list[str], Iterator[tuple[str, list[Any]]]]:
+    """The columns of the first object, and the place and the cells of each; a key that is missing is an empty cell."""
 
-    Args:
-        handle: the lines of the text.
-        source: the name of the text in errors.
+    def objects() -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                cells, problem = json.loads(line), "the line is not a JSON object"
+            except (ValueError, RecursionError) as error:
+                cells, problem = None, f"the line is not JSON ({str(error)[:80]})"
+            if isinstance(cells, dict):
+                yield f"line {number}", cells
+            elif leave_out is None:
+                raise DataError(f"{source}, line {number}: {problem}. Write one object per line (JSON lines)")
+            else:
+                leave_out(f"{source}, line {number}", problem)
 
-    Yields:
-        The place of a record, such as ``record 1 (P12345)``, and its accession, header and sequence.
+    records = objects()
+    first = next(records, None)
+    if first is None:
+        raise DataError(f"{source} has no JSON object")
+    names = list(first[1])
 
-    Raises:
-        DataError: the text does not begin with a header.
+    def rows() -> Iterator[tuple[str, list[Any]]]:
+        for place, cells in itertools.chain([first], records):
+            if other := [key[:40] for key in cells if key not in names]:
+                raise DataError(f"{source}, {place}: the key(s) {listing(other)} are not in the first object")
+            yield place, [cells.get(name) for name in names]
 
-    Example:
-        >>> list(read_fasta([">sp|P12345|NAME A protein\n", "MK\n", "TV\n"], "example"))
-        [('record 1 (P12345)', ('P12345', 'sp|P12345|NAME A protein', 'MKTV'))]
-    """
-    from Bio.SeqIO.FastaIO import SimpleFastaParser
-
-    lines = (line for line in handle if not line.startswith(";"))
-    first = next((line for line in lines if line.strip()), "")
-    if not first.startswith(">"):
-        raise DataError(f"{source} does not begin with a FASTA header, '>'")
-    for number, (header, sequence) in enumerate(SimpleFastaParser(itertools.chain([first], lines)), 1):
-        accession = accession_of(header.split(None, 1)[0] if header.strip() else "")
-        yield f"record {number} ({accession})", (accession, header, sequence)
-
-
-def accession_of(name: str) -> str:
-    """Return the accession in a UniProt name; any other name unchanged.
-
-    Example:
-        >>> accession_of("sp|P12345|NAME_HUMAN"), accession_of("P12345")
-        ('P12345', 'P12345')
-    """
-    parts = name.split("|")
-    return parts[1] if len(parts) == 3 and parts[0] in ("sp", "tr") and parts[1] else name
+    return names, rows()
 
 
-def kind_of(path: str | Path) -> Literal["parquet", "fasta", "table"]:
+def kind_of(path: str | Path) -> Literal["parquet", "fasta", "json", "table"]:
     """Return the format of a file, from its first bytes or its first line.
 
     Raises:
         DataError: the file is missing or empty, or cannot be read.
     """
-    if _first_bytes(path).startswith(b"PAR1"):
+    if first_bytes(path).startswith(b"PAR1"):
         return "parquet"
     empty = True
     with open_text(path) as text:
         for line in text:
             if line.startswith(">"):
                 return "fasta"
+            if line.startswith("{"):
+                return "json"
+            if re.match(r"\[\s*(\{|$)", line):
+                raise DataError(f"{path} is one JSON list. Write one object per line (JSON lines)")
             # A line that begins with ";" is a FASTA comment, or the header of a table with an unnamed first column.
             if line.strip() and not line.startswith(";"):
                 return "table"
@@ -212,42 +260,74 @@ def kind_of(path: str | Path) -> Literal["parquet", "fasta", "table"]:
     raise DataError(f"{path} is empty")
 
 
-@contextlib.contextmanager
-def open_text(path: str | Path) -> Iterator[IO[str]]:
-    """Open a UTF-8 text file, plain, gzip or xz, without its byte order mark and with its own line ends.
-
-    Raises:
-        DataError: the file is missing; or, while it is read, it is not UTF-8 text or its compression is damaged.
-    """
-    try:
-        start = _first_bytes(path)
-        opener: Any = gzip.open if start.startswith(b"\x1f\x8b") else lzma.open if start == b"\xfd7zXZ\x00" else open
-        with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as handle:
-            yield handle
-    except _READ_ERRORS as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _first_bytes(path: str | Path) -> bytes:
-    """The first six bytes of a file: they tell its format and compression, which its name may not."""
-    if not Path(path).is_file():
-        raise DataError(f"no file at {path}")
-    with open(path, "rb") as handle:
-        return handle.read(6)
-
-
 def _parquet_blocks(path: str | Path, rows: int) -> Iterator[Block]:
+    """Read Parquet with text as dictionaries, so that a text that is repeated is in memory once."""
     import pyarrow as pa
     from pyarrow import parquet
 
     start = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=rows):
-            places = [f"row {start + index}" for index in range(batch.num_rows)]
-            yield Block({name: batch.column(name).to_pylist() for name in batch.schema.names}, places)
-            start += batch.num_rows
+        with parquet.ParquetFile(path) as file:
+            texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
+            most = _parquet_batch_rows(path, file.metadata, rows)
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(batch_size=most):
+                for part in _small_batches(batch, path, start):
+                    places = [f"row {start + index}" for index in range(part.num_rows)]
+                    yield Block({name: part.column(name).to_pylist() for name in part.schema.names}, places)
+                    start += part.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error})") from error
+
+
+def _parquet_batch_rows(path: str | Path, metadata: Any, rows: int) -> int:
+    """How many rows to read at once, so that a batch has a bounded number of values.
+
+    Raises:
+        DataError: a column unpacks to far more than its size, or has far more values than rows.
+    """
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            unpacked = column.total_uncompressed_size
+            if unpacked > max(FREE_BYTES, MAX_RATIO * column.total_compressed_size):
+                raise DataError(
+                    f"{path}: the column {column.path_in_schema} unpacks to more than {MAX_RATIO} times its "
+                    "size, which no column of sequences does"
+                )
+            values_per_row = column.num_values // max(group.num_rows, 1)
+            if values_per_row > MAX_ROW_CHARACTERS:
+                raise DataError(f"{path}: the column {column.path_in_schema} has {values_per_row:,} values per row")
+            rows = min(rows, max(_PARQUET_VALUES // max(values_per_row, 1), 1))
+    return rows
+
+
+def _small_batches(batch: Any, path: str | Path, start: int) -> Iterator[Any]:
+    """Divide a batch so that its texts, written out, have a bounded size.
+
+    Raises:
+        DataError: a text is too long.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    sizes = np.zeros(batch.num_rows, dtype=np.int64)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type):
+            lengths = pc.fill_null(pc.binary_length(column.dictionary).take(column.indices), 0)
+            sizes += lengths.to_numpy(zero_copy_only=False)
+    if (long := np.flatnonzero(sizes > MAX_ROW_CHARACTERS)).size:
+        raise DataError(f"{path}, row {start + long[0]}: more than {MAX_ROW_CHARACTERS:,} characters")
+    groups = np.cumsum(sizes) // BLOCK_CHARACTERS
+    ends = [*np.flatnonzero(np.diff(groups)) + 1, batch.num_rows]
+    for first, end in itertools.pairwise([0, *ends]):
+        yield batch.slice(first, end - first)
+
+
+def _is_text(dtype: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
 
 
 def _header_pattern(header: str) -> re.Pattern[str]:
@@ -260,12 +340,26 @@ def _header_pattern(header: str) -> re.Pattern[str]:
     return pattern
 
 
-def _with_header_groups(block: Block, pattern: re.Pattern[str], path: str | Path) -> Block:
+def _with_header_groups(block: Block, pattern: re.Pattern[str], path: str | Path, leave_out: LeaveOut | None) -> Block:
     """The block with one more column for each named group of the header pattern."""
     matches = [pattern.search(header) for header in block.columns["header"]]
-    if wrong := [place for place, match in zip(block.places, matches, strict=True) if match is None]:
+    wrong = [place for place, match in zip(block.places, matches, strict=True) if match is None]
+    if wrong and leave_out is None:
         raise DataError(
-            f"{path}: the header does not match {pattern.pattern!r} in {len(wrong)} record(s): {listing(wrong)}"
+            f"{path}: the header does not match {pattern.pattern!r} in {len(wrong)} record(s): {listing(wrong)}. "
+            'Leave such records out with on_error="skip"'
         )
+    if wrong and leave_out is not None:
+        for place in wrong:
+            leave_out(f"{path}, {place}", f"the header does not match {pattern.pattern!r}")
+        block = block_without(block, [index for index, match in enumerate(matches) if match is None])
     groups = {name: [match[name] or "" for match in matches if match] for name in pattern.groupindex}
     return block._replace(columns=block.columns | groups)
+
+
+def block_without(block: Block, rows: Iterable[int]) -> Block:
+    """Return a block without some rows, counted from 0."""
+    gone = set(rows)
+    kept = [index for index in range(len(block.places)) if index not in gone]
+    columns = {name: [cells[index] for index in kept] for name, cells in block.columns.items()}
+    return Block(columns, [block.places[index] for index in kept])

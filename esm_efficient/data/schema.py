@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from esm_efficient.data.sequences import clean
+from esm_efficient.data.sequences import SPECIAL_PATTERN, clean
 from esm_efficient.errors import DataError, listing
 
 if TYPE_CHECKING:
@@ -25,35 +25,41 @@ USUAL_NAMES = {
     "sequence": ("sequence", "seq", "protein_sequence", "aa_sequence", "protein", "primary"),
     "label": ("label", "labels", "target", "class", "y"),
     "accession": ("accession", "acc", "id", "entry", "protein_id", "uniprot", "uniprot_id", "name"),
-    "partition": ("partition", "fold"),
-    "split": ("split",),
+    "partition": ("partition", "fold", "cv_fold"),
+    "split": ("split", "set", "stage", "subset", "data_split", "split_name", "dataset_split"),
+    "train": ("is_train", "is_training", "in_train"),
+    "validation": ("validation", "is_validation", "is_valid", "is_val", "is_dev", "in_validation"),
+    "test": ("is_test", "is_testing", "in_test"),
     WEIGHT_COLUMN: (WEIGHT_COLUMN,),
 }
 """Names by which a column is found, in upper or lower case, when the user does not name it."""
 
+Column = str | Literal[False] | None
+"""The column that plays a role: its name, False for no column, or None to find it by a usual name."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 
 
-def find_column(role: str, names: Collection[str], given: str | None, source: str | Path) -> str | None:
+def find_column(
+    role: str, names: Collection[str], given: Column, source: str | Path, taken: Collection[Column] = ()
+) -> str | None:
     """Return the column that the user named, or else the only one with a usual name; None if there is none.
 
     Args:
         role: a key of `USUAL_NAMES`.
         names: the columns of the table.
-        given: the name that the user gave, or None.
+        given: what the user named.
         source: the name of the table in errors.
+        taken: columns that the user named for other roles.
 
     Raises:
         DataError: the named column is missing, or several columns have a usual name.
     """
+    if given is False:
+        return None
     if given is not None:
         return _existing(given, names, source)
-    candidates = [name for name in names if name.lower() in USUAL_NAMES[role]]
+    candidates = [name for name in names if name.lower() in USUAL_NAMES[role] and name not in taken]
     if len(candidates) > 1:
         raise DataError(
             f"{source}: {role} could be any of {listing([repr(name) for name in candidates])}. Keep one of them, or "
@@ -68,10 +74,26 @@ def _existing(name: str, names: Collection[str], source: str | Path) -> str:
     return name
 
 
-def refuse_cells(cells: Sequence[Any], places: Sequence[str], wrong: Sequence[bool], problem: str) -> None:
-    """Raise a DataError that names the rows of the wrong cells and shows these cells, if there are any."""
-    if shown := [f"{place}: {str(cell)!r:.40}" for cell, place, bad in zip(cells, places, wrong, strict=True) if bad]:
-        raise DataError(f"{problem} in {len(shown)} row(s): {listing(shown)}")
+class CellError(DataError):
+    """Some cells of a column are wrong.
+
+    Attributes:
+        problem: what is wrong.
+        rows: the rows of the wrong cells, counted from 0.
+        shown: the place of each of these rows, with the cell.
+    """
+
+    def __init__(self, problem: str, rows: list[int], shown: list[str], advice: str = "") -> None:
+        super().__init__(f"{problem} in {len(shown)} row(s): {listing(shown)}{advice and f'. {advice}'}")
+        self.problem, self.rows, self.shown = problem, rows, shown
+
+
+def refuse_cells(
+    cells: Sequence[Any], places: Sequence[str], wrong: Sequence[bool], problem: str, advice: str = ""
+) -> None:
+    """Raise a CellError that names the rows of the wrong cells and shows these cells, if there are any."""
+    if rows := [index for index, bad in enumerate(wrong) if bad]:
+        raise CellError(problem, rows, [f"{places[index]}: {str(cells[index])!r:.40}" for index in rows], advice)
 
 
 def texts_of(cells: Sequence[Any]) -> list[str]:
@@ -89,14 +111,19 @@ def number_of(text: str) -> float | None:
 
 
 def non_letters(sequence: str) -> list[str]:
-    """Return the characters of a clean sequence that are not ASCII letters, sorted and without repeats."""
+    """Return the characters of a clean sequence that are not ASCII letters, sorted and without repeats.
+
+    Special tokens such as ``<mask>`` count as letters.
+    """
+    if "<" in sequence:
+        sequence = SPECIAL_PATTERN.sub("", sequence)
     if sequence.isascii() and sequence.isalpha():
         return []
     return sorted({character for character in sequence if not (character.isascii() and character.isalpha())})
 
 
 def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
-    """Parse cells as sequences of letters, cleaned by `esm_efficient.data.sequences.clean`; others are a DataError."""
+    """Parse cells as sequences of letters, cleaned by `esm_efficient.data.sequences.clean`; others are a CellError."""
     refuse_cells(cells, places, [not isinstance(cell, str) for cell in cells], "the sequence is not text")
     sequences = [clean(cell) for cell in cells]
     refuse_cells(cells, places, [not sequence for sequence in sequences], "the sequence is empty")
@@ -149,16 +176,8 @@ def weights_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.n
     return np.array(values, dtype=np.float32)
 
 
-def split_names(cells: Sequence[Any], column: str, places: Sequence[str]) -> list[str]:
-    """Parse usual words for ``train``, ``validation`` and ``test``; another word is a DataError."""
-    names = [_SPLIT_WORDS.get(text.lower(), "") for text in texts_of(cells)]
-    refuse_cells(cells, places, [not name for name in names], f"{column} is not train, validation or test")
-    return names
-
-
 OPTIONAL_COLUMNS = {
     "partition": (whole_numbers, "int32"),
-    "split": (split_names, "string"),
     WEIGHT_COLUMN: (weights_of, "float32"),
 }
 """Columns that a table may have, beside the label: the parser of the cells and the dtype."""

@@ -16,7 +16,7 @@ from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import CATEGORIES, Memory, OutOfMemoryError
 from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import EsmEfficientError
-from esm_efficient.estimation.estimate import MARGIN, Estimate, estimate
+from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.estimation.recommend import describe_setting
 from esm_efficient.recipes import RECIPES, Encoder, Precision, Recipe, Trains
 from esm_efficient.reporting import format_bytes
@@ -30,11 +30,10 @@ def nearest_fit(
     *,
     memory: int,
     micro_batch: int,
-    accumulation: int,
     tokens: int,
+    accumulation: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
     dtype: torch.dtype | None = None,
-    margin: float = MARGIN,
 ) -> Estimate | None:
     """Return the setting nearest to that of a model in training that would fit a CUDA device's memory.
 
@@ -45,25 +44,24 @@ def nearest_fit(
         model: the model in training, with or without adapters.
         memory: bytes of the device.
         micro_batch: sequences in one forward pass.
-        accumulation: micro-batches per optimizer step.
         tokens: tokens of the longest sequence.
+        accumulation: micro-batches per optimizer step.
         optimizer: the optimizer in use; only its kind matters.
         dtype: dtype of most matrix products; None if unknown.
-        margin: share of the memory to leave free.
 
     Returns:
         The costs of the first setting that fits, or None.
     """
-    try:
-        recipe, adapter_options = _recipe_of(model)
-    except EsmEfficientError as error:
-        logger.info("no advice: %s", error)
-        return None
-    recipe = recipe.replace(micro_batch=micro_batch, accumulation=accumulation)
     base = getattr(model, "get_base_model", lambda: model)()
     head = head_of(model)
     if head is None:
         return None  # the memory of an unknown head cannot be estimated
+    try:
+        recipe, adapter_options = _recipe_of(model, base)
+    except EsmEfficientError as error:
+        logger.info("no advice: %s", error)
+        return None
+    recipe = recipe.replace(micro_batch=micro_batch, accumulation=accumulation)
     half: dict[torch.dtype | None, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     precision: Precision = half.get(dtype, "float32")
     if {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}:
@@ -86,7 +84,7 @@ def nearest_fit(
         except EsmEfficientError as error:
             logger.info("no advice for %s: %s", describe_setting(changed), error)
             continue
-        if result.fits(margin=margin):
+        if result.fits():
             return result
     return None
 
@@ -99,22 +97,18 @@ def explain_out_of_memory(
     model: nn.Module,
     batch: tuple[int, int] | None,
     memory: int,
-    accumulation: int = 1,
-    optimizer: torch.optim.Optimizer | None = None,
-    dtype: torch.dtype | None = None,
+    **run: Any,
 ) -> OutOfMemoryError:
     """Return the error to raise instead of torch's: it says what memory was in use and what would fit.
 
     Args:
         error: torch's error.
-        phase: phase of training.
+        phase: the phase of training in which it was raised.
         held: bytes in use by category.
         model: the model in training.
         batch: sequences and tokens of the micro-batch; None if unknown.
         memory: bytes of the CUDA device; 0 for another device, for which there is no advice.
-        accumulation: micro-batches per optimizer step.
-        optimizer: the optimizer in use.
-        dtype: as in `nearest_fit`.
+        **run: accumulation, optimizer and dtype, as in `nearest_fit`.
     """
     parts = ", ".join(f"{name} {format_bytes(getattr(held, name))}" for name in CATEGORIES)
     message = f"out of memory in the phase {phase!r}. In use were {parts}"
@@ -124,15 +118,7 @@ def explain_out_of_memory(
     if batch is not None:
         message += f", with a micro-batch of {batch[0]} x {batch[1]:,} tokens"
     if batch is not None and memory:
-        fit = nearest_fit(
-            model,
-            memory=memory,
-            micro_batch=batch[0],
-            accumulation=accumulation,
-            tokens=batch[1],
-            optimizer=optimizer,
-            dtype=dtype,
-        )
+        fit = nearest_fit(model, memory=memory, micro_batch=batch[0], tokens=batch[1], **run)
         message += (
             ". By the estimator no setting would fit (smaller micro-batches, gradient checkpointing and adapters were "
             "tried): use a smaller model or shorter sequences"
@@ -159,10 +145,9 @@ def _nearer_to_farther(recipe: Recipe) -> Iterator[Recipe]:
             micro_batch //= 2
 
 
-def _recipe_of(model: Any) -> tuple[Recipe, dict[str, Any] | None]:
+def _recipe_of(model: Any, base: Any) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the recipe of a model in training, as far as the model shows it, and the options of its adapters."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     encoder: Encoder = "lean" if has_lean_encoder(base) else "plain"
     settings: dict[str, Any] = {"gradient_checkpointing": compat.is_checkpointing(base), "encoder": encoder}
     if configs:

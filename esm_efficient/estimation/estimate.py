@@ -152,12 +152,7 @@ class Estimate:
     def __str__(self) -> str:
         recipe, device = self.recipe, self.device
         rows = [
-            (
-                name,
-                *(format_bytes(getattr(cost.peak, category)) for category in CATEGORIES),
-                format_bytes(cost.peak.total),
-                format_number(cost.seconds, "{:.3g} s"),
-            )
+            (name, *map(format_bytes, cost.peak.to_dict().values()), format_number(cost.seconds, "{:.3g} s"))
             for name, cost in self.phases.items()
         ]
         verdict = speed = ""
@@ -310,7 +305,7 @@ def _timeline(simulation: Simulation, accumulation: int) -> tuple[TimelinePoint,
 
 
 def _memory(vector: np.ndarray) -> Memory:
-    return Memory(**dict(zip(CATEGORIES, map(int, vector), strict=True)))
+    return Memory(*map(int, vector))
 
 
 def _none_if_nan(value: float) -> float | None:

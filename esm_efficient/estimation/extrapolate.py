@@ -20,16 +20,9 @@ _SHALLOW, _DEEP = 2, 3
 
 
 def simulate_model(config: PreTrainedConfig, step: Step, *, extrapolate: bool = True) -> Simulation:
-    """Simulate one optimizer step of a model at its own depth; results are cached.
+    """Simulate one optimizer step of a model at its own depth, as `simulate` does; results are cached.
 
-    Args:
-        config: config of the model.
-        step: the step to simulate.
-        extrapolate: False runs every layer, which gives the same figures and takes longer.
-
-    Raises:
-        ConfigurationError: the options contradict each other or the device.
-        TargetModuleError: the adapters do not fit the model.
+    Without `extrapolate` every layer runs, which gives the same figures and takes longer.
     """
     config_class: Any = type(config)
     return _simulate_cached(config_class, config.to_json_string(use_diff=False), step, extrapolate)

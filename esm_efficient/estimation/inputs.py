@@ -139,14 +139,9 @@ class BatchTokens(NamedTuple):
 
 
 def batch_lengths(lengths: Sequence[int], micro_batch: int, padding: str) -> BatchTokens:
-    """Return the tokens per sequence of the largest and of the average micro-batch.
+    """Return the tokens per sequence of the largest and of the average micro-batch, from the tokens of all sequences.
 
     A padded sequence takes as many tokens as the longest one in its micro-batch.
-
-    Args:
-        lengths: tokens of the sequences.
-        micro_batch: sequences per micro-batch.
-        padding: layout of the batch (`Padding`).
     """
     ordered = np.sort(np.asarray(lengths))[::-1]
     residues = float(np.mean(np.maximum(ordered - SPECIAL_TOKENS, 0)))

@@ -23,9 +23,6 @@ class Kernels(TorchFunctionMode):
     list of CUDA operations that autocast to float32). Scaled dot-product attention has other kernels, which save other
     tensors: the flash kernel without a mask and in half precision, else the memory-efficient one. On Apple's GPUs
     attention is composed of matrix products.
-
-    Args:
-        backend: backend of the device.
     """
 
     def __init__(self, backend: Backend) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from esm_efficient import _torch
 from esm_efficient.adapters.registry import encoder_layers
-from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.allocations import AllocationTracker, tensors_in
 from esm_efficient.costs.devices import Device
-from esm_efficient.costs.memory import CATEGORIES
+from esm_efficient.costs.memory import Memory
 from esm_efficient.costs.throughput import flops_of
 
 _CUDA_BLOCK = 512
@@ -79,44 +78,40 @@ class Recorder:
         self.tracker.reset_peak()
         self.tracker.category = "activations" if phase == "forward" else "other"
         self.tracker.recomputes = phase == "backward"
-        self._open, self._cost = (phase, part, _vector(self.tracker.held)), np.zeros(3)
+        self._open, self._cost = (phase, part, _vector(self.tracker.current)), np.zeros(3)
 
     def end(self) -> None:
         """End the current segment, if there is one."""
         if self._open is not None:
-            peak, now = _vector(self.tracker.peak.to_dict()), _vector(self.tracker.held)
+            peak, now = _vector(self.tracker.peak), _vector(self.tracker.current)
             self.segments.append(Segment(*self._open, peak, now, self._cost))
             self._open = None
 
     def watch(self, model: nn.Module) -> None:
         """Begin a segment whenever a layer of the model begins its forward or its backward pass."""
         layers = encoder_layers(model)
-
-        def before_layer(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                if self._phase == "forward":  # in the backward pass the layer is being recomputed
-                    if index == 0:
-                        self._begin_at_gradient(inputs[0], "embeddings")
-                    self.begin("forward", f"layer {index}")
-
-            return hook
-
-        def after_layer(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                if self._phase == "forward":
-                    self._begin_at_gradient(output if isinstance(output, Tensor) else output[0], f"layer {index}")
-                    if index == len(layers) - 1:
-                        self.begin("forward", "head")
-
-            return hook
-
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(before_layer(index))
-            layer.register_forward_hook(after_layer(index))
+            self._watch_layer(layer, index)
+        layers[-1].register_forward_hook(lambda *_: self.begin("forward", "head") if self._is_forward else None)
 
     @property
-    def _phase(self) -> str:
-        return self._open[0] if self._open else ""
+    def _is_forward(self) -> bool:
+        """Whether the forward pass runs; in the backward pass layers run again to be recomputed."""
+        return self._open is not None and self._open[0] == "forward"
+
+    def _watch_layer(self, layer: nn.Module, index: int) -> None:
+        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self._is_forward:
+                if index == 0:
+                    self._begin_at_gradient(inputs[0], "embeddings")
+                self.begin("forward", f"layer {index}")
+
+        def after(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if self._is_forward:
+                self._begin_at_gradient(next(tensors_in(output)), f"layer {index}")
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
 
     def _begin_at_gradient(self, tensor: Tensor, part: str) -> None:
         """Begin a segment of the backward pass when the gradient of a tensor is known."""
@@ -128,27 +123,19 @@ class Recorder:
         if _torch.is_view(func):
             return
         flops = flops_of(func, args, kwargs, result)
-        moved = sum(map(_size, _tensors_in((args, tuple(kwargs.values()), result))))
+        moved = sum(map(_size, tensors_in((args, kwargs, result))))
         seconds = 0.0
         rates = self._device.flops_per_second
         if rates:
-            first = next(_tensors_in(result), None)
+            first = next(tensors_in(result), None)
             dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
             rate = rates.get(dtype, rates["float32"])
             seconds = max(flops / rate, moved / self._device.bandwidth, self._launch)
         self._cost += (flops, moved, seconds)
 
 
-def _vector(by_category: Any) -> np.ndarray:
-    return np.array([by_category[name] for name in CATEGORIES], dtype=np.int64)
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)
+def _vector(memory: Memory) -> np.ndarray:
+    return np.array(astuple(memory), dtype=np.int64)
 
 
 def _size(tensor: Tensor) -> int:

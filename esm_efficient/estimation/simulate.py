@@ -22,7 +22,7 @@ from esm_efficient import _torch, compat
 from esm_efficient.adapters.prepare import prepare_model
 from esm_efficient.adapters.registry import ends_with, find_architecture
 from esm_efficient.adapters.resolve import recipe_adapters
-from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors, tensors_in
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.attention import attend_by_length, use_attention
 from esm_efficient.errors import ConfigurationError
@@ -41,19 +41,11 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "pure-bf16": torch.bfloa
 
 
 def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation:
-    """Simulate one optimizer step of a model with some of its encoder layers.
+    """Simulate one optimizer step of a model with its first encoder layers; return the segments in the order of time.
 
     The step is one in the middle of a run: the optimizer has its state, and under gradient accumulation the gradients
     of earlier micro-batches exist. One micro-batch is run, and its costs are multiplied by the number of micro-batches
     in `Step.recipe`.
-
-    Args:
-        config: config of the model.
-        step: the step to simulate.
-        layers: number of encoder layers to keep, at least 1.
-
-    Returns:
-        The segments in the order of time.
 
     Raises:
         ConfigurationError: the options contradict each other or the device.
@@ -61,6 +53,7 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
     """
     _check(step)
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
         model = _build(config, step, layers)
         stack.enter_context(_torch.fake_tensor_mode())
         _make_fake(model)
@@ -75,7 +68,7 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
         stack.enter_context(Kernels(step.device.backend))
         if step.device.backend != "cpu":
             stack.enter_context(use_attention(packed_attention if step.device.backend == "cuda" else attend_by_length))
-        with tracker, _quiet("transformers.modeling_layers", "esm_efficient.encoder"):
+        with tracker:
             _train(model, trainable, optimizer, step, recorder)
         times = {"forward": step.recipe.accumulation, "backward": step.recipe.accumulation, "optimizer": 1}
         return Simulation(
@@ -118,7 +111,7 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
     changed = type(config).from_dict(config.to_dict() | {"num_labels": step.num_labels})
     recipe = step.recipe
     frozen_dtype = None if step.precision in ("float32", "pure-bf16") else _HALF[step.precision]
-    with torch.device("meta"), _quiet("esm_efficient.adapters.prepare", "esm_efficient.adapters.resolve"):
+    with torch.device("meta"):
         model = auto_class(step.head).from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
         # Only layers are deleted: the size of other parts, such as the contact head, may depend on their number.
         suffix = find_architecture(model).layers
@@ -165,20 +158,14 @@ def _assign_categories(
     tracker: AllocationTracker, model: nn.Module, trainable: list[nn.Parameter], optimizer: Any
 ) -> None:
     """Count weights, gradients and optimizer state under their own categories."""
-    tracker.hold([*model.parameters(), *model.buffers()], "weights")
+    tracker.hold(model_tensors(model), "weights")
     tracker.hold((p.grad for p in trainable), "gradients")
-    tracker.hold(_tensors_in_state(optimizer.state), "optimizer")
+    tracker.hold(tensors_in(optimizer.state), "optimizer")
     for parameter in trainable:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.hold([p.grad], "gradients"))
 
 
-def _train(
-    model: nn.Module,
-    trainable: list[nn.Parameter],
-    optimizer: Any,
-    step: Step,
-    recorder: Recorder,
-) -> None:
+def _train(model: nn.Module, trainable: list[nn.Parameter], optimizer: Any, step: Step, recorder: Recorder) -> None:
     """Run one micro-batch and the optimizer's step, as Trainer does."""
     batch = _batch(step)
     recorder.begin("forward", "embeddings")
@@ -205,18 +192,10 @@ def _batch(step: Step) -> dict[str, Tensor]:
     return batch | {"labels": torch.zeros(labels, dtype=torch.int64)}
 
 
-def _tensors_in_state(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors_in_state(value)
-
-
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Silence loggers and deprecation warnings: the simulated model is not the user's."""
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [logging.getLogger(name) for name in ("transformers.modeling_layers", "esm_efficient")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.data.sequences import Keep
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError, listing
-from esm_efficient.tasks import SPECIAL_TOKENS, Task, auto_class, head_of_config, task_of_model
+from esm_efficient.inference.inputs import sequences_from
+from esm_efficient.inference.loading import load_model
+from esm_efficient.tasks import SPECIAL_TOKENS, Kind, Task, task_of_model
 
 _MAX_TRAINED_TOKENS = 1024
 """Tokens of the longest sequence that ESM-2 was trained on."""
 
 _DEFAULT_THRESHOLD = 0.5
 """The probability from which a label is positive, if the model has no tuned threshold for it."""
-
-_HUB_FILES = ("*.safetensors", "*.json", "*.txt")
-"""The files to download from the Hub: weights, configs and vocabulary, and never a pickle."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,24 @@ class Predictor:
                 f"max_tokens={max_tokens}: expected room for a residue beside {SPECIAL_TOKENS} special tokens"
             )
         self.task = task_of_model(model)
+        if len(set(self.task.names)) < len(self.task.names) or self.task.kind not in get_args(Kind):
+            names = listing([repr(name[:80]) for name in self.task.names])
+            raise ConfigurationError(
+                f"the model's config has problem_type {str(self.task.kind)!r:.80} and the label names {names}: "
+                f"expected one of {', '.join(get_args(Kind))}, and different names"
+            )
         self.encoder = ResidueEncoder(tokenizer)
+        if (highest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer has the id {highest}, but the model has {model.config.vocab_size} tokens: expected the "
+                "model's own tokenizer"
+            )
         self.padding = tokenizer.pad_token_id
         self.max_tokens = max_tokens
         self.model: Any = apply_lean_encoder(model.eval().requires_grad_(False))
         self.thresholds: np.ndarray | None = None
         if self.task.kind == "multi_label_classification":
-            tuned = getattr(model.config, "label_thresholds", None) or {}
-            self.thresholds = np.array([tuned.get(name, _DEFAULT_THRESHOLD) for name in self.task.names])
+            self.thresholds = _thresholds(getattr(model.config, "label_thresholds", None) or {}, self.task.names)
 
     @classmethod
     def load(
@@ -113,10 +120,12 @@ class Predictor:
         cache_dir: str | Path | None = None,
         device: str | torch.device | None = None,
         max_tokens: int = _MAX_TRAINED_TOKENS,
+        task: Task | None = None,
     ) -> Predictor:
         """Load a model that `finetune` or `export_model` saved, from a folder or from the Hub.
 
-        Only safetensors are read; nothing is unpickled.
+        Only safetensors are read; nothing is unpickled, and no code of the folder runs. Sizes and adapters are checked
+        against the weights before anything is built.
 
         Args:
             name_or_path: the folder or the Hub name of a model, or of an adapter with its ``base_config/``. The base
@@ -125,49 +134,28 @@ class Predictor:
             cache_dir: the folder of downloaded models; None for that of huggingface_hub.
             device: the device to compute on; None for the accelerator if there is one.
             max_tokens: the most tokens per sequence, special tokens included.
+            task: what the model predicts, for an adapter that peft saved: it has no label names. None for the task in
+                the model's config.
 
         Raises:
-            ConfigurationError: there is no such folder and no such model on the Hub, or it is not a saved model with
-                safetensors.
+            ConfigurationError: there is no such folder and no such model on the Hub, it is not a saved ESM model with
+                safetensors, its head was not saved, or config, adapter and weights do not fit together.
         """
-        folder = _find_folder(name_or_path, revision, cache_dir)
-        adapter_config = folder / "adapter_config.json"
-        is_adapter = adapter_config.is_file()
-        config_folder = folder / "base_config" if is_adapter else folder
-        if is_adapter and not (folder / "adapter_model.safetensors").is_file():
-            raise ConfigurationError(f"{folder} has no adapter_model.safetensors, and pickled weights are not read")
-        if not (config_folder / "config.json").is_file():
-            raise ConfigurationError(
-                f"{folder} has no {(config_folder / 'config.json').relative_to(folder)}: expected the folder of a "
-                "saved model"
-            )
-        config = AutoConfig.from_pretrained(config_folder)
-        # The base config of an adapter may still name the head of the pretrained base model.
-        of_tokens = head_of_config(config) == "token-classification"
-        auto = auto_class("token-classification" if of_tokens else "sequence-classification")
-        base = json.loads(adapter_config.read_text())["base_model_name_or_path"] if is_adapter else folder
-        try:
-            model = auto.from_pretrained(
-                base, config=config, dtype=torch.float32, use_safetensors=True, cache_dir=cache_dir
-            )
-        except OSError as error:
-            what = f"the base model {base!r} of the adapter {folder}" if is_adapter else f"the model {folder}"
-            raise ConfigurationError(f"the safetensors of {what} cannot be loaded: {error}") from error
-        if is_adapter:
-            adapted: Any = PeftModel.from_pretrained(model, str(folder))
-            model = adapted.merge_and_unload()
+        model, tokenizer = load_model(name_or_path, revision=revision, cache_dir=cache_dir, task=task)
         if device is None:
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = accelerator or "cpu"
-        return cls(model.to(device), AutoTokenizer.from_pretrained(folder), max_tokens=max_tokens)
+        on_device: Any = model
+        return cls(on_device.to(device), tokenizer, max_tokens=max_tokens)
 
     def predict(
-        self, sequences: Sequence[str], *, keep: Keep | None = None, token_budget: int = 8192
+        self, sequences: Iterable[str], *, keep: Keep | None = None, token_budget: int = 8192
     ) -> list[Prediction]:
         """Predict from sequences.
 
         Args:
-            sequences: texts; they are cleaned as by `esm_efficient.data.sequences.clean`.
+            sequences: texts, in a list, a numpy array, a pandas Series or a column of a data set; or a split of a data
+                set with a column ``sequence``. They are cleaned as by `esm_efficient.data.sequences.clean`.
             keep: the part of a sequence to read if it is too long: its ``"start"``, its ``"end"`` or ``"both"`` ends.
                 None refuses such a sequence.
             token_budget: the most tokens per batch.
@@ -176,18 +164,29 @@ class Predictor:
             One prediction per sequence, in the same order.
 
         Raises:
-            DataError: a sequence is not a text, is empty, or is too long.
+            DataError: a sequence is not a text, is empty, is too long, or is not a protein; or all splits of a data set
+                are given at once.
+            ConfigurationError: the model's output is not finite.
         """
-        if isinstance(sequences, str):
-            raise DataError("expected a list of sequences, got a single text: put it into a list")
-        if bad := [f"sequence {i + 1}" for i, s in enumerate(sequences) if not isinstance(s, str)]:
-            raise DataError(f"{len(bad)} sequence(s) are not texts: {listing(bad)}")
+        return [self._prediction(logits) for logits in self.logits(sequences, keep=keep, token_budget=token_budget)]
+
+    def logits(
+        self, sequences: Iterable[str], *, keep: Keep | None = None, token_budget: int = 8192
+    ) -> list[np.ndarray]:
+        """Return what the model computes from each sequence, before probabilities; the arguments are as in `predict`.
+
+        Returns:
+            float64 of shape (labels,) per sequence, or of shape (residues, labels) for one class per residue.
+
+        Raises:
+            DataError: as `predict`.
+            ConfigurationError: the model's output is not finite.
+        """
+        sequences = sequences_from(sequences)
         if not sequences:
             return []
         max_residues = self.max_tokens - SPECIAL_TOKENS
         ids, offsets, residues = self.encoder(sequences, max_residues=max_residues, keep=keep or "start")
-        if bad := [f"sequence {i + 1}" for i in np.flatnonzero(residues == 0)]:
-            raise DataError(f"{len(bad)} sequence(s) are empty: {listing(bad)}")
         if keep is None and (long := np.flatnonzero(residues > max_residues)).size:
             raise DataError(
                 f"{len(long)} sequence(s) have more than {max_residues} residues: "
@@ -195,7 +194,7 @@ class Predictor:
                 'keep="start", "end" or "both"'
             )
         lengths = np.diff(offsets)
-        predictions: dict[int, Prediction] = {}
+        found: dict[int, np.ndarray] = {}
         budget = max(token_budget, int(lengths.max()))
         for batch in TokenBudgetBatchSampler(lengths, budget, shuffle=False):
             tokens = np.full((len(batch), lengths[batch].max()), self.padding, dtype=np.int64)
@@ -203,9 +202,13 @@ class Predictor:
                 tokens[row, : lengths[index]] = ids[offsets[index] : offsets[index + 1]]
             for index, logits in zip(batch, self._logits(tokens, lengths[batch]), strict=True):
                 # The logits of tokens begin with that of <cls>, and end with that of <eos> and of padding.
-                of_residues = logits[1 : lengths[index] - 1] if logits.ndim == 2 else logits
-                predictions[index] = self._prediction(of_residues)
-        return [predictions[index] for index in range(len(sequences))]
+                found[index] = logits[1 : lengths[index] - 1] if logits.ndim == 2 else logits
+        if bad := [f"sequence {i + 1}" for i in range(len(sequences)) if not np.isfinite(found[i]).all()]:
+            raise ConfigurationError(
+                f"the model's output for {len(bad)} of {len(sequences)} sequence(s) is not finite ({listing(bad)}): "
+                "its training diverged, or its weights are damaged. Use another checkpoint"
+            )
+        return [found[index] for index in range(len(sequences))]
 
     @torch.inference_mode()
     def _logits(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -229,35 +232,11 @@ class Predictor:
         return Prediction(self.task, chances, tuple(names[i] for i in np.atleast_1d(chances.argmax(-1))))
 
 
-def _find_folder(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None) -> Path:
-    """Return the folder of a model; a model on the Hub is downloaded unless it is in the cache.
-
-    Raises:
-        ConfigurationError: there is no such folder, and the name is not that of a model on the Hub or in the cache.
-    """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
-    if isinstance(name_or_path, Path):
-        raise ConfigurationError(f"there is no folder {folder}")
-    model = repr(name_or_path) if revision is None else f"{name_or_path!r} (revision {revision!r})"
-    try:
-        return Path(
-            snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=list(_HUB_FILES))
+def _thresholds(tuned: Any, names: tuple[str, ...]) -> np.ndarray:
+    """Return the threshold of each label from a model's config, float64 of shape (labels,)."""
+    values = [tuned.get(name, _DEFAULT_THRESHOLD) if isinstance(tuned, dict) else None for name in names]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 for value in values):
+        raise ConfigurationError(
+            f"the model's config has label_thresholds {str(tuned)!r:.200}: expected a probability by label name"
         )
-    except HFValidationError as error:
-        raise ConfigurationError(f"there is no folder {folder}, and a Hub name has the form owner/name") from error
-    except LocalEntryNotFoundError as error:
-        raise ConfigurationError(
-            f"there is no folder {folder}, the cache {cache_dir or constants.HF_HUB_CACHE} has no complete copy of the "
-            f"model {model}, and the Hub is not reachable or HF_HUB_OFFLINE is set. Check the name, or download the "
-            "model while online"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ConfigurationError(
-            f"there is no folder {folder}, and the Hub does not give the model {model}: {error}. Check the name and "
-            "the revision; for a private model, log in with `hf auth login`"
-        ) from error
+    return np.array(values, dtype=np.float64)

@@ -10,53 +10,37 @@ import torch
 from torch import Tensor, nn
 
 from esm_efficient.adapters.registry import encoder_layers
-from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes, tensors_in
 from esm_efficient.costs.memory import Memory, Phase
-from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage, output_tensors
-
-
-class PhasePeaks:
-    """Peak memory of every phase.
-
-    Attributes:
-        memory: bytes of tensors by category, per phase.
-        reserved: bytes that torch's allocator had reserved, per phase.
-    """
-
-    def __init__(self) -> None:
-        self.memory: dict[Phase, Memory] = {}
-        self.reserved: dict[Phase, int] = {}
-
-    def add(self, phase: Phase, memory: Memory, reserved: int = 0) -> None:
-        """Record a peak if it is the phase's highest."""
-        if phase not in self.memory or memory.total >= self.memory[phase].total:
-            self.memory[phase] = memory
-        self.reserved[phase] = max(self.reserved.get(phase, 0), reserved)
+from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage
 
 
 class Backend(ABC):
     """Measures the memory of a training loop on one kind of device, between `start` and `stop`.
 
-    Args:
-        model: the model in training.
-        device: the device of the model.
-        phases: tells which stage runs.
-
     Attributes:
         counted: what the figures count, for the report.
         detailed: look closely at this step: operation by operation on a CPU, layer by layer on a GPU.
-        peaks: peaks of the phases so far.
+        peaks: highest bytes of tensors so far, by phase and category.
+        reserved: highest bytes that torch's allocator had reserved so far, by phase.
     """
 
     counted = ""
 
     def __init__(self, model: nn.Module, device: torch.device, phases: PhaseTracker) -> None:
         self.detailed = True
-        self.peaks = PhasePeaks()
+        self.peaks: dict[Phase, Memory] = {}
+        self.reserved: dict[Phase, int] = {}
         self._model = model
         self._device = device
         self._phases = phases
         self._handles: list[Any] = []
+
+    def record_peak(self, phase: Phase, memory: Memory, reserved: int = 0) -> None:
+        """Record a peak if it is the phase's highest."""
+        if phase not in self.peaks or memory.total >= self.peaks[phase].total:
+            self.peaks[phase] = memory
+        self.reserved[phase] = max(self.reserved.get(phase, 0), reserved)
 
     @abstractmethod
     def switch(self, ended: Phase, stage: Stage) -> None:
@@ -166,7 +150,7 @@ class CpuBackend(Backend):
 
     def _close(self, phase: Phase) -> None:
         if self._counts:
-            self.peaks.add(phase, self._tracker.peak)
+            self.record_peak(phase, self._tracker.peak)
             self._tracker.reset_peak()
 
     def _stop_counting(self) -> None:
@@ -235,7 +219,7 @@ class TotalsBackend(Backend):
             self._close(phase)
 
     def _after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        tensor = next(output_tensors(output), None)
+        tensor = next(tensors_in(output), None)
         if self._phases.stage == "forward" and tensor is not None and tensor.grad_fn is not None:
             tensor.grad_fn.register_prehook(lambda _: self._begin_layer("backward"))
 
@@ -249,7 +233,7 @@ class TotalsBackend(Backend):
         peak, reserved = self._take_peak()
         # A forward pass allocates activations. A backward pass frees activations, so they are there when it begins.
         held = peak if recomputed or phase in ("forward", "evaluation") else self._held
-        self.peaks.add(phase, self._split(peak, held, self._gradients), reserved)
+        self.record_peak(phase, self._split(peak, held, self._gradients), reserved)
         self._held = now
         self._gradients = self._gradient_bytes()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,9 @@ class ProfilerCallback(TrainerCallback):
     def __init__(self, *, warmup_steps: int = 2, compare_with_matmul: bool = True, every: int = 10) -> None:
         self.report: ProfileReport | None = None
         self.reports: RankReports | None = None
-        self._options: dict[str, Any] = {
-            "warmup_steps": warmup_steps,
-            "compare_with_matmul": compare_with_matmul,
-            "every": every,
-        }
+        self._make_profiler = partial(
+            Profiler, warmup_steps=warmup_steps, compare_with_matmul=compare_with_matmul, every=every
+        )
         self._run: _Run | None = None
 
     def on_train_begin(
@@ -72,8 +71,7 @@ class ProfilerCallback(TrainerCallback):
         if self._run is not None:
             self._run.end()
         accumulation = args.gradient_accumulation_steps
-        profiler = Profiler(kwargs["model"], kwargs["optimizer"], accumulation=accumulation, **self._options)
-        self._run = _Run(trainer, profiler)
+        self._run = _Run(trainer, self._make_profiler(kwargs["model"], kwargs["optimizer"], accumulation=accumulation))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step; log at the Trainer's own intervals."""
@@ -105,23 +103,18 @@ class _Run:
         self.trainer = trainer
         self.profiler = profiler
         self._started = False
-        self._ended = False
-        self._remove_guard: Callable[[], None] = guard_training(trainer, self._guard)
+        self._exits = ExitStack()
+        self._exits.callback(guard_training(trainer, self._guard))
 
     def end(self, error: BaseException | None = None) -> None:
-        """Remove the guard and stop the profiler, once; an out-of-memory error is replaced by ours."""
-        if self._ended:
-            return
-        self._ended = True
-        self._remove_guard()
-        if self._started:
-            self.profiler.__exit__(type(error) if error is not None else None, error, None)
+        """Stop the profiler and remove the guard, once; an out-of-memory error is replaced by ours."""
+        self._exits.__exit__(type(error) if error is not None else None, error, None)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
         # Not earlier: an error of another callback's on_train_begin is not seen, and must leave no hooks behind.
         if not self._started:
-            self.profiler.__enter__()
+            self._exits.enter_context(self.profiler)
             self._started = True
         try:
             yield

@@ -17,9 +17,6 @@ class PhaseClock:
     On CUDA a phase ends with an event on the current stream, and the host does not wait for it. Elsewhere the host
     waits for the device and reads its own clock.
 
-    Args:
-        device: the device that is timed.
-
     Example:
         >>> clock = PhaseClock(torch.device("cpu"))
         >>> clock.lap("forward")

@@ -1,14 +1,9 @@
-"""Phases of a training loop: which one runs now, and the hooks that find it."""
+"""Phases of a training loop, and which one runs now."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from esm_efficient._torch import call_after_backward
 from esm_efficient.costs.memory import Phase
 
 Stage = Literal["between", "forward", "backward", "optimizer", "evaluation"]
@@ -58,82 +53,3 @@ class PhaseTracker:
             self._gradients_wait = False
         self.stage = stage
         return ended
-
-
-class StageListener(Protocol):
-    """What `StageHooks` calls."""
-
-    def begin_stage(self, stage: Stage) -> None:
-        """A stage begins."""
-        ...
-
-    def begin_pass(self, stage: PassStage, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The model is called."""
-        ...
-
-    def end_evaluation(self) -> None:
-        """A forward pass without gradients has ended."""
-        ...
-
-    def end_optimizer_step(self) -> None:
-        """The optimizer has updated the weights."""
-        ...
-
-
-class StageHooks:
-    """Hooks on a model and its optimizer that find the stages of a training loop.
-
-    The forward pass is found by hooks on the model, the beginning of the backward pass by one on the gradient of the
-    model's output, and its end by autograd.
-
-    Args:
-        model: the model in training.
-        optimizer: its torch optimizer, or None.
-        phases: tells which stage runs.
-        listener: is called at the borders of stages.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Any, phases: PhaseTracker, listener: StageListener) -> None:
-        self._phases = phases
-        self._listener = listener
-        self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
-        ]
-        if optimizer is not None:
-            self._handles += [
-                optimizer.register_step_pre_hook(lambda *_: listener.begin_stage("optimizer")),
-                optimizer.register_step_post_hook(lambda *_: listener.end_optimizer_step()),
-            ]
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        trains = model.training and torch.is_grad_enabled()
-        self._listener.begin_pass("forward" if trains else "evaluation", args, kwargs)
-
-    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        if self._phases.stage == "forward":
-            for tensor in output_tensors(output):
-                if tensor.grad_fn is not None:
-                    tensor.grad_fn.register_prehook(lambda _: self._before_backward())
-        elif self._phases.stage == "evaluation":
-            self._listener.end_evaluation()
-
-    def _before_backward(self) -> None:
-        if self._phases.stage == "forward":
-            self._listener.begin_stage("backward")
-            call_after_backward(lambda: self._listener.begin_stage("between"))
-
-
-def output_tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a module returned."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from (value for value in output.values() if isinstance(value, Tensor))
-    elif isinstance(output, (tuple, list)):
-        yield from (value for value in output if isinstance(value, Tensor))

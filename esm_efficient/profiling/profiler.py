@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esm_efficient.costs.memory import (
-    PHASES,
-    OutOfMemoryError,
-    driver_bytes,
-    resident_peak,
-    restart_resident_peak,
-)
+from esm_efficient._torch import call_after_backward
+from esm_efficient.costs.allocations import tensors_in
+from esm_efficient.costs.memory import PHASES, OutOfMemoryError, driver_bytes, resident_peak, restart_resident_peak
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.profiling.backends import make_backend
 from esm_efficient.profiling.clock import PhaseClock
 from esm_efficient.profiling.growth import GrowthWatch
-from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage, StageHooks
+from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage
 from esm_efficient.profiling.report import PhaseFigures, ProfileReport
 from esm_efficient.profiling.throughput import ThroughputMeter
 
@@ -79,21 +77,15 @@ class Profiler:
             raise ConfigurationError(f"{type(model).__name__} has no parameters, so there is nothing to profile")
         if warmup_steps < 0 or every < 1:
             raise ConfigurationError(f"warmup_steps={warmup_steps}, every={every}: expected at least 0 and 1")
-        self._model = model
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._options: dict[str, Any] = {
-            "warmup_steps": warmup_steps,
-            "compare_with_matmul": compare_with_matmul,
-            "every": every,
-            "accumulation": accumulation,
-        }
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._new_run = partial(_ProfiledRun, model, inner, warmup_steps, compare_with_matmul, every, accumulation)
         self._run: _ProfiledRun | None = None
 
     def __enter__(self) -> Profiler:
         """Install the hooks and start to measure."""
         if self._run is not None and self._run.active:
             raise ConfigurationError("this Profiler is running already: use one Profiler per loop")
-        self._run = _ProfiledRun(self._model, self._optimizer, **self._options)
+        self._run = self._new_run()
         return self
 
     def __exit__(
@@ -119,62 +111,76 @@ class Profiler:
         return self._run
 
 
+@dataclass(eq=False)
 class _ProfiledRun:
-    """One run of a training loop, measured from the construction to `stop`."""
+    """One run of a training loop, measured from the construction to `stop`.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        *,
-        warmup_steps: int,
-        compare_with_matmul: bool,
-        every: int,
-        accumulation: int,
-    ) -> None:
+    Hooks find the stages of the loop. The forward pass is found by hooks on the model, the beginning of the backward
+    pass by one on the gradient of the model's output, and its end by autograd.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    warmup_steps: int
+    compare_with_matmul: bool
+    every: int
+    accumulation: int
+
+    def __post_init__(self) -> None:
         restart_resident_peak()
         self.active = True
-        self._model = model
-        self._optimizer = optimizer
-        self._warmup = warmup_steps
-        self._compare = compare_with_matmul
-        self._every = every
-        self._accumulation = accumulation
-        self._device = next(model.parameters()).device
+        self._device = next(self.model.parameters()).device
         self._steps = 0
         self._resident = 0
         self._phases = PhaseTracker()
         self._growth = GrowthWatch()
-        self._state_size = len(optimizer.state) if optimizer is not None else 0
-        self._backend = make_backend(model, self._device, self._phases)
+        self._state_size = len(self.optimizer.state) if self.optimizer is not None else 0
+        self._backend = make_backend(self.model, self._device, self._phases)
         self._backend.start(self._optimizer_state())
-        self._hooks = StageHooks(model, optimizer, self._phases, self)
-        self._throughput = ThroughputMeter(self._phases, count_flops=warmup_steps > 0)
+        self._handles: list[Any] = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+        ]
+        if self.optimizer is not None:
+            self._handles += [
+                self.optimizer.register_step_pre_hook(lambda *_: self._begin_stage("optimizer")),
+                self.optimizer.register_step_post_hook(lambda *_: self._after_optimizer_step()),
+            ]
+        self._throughput = ThroughputMeter(self._phases, count_flops=self.warmup_steps > 0)
         self._clock = PhaseClock(self._device)
 
-    def begin_stage(self, stage: Stage) -> None:
+    def _begin_stage(self, stage: Stage) -> None:
         """End the current phase and begin a stage."""
         ended = self._phases.switch(stage)
         self._clock.lap(ended)
         self._backend.switch(ended, stage)
 
-    def begin_pass(self, stage: PassStage, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Begin a forward pass, of training or of an evaluation."""
-        self.begin_stage(stage)
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        stage: PassStage = "forward" if model.training and torch.is_grad_enabled() else "evaluation"
+        self._begin_stage(stage)
         if stage == "forward":
             self._throughput.begin_batch(kwargs)
-        self._backend.begin_pass(stage, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        self._backend.begin_pass(stage, list(tensors_in((args, kwargs))))
 
-    def end_evaluation(self) -> None:
-        """End the forward pass of an evaluation; the stage goes on until something else begins."""
-        self.begin_stage("evaluation")
-        self._backend.end_evaluation()
+    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if self._phases.stage == "forward":
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.register_prehook(lambda _: self._before_backward())
+        elif self._phases.stage == "evaluation":
+            self._begin_stage("evaluation")  # it goes on until something else begins
+            self._backend.end_evaluation()
 
-    def end_optimizer_step(self) -> None:
+    def _before_backward(self) -> None:
+        if self._phases.stage == "forward":
+            self._begin_stage("backward")
+            call_after_backward(lambda: self._begin_stage("between"))
+
+    def _after_optimizer_step(self) -> None:
         """End the optimizer stage. The first step creates the optimizer's state, and later steps keep it."""
-        self.begin_stage("between")
-        if self._optimizer is not None and len(self._optimizer.state) != self._state_size:
-            self._state_size = len(self._optimizer.state)
+        self._begin_stage("between")
+        if self.optimizer is not None and len(self.optimizer.state) != self._state_size:
+            self._state_size = len(self.optimizer.state)
             self._backend.set_optimizer_state(self._optimizer_state())
 
     def end_step(self) -> None:
@@ -184,9 +190,9 @@ class _ProfiledRun:
         held = self._backend.end_step()
         if held is not None:
             self._growth.add(held)
-        self._backend.detailed = self._steps < self._warmup or self._steps % self._every == 0
-        if self._steps == self._warmup:
-            self._throughput.end_warmup(self._device, compare_with_matmul=self._compare)
+        self._backend.detailed = self._steps < self.warmup_steps or self._steps % self.every == 0
+        if self._steps == self.warmup_steps:
+            self._throughput.end_warmup(self._device, compare_with_matmul=self.compare_with_matmul)
             self._growth.restart()
             self._backend.discard_peak()  # that of the matrix products, which belongs to no phase
             self._clock.restart()
@@ -195,18 +201,19 @@ class _ProfiledRun:
     def stop(self, *, failed: bool) -> None:
         """Stop to measure and remove all hooks; the last phase counts unless an error ended it."""
         if not failed:
-            self.begin_stage("between")
+            self._begin_stage("between")
         self._resident = resident_peak()
         self._backend.stop()
         self._throughput.stop_counting_flops()
-        self._hooks.remove()
+        for handle in self._handles:
+            handle.remove()
         self.active = False
 
     def report(self) -> ProfileReport:
         """Return what was measured so far."""
         seconds = self._clock.seconds()
         trained = math.nan
-        if self._steps > self._warmup:
+        if self._steps > self.warmup_steps:
             trained = sum(s for phase, s in seconds.items() if phase != "evaluation") or math.nan
         peaks = self._backend.peaks
         in_use, driver = driver_bytes(self._device)
@@ -214,13 +221,13 @@ class _ProfiledRun:
             device=str(self._device),
             counted=self._backend.counted,
             phases={
-                phase: PhaseFigures(peaks.memory[phase], peaks.reserved[phase], seconds.get(phase, 0.0))
+                phase: PhaseFigures(peaks[phase], self._backend.reserved[phase], seconds.get(phase, 0.0))
                 for phase in PHASES
-                if phase in peaks.memory
+                if phase in peaks
             },
-            peak_phase=max(peaks.memory, key=lambda phase: peaks.memory[phase].total, default=""),
+            peak_phase=max(peaks, key=lambda phase: peaks[phase].total, default=""),
             steps=self._steps,
-            warmup_steps=self._warmup,
+            warmup_steps=self.warmup_steps,
             **self._throughput.rates(trained),
             driver_bytes=in_use,
             driver=driver,
@@ -238,14 +245,13 @@ class _ProfiledRun:
             error,
             phase=self._phases.failed_phase,
             held=self._backend.held(),
-            model=self._model,
-            optimizer=self._optimizer,
+            model=self.model,
+            optimizer=self.optimizer,
             batch=self._throughput.batch,
-            accumulation=self._accumulation,
+            accumulation=self.accumulation,
             dtype=self._throughput.dtype,
             memory=memory,
         )
 
     def _optimizer_state(self) -> list[Tensor]:
-        states = () if self._optimizer is None else self._optimizer.state.values()
-        return [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
+        return [] if self.optimizer is None else list(tensors_in(self.optimizer.state))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from esm_efficient.costs.memory import CATEGORIES, Memory
@@ -92,13 +92,9 @@ class ProfileReport:
         """Return all figures, ready for JSON; a figure that could not be measured is None."""
         rates = ["samples_per_second", "residues_per_second", "tokens_per_second", "non_padding"]
         rates += ["model_flops_per_second", "matmul_flops_per_second", "utilisation"]
+        settings = ("device", "counted", "rank", "ranks", "steps", "warmup_steps")
         return {
-            "device": self.device,
-            "counted": self.counted,
-            "rank": self.rank,
-            "ranks": self.ranks,
-            "steps": self.steps,
-            "warmup_steps": self.warmup_steps,
+            **{name: getattr(self, name) for name in settings},
             "peak_bytes": self.peak.total,
             "peak": self.peak.to_dict(),
             "peak_phase": self.peak_phase,
@@ -134,12 +130,7 @@ class ProfileReport:
     def __str__(self) -> str:
         total = sum(figures.seconds for figures in self.phases.values()) or math.nan
         rows = [
-            (
-                name,
-                *(format_bytes(getattr(figures.peak, category)) for category in CATEGORIES),
-                format_bytes(figures.peak.total),
-                f"{figures.seconds / total:.1%}",
-            )
+            (name, *map(format_bytes, figures.peak.to_dict().values()), f"{figures.seconds / total:.1%}")
             for name, figures in self.phases.items()
         ]
         lines = [
@@ -178,29 +169,22 @@ class RankReports:
         reports: one report per rank, in order.
     """
 
-    reports: Sequence[ProfileReport] = field(default_factory=tuple)
+    reports: Sequence[ProfileReport]
 
     @property
-    def peak_bytes(self) -> int:
-        """Sum of the peaks of all ranks."""
-        return sum(report.peak.total for report in self.reports)
-
-    @property
-    def residues_per_second(self) -> float:
-        """Residues per second of all ranks together."""
-        return sum(report.residues_per_second for report in self.reports)
-
-    @property
-    def samples_per_second(self) -> float:
-        """Sequences per second of all ranks together."""
-        return sum(report.samples_per_second for report in self.reports)
+    def sums(self) -> dict[str, float]:
+        """Bytes at the peak, and sequences and residues per second, of all ranks together."""
+        return {
+            "peak_bytes": sum(report.peak.total for report in self.reports),
+            "samples_per_second": sum(report.samples_per_second for report in self.reports),
+            "residues_per_second": sum(report.residues_per_second for report in self.reports),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures of each rank and the sums, ready for JSON."""
-        sums = {name: getattr(self, name) for name in ("peak_bytes", "samples_per_second", "residues_per_second")}
         return {
             "ranks": [report.to_dict() for report in self.reports],
-            "sum": {name: None if math.isnan(value) else value for name, value in sums.items()},
+            "sum": {name: None if math.isnan(value) else value for name, value in self.sums.items()},
         }
 
     def metrics(self, prefix: str = "profile/") -> dict[str, float]:
@@ -210,9 +194,7 @@ class RankReports:
             for report in self.reports:
                 flat[f"{prefix}rank{report.rank}_peak_bytes"] = report.peak.total
                 flat[f"{prefix}rank{report.rank}_residues_per_second"] = report.residues_per_second
-            flat[f"{prefix}sum_peak_bytes"] = self.peak_bytes
-            flat[f"{prefix}sum_residues_per_second"] = self.residues_per_second
-            flat[f"{prefix}sum_samples_per_second"] = self.samples_per_second
+            flat |= {f"{prefix}sum_{name}": value for name, value in self.sums.items()}
         return {name: value for name, value in flat.items() if not math.isnan(value)}
 
     def __str__(self) -> str:
@@ -222,5 +204,6 @@ class RankReports:
             (f"rank {r.rank}", r.device, format_bytes(r.peak.total), f"{r.residues_per_second:,.0f}")
             for r in self.reports
         ]
-        rows.append(("sum", "", format_bytes(self.peak_bytes), f"{self.residues_per_second:,.0f}"))
+        sums = self.sums
+        rows.append(("sum", "", format_bytes(int(sums["peak_bytes"])), f"{sums['residues_per_second']:,.0f}"))
         return f"{self.reports[0]}\n\n{format_table(rows, ('', 'device', 'peak', 'residues/s'))}"

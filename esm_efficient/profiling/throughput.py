@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class ThroughputMeter:
-    """Counts tokens all the time, and FLOPs in the warm-up only, because counting them is slow.
-
-    Args:
-        phases: tells which stage runs.
-        count_flops: count FLOPs until `end_warmup`.
+    """Counts tokens all the time, and FLOPs until `end_warmup` only, because counting them is slow.
 
     Attributes:
         batch: sequences and tokens per sequence of the latest micro-batch, or None.

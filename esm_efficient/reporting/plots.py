@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from esm_efficient.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -47,13 +49,12 @@ class Method:
     high: float | None = None
 
 
-def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, title: str = "") -> str:
+def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -> str:
     """Plot peak memory by category, one stacked bar per method.
 
     Args:
         stacks: bytes by category, by method.
         capacity: bytes of the device, drawn as a line; 0 draws none.
-        title: title above the plot.
 
     Returns:
         SVG.
@@ -61,16 +62,15 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    figure, axes = _figure(8, 0.45 * len(stacks) + 1.6)
-    names = list(stacks)
-    left = [0.0] * len(names)
+    figure, [[axes]] = _figure(8, 0.45 * len(stacks) + 1.6)
+    left = np.zeros(len(stacks))
     for category, colour in CATEGORY_COLOURS.items():
-        sizes = [stacks[name].get(category, 0) / GIB for name in names]
-        axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
+        sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / GIB
+        axes.barh(list(stacks), sizes, left=left, color=colour, label=category, height=0.65)
+        left = left + sizes
     for position, total in enumerate(left):
         axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
-    widest = max(left, default=1.0)
+    widest = left.max()
     if capacity and capacity / GIB < 3 * widest:
         axes.axvline(capacity / GIB, color="black", linestyle="--", linewidth=1, label="memory of the device")
         widest = max(widest, capacity / GIB)
@@ -78,17 +78,14 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0, t
     axes.invert_yaxis()
     axes.set_xlabel("peak memory, GiB")
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
-def timeline_plot(
-    timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, title: str = "", unit: str = "seconds"
-) -> str:
+def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, unit: str = "seconds") -> str:
     """Plot memory over one step, one small plot per method, coloured by phase.
 
     Args:
         timelines: points by method: phase, time, bytes.
-        title: title above the plot.
         unit: unit of the times.
 
     Returns:
@@ -119,10 +116,10 @@ def timeline_plot(
     figure.supylabel("GiB", fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
-def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "") -> str:
+def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
     """Plot time against peak memory, and beside it the metric if there is one.
 
     A line joins the methods that no other method beats in both time and memory.
@@ -130,7 +127,6 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     Args:
         methods: the points.
         metric: name of the metric.
-        title: title above the plot.
 
     Returns:
         SVG.
@@ -139,8 +135,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
         ConfigurationError: matplotlib is not installed.
     """
     measured = [method for method in methods if method.metric is not None]
-    figure, grid = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
-    panels = list(grid.flat) if measured else [grid]
+    figure, [panels] = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
     axes = panels[0]
     front = sorted((m for m in methods if not any(_beats(other, m) for other in methods)), key=lambda m: m.seconds)
     axes.plot([m.seconds for m in front], [m.memory / GIB for m in front], color="#999999", linewidth=1, zorder=1)
@@ -151,8 +146,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     if measured:
         axes = panels[1]
         for m in measured:
-            assert m.metric is not None
-            if m.low is not None and m.high is not None:
+            if m.low is not None:
                 axes.plot([m.memory / GIB] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
         _points(axes, [(m.name, m.memory / GIB, m.metric or 0.0) for m in measured])
         axes.set_xlabel("peak memory, GiB")
@@ -160,7 +154,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "", title: str = "")
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.15)
-    return _svg(figure, title)
+    return _svg(figure)
 
 
 def _beats(one: Method, other: Method) -> bool:
@@ -190,17 +184,15 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid[0, 0] if rows == columns == 1 else grid
+    return figure, grid
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure) -> str:
     import matplotlib
 
-    if title:
-        figure.suptitle(title, fontsize=11)
     buffer = io.StringIO()
     # Keep text as text, and give the same file for the same figures.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

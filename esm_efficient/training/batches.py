@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from esm_efficient.tasks import IGNORE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
     from torch.utils.data import DataLoader
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
@@ -67,28 +69,34 @@ def budget_dataloader(trainer: Trainer, token_budget: int) -> DataLoader:
     )
 
 
-def mask_repeated_examples(batch: dict[str, Any], dataloader: Any, accelerator: Accelerator) -> bool:
-    """Remove the labels of examples that accelerate repeats to give every rank a full last batch.
+def count_real_examples(dataloader: Any, accelerator: Accelerator) -> int | None:
+    """Count the examples of this rank's newest batch that accelerate does not repeat to give every rank a full batch.
 
     Args:
-        batch: this rank's newest batch; its ``labels`` are changed in place.
         dataloader: the data loader that made the batch.
         accelerator: the accelerator that divides the batches among the ranks.
 
     Returns:
-        False if the batch may have repeated examples and it is unknown which.
+        The number of examples at the start of the batch that are not repeated, `sys.maxsize` if all are real; None if
+        it is unknown.
     """
     world = accelerator.num_processes
     if world == 1 or not accelerator.even_batches or not accelerator.gradient_state.end_of_dataloader:
-        return True
+        return sys.maxsize
     shards = getattr(dataloader, "batch_sampler", None)
     batches = getattr(shards, "batch_sampler", None)
     sampler, size = getattr(batches, "sampler", None), getattr(batches, "batch_size", None)
     if not (isinstance(shards, BatchSamplerShard) and isinstance(sampler, Sized) and size) or shards.split_batches:
-        return False
+        return None
     remainder = len(sampler) % (size * world)
-    if remainder:
-        # The ranks' last batches in order of rank are the rest of the dataset, followed by repeated examples.
-        real = min(max(remainder - size * accelerator.process_index, 0), size)
-        batch["labels"][real:] = float("nan") if batch["labels"].is_floating_point() else IGNORE
-    return True
+    # The ranks' last batches in order of rank are the rest of the dataset, followed by repeated examples.
+    return min(max(remainder - size * accelerator.process_index, 0), size) if remainder else sys.maxsize
+
+
+def forget_labels(labels: Tensor, start: int) -> Tensor:
+    """Return labels that are unknown, and so have no weight, from an example on."""
+    if start >= len(labels):
+        return labels
+    labels = labels.clone()
+    labels[start:] = float("nan") if labels.is_floating_point() else IGNORE
+    return labels

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
-from esm_efficient import __version__, compat
+from esm_efficient import __version__
 from esm_efficient.encoder import remove_lean_encoder
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_markdown
+from esm_efficient.saving import portable_saving
 from esm_efficient.tasks import auto_class
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def export_model(
     adapted = hasattr(model, "peft_config")
     if adapted:
         model = model.merge_and_unload()
-    compat.save_under_own_names(model)
-    model.save_pretrained(folder)
+    with portable_saving(model):
+        model.save_pretrained(folder)
     for path in result.model_dir.iterdir():
         # The run saved the tokenizer in the same folder as the weights.
         if path.is_file() and path.name.startswith(("tokenizer", "vocab", "special_tokens", "added_tokens")):

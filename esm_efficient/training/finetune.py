@@ -24,7 +24,7 @@ from transformers import (
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
-from esm_efficient.adapters.registry import find_architecture
+from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.costs.memory import peak_memory
 from esm_efficient.data.tokenizing import tokenize_dataset
@@ -32,6 +32,7 @@ from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.profiling.callback import ProfilerCallback
 from esm_efficient.recipes import Precision, Recipe, get_recipe
+from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.audit import AuditCallback
@@ -236,15 +237,17 @@ def _load_pretrained(
     # In this order: one label of a single-label problem is refused.
     config.problem_type = task.problem_type
     config.num_labels = len(task.names)
-    loaded, info = auto_class(task.head).from_pretrained(
-        name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+    loaded, missing = load_pretrained(
+        auto_class(task.head), name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
-    heads = find_architecture(loaded).heads
-    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
-    if wrong := [key for key in mismatched if not key.startswith(tuple(heads))]:
-        raise ConfigurationError(f"{name}: the weights {listing(wrong)} have other shapes than the model's config says")
-    is_new = any(key.startswith(tuple(heads)) for key in (*mismatched, *info["missing_keys"]))
-    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and not is_new
+    architecture = find_architecture(loaded)
+    if lost := [key for key in missing if not (is_in_head(architecture, key) or is_unread(architecture, key))]:
+        raise ConfigurationError(
+            f"{name} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
+            f"{listing(lost)}. Expected a whole model"
+        )
+    has_head = not any(is_in_head(architecture, key) for key in missing)
+    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and has_head
 
 
 def _forget_labels(config: Any) -> bool:

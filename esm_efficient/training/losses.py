@@ -163,19 +163,15 @@ class SquaredError:
         """Return the weight of each example, float32 of shape (batch,): the number of its known numbers.
 
         Args:
-            labels: floats of shape (batch,) or (batch, numbers); NaN has no weight.
-
-        Raises:
-            DataError: the labels are not floats.
+            labels: numbers of shape (batch,) or (batch, numbers); NaN has no weight.
         """
-        known = _is_known(labels, "floats to regress", has_classes=False)
-        return known.float().reshape(len(labels), -1).sum(1)
+        return (~labels.isnan()).float().reshape(len(labels), -1).sum(1)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the weight of each example, as `CrossEntropy`; logits of shape (batch, numbers)."""
-        targets = labels.reshape(len(labels), -1)
-        known = _is_known(targets, "floats to regress", has_classes=False)
-        errors = logits.float().reshape(targets.shape) - targets.where(known, 0).float()
+        targets = labels.reshape(len(labels), -1).float()
+        known = ~targets.isnan()
+        errors = logits.float().reshape(targets.shape) - targets.where(known, 0)
         return errors.square().where(known, 0).sum(1), known.float().sum(1)
 
 
@@ -197,11 +193,11 @@ def make_loss(
     return SquaredError()
 
 
-def _is_known(labels: Tensor, expected: str, *, has_classes: bool = True) -> Tensor:
-    """Return a mask of known labels; -100 is an ordinary number if there are no classes."""
+def _is_known(labels: Tensor, expected: str) -> Tensor:
+    """Return a mask of known labels."""
     if not labels.is_floating_point():
         raise DataError(f"labels are {labels.dtype}: expected {expected}, with NaN for unknown ones")
-    return ~labels.isnan() & (labels != IGNORE) if has_classes else ~labels.isnan()
+    return ~labels.isnan() & (labels != IGNORE)
 
 
 def _focal(values: Tensor, right: Tensor, gamma: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,21 +12,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from esm_efficient import compat
 from esm_efficient.data.schema import WEIGHT_COLUMN
 from esm_efficient.errors import ConfigurationError, DataError, listing
-from esm_efficient.tasks import SPECIAL_TOKENS, head_of
+from esm_efficient.saving import portable_saving
+from esm_efficient.tasks import (
+    SPECIAL_TOKENS,
+    base_model_of,
+    has_known_loss,
+    label_names_of,
+    problem_type_of,
+    set_problem_type,
+)
 from esm_efficient.training.audit import AuditCallback
-from esm_efficient.training.batches import EpochCallback, budget_dataloader, mask_repeated_examples
+from esm_efficient.training.batches import EpochCallback, budget_dataloader, count_real_examples, forget_labels
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
 from esm_efficient.training.resuming import start_run
-from esm_efficient.training.weights import has_float_labels, resolve_class_weights
+from esm_efficient.training.weights import resolve_class_weights
+from esm_efficient.trunk.cache import STATES_COLUMN
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from transformers.trainer_utils import EvalLoopOutput
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +52,22 @@ class WeightedTrainer(Trainer):
     sampler repeats to fill the last batch have no weight. The evaluation loss is the weighted mean over the whole set,
     whatever the evaluation batch size.
 
-    The model's ``config.problem_type`` and the labels determine the loss: cross-entropy for one class per sequence or
-    per token, binary cross-entropy for several labels, squared error for numbers (`esm_efficient.training.losses`).
-    Unknown labels, -100 or NaN, have no weight. A column ``sample_weight`` multiplies loss and weight of a sequence.
+    The model's head and its ``config.problem_type`` determine the loss, or else the labels of the first batch:
+    cross-entropy for one class per sequence or per token, binary cross-entropy for several labels, squared error for
+    numbers (`esm_efficient.training.losses`). Unknown labels, -100 or NaN, have no weight. A column ``sample_weight``
+    multiplies loss and weight of a sequence.
 
-    Models and options with their own loss (``compute_loss_func``, a custom model class, a causal language model) keep
-    it, as in Trainer. Class weights together with ``compute_loss_func`` are an error.
+    Models and options with their own loss (``compute_loss_func``, a custom model class, a model with its own
+    ``loss_function``, a causal language model) keep it, as in Trainer. Class weights together with
+    ``compute_loss_func`` are an error. A subclass that overrides `compute_loss` is treated as in Trainer: its loss is
+    divided by the accumulation steps, unless ``loss_is_scaled_for_ga`` says that it needs no division.
 
     Args:
         *args: as `transformers.Trainer`.
         class_weights: ``"balanced"`` for weights from the labels of ``train_dataset``; one number per class, as an
-            array, a sequence or a tensor in the order of the class ids; a mapping by label name; or None for equal
-            weights. With several labels per sequence they multiply the loss of positive labels. The default is None,
-            unlike in `finetune`, because a WeightedTrainer without options must have the same loss as Trainer.
+            array, a sequence or a tensor in the order of the class ids; a mapping by label name or by class id; or None
+            for equal weights. With several labels per sequence they multiply the loss of positive labels. The default
+            is None, unlike in `finetune`, because a WeightedTrainer without options must have the loss of Trainer.
         focal_gamma: exponent of the focal loss; 0 for the plain loss.
         token_budget: make training batches of at most this number of tokens, padding included, from sequences of
             similar length (`TokenBudgetBatchSampler`), instead of ``per_device_train_batch_size`` sequences.
@@ -74,12 +88,24 @@ class WeightedTrainer(Trainer):
         ... )  # doctest: +SKIP
     """
 
+    _is_weighted = False
+    _problem_type: str | None = None
     _loss: WeightedLoss | None = None
+    _step_batches: list | None = None
+    _step_scale: Tensor | None = None
+    _step_divisor = 1
+    _real_examples = sys.maxsize
 
     def __init__(
         self,
         *args: Any,
-        class_weights: str | Mapping[str, float] | Sequence[float] | np.ndarray | Tensor | None = None,
+        class_weights: str
+        | Mapping[str, float]
+        | Mapping[int, float]
+        | Sequence[float]
+        | np.ndarray
+        | Tensor
+        | None = None,
         focal_gamma: float = 0.0,
         token_budget: int | None = None,
         audit: bool = True,
@@ -88,23 +114,24 @@ class WeightedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.token_budget = token_budget
         self.class_weights: np.ndarray | None = None
+        self._focal_gamma = focal_gamma
         self._residues_trained: Tensor | int = 0
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
         self._last_losses: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
-        compat.keep_column(self, WEIGHT_COLUMN)
+        compat.keep_column(self, STATES_COLUMN)
         compat.check_loaded_weights(self, self._refuse_missing_weights)
 
-        problem_type = self._set_problem_type(self.model)
-        has_options = class_weights is not None or focal_gamma
-        if self.compute_loss_func is None and problem_type in LOSSES and (has_options or _has_known_loss(self.model)):
-            self._loss = self._make_loss(problem_type, class_weights, focal_gamma)
-            self._refuse_model_parallelism()
-            compat.declare_loss_normalised(self)
-        elif has_options:
+        has_options = class_weights is not None or bool(focal_gamma)
+        if has_options and self.compute_loss_func is not None:
             raise ConfigurationError(
                 "class_weights or focal_gamma was given together with compute_loss_func: expected only one of them"
             )
+        self._is_weighted = has_options or (self.compute_loss_func is None and has_known_loss(self.model))
+        if self._is_weighted:
+            self._choose_loss(class_weights)
+            self._refuse_model_parallelism()
+        self._keep_sample_weights()
         if token_budget is not None:
             if self.args.dataloader_drop_last:
                 raise ConfigurationError("token_budget keeps all batches: leave dataloader_drop_last out")
@@ -118,10 +145,6 @@ class WeightedTrainer(Trainer):
         on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
         return int(self.accelerator.reduce(on_this_rank, reduction="sum"))
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; resume from a whole checkpoint of the same run only (`start_run`)."""
-        return super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
-
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer."""
         super().create_accelerator_and_postprocess()
@@ -130,25 +153,28 @@ class WeightedTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model from ``model_init``, with the same ``problem_type`` as the first."""
         model = super().call_model_init(trial)
-        if self._loss is not None:  # Trainer.__init__ calls this too, and our __init__ sets the type later
-            self._set_problem_type(model)
+        if self._problem_type is not None:  # Trainer.__init__ calls this too, and our __init__ sets the type later
+            set_problem_type(model, self._problem_type)
         return model
 
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does; resume from a whole checkpoint of the same run only (`start_run`)."""
+        try:
+            return super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
+        finally:
+            self._step_batches = self._step_scale = None
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Return the micro-batches of one optimizer step, and their total weight over all ranks."""
+        """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             if mask is not None:
                 self._residues_trained += mask.sum() - SPECIAL_TOKENS * len(mask)
-        if self._loss is None:
-            return batches, count
-        if batches and self.token_budget is None and not self.args.dataloader_drop_last:
-            self._mask_repeated_examples(batches[-1])
-        total = torch.zeros((), device=device)
-        for batch in batches:
-            total += _times_sample_weight(self._loss.weights(_labels(batch)), batch).sum().to(device)
-        return batches, self.accelerator.reduce(total, reduction="sum")
+        self._step_batches, self._step_scale = batches, None
+        self._real_examples = self._count_real_examples()
+        self._step_divisor = len(batches) if compat.divides_loss(self, count) else 1
+        return batches, count
 
     def compute_loss(
         self,
@@ -157,16 +183,22 @@ class WeightedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the weighted loss of a micro-batch; in training, its share of the accumulated batch's loss."""
-        if self._loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = _labels(inputs)
+        """Return the weighted loss of a micro-batch.
+
+        In an optimizer step this is the micro-batch's share of the accumulated batch's loss, times the number by which
+        Trainer divides it. A method that overrides this one may therefore add a mean over the micro-batch to it. One
+        that does not call it has its loss divided exactly as in Trainer.
+        """
+        if not self._is_weighted:
+            return super().compute_loss(model, self._without_sample_weights(inputs), return_outputs, num_items_in_batch)
+        scale = self._scale_of_step() if model.training else None
+        # Gradients are synchronised in the last micro-batch of a step.
+        labels = self._real_labels(inputs, is_last=scale is not None and self.accelerator.sync_gradients)
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT_COLUMN)})
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        losses, weights = (_times_sample_weight(part, inputs) for part in self._loss(logits, labels))
-        if model.training and num_items_in_batch is not None:
-            # Data-parallel ranks average their gradients: the factor turns the average into a sum.
-            loss = losses.sum() / _nonzero(num_items_in_batch) * self.accelerator.num_processes
+        losses, weights = (_times_sample_weight(part, inputs) for part in self._loss_for(labels)(logits, labels))
+        if scale is not None:
+            loss = losses.sum() * scale
         else:
             loss = losses.sum() / _nonzero(weights.sum())
             self._last_losses = (losses.detach(), weights.detach())
@@ -181,10 +213,14 @@ class WeightedTrainer(Trainer):
             return super().get_train_dataloader()
         return budget_dataloader(self, self.token_budget)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, Any, Any]:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Any, Any]:
         """Predict as Trainer does, and store the loss and weight of each example for the loss of the whole set."""
         self._last_losses = None
-        result = super().prediction_step(*args, **kwargs)
+        if not (self._is_weighted and inputs.get("labels") is not None):
+            inputs = self._without_sample_weights(inputs)
+        result = super().prediction_step(model, inputs, *args, **kwargs)
         if self._evaluation_losses is not None and self._last_losses is not None:
             self._evaluation_losses.append(self.accelerator.gather_for_metrics(self._last_losses))
         return result
@@ -218,9 +254,11 @@ class WeightedTrainer(Trainer):
         and an adapter as a whole model.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if not hasattr(model, "peft_config"):
-            compat.save_under_own_names(model)
-        super().save_model(output_dir, _internal_call)
+        if isinstance(model, PreTrainedModel):
+            with portable_saving(model):
+                super().save_model(output_dir, _internal_call)
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
             folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
             model.get_base_model().config.save_pretrained(folder)
@@ -234,43 +272,76 @@ class WeightedTrainer(Trainer):
                 "from it. Use another checkpoint, or load this one with from_pretrained() and start a new run"
             )
 
-    def _set_problem_type(self, model: Any) -> str | None:
-        """Return problem_type and set it on the config.
-
-        transformers infers it from the labels in forward, but this Trainer removes them.
-        """
-        config = getattr(model, "config", None)
-        if config is None or self.compute_loss_func is not None:
-            return None
-        problem_type = config.problem_type
-        if problem_type is None and config.num_labels == 1:
-            problem_type = "regression"
-        elif problem_type is None:
-            multi_label = has_float_labels(self.eval_dataset if self.train_dataset is None else self.train_dataset)
-            problem_type = "multi_label_classification" if multi_label else "single_label_classification"
-        if head_of(model) == "sequence-classification":
-            config.problem_type = problem_type
-        return problem_type
-
-    def _make_loss(self, problem_type: str, class_weights: Any, focal_gamma: float) -> WeightedLoss:
-        """Return the loss of a task, and set `class_weights`."""
+    def _choose_loss(self, class_weights: Any) -> None:
+        """Check the options, and choose the loss if the model tells the task; otherwise the first batch does."""
+        kind = problem_type_of(self.model)
+        if kind is not None and kind not in LOSSES:
+            raise ConfigurationError(f"problem_type={kind!r} in the model's config: expected {', '.join(LOSSES)}")
         if class_weights is not None:
-            if problem_type == "regression":
+            if kind == "regression":
                 raise ConfigurationError(
                     "class_weights with regression: expected None, because numbers have no classes"
                 )
-            model: Any = self.model
-            config = model.config
-            names = [str(config.id2label[index]) for index in range(config.num_labels)]
             self.class_weights = resolve_class_weights(
-                class_weights, self.train_dataset, names, multi_label=problem_type == "multi_label_classification"
+                class_weights, self.train_dataset, label_names_of(self.model), problem_type=kind
             )
+        # The options of classes are the same for one class and for several labels: an error in them need not wait.
+        loss = self._make_loss(kind or "single_label_classification")
+        if kind is not None:
+            self._set_loss(kind, loss)
+
+    def _make_loss(self, problem_type: str) -> WeightedLoss:
         return make_loss(
             problem_type,
             None if self.class_weights is None else torch.from_numpy(self.class_weights).float(),
             label_smoothing=self.args.label_smoothing_factor,
-            focal_gamma=focal_gamma,
+            focal_gamma=self._focal_gamma,
         )
+
+    def _set_loss(self, problem_type: str, loss: WeightedLoss) -> None:
+        self._problem_type, self._loss = problem_type, loss
+        set_problem_type(self.model, problem_type)
+
+    def _loss_for(self, labels: Tensor) -> WeightedLoss:
+        """Return the loss; if the model does not tell the task, the first labels do, as in transformers' models."""
+        if self._loss is None:
+            kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            self._set_loss(kind, self._make_loss(kind))
+        assert self._loss is not None
+        return self._loss
+
+    def _scale_of_step(self) -> Tensor | None:
+        """Return the factor of a micro-batch's summed loss in its optimizer step; None outside of one.
+
+        It is computed at the first use, because the labels need not fit this loss if an overriding `compute_loss` has
+        its own. All ranks are then at the same place.
+        """
+        if self._step_scale is None and self._step_batches:
+            batches, self._step_batches = self._step_batches, None
+            total = torch.zeros((), device=self.accelerator.device)
+            for batch in batches:
+                labels = self._real_labels(batch, is_last=batch is batches[-1])
+                total += _times_sample_weight(self._loss_for(labels).weights(labels), batch).sum().to(total.device)
+            total = _nonzero(self.accelerator.reduce(total, reduction="sum"))
+            # Data-parallel ranks average their gradients: their number turns the average into a sum.
+            self._step_scale = self._step_divisor * self.accelerator.num_processes / total
+        return self._step_scale
+
+    def _keep_sample_weights(self) -> None:
+        """Keep the weights' column in the batches if the loss uses it; otherwise warn that it has no effect."""
+        self._model_takes_weights = WEIGHT_COLUMN in inspect.signature(base_model_of(self.model).forward).parameters
+        if self._is_weighted:
+            compat.keep_column(self, WEIGHT_COLUMN)
+        elif not self._model_takes_weights and WEIGHT_COLUMN in _columns_of(self.train_dataset):
+            logger.warning(
+                "the column %s has no effect: the model or compute_loss_func has its own loss", WEIGHT_COLUMN
+            )
+
+    def _without_sample_weights(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return inputs without the weights' column, unless the model takes it."""
+        if self._model_takes_weights or not isinstance(inputs, Mapping) or WEIGHT_COLUMN not in inputs:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != WEIGHT_COLUMN}
 
     def _refuse_model_parallelism(self) -> None:
         """Raise if ranks share a batch: their weights would be counted once per rank."""
@@ -279,18 +350,24 @@ class WeightedTrainer(Trainer):
         if shared := [name for name, size in sizes.items() if size > 1]:
             raise ConfigurationError(f"WeightedTrainer supports only data-parallel ranks; got {', '.join(shared)} > 1")
 
-    def _mask_repeated_examples(self, batch: dict[str, Any]) -> None:
-        loader = self.callback_handler.train_dataloader
-        if not mask_repeated_examples(batch, loader, self.accelerator) and not self._warned_of_repeats:
+    def _real_labels(self, batch: Mapping[str, Any], *, is_last: bool) -> Tensor:
+        """Return the labels of a micro-batch; in the last one of an epoch, those of repeated examples are unknown."""
+        labels = _labels(batch)
+        return forget_labels(labels, self._real_examples) if is_last else labels
+
+    def _count_real_examples(self) -> int:
+        """Count the examples of the newest batch that accelerate does not repeat."""
+        if not self._is_weighted or self.token_budget is not None or self.args.dataloader_drop_last:
+            return sys.maxsize
+        real = count_real_examples(self.callback_handler.train_dataloader, self.accelerator)
+        if real is None and not self._warned_of_repeats:
             logger.warning("cannot tell which examples of the last batch are repeated: they count twice")
             self._warned_of_repeats = True
+        return sys.maxsize if real is None else real
 
 
-def _has_known_loss(model: Any) -> bool:
-    """Return whether a model's own loss is plain cross-entropy, which WeightedTrainer may replace by default."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    is_of_transformers = type(base).forward.__module__.startswith("transformers.")
-    return is_of_transformers and head_of(model) is not None
+def _columns_of(dataset: Any) -> Sequence[str]:
+    return getattr(dataset, "column_names", None) or ()
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -44,20 +45,6 @@ def dataset_labels(dataset: Any) -> np.ndarray:
     multi_label = flat[0].dtype.kind == "f" and flat[0].ndim == 2
     parts = [part if multi_label else part.ravel() for part in flat]
     return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
-
-
-def has_float_labels(dataset: Any) -> bool:
-    """Return whether the labels of a dataset are floats; several float labels per sequence are a multi-label task."""
-    import datasets
-
-    if isinstance(dataset, datasets.IterableDataset):
-        example = next(iter(dataset), None)
-    elif not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
-        return False
-    else:
-        example = dataset[0]
-    value = example.get("labels", example.get("label")) if isinstance(example, Mapping) else None
-    return value is not None and np.issubdtype(np.asarray(value).dtype, np.floating)
 
 
 def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequence[str]) -> np.ndarray:
@@ -119,11 +106,11 @@ def balanced_label_weights(labels: np.ndarray, label_names: Sequence[str]) -> np
 
 
 def resolve_class_weights(
-    weights: str | Mapping[str, float] | Sequence[float] | Any,
+    weights: str | Mapping[Any, float] | Sequence[float] | Any,
     dataset: Any,
     label_names: Sequence[str],
     *,
-    multi_label: bool,
+    problem_type: str | None,
 ) -> np.ndarray:
     """Return class weights as an array.
 
@@ -131,7 +118,7 @@ def resolve_class_weights(
         weights: ``"balanced"``, or weights as in `check_class_weights`.
         dataset: the training set; only ``"balanced"`` counts its labels.
         label_names: names of the classes in the order of their ids.
-        multi_label: whether a sequence has several labels.
+        problem_type: as in a model's config; None if the labels decide between one class and several labels.
 
     Returns:
         float64 of shape (classes,).
@@ -142,16 +129,17 @@ def resolve_class_weights(
     """
     if not (isinstance(weights, str) and weights == "balanced"):
         return check_class_weights(weights, label_names)
-    balance = balanced_label_weights if multi_label else balanced_class_weights
-    return balance(dataset_labels(dataset), label_names)
+    labels = dataset_labels(dataset)
+    has_several = problem_type == "multi_label_classification" or (problem_type is None and labels.dtype.kind == "f")
+    return (balanced_label_weights if has_several else balanced_class_weights)(labels, label_names)
 
 
-def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
+def check_class_weights(weights: Mapping[Any, float] | Sequence[float] | Any, label_names: Sequence[str]) -> np.ndarray:
     """Check weights that a user gave and return them as an array.
 
     Args:
         weights: one number per class, as a sequence, an array or a tensor in the order of the class ids; or a mapping
-            that gives a number for each label name.
+            that gives a number for each label name or for each class id.
         label_names: names of the classes in the order of their ids.
 
     Returns:
@@ -167,11 +155,15 @@ def check_class_weights(weights: Mapping[str, float] | Sequence[float] | Any, la
     """
     names = ", ".join(label_names)
     if isinstance(weights, Mapping):
-        if wrong := set(weights) ^ set(label_names):
+        ids: Sequence[Any] = range(len(label_names))
+        # Names may look like ids, but are never integers.
+        keys = ids if all(isinstance(key, Integral) for key in weights) else label_names
+        if wrong := set(weights) ^ set(keys):
             raise ConfigurationError(
-                f"class_weights must name every label once ({names}); wrong or missing: {', '.join(map(str, wrong))}"
+                f"class_weights must name every label once ({names}), or every class id from 0 to {len(ids) - 1}; "
+                f"wrong or missing: {', '.join(sorted(map(str, wrong)))}"
             )
-        weights = [weights[name] for name in label_names]
+        weights = [weights[key] for key in keys]
     elif isinstance(weights, str):
         raise ConfigurationError(f'class_weights={weights!r}: expected "balanced", an array, a mapping, or None')
     elif hasattr(weights, "detach"):

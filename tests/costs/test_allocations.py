@@ -1,4 +1,4 @@
-"""AllocationTracker: compared with arithmetic, with autograd and with torch's own profiler."""
+"""AllocationTracker agrees with arithmetic, with autograd and with torch's own profiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes
+from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes, tensors_in
 from esm_efficient.costs.memory import Memory
 
 
@@ -127,10 +127,16 @@ def test_the_peak_agrees_with_torchs_own_memory_records():
     assert tracker.peak.total == pytest.approx(peak, rel=0.02)
 
 
-def test_bytes_of_storages_count_shared_memory_once_and_other_devices_not_at_all():
+def test_storage_bytes_counts_shared_memory_once_and_ignores_other_devices():
     tied = torch.nn.Linear(4, 4, bias=False)
     model = torch.nn.Sequential(tied, torch.nn.BatchNorm1d(4, affine=False))
     model.append(torch.nn.Linear(4, 4, bias=False))
     model[2].weight = torch.nn.Parameter(tied.weight[:2])
     tensors = [*model_tensors(model), None, torch.empty(100, device="meta")]
     assert storage_bytes(tensors, torch.device("cpu")) == 4 * 16 + 2 * 4 * 4 + 8
+
+
+def test_tensors_are_found_in_values_of_every_kind():
+    x = torch.zeros(1)
+    values = (x, {"a": x, "b": 1}, (x, None), None, {"a": [(x, x)]})
+    assert [list(tensors_in(value)) for value in values] == [[x], [x], [x], [], [x, x]]

@@ -1,4 +1,4 @@
-"""Devices: found by name and by instance type, with figures in the stated units."""
+"""Devices are found by name and by instance type, and their figures are in the stated units."""
 
 from __future__ import annotations
 

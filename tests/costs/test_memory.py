@@ -1,4 +1,4 @@
-"""Memory: peaks of blocks, also of those that fail; our out-of-memory error is torch's too."""
+"""peak_memory measures a block even if it fails, and our out-of-memory error is also torch's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from esm_efficient.errors import EsmEfficientError
 MEBIBYTE = 2**20
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count from the start of the process")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the device's tensors there")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="other systems measure the peak since the start of the process"
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the peak is that of the device's tensors")
 def test_the_peak_of_the_process_is_measured_per_block():
     with peak_memory() as before:
         pass

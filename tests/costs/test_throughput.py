@@ -1,4 +1,4 @@
-"""Throughput: FLOPs and tokens are counted exactly, and the rate of products is plausible."""
+"""Throughput: FLOPs and tokens are counted exactly, and the rate of matrix products is plausible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
-from esm_efficient.errors import ConfigurationError
 
 
 @given(
@@ -16,7 +15,7 @@ from esm_efficient.errors import ConfigurationError
     st.floats(0, 1e5),
     st.lists(st.tuples(st.integers(1, 64), st.integers(10, 1024)), min_size=2, max_size=8),
 )
-def test_the_two_parts_of_the_flops_are_found_from_any_batches(linear, square, shapes):
+def test_linear_and_quadratic_flops_are_fitted_from_any_batches(linear, square, shapes):
     batches = [(rows, n, rows * (linear * n + square * n * n)) for rows, n in shapes]
     fitted, fitted_square = flops_per_token(batches)
     total = sum(rows * (fitted * n + fitted_square * n * n) for rows, n in shapes)
@@ -49,8 +48,5 @@ def test_flops_are_counted_forward_and_backward_and_not_in_recomputation(phase, 
     assert counter.flops == {"forward": 120, "backward": 60, "optimizer": 0}[phase]
 
 
-def test_the_matmul_rate_is_plausible_and_needs_repeats():
-    rate = matmul_rate("cpu", torch.float32)
-    assert 1e9 < rate < 1e14
-    with pytest.raises(ConfigurationError, match="repeats=0"):
-        matmul_rate("cpu", torch.float32, repeats=0)
+def test_the_matmul_rate_is_plausible():
+    assert 1e9 < matmul_rate("cpu", torch.float32) < 1e14

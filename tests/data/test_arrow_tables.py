@@ -6,6 +6,7 @@ import logging
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 from sequence_files import fasta, frame, rows_of, write
 
@@ -31,7 +32,7 @@ def test_labels_of_fasta_come_from_headers_or_a_second_table_or_are_absent(tmp_p
     with caplog.at_level(logging.WARNING):
         load_sequences(fasta(table[:30], tmp_path / "b.fasta"), labels=labels)
     assert "10 row(s) of the second table have no sequence" in caplog.text
-    with pytest.raises(DataError, match=r"1 sequence\(s\) have no label.*record 3 \(P2\)"):
+    with pytest.raises(DataError, match=r"the second table has no label in 1 row\(s\).*record 3 \(P2\)"):
         load_sequences(path, labels=write(table[table.id != "P2"], tmp_path / "few.csv"), label="label")
     with pytest.raises(DataError, match=r"does not match.*record 3 \(P2\)"):
         load_sequences(path, header=r"class=(?P<label>\w+) fold=[^2]")
@@ -64,7 +65,7 @@ def test_uniprot_names_match_accessions(tmp_path):
     assert sum(map(len, data.values())) == 40
 
 
-def test_sequences_left_out_and_nucleotides_are_logged(tmp_path, caplog):
+def test_sequences_outside_the_bounds_are_logged_and_nucleotides_are_refused(tmp_path, caplog):
     table = frame()[["id", "sequence", "label"]]
     with caplog.at_level(logging.INFO):
         data = load_sequences(write(table, tmp_path / "a.csv"), min_residues=15, max_residues=25)
@@ -73,8 +74,10 @@ def test_sequences_left_out_and_nucleotides_are_logged(tmp_path, caplog):
     assert f"{len(table) - len(kept)} sequence(s) outside" in caplog.text
     rng = np.random.default_rng(0)
     genes = table.assign(sequence=["".join(rng.choice(list("ACGT"), 30)) for _ in range(40)])
-    load_sequences(write(genes, tmp_path / "b.csv"))
-    assert "40 of 40 sequences contain only A, C, G, T, U and N" in caplog.text
+    with pytest.raises(DataError, match=r"40 of 40 sequences consist of the letters A, C, G, T.*Translate them first"):
+        load_sequences(write(genes, tmp_path / "b.csv"))
+    load_sequences(write(pd.concat([table.assign(id="Q"), genes[:3]]), tmp_path / "c.csv"))
+    assert "3 sequence(s) may be nucleotides, not proteins: P0, P1, P2" in caplog.text
 
 
 def test_a_split_that_the_bounds_empty_is_an_error(tmp_path):
@@ -91,7 +94,7 @@ def test_loaded_rows_stay_the_same_when_files_and_labels_change(tmp_path, table_
     table = frame()
     path = write(table, tmp_path / "a.csv")
     first, again = load_sequences(path, label="label"), load_sequences(path, label="label")
-    assert len([p for p in (table_cache / "tables").iterdir() if not p.name.startswith("cache-")]) == 1
+    assert len([p for p in (table_cache / "tables").glob("*.arrow") if not p.name.startswith("cache-")]) == 1
     assert rows_of(first) == rows_of(again)
     before = rows_of(first)
     write(frame(seed=2), path)

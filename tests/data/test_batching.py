@@ -60,6 +60,22 @@ def test_an_epoch_that_is_resumed_in_its_middle_continues_there(lengths, budget,
     assert list(again) == whole  # batches are skipped in one iteration only
 
 
+@given(LENGTHS, st.integers(30, 200), st.integers(2, 5), st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_ranks_together_take_the_sequences_that_one_process_takes(lengths, budget, ranks, epoch):
+    assume(-(-len(TokenBudgetBatchSampler(lengths, budget)) // ranks) * ranks <= len(lengths))
+    (alone,) = all_ranks(lengths, budget, 1, epoch=epoch)
+    rounds = zip(*all_ranks(lengths, budget, ranks, epoch=epoch), strict=True)
+    together = [list(itertools.chain.from_iterable(batches)) for batches in rounds]
+    expected = [list(itertools.chain.from_iterable(alone[i : i + ranks])) for i in range(0, len(alone), ranks)]
+    last = alone[len(alone) - len(alone) % ranks :]
+    if sum(map(len, last)) >= ranks or not last:
+        assert together == expected
+    # If the last batches have too few sequences to halve, earlier ones are halved too, and only the order is the same.
+    assert len(together) == len(expected)
+    assert [i for batch in together for i in batch] == [i for batch in expected for i in batch]
+
+
 def test_epochs_and_seeds_give_other_batches_but_the_same_number():
     lengths = np.random.default_rng(0).integers(100, 513, size=500)
     orders = {}

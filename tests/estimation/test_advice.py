@@ -103,7 +103,7 @@ def test_an_out_of_memory_error_names_a_setting_that_fits():
     assert "estimator" not in str(explain_out_of_memory(error, memory=0, **options))
 
 
-def test_advice_warns_of_no_deprecated_name():
+def test_advice_raises_no_deprecation_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         assert nearest_fit(make_model(), memory=2**40, micro_batch=2, accumulation=1, tokens=8) is not None

@@ -43,7 +43,7 @@ def test_estimating_15_billion_parameters_needs_little_memory():
     assert not result.fits()
 
 
-def test_every_name_of_a_model_gives_the_same_estimate(tmp_path):
+def test_size_hub_name_and_config_give_the_same_estimate(tmp_path):
     names = ["8M", "esm2_t6_8M", "esm2_t6_8M_UR50D", "facebook/esm2_t6_8M_UR50D", resolve_config("8M")[1]]
     resolve_config("8M")[1].save_pretrained(tmp_path)
     peaks = {estimate(name, recipe="lora", tokens=32).peak for name in [*names, tmp_path]}
@@ -60,7 +60,7 @@ def test_the_peak_is_the_highest_point_of_the_timeline():
         assert result.peak.total == max(point.memory.total for point in result.timeline)
 
 
-def test_savings_of_memory_are_predicted():
+def test_memory_savings_are_predicted():
     def peak(**options):
         return estimate("8M", device="A10G", tokens=256, **({"recipe": "base"} | options)).peak
 
@@ -83,7 +83,7 @@ def test_accumulated_gradients_stay_through_every_phase():
     assert twice.phases["optimizer"].flops == once.phases["optimizer"].flops
 
 
-def test_time_is_a_roofline_of_the_device():
+def test_time_follows_the_roofline_of_the_device():
     options = {"recipe": "base", "tokens": 256, "precision": "float32"}
     slow = Device("slow", "cuda", 2**34, {"float32": 1e12}, 1e11)
     fast = Device("fast", "cuda", 2**34, {"float32": 2e12}, 2e11)

@@ -30,7 +30,7 @@ def bytes_of(memory):
 
 @pytest.mark.parametrize(("size", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_extrapolated_figures_equal_those_of_all_layers(size, options):
-    # Equal to the byte on other backends. CUDA's allocator rounds each tensor up to a block, and the list of the
+    # Other backends must agree to the byte. CUDA's allocator rounds each tensor up to a block, and the list of the
     # gradients' norms, which grows by a few bytes per layer, sometimes needs one block more.
     block = 0 if options["device"] in ("cpu", "M4-Max-64") else 512
     short = estimate(size, tokens=100, **options)
@@ -40,7 +40,7 @@ def test_extrapolated_figures_equal_those_of_all_layers(size, options):
         assert np.abs(bytes_of(short.phases[phase].peak) - bytes_of(cost.peak)).max() <= allowed
         assert short.phases[phase].flops == cost.flops
         assert short.phases[phase].bytes_moved == cost.bytes_moved
-        # A small operation takes the time of its launch, which does not grow with the layers.
+        # The launch time of small operations does not depend on the number of layers.
         assert short.phases[phase].seconds == pytest.approx(cost.seconds, rel=1e-3, nan_ok=True)
     assert (short.peak, short.peak_phase) == (full.peak, full.peak_phase)
     assert [(point.phase, point.part) for point in short.timeline] == [(p.phase, p.part) for p in full.timeline]

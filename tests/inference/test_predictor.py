@@ -103,12 +103,40 @@ def test_sequences_are_cleaned_and_long_ones_truncated_or_refused(tokenizer):
         found, expected = predictor.predict([long], keep=keep) + predictor.predict([part])
         np.testing.assert_allclose(found.values, expected.values, atol=1e-7)
     assert predictor.predict([]) == []
-    with pytest.raises(DataError, match="are empty: sequence 1"):
+    with pytest.raises(DataError, match="sequence 1 is empty"):
         predictor.predict(["--*"])
     with pytest.raises(DataError, match="are not texts: sequence 2"):
         predictor.predict(["MK", None])
     with pytest.raises(DataError, match="put it into a list"):
         predictor.predict("MKT")
+
+
+def test_output_that_is_not_finite_is_an_error(tokenizer):
+    model = model_for("single_label_classification")
+    torch.nn.init.constant_(model.classifier.out_proj.bias, float("nan"))
+    with pytest.raises(
+        ConfigurationError, match=r"output for 2 of 2 sequence\(s\) is not finite \(sequence 1, sequence 2"
+    ):
+        Predictor(model, tokenizer).predict(["MKT", "MAL"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_thresholds": {"a": "high"}}, "label_thresholds .*expected a probability by label name"),
+        ({"label_thresholds": {"a": 7.0}}, "expected a probability by label name"),
+        ({"label_thresholds": [0.5, 0.5, 0.5]}, "expected a probability by label name"),
+        ({"id2label": {0: "a", 1: "a", 2: "c"}}, "the label names 'a', 'a', 'c'.*different names"),
+        ({"problem_type": "guess"}, "has problem_type 'guess'"),
+        ({"vocab_size": 20}, "tokenizer has the id 32, but the model has 20 tokens"),
+    ],
+)
+def test_a_config_that_fits_no_task_is_refused(tokenizer, changes, message):
+    model = model_for("multi_label_classification")
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigurationError, match=message):
+        Predictor(model, tokenizer)
 
 
 def test_models_that_cannot_predict_are_refused(tokenizer, tmp_path):
@@ -120,7 +148,7 @@ def test_models_that_cannot_predict_are_refused(tokenizer, tmp_path):
         Predictor.load(tmp_path)
     shutil.copytree(demo_model_path(), tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "whole" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigurationError, match=r"the safetensors of the model .*whole cannot be loaded"):
+    with pytest.raises(ConfigurationError, match=r"whole has no safetensors with weights, and pickled ones"):
         Predictor.load(tmp_path / "whole")
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Backends: their split sums to the peak, and a GPU's counters are read at every border."""
+"""Backends: the categories sum to the peak, and a GPU's counters are read at every change of phase."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from esm_efficient.costs.memory import Memory
-from esm_efficient.profiling.backends import CpuBackend, CudaBackend, MpsBackend, PhasePeaks, make_backend, split
+from esm_efficient.profiling.backends import CpuBackend, CudaBackend, MpsBackend, make_backend, split
 from esm_efficient.profiling.phases import PhaseTracker
 
 
@@ -17,11 +17,11 @@ def test_a_split_sums_to_the_peak_for_all_inputs():
 
 
 def test_the_highest_peak_of_a_phase_is_kept():
-    peaks = PhasePeaks()
+    backend = make_backend(torch.nn.Linear(1, 1), torch.device("cpu"), PhaseTracker())
     for size, reserved in ((1, 9), (3, 2), (2, 1)):
-        peaks.add("forward", Memory(other=size), reserved)
-    assert peaks.memory == {"forward": Memory(other=3)}
-    assert peaks.reserved == {"forward": 9}
+        backend.record_peak("forward", Memory(other=size), reserved)
+    assert backend.peaks == {"forward": Memory(other=3)}
+    assert backend.reserved == {"forward": 9}
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("cuda", CudaBackend), ("mps", MpsBackend), ("cpu", CpuBackend)])
@@ -40,8 +40,8 @@ def test_on_mps_the_peak_is_the_highest_figure_that_was_read(monkeypatch):
     assert backend.held().total == 300
     backend.switch("forward", "backward")
     # Tensors of 100 bytes existed before; the rest of a forward pass is activations.
-    assert backend.peaks.memory["forward"] == Memory(activations=200, other=100)
-    assert backend.peaks.reserved["forward"] == 1000
+    assert backend.peaks["forward"] == Memory(activations=200, other=100)
+    assert backend.reserved["forward"] == 1000
 
 
 def test_on_cuda_the_allocators_peak_is_read_and_reset(monkeypatch):
@@ -52,6 +52,6 @@ def test_on_cuda_the_allocators_peak_is_read_and_reset(monkeypatch):
     backend = CudaBackend(torch.nn.Linear(1, 1), torch.device("cuda"), PhaseTracker())
     backend.start([])
     backend.switch("forward", "between")
-    assert backend.peaks.memory["forward"] == Memory(activations=50, other=40)
-    assert backend.peaks.reserved["forward"] == 128
+    assert backend.peaks["forward"] == Memory(activations=50, other=40)
+    assert backend.reserved["forward"] == 128
     assert resets == [torch.device("cuda")] * 2

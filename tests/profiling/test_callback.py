@@ -1,4 +1,4 @@
-"""ProfilerCallback: its figures reach the trackers, on one rank and on two, and nothing is left after a failure."""
+"""ProfilerCallback: its figures reach the trackers on one and two ranks, and a failed run leaves nothing installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from esm_efficient.training.metrics import compute_metrics_for
 
 
 class Tracker(TrainerCallback):
-    """A tracker's callback: it comes before the user's own callbacks."""
+    """Records the logged values, as a tracker does. The Trainer calls it before the user's callbacks."""
 
     def __init__(self):
         self.logged = []
@@ -119,7 +119,7 @@ def test_a_run_that_another_callback_ends_leaves_nothing_on_the_model(tokenizer,
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.remove_callback(Fails)
-    if event != "on_train_begin":  # here the guard is on, and nothing that it guards: the next run takes it off
+    if event != "on_train_begin":  # the guard stays installed until the next run, but no hook does
         assert_nothing_installed(trainer)
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
@@ -160,7 +160,7 @@ def test_two_profiler_callbacks_in_one_trainer_are_refused(tokenizer, tmp_path):
     assert_nothing_installed(trainer)
 
 
-def test_a_callback_that_no_trainer_calls_says_so(tmp_path):
+def test_using_the_callback_without_a_trainer_is_an_error(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ConfigurationError, match="use Profiler for other loops"):
         ProfilerCallback().on_train_begin(args, None, None, model=make_model(), optimizer=None)

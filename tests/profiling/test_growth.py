@@ -1,4 +1,4 @@
-"""Growth: memory that is kept is found and named; memory that comes and goes is not."""
+"""Growth: a leak is found and named, and memory that is freed again is not reported."""
 
 from __future__ import annotations
 

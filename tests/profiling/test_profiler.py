@@ -1,4 +1,4 @@
-"""Profiler: phases, categories, rates and leaks of real loops; it leaves nothing installed."""
+"""Profiler: it measures phases, categories, rates and leaks of real loops, and leaves nothing installed."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_activations_kept_in_a_list_are_found_and_named(caplog):
     growth = profiler.report().growth
     assert growth is not None
     assert growth.category == "activations"
-    # The memory that one forward pass keeps, by the estimator.
+    # The estimator predicts the memory that one forward pass keeps.
     config = model.config
     held = estimate(
         config, device="cpu", recipe="base", micro_batch=8, accumulation=1, tokens=60, padding="equal-length"
@@ -250,7 +250,7 @@ def test_out_of_memory_error_names_the_phase_and_what_was_held(where):
 
 
 class TrackedTotals(TotalsBackend):
-    """The backend of a GPU on top of a count of the CPU's tensors, of which it reads the totals only."""
+    """Reads only totals, as on a GPU. Here the totals come from a tracker of CPU tensors."""
 
     tracker: AllocationTracker
 
@@ -264,7 +264,7 @@ class TrackedTotals(TotalsBackend):
 
 
 @pytest.mark.parametrize("recipe", ["base", "gc", "lora", "all"])
-def test_totals_are_split_nearly_as_exact_counts_are(monkeypatch, recipe):
+def test_the_split_of_totals_is_close_to_exact_counts(monkeypatch, recipe):
     def run():
         with Profiler(model, optimizer, warmup_steps=0, every=1) as profiler:
             train(model, optimizer, batches, profiler)
@@ -312,14 +312,14 @@ def test_impossible_options_are_refused():
             Profiler(torch.nn.Linear(1, 1), **options)
 
 
-def test_a_profiler_that_was_not_started_says_so():
+def test_using_a_profiler_before_it_starts_is_an_error():
     profiler = Profiler(torch.nn.Linear(1, 1))
     for method in (profiler.report, profiler.step):
         with pytest.raises(ConfigurationError, match="has not been started"):
             method()
 
 
-def test_a_profiler_measures_one_loop_after_the_other_and_not_two_at_once():
+def test_a_profiler_measures_loops_in_turn_and_refuses_two_at_once():
     model, optimizer = make_run()
     before = hooks_of(model, optimizer)
     profiler = Profiler(model, optimizer, compare_with_matmul=False)

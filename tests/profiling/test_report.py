@@ -47,7 +47,7 @@ def test_ranks_are_shown_one_by_one_and_summed():
     reports = RankReports(
         tuple(make_report(rank=rank, ranks=2, residues_per_second=r) for rank, r in [(0, 10), (1, 30)])
     )
-    assert (reports.peak_bytes, reports.residues_per_second) == (44 * MIB, 40)
+    assert reports.sums == {"peak_bytes": 44 * MIB, "samples_per_second": 10, "residues_per_second": 40}
     metrics = reports.metrics()
     assert metrics["profile/rank1_residues_per_second"] == 30
     assert metrics["profile/sum_peak_bytes"] == 44 * MIB

@@ -31,6 +31,7 @@ def test_timelines_have_a_plot_per_method_and_a_colour_per_phase():
     points = [("forward", 0.0, 0), ("forward", 1.0, GIB), ("backward", 2.0, GIB), ("optimizer", 3.0, 0)]
     shown = texts(timeline_plot({"one": points, "two": points, "three": points, "four": points}))
     assert {"one", "two", "three", "four", "forward", "backward", "optimizer", "seconds"} <= set(shown)
+    assert {"one", "forward", "seconds"} <= set(texts(timeline_plot({"one": points})))
 
 
 def test_the_pareto_plot_names_methods_and_axes():

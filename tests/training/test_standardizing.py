@@ -174,12 +174,17 @@ def test_a_real_backbone_learns_a_number_in_its_unit(tmp_path, checkpoint, seque
     assert plain_logits(result.model_dir, sequences["test"][:4]).mean() == pytest.approx(55, abs=2)
 
 
-def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path, sequences):
+def test_an_encoder_that_is_not_whole_is_refused(tmp_path, sequences):
     model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
-    model.config.intermediate_size += 1
+    model.config.num_hidden_layers += 1
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match="other shapes"):
+    with pytest.raises(ConfigurationError, match=r"lacks 1[0-9] weights of the encoder.*esm.encoder.layer.4"):
+        finetune(tmp_path, numbers(sequences), output_dir=tmp_path / "out", **OPTIONS)
+    model.config.num_hidden_layers -= 1
+    model.config.intermediate_size += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"other shapes.*esm.encoder.layer.0.intermediate"):
         finetune(tmp_path, numbers(sequences), output_dir=tmp_path / "out", **OPTIONS)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    EsmForMaskedLM,
     EsmForSequenceClassification,
     EsmForTokenClassification,
     Trainer,
@@ -28,6 +30,7 @@ from transformers import (
 
 from esm_efficient import AuditCallback, WeightedTrainer, compat, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.saving import portable_saving
 
 WEIGHTS = [0.3, 2.5]
 
@@ -274,8 +277,8 @@ def two_ranks(tmp_path_factory, tokenizer):
     for kind in TASK_LOSS:
         make_task_dataset(kind, 37).save_to_disk(folder / kind)
     model = make_model()
-    compat.save_under_own_names(model)
-    model.save_pretrained(folder / "model")
+    with portable_saving(model):
+        model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -553,6 +556,245 @@ def test_class_weights_are_keyword_only(tmp_path, tiny_model):
 def test_weights_that_do_not_fit_are_refused(tmp_path, tiny_model, tiny_dataset, tokenizer, weights, message):
     with pytest.raises(ConfigurationError, match=message):
         weighted(tiny_model(), arguments(tmp_path), tiny_dataset(8), tokenizer, class_weights=weights)
+
+
+class TutorialsTrainer(WeightedTrainer):
+    """Computes its own weighted mean, as the tutorial does."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, weight=torch.tensor(WEIGHTS))
+        return (loss, outputs) if return_outputs else loss
+
+
+class PlainTutorialsTrainer(Trainer):
+    compute_loss = TutorialsTrainer.compute_loss
+
+
+class MeanTutorialsTrainer(TutorialsTrainer):
+    loss_is_scaled_for_ga = False
+
+
+class PenaltyTrainer(WeightedTrainer):
+    """Adds a mean over the micro-batch to the weighted loss, and passes on no number of items."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss + 0.1 * outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class MeanPenaltyTrainer(PenaltyTrainer):
+    loss_is_scaled_for_ga = False
+
+
+def gradients_of(cls, tmp_path, model, data, tokenizer, accumulation=4, **options):
+    gradients, losses = Gradients(), Losses()
+    options = {"callbacks": [gradients, losses], "data_collator": DataCollatorWithPadding(tokenizer)} | options
+    cls(model, arguments(tmp_path, 16 // accumulation, accumulation), train_dataset=data, **options).train()
+    return gradients.steps, losses.values
+
+
+@pytest.mark.parametrize("cls", [TutorialsTrainer, MeanTutorialsTrainer])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_subclass_with_its_own_loss_has_the_gradient_of_trainer(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, cls, accumulation
+):
+    data = tiny_dataset(21)
+    expected = gradients_of(PlainTutorialsTrainer, tmp_path, tiny_model(), data, tokenizer, accumulation)
+    gradients, losses = gradients_of(cls, tmp_path, tiny_model(), data, tokenizer, accumulation, audit=False)
+    assert losses == pytest.approx(expected[1], rel=1e-6)
+    assert all(relative_error(*pair) <= 1e-6 for pair in zip(gradients, expected[0], strict=True))
+
+
+@pytest.mark.parametrize("cls", [PenaltyTrainer, MeanPenaltyTrainer])
+def test_a_subclass_may_add_a_mean_to_the_weighted_loss(tmp_path, tiny_model, tiny_dataset, tokenizer, cls):
+    data, model = tiny_dataset(16), tiny_model()
+    batch = DataCollatorWithPadding(tokenizer)([data[i] for i in range(16)])
+    expected = reference_loss(model, data, tokenizer) + 0.1 * model(**batch).logits.square().mean()
+    expected.backward()
+    vector = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    gradients, losses = gradients_of(cls, tmp_path, tiny_model(), data, tokenizer, audit=False, class_weights=WEIGHTS)
+    assert losses == pytest.approx([expected.item()], rel=1e-5)
+    assert relative_error(gradients[0], vector) <= 1e-5
+
+
+def test_a_subclass_may_have_labels_that_the_weighted_loss_refuses(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    class SoftLabels(WeightedTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss = F.mse_loss(model(inputs["input_ids"]).logits[:, 0], inputs["labels"])
+            return (loss, None) if return_outputs else loss
+
+    data = tiny_dataset(16).cast_column("labels", Value("float32"))
+    model = tiny_model(problem_type="single_label_classification")
+    _, losses = gradients_of(SoftLabels, tmp_path, model, data, tokenizer, audit=False)
+    assert len(losses) == 1
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class StreamWithLength(Stream):
+    def __len__(self):
+        return len(self.rows)
+
+
+def several_labels(size=16):
+    data = make_task_dataset("several", size).remove_columns("sample_weight")
+    return [row | {"labels": torch.tensor(row["labels"]).nan_to_num(0.0)} for row in data]
+
+
+def tensor_collator(tokenizer):
+    """Return a collator for rows whose labels are tensors."""
+    pad = DataCollatorWithPadding(tokenizer)
+
+    def collate(rows):
+        rest = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        return dict(pad(rest)) | {"labels": torch.stack([row["labels"] for row in rows])}
+
+    return collate
+
+
+@pytest.mark.parametrize("cls", [Stream, StreamWithLength, list])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_labels_are_recognised_in_the_first_batch(tmp_path, tokenizer, cls, dtype):
+    rows, losses, model = several_labels(), {}, make_model(num_labels=3)
+    rows = [row | {"labels": row["labels"].to(dtype)} for row in rows]
+    for trainer in (Trainer, WeightedTrainer):
+        seen, model = Losses(), make_model(num_labels=3)
+        args = arguments(tmp_path, 8, max_steps=2)
+        collate = tensor_collator(tokenizer)
+        trainer(model, args, train_dataset=cls(rows), data_collator=collate, callbacks=[seen]).train()
+        losses[trainer] = seen.values
+        assert model.config.problem_type == "multi_label_classification"
+    assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_labels_that_the_collator_makes_are_recognised(tmp_path, tokenizer):
+    rows, collate = several_labels(), DataCollatorWithPadding(tokenizer)
+    labels = {tuple(row["input_ids"]): row.pop("labels") for row in rows}
+
+    def with_labels(batch):
+        return collate(batch) | {"labels": torch.stack([labels[tuple(row["input_ids"])] for row in batch])}
+
+    losses = {}
+    for cls in (Trainer, WeightedTrainer):
+        seen = Losses()
+        args = arguments(tmp_path, 8)
+        cls(make_model(num_labels=3), args, train_dataset=rows, data_collator=with_labels, callbacks=[seen]).train()
+        losses[cls] = seen.values
+    assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5)
+
+
+def test_a_dict_of_evaluation_sets_needs_no_training_set(tmp_path, tokenizer):
+    sets = {"a": several_labels(8), "b": several_labels(16)[8:]}
+    losses = {}
+    for cls in (Trainer, WeightedTrainer):
+        trainer = cls(
+            make_model(num_labels=3),
+            arguments(tmp_path),
+            eval_dataset=sets,
+            data_collator=tensor_collator(tokenizer),
+        )
+        losses[cls] = [trainer.evaluate()[f"eval_{name}_loss"] for name in sets]
+    assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5)
+
+
+def test_an_empty_list_is_a_training_set_until_it_is_trained_on(tmp_path, tiny_model):
+    assert WeightedTrainer(tiny_model(), arguments(tmp_path), train_dataset=[]).train_dataset == []
+
+
+def test_a_masked_language_model_with_the_config_of_a_regressor_has_cross_entropy(tmp_path, tokenizer):
+    data = make_dataset(8)
+    data = data.remove_columns("labels").add_column("labels", data["input_ids"][:])
+    losses = {}
+    for cls in (Trainer, WeightedTrainer):
+        seen, collate = Losses(), DataCollatorForTokenClassification(tokenizer)
+        model = make_model(EsmForMaskedLM, num_labels=1, problem_type="regression")
+        cls(model, arguments(tmp_path, 8), train_dataset=data, data_collator=collate, callbacks=[seen]).train()
+        losses[cls] = seen.values
+        assert model.config.problem_type == "regression"
+    assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5)
+
+
+def test_one_output_trains_on_integers(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    losses = []
+    for data in (tiny_dataset(16), tiny_dataset(16).cast_column("labels", Value("float32"))):
+        model = tiny_model(num_labels=1)
+        losses.append(gradients_of(WeightedTrainer, tmp_path, model, data, tokenizer, audit=False)[1])
+    assert losses[0] == losses[1]
+    assert losses[0][0] > 0
+
+
+def test_a_model_keeps_a_loss_function_of_its_own(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    class Asked(EsmForSequenceClassification):
+        """Reads its loss function, as most models of transformers do."""
+
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            output = super().forward(input_ids, attention_mask)
+            output.loss = self.loss_function(output.logits, labels)
+            return output
+
+    Asked.forward.__module__ = "transformers.models.esm.modeling_esm"
+    model = tiny_model(Asked)
+    model.loss_function = lambda logits, labels: logits.sum() * 0 + 3.0
+    _, losses = gradients_of(WeightedTrainer, tmp_path, model, tiny_dataset(16), tokenizer, audit=False)
+    assert losses == pytest.approx([3.0])
+
+
+class Own(torch.nn.Module):
+    """A custom module; it takes no sample_weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(1, 2)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.head(input_ids.float().mean(1, keepdim=True))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return (logits,) if loss is None else (loss, logits)
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_sample_weights_do_not_reach_a_custom_module(tmp_path, tiny_dataset, tokenizer, caplog, remove_unused_columns):
+    data = tiny_dataset(16).add_column("sample_weight", [2.0] * 16)
+    args = arguments(tmp_path, 4, 4, remove_unused_columns=remove_unused_columns)
+    trainer = WeightedTrainer(
+        Own(), args, train_dataset=data, eval_dataset=data, data_collator=DataCollatorWithPadding(tokenizer)
+    )
+    trainer.train()
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    assert trainer.predict(data.remove_columns("labels")).predictions.shape == (16, 2)
+    assert "sample_weight has no effect" in caplog.text
+
+
+def test_sample_weights_do_not_hinder_a_prediction_without_labels(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = tiny_dataset(8).add_column("sample_weight", [2.0] * 8).remove_columns("labels")
+    assert weighted(tiny_model(), arguments(tmp_path), None, tokenizer).predict(data).predictions.shape == (8, 2)
+
+
+@pytest.mark.parametrize("config", [None, types.SimpleNamespace(num_labels=2), types.SimpleNamespace(hidden_size=4)])
+def test_a_custom_module_with_any_config_trains(tmp_path, tiny_dataset, tokenizer, config):
+    model = Own()
+    if config is not None:
+        model.config = config
+    trainer = WeightedTrainer(
+        model,
+        arguments(tmp_path, 4, 4),
+        train_dataset=tiny_dataset(16),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    assert trainer.train().global_step == 1
+    if not hasattr(config, "num_labels"):
+        with pytest.raises(ConfigurationError, match="num_labels"):
+            WeightedTrainer(model, arguments(tmp_path), train_dataset=tiny_dataset(8), class_weights=WEIGHTS)
 
 
 def test_regression_refuses_weights_and_its_loss_is_that_of_transformers(tmp_path, tiny_model, tiny_dataset, tokenizer):

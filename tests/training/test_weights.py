@@ -35,8 +35,16 @@ def test_absent_classes_and_labels_that_are_not_class_ids_are_named():
 
 @pytest.mark.parametrize(
     "given_",
-    [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), {"c": 3, "a": 1, "b": 2}],
-    ids=["list", "tuple", "array", "tensor", "mapping"],
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        np.array([1, 2, 3]),
+        torch.tensor([1.0, 2.0, 3.0]),
+        {"c": 3, "a": 1, "b": 2},
+        {2: 3, 0: 1, 1: 2},
+        {np.int64(2): 3, np.int64(0): 1, np.int64(1): 2},
+    ],
+    ids=["list", "tuple", "array", "tensor", "mapping", "by id", "by id of numpy"],
 )
 def test_every_form_of_weights_gives_the_same_array(given_):
     assert check_class_weights(given_, NAMES).tolist() == [1.0, 2.0, 3.0]
@@ -47,6 +55,20 @@ def test_a_mapping_must_name_every_label_once():
         check_class_weights({"a": 1, "b": 1}, NAMES)
     with pytest.raises(ConfigurationError, match="wrong or missing: d"):
         check_class_weights({"a": 1, "b": 1, "c": 1, "d": 1}, NAMES)
+
+
+def test_a_mapping_by_class_id_must_have_every_id_once():
+    with pytest.raises(ConfigurationError, match="wrong or missing: 2"):
+        check_class_weights({0: 1, 1: 1}, NAMES)
+    with pytest.raises(ConfigurationError, match="0 to 2; wrong or missing: 3"):
+        check_class_weights({0: 1, 1: 1, 2: 1, 3: 1}, NAMES)
+    with pytest.raises(ConfigurationError, match="wrong or missing"):
+        check_class_weights({0: 1, "b": 1, "c": 1}, NAMES)
+
+
+def test_names_that_are_numbers_are_names():
+    assert check_class_weights({"1": 5.0, "0": 2.0}, ["1", "0"]).tolist() == [5.0, 2.0]
+    assert check_class_weights({1: 5.0, 0: 2.0}, ["1", "0"]).tolist() == [2.0, 5.0]
 
 
 def test_balanced_weights_give_positives_and_negatives_of_a_label_the_same_total():

@@ -16,7 +16,8 @@ import pytest
 from aws_on_loopback import SCRIPTS
 from conftest import make_model
 
-from esm_efficient import Predictor, compat
+from esm_efficient import Predictor
+from esm_efficient.saving import portable_saving
 
 REQUESTS, CLIENTS, BAD = 10_000, 8, 2_000
 JSON = {"Content-Type": "application/json"}
@@ -26,8 +27,8 @@ JSON = {"Content-Type": "application/json"}
 def model_dir(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("model")
     model = make_model(id2label={0: "soluble", 1: "membrane"}, label2id={"soluble": 0, "membrane": 1})
-    compat.save_under_own_names(model)
-    model.save_pretrained(folder)
+    with portable_saving(model):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,199 @@
+"""What the cells of a label column look like, gathered block by block.
+
+A cell may be the label of a sequence, or hold one label per residue: as one letter each (``HHEC``), or as items of a
+list or of a text such as ``H H E C`` or ``[0, 1, 0]``. Only all cells together tell which.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from esm_efficient.data.schema import number_of, refuse_cells, texts_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_CLASSES = 1000
+"""The most classes of a label, and the most different cells that are remembered."""
+
+MAX_NAME = 200
+"""The most characters of the name of a class."""
+
+SEPARATORS = "|;,"
+"""Characters between several labels of a sequence, in the order in which a column is searched for them."""
+
+Reading = Literal["letters", "items"]
+
+_NO_LABEL = frozenset(("", "None", "nan", "NaN", "NA", "<NA>", "null", "-100"))
+"""How a list shows an item without a label; -100 is what transformers ignores."""
+
+_QUOTES = "'\""
+
+
+@dataclass
+class ResidueLabels:
+    """The cells of a column, read in one of the two ways as labels of residues.
+
+    Attributes:
+        rows: rows of two or more residues with one label per residue.
+        mismatches: rows in which the number of labels differs from the number of residues.
+        first_mismatch: the first of these rows; None without one.
+        names: the different labels of the other rows, with the first row of each; at most `MAX_CLASSES` + 1.
+    """
+
+    rows: int = 0
+    mismatches: int = 0
+    first_mismatch: str | None = None
+    names: dict[str, str] = field(default_factory=dict)
+
+    def observe(self, labels: Sequence[str | None], residues: int, place: str) -> None:
+        """Take note of the labels of one row."""
+        if len(labels) != residues:
+            self.mismatches += 1
+            self.first_mismatch = self.first_mismatch or f"{place}: {len(labels)} labels for {residues} residues"
+            return
+        self.rows += residues > 1
+        if len(self.names) <= MAX_CLASSES and (new := set(labels) - self.names.keys()):
+            self.names |= {name: place for name in new if name is not None}
+
+
+@dataclass
+class LabelObservations:
+    """What the cells of a label column look like.
+
+    Attributes:
+        rows: labels seen.
+        are_lists: whether the cells are lists; None before the first cell.
+        readings: the cells as labels of residues; lists are read as items only.
+        counts: rows per different cell, at most `MAX_CLASSES` + 1 cells of at most `MAX_NAME` characters.
+        places: the first row of each of these cells.
+        long_text: the first row with a longer text; None without one, as below.
+        parts: the different labels if a cell holds several, by separator; ``""`` for lists.
+        word_rows: rows with a text that is not a number.
+        first_number: the first cell that is a number, with its place.
+        first_word: the first cell that is not a number, with its place.
+        first_fraction: the first number that is not whole, with its place.
+    """
+
+    rows: int = 0
+    are_lists: bool | None = None
+    readings: dict[Reading, ResidueLabels] = field(
+        default_factory=lambda: {"letters": ResidueLabels(), "items": ResidueLabels()}
+    )
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    long_text: str | None = None
+    parts: dict[str, set[str]] = field(default_factory=lambda: {separator: set() for separator in ("", *SEPARATORS)})
+    word_rows: int = 0
+    first_number: str | None = None
+    first_word: str | None = None
+    first_fraction: str | None = None
+
+    def observe(self, cells: Sequence[Any], residues: np.ndarray, places: Sequence[str]) -> pa.Array:
+        """Take note of some cells and return them as an Arrow array of text or of lists of text.
+
+        Args:
+            cells: of the label column.
+            residues: int of shape (cells,): the length of each sequence.
+            places: where each row is.
+
+        Raises:
+            DataError: a label is missing, or some labels are lists and others are not.
+        """
+        import pyarrow as pa
+
+        are_lists = [isinstance(cell, list) for cell in cells]
+        expected = are_lists[0] if self.are_lists is None else self.are_lists
+        mixed = [is_list != expected for is_list in are_lists]
+        refuse_cells(cells, places, mixed, "the label is a list in some rows and not in others")
+        labels: list[Any] = [items_of_list(cell) for cell in cells] if expected else texts_of(cells)
+        refuse_cells(cells, places, [not label for label in labels], "the label is missing")
+        self.are_lists = expected
+        self.rows += len(labels)
+        for label, length, place in zip(labels, residues.tolist(), places, strict=True):
+            if expected:
+                self.readings["items"].observe(label, length, place)
+                self._observe_parts("", [item for item in label if item is not None])
+                continue
+            self.readings["letters"].observe(letters_of(label, length), length, place)
+            self.readings["items"].observe(items_of(label), length, place)
+            if label in self.counts:
+                self.counts[label] += 1
+                self.word_rows += number_of(label) is None
+            else:
+                self._observe_text(label, place)
+        return pa.array(labels, pa.list_(pa.string()) if expected else pa.string())
+
+    def _observe_text(self, text: str, place: str) -> None:
+        shown = f"{place}: {text!r:.40}"
+        if len(text) > MAX_NAME:
+            self.long_text = self.long_text or shown
+        elif len(self.counts) <= MAX_CLASSES:
+            self.counts[text], self.places[text] = 1, place
+        for separator in SEPARATORS:
+            self._observe_parts(separator, parts_of(text, separator))
+        if is_bracketed(text):
+            self._observe_parts("", [item for item in items_of(text) if item is not None])
+        value = number_of(text)
+        if value is None:
+            self.word_rows += 1
+            self.first_word = self.first_word or shown
+            return
+        self.first_number = self.first_number or shown
+        if value % 1:
+            self.first_fraction = self.first_fraction or shown
+
+    def _observe_parts(self, separator: str, parts: Sequence[str]) -> None:
+        if len(self.parts[separator]) <= MAX_CLASSES:
+            self.parts[separator].update(part[: MAX_NAME + 1] for part in parts)
+
+
+def letters_of(text: str, residues: int) -> str:
+    """Return a text of one letter per residue; white space between the letters is dropped if it is not counted.
+
+    Example:
+        >>> letters_of("HH EC", 4), letters_of("HH EC", 5)
+        ('HHEC', 'HH EC')
+    """
+    return text if len(text) == residues else "".join(text.split())
+
+
+def items_of(text: str) -> tuple[str | None, ...]:
+    """Return the items of a text with commas, semicolons, bars or white space between them; None for a missing item.
+
+    Example:
+        >>> items_of("[0, 1, None]"), items_of("H H E")
+        (('0', '1', None), ('H', 'H', 'E'))
+    """
+    inner = text[1:-1].strip() if is_bracketed(text) else text
+    separator = next((character for character in ",;|" if character in inner), None)
+    items = (item.strip().strip(_QUOTES) for item in inner.split(separator))
+    return tuple(None if item in _NO_LABEL else item for item in items)
+
+
+def items_of_list(cell: Sequence[Any]) -> list[str | None]:
+    """Return the items of a list as text; None where one is missing."""
+    items = (None if item is None or item != item else str(item).strip() for item in cell)
+    return [None if item in _NO_LABEL else item for item in items]
+
+
+def is_bracketed(text: str) -> bool:
+    """Return whether a text is a list as Python, pandas or numpy writes it."""
+    return (text[:1], text[-1:]) in (("[", "]"), ("(", ")"))
+
+
+def parts_of(text: str, separator: str) -> list[str]:
+    """Return the labels in a cell of several labels; an empty separator reads a list."""
+    if not separator:
+        return [item for item in items_of(text) if item is not None]
+    return [part for part in map(str.strip, text.split(separator)) if part]
+
+
+def spelling(name: str) -> str:
+    """Return what is the same for two names that differ in case, white space, hyphens or underscores only."""
+    return " ".join(re.split(r"[\s_-]+", name.strip())).casefold()

@@ -1,0 +1,80 @@
+"""What is taken as sequences to predict from, and texts that are not proteins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from esm_efficient.data.schema import non_letters
+from esm_efficient.data.sequences import STANDARD_RESIDUES, clean
+from esm_efficient.errors import DataError, listing
+
+_FILE = re.compile(r"\.(fa|faa|fas|fasta|csv|tsv|txt|parquet|json|jsonl|pdb|cif)(\.(gz|xz|bz2|zip))?$", re.IGNORECASE)
+_WORDS = 0.05
+"""The largest share of letters that are rare in proteins (B, J, O, U, Z) in a text in small letters."""
+
+
+def sequences_from(given: Any) -> list[str]:
+    """Return the sequences in a list, an array, a pandas Series, a column of a data set or a split of one.
+
+    Args:
+        given: texts, or rows with a column ``sequence``.
+
+    Raises:
+        DataError: one text, all splits of a data set, or another mapping was given; or an item is not a text, is empty,
+            or is not a protein sequence.
+
+    Example:
+        >>> import numpy as np
+        >>> sequences_from(np.array(["MKT", "MAL"]))
+        ['MKT', 'MAL']
+    """
+    if isinstance(given, str | bytes):
+        raise DataError("expected a list of sequences, got a single text: put it into a list")
+    if isinstance(given, Mapping):
+        raise DataError(
+            f"expected a list of sequences, got a {type(given).__name__} with {listing([repr(key) for key in given])}: "
+            'give one of its values, such as data["test"]'
+        )
+    columns = getattr(given, "column_names", None)
+    if columns is None and getattr(given, "ndim", 1) == 2:
+        columns = list(getattr(given, "columns", ()))
+    if columns is not None:  # a split of a data set, or a table of pandas
+        if "sequence" not in columns:
+            raise DataError(
+                f"the {type(given).__name__} has the columns {listing([repr(name) for name in columns])}: expected a "
+                "column called sequence, or give the column itself"
+            )
+        given = given["sequence"]
+    if not isinstance(given, Iterable):
+        raise DataError(f"expected a list of sequences, got {type(given).__name__}")
+    sequences = list(given)
+    if bad := [f"sequence {i}" for i, item in enumerate(sequences, 1) if not isinstance(item, str)]:
+        raise DataError(f"{len(bad)} sequence(s) are not texts: {listing(bad)}")
+    problems = [(number, problem_of(text)) for number, text in enumerate(sequences, 1)]
+    if bad := [f"sequence {number} {problem}" for number, problem in problems if problem]:
+        raise DataError(f"{len(bad)} of {len(sequences)} texts are not protein sequences: {listing(bad, 3)}")
+    return [str(text) for text in sequences]
+
+
+def problem_of(text: str) -> str:
+    """Return why a text is not a protein sequence; empty if it may be one.
+
+    Example:
+        >>> problem_of("MKTAYIAKQR"), problem_of("proteins.fasta")[:26]
+        ('', 'is the name of a file (pro')
+    """
+    if _FILE.search(text.strip()):
+        return f"is the name of a file ({text.strip()[:80]}): read it with load_sequences"
+    sequence = clean(text)
+    if not sequence:
+        return "is empty"
+    if unknown := non_letters(sequence.replace("*", "")):
+        return f"contains characters that are not residues ({listing([repr(c) for c in unknown])}): {text[:40]!r}"
+    lengths = [len(block) for block in re.split("[ \t]+", text.strip(" \t"))]
+    evenly = len(set(lengths[:-1])) < 2 and lengths[-1] <= lengths[0]
+    rare = sum(letter not in STANDARD_RESIDUES + "X" for letter in sequence) / len(sequence)
+    if not (evenly or "\n" in text) or (text != text.upper() and rare > _WORDS):
+        return f"looks like words ({text[:40]!r}): write a sequence in capital letters without spaces"
+    return ""

@@ -1,0 +1,86 @@
+"""The splits that a table tells itself: words, flags, and columns that contradict each other."""
+
+from __future__ import annotations
+
+import pytest
+from sequence_files import frame, put, write
+
+from esm_efficient import load_sequences
+from esm_efficient.errors import ConfigurationError, DataError
+
+pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
+
+WORDS = ["train"] * 20 + ["test"] * 20
+FLIP = ["True" if i % 4 == 0 else "False" for i in range(20)] + [""] * 20
+
+
+def table():
+    return frame()[["id", "sequence", "label"]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"set": WORDS, "validation": FLIP}, (15, 5, 20)),
+        ({"set": WORDS}, (20, 0, 20)),
+        ({"stage": ["train"] * 30 + ["valid"] * 4 + ["test"] * 6}, (30, 4, 6)),
+        ({"Split": ["train"] * 30 + ["dev"] * 4 + ["test"] * 6}, (30, 4, 6)),
+        ({"fold": WORDS}, (20, 0, 20)),
+        ({"usage": WORDS}, (20, 0, 20)),
+        ({"is_test": ["0"] * 30 + ["1"] * 10}, (30, 0, 10)),
+        ({"is_train": ["1"] * 30 + ["0"] * 10}, (30, 0, 10)),
+        ({"is_test": ["0"] * 30 + ["1"] * 10, "is_valid": ["1"] * 5 + ["0"] * 35}, (25, 5, 10)),
+        ({"is_train": ["1"] * 30 + ["0"] * 10, "validation": ["1"] * 5 + [""] * 35}, (25, 5, 10)),
+        ({"validation": FLIP}, (35, 5, 0)),
+    ],
+)
+def test_columns_that_tell_the_split_are_used(tmp_path, columns, expected):
+    data = load_sequences(write(table().assign(**columns), tmp_path / "a.csv"), label="label")
+    assert tuple(len(data[name]) if name in data else 0 for name in ("train", "validation", "test")) == expected
+
+
+def test_a_validation_flag_is_named_or_ignored(tmp_path):
+    rows = table().assign(set=WORDS, held=FLIP)
+    path = write(rows, tmp_path / "a.csv")
+    assert set(load_sequences(path, validation="held")["validation"]["accession"]) == {f"P{i}" for i in range(0, 20, 4)}
+    assert set(load_sequences(path)) == {"train", "test"}
+    path = write(rows.rename(columns={"held": "validation"}), tmp_path / "b.csv")
+    assert set(load_sequences(path, validation=False)) == {"train", "test"}
+    with pytest.warns(UserWarning, match="homologous"):
+        data = load_sequences(path, split=False)
+    assert len(data["test"]) == 8
+    files = {"train": write(rows[:20], tmp_path / "train.csv"), "test": write(rows[20:], tmp_path / "test.csv")}
+    assert len(load_sequences(files, validation="held")["validation"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"set": ["A"] * 40}, "set is not train, validation or test in 40 row.*pass split=False"),
+        ({"set": WORDS, "validation": ["yes"] * 40}, "validation is neither true nor false in 40 .*validation=False"),
+        ({"set": WORDS, "validation": ["1"] * 40}, "the split contradicts validation in 20 row.*line 22"),
+        ({"set": WORDS, "is_test": ["1"] * 40}, "the split contradicts is_test in 20 row.*line 2:"),
+        ({"is_test": ["1"] * 40, "is_train": ["1"] * 40}, "the split contradicts is_train and is_test in 40"),
+        ({"is_test": ["0"] * 40, "is_train": ["0"] * 40}, "contradicts is_train and is_test in 40"),
+        ({"set": WORDS, "split": WORDS}, "split could be any of 'set', 'split'"),
+        ({"usage": WORDS, "part": WORDS}, "the split could be any of usage, part"),
+    ],
+)
+def test_columns_that_contradict_each_other_or_say_something_else_are_refused(tmp_path, columns, message):
+    with pytest.raises(DataError, match=message):
+        load_sequences(write(table().assign(**columns), tmp_path / "a.csv"))
+
+
+def test_an_option_that_the_splits_of_the_file_would_overrule_is_refused(tmp_path):
+    clusters = tmp_path / "cluster.tsv"
+    clusters.write_text("".join(f"P{i}\tP{i}\n" for i in range(40)))
+    path = write(frame().assign(set=WORDS)[["id", "sequence", "label", "set", "fold"]], tmp_path / "a.csv")
+    for options in ({"clusters": clusters}, {"partition": "fold"}):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(options))}= would not be used.*split=False"):
+            load_sequences(path, **options)
+        load_sequences(path, split=False, **options)
+
+
+def test_wrong_words_can_be_left_out(tmp_path):
+    path = write(put(table().assign(set=WORDS), "set", "?"), tmp_path / "a.csv")
+    assert sum(map(len, load_sequences(path, on_error="skip").values())) == 39

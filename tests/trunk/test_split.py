@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    EsmConfig,
+    EsmForMaskedLM,
+    EsmForSequenceClassification,
+    EsmForTokenClassification,
+    EsmModel,
+)
+
+from esm_efficient import ConfigurationError, apply_lean_encoder, has_lean_encoder, lora_config
+from esm_efficient.trunk.split import join_model, split_model, truncate
+
+LAYERS = 4
+
+
+def make_model(kind=EsmForSequenceClassification, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 64}
+    config = EsmConfig(
+        vocab_size=33,
+        pad_token_id=1,
+        mask_token_id=32,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        **({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | sizes | options),
+    )
+    return kind(config).eval()
+
+
+@pytest.fixture
+def batch():
+    ids = torch.tensor([[0, 20, 15, 11, 32, 2, 1, 1], [0, 4, 5, 6, 7, 8, 9, 2]])
+    return {"input_ids": ids, "attention_mask": (ids != 1).long()}
+
+
+def output(model, **inputs):
+    with torch.no_grad():
+        return next(iter(model(**inputs).values()))
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("layers", range(LAYERS + 1))
+@pytest.mark.parametrize("kind", [EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel])
+def test_the_rest_on_the_states_of_the_trunk_computes_what_the_model_computes(kind, layers, lean, batch):
+    model = make_model(kind)
+    expected = output(model, **batch)
+    trunk, rest = split_model(model, layers)
+    states = trunk(**batch)
+    if lean:
+        apply_lean_encoder(rest)
+    got = output(rest, inputs_embeds=states, attention_mask=batch["attention_mask"])
+    kept = batch["attention_mask"].bool() if got.dim() == 3 else slice(None)
+    torch.testing.assert_close(got[kept], expected[kept], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output(model, **batch), expected)  # the model itself still works
+
+
+def test_trunk_and_rest_share_the_parameters_of_the_model_under_their_own_names():
+    model = make_model()
+    parameters = dict(model.named_parameters())
+    trunk, rest = split_model(model, 1)
+    for name, parameter in rest.named_parameters():
+        assert parameter is parameters[name]
+    missing = set(parameters) - set(dict(rest.named_parameters()))
+    assert missing == {
+        name
+        for name in parameters
+        if name.startswith(("esm.encoder.layer.0.", "esm.encoder.layer.1.", "esm.encoder.layer.2."))
+    }
+    for name, parameter in trunk.named_parameters():
+        assert parameter is parameters[name]
+        assert not parameter.requires_grad
+    assert all(p.requires_grad for name, p in rest.named_parameters() if ".layer.3." in name or "classifier" in name)
+
+
+def test_a_trunk_stays_in_evaluation_mode():
+    trunk, _ = split_model(make_model(), 1)
+    trunk.train()
+    assert not any(module.training for module in trunk.modules())
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_trained_rest_with_adapters_joins_to_an_ordinary_model(lean, batch):
+    model = make_model()
+    plain = copy.deepcopy(model)
+    trunk, rest = split_model(model, 2)
+    rest = get_peft_model(rest, lora_config(rest, layers_to_transform=[2, 3]))
+    if lean:
+        apply_lean_encoder(rest)
+    with torch.no_grad():
+        for name, parameter in rest.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    expected = output(rest, inputs_embeds=trunk(**batch), attention_mask=batch["attention_mask"])
+    joined = join_model(rest, trunk)
+    assert has_lean_encoder(joined) is lean
+    torch.testing.assert_close(output(joined, **batch), expected, atol=1e-6, rtol=1e-5)
+    whole = get_peft_model(plain, lora_config(plain, layers_to_transform=[2, 3]))
+    assert set(joined.state_dict()) == set(whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: split_model(make_model(), 5), "layers=5: expected 0 to 4"),
+        (lambda: split_model(make_model(), -1), "layers=-1"),
+        (lambda: split_model(make_model(hidden_dropout_prob=0.1), 1), "has dropout"),
+        (lambda: split_model(torch.nn.Linear(2, 2), 1), "0 modules of transformers' class EsmModel"),
+        (lambda: split_model(get_peft_model(m := make_model(), lora_config(m)), 1), "has adapters"),
+        (lambda: truncate(get_peft_model(m := make_model(), lora_config(m)), 1), "has adapters"),
+        (lambda: truncate(make_model(), 0), "layers=0: expected 1 to 4"),
+        (lambda: join_model(split_model(make_model(), 1)[1], split_model(make_model(), 2)[0]), "lacks 3 layers"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        change()
+
+
+@pytest.mark.parametrize("layers", [1, 3, LAYERS])
+def test_a_truncated_model_is_an_ordinary_checkpoint_of_the_lowest_layers(layers, batch, tmp_path):
+    model = make_model()
+    shorter = truncate(model, layers)
+    shorter.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.num_hidden_layers == layers
+    assert len(loaded.esm.encoder.layer) == layers
+    assert model.config.num_hidden_layers == LAYERS
+    trunk, _ = split_model(model, LAYERS - layers)
+    expected = model.classifier(model.esm.encoder.emb_layer_norm_after(trunk(**batch)))
+    torch.testing.assert_close(output(loaded, **batch), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_truncated_contact_head_reads_the_attentions_of_the_layers_that_are_left(batch):
+    model = make_model(EsmModel)
+    model.set_attn_implementation("eager")
+    shorter = truncate(model, 2)
+    with torch.no_grad():
+        model.contact_head.regression.weight[:, 4:] = 0  # two layers of two heads
+        got, expected = (m.predict_contacts(batch["input_ids"], batch["attention_mask"]) for m in (shorter, model))
+    torch.testing.assert_close(got, expected)
