@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigurationError,
         DataError,
+        DivergenceError,
         DownloadError,
         EsmEfficientError,
         RequestError,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     )
     from esm_efficient.training.arguments import recipe_arguments
     from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
+    from esm_efficient.training.evaluation import evaluate
     from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import finetune
     from esm_efficient.training.result import FinetuneResult
@@ -97,6 +99,7 @@ _HOME = {
         "CheckpointError",
         "ConfigurationError",
         "DataError",
+        "DivergenceError",
         "DownloadError",
         "EsmEfficientError",
         "RequestError",
@@ -124,6 +127,7 @@ _HOME = {
     ),
     "training.arguments": ("recipe_arguments",),
     "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
+    "training.evaluation": ("evaluate",),
     "training.export": ("export_model",),
     "training.finetune": ("finetune",),
     "training.result": ("FinetuneResult",),
@@ -142,6 +146,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "Device",
+    "DivergenceError",
     "DownloadError",
     "EsmEfficientError",
     "Estimate",
@@ -171,6 +176,7 @@ __all__ = [
     "deeploc_dataloaders",
     "demo_model_path",
     "estimate",
+    "evaluate",
     "export_model",
     "finetune",
     "format_table",

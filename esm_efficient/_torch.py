@@ -5,7 +5,8 @@ Each docstring says what breaks without the function, and a test fails when a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +32,70 @@ def hooks_of(module: nn.Module) -> Sequence[Any]:
     return [hook for name in HOOK_DICTIONARIES for hook in (members.get(name) or {}).values()]
 
 
-def descendants(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules below a module.
+def tree_of(module: nn.Module) -> tuple[list[Any], list[nn.Module]]:
+    """Return the names and classes of the modules below a module, and those that have hooks or a forward of their own.
 
-    Without it every forward pass would use ``modules()``, which looks for shared modules and is slower.
+    Two modules with equal names and classes have the same structure. Without it every forward pass would use
+    ``named_modules()``, which builds paths and is several times slower.
     """
+    tree: list[Any] = []
+    changed = []
     waiting = [module]
     while waiting:
-        for child in waiting.pop()._modules.values():
+        children = waiting.pop()._modules
+        tree += children
+        for child in children.values():
+            tree.append(child.__class__)
             if child is not None:
+                members = child.__dict__
+                if "forward" in members or any(map(members.get, HOOK_DICTIONARIES)):
+                    changed.append(child)
                 waiting.append(child)
-                yield child
+    return tree, changed
+
+
+def child_of(module: nn.Module | None, *path: str) -> Any:
+    """Return a module below another, or None if there is none at the path.
+
+    Without it every forward pass would use ``get_submodule``, which is slower and fails at a missing module.
+    """
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 for a tensor that does not count it.
+
+    Without it, a changed rotary frequency would be noticed only by comparing values, for which a GPU has to wait.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def uncompiled(function: Callable[..., Any]) -> Any:
+    """Keep torch.compile from tracing a function of the lean encoder, and say why where it cannot go on without it.
+
+    torch before 2.7 takes no reason. Without it, torch.export would fail with the name of a function only.
+    """
+    reason = (
+        "the lean encoder runs uncompiled and cannot be exported: call remove_lean_encoder(model) before torch.export "
+        "or fullgraph=True"
+    )
+    takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+    options: dict[str, Any] = {"reason": reason} if takes_reason else {}
+    return torch.compiler.disable(function, **options)
+
+
+def exporter() -> str:
+    """Return the name of the tool that is tracing the current call for export; empty if none is.
+
+    torch 2.6 cannot tell torch.export from torch.compile. Without it, ``torch.jit.trace`` would record the lengths of
+    its example batch, and answer wrongly for any other.
+    """
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    return "torch.export" if is_exporting is not None and is_exporting() else ""
 
 
 def is_fake(tensor: Tensor) -> bool:

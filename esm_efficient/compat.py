@@ -190,6 +190,13 @@ Without replacing it, the lean encoder would still make a mask of rows x columns
 """
 
 
+REPLACED_METHODS = ("forward", "__call__", "feed_forward_chunk", ATTENTION_MASKS_METHOD, "_update_cos_sin_tables")
+"""Methods of transformers' ESM-2 modules that the lean encoder stands in for.
+
+Without the private ones, a subclass that changes them would compute what transformers' own class does.
+"""
+
+
 class _NoCheckpointing:
     """Calls a layer directly, in place of the checkpointing function that it replaces."""
 
@@ -232,6 +239,20 @@ def lora_extension(layer: Any, adapter: str) -> str:
     if layer.fan_in_fan_out or getattr(layer, "lora_bias", {}).get(adapter):
         return "LoRA with a bias or transposed weights"
     return ""
+
+
+def rotary_modules(esm: Any, attentions: Iterable[Any]) -> list[tuple[Any, type]]:
+    """Return the modules that compute rotary angles, and the class that transformers has for them.
+
+    transformers 5.23 has one in the model, not in each self-attention, and renames the class. Without it, a module of
+    a user's own would be ignored.
+    """
+    from transformers.models.esm import modeling_esm
+
+    cls = getattr(modeling_esm, "EsmRotaryEmbedding", None) or getattr(modeling_esm, "RotaryEmbedding")  # noqa: B009
+    owners = [esm] if hasattr(esm, "rotary_embeddings") else attentions
+    modules = [getattr(owner, "rotary_embeddings", None) for owner in owners]
+    return [(module, cls) for module in modules if module is not None]
 
 
 def rotary_table(
@@ -285,21 +306,6 @@ def rotates_per_layer() -> bool:
     from transformers import EsmModel
 
     return not hasattr(EsmModel, "load_hook")
-
-
-def reads_first_token(model: nn.Module) -> bool:
-    """Whether a model is a sequence classifier with transformers' own head, which reads only the first token."""
-    from transformers import EsmForSequenceClassification
-    from transformers.models.esm.modeling_esm import EsmClassificationHead
-
-    if not isinstance(model, EsmForSequenceClassification):
-        return False
-    copies = getattr(model.classifier, "modules_to_save", None)
-    heads = [model.classifier] if copies is None else list(copies.values())
-    if any("forward" in module.__dict__ for module in (model, *heads)):
-        return False
-    known = EsmForSequenceClassification.forward, EsmClassificationHead.forward
-    return type(model).forward is known[0] and all(type(head).forward is known[1] for head in heads)
 
 
 # --- adapters ---

@@ -40,6 +40,10 @@ class AuditError(EsmEfficientError, RuntimeError):
         self.unmoved = unmoved
 
 
+class DivergenceError(EsmEfficientError, ArithmeticError):
+    """A loss, a gradient or a parameter is NaN or infinite, or the loss has exploded."""
+
+
 class TrainingInterrupted(EsmEfficientError):
     """A signal ended a run after a checkpoint of its last step was written."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,12 +42,17 @@ class Recipe:
         gradient_checkpointing: whether activations are recomputed in the backward pass.
         preset: the layers that get adapters (`esm_efficient.adapters.resolve`); None without adapters.
         r: rank of the adapters; None without adapters.
+        layers: the encoder layers that train or get adapters, as `select_layers` reads them. All layers, if
+            ``trains="full"`` is to train the embeddings too.
+        cache: compute the states that enter the lowest layer that trains once, keep them on disk, and train on them
+            (`esm_efficient.trunk`). The layers below are then neither computed again nor in memory.
         encoder: ``"lean"`` for the encoder that computes without padding and saves less for the backward pass
             (`esm_efficient.encoder`), ``"plain"`` for that of transformers. Loss and gradient are the same.
         description: one line for a table.
 
     Raises:
-        ConfigurationError: preset and rank do not fit `trains`, a size is below 1, or the encoder is unknown.
+        ConfigurationError: preset and rank do not fit `trains`, a size is below 1, the encoder or the layers are
+            unknown, or everything trains and there is nothing to cache.
     """
 
     name: str
@@ -56,6 +63,8 @@ class Recipe:
     gradient_checkpointing: bool = False
     preset: str | None = None
     r: int | None = None
+    layers: str | tuple[int, ...] = "all"
+    cache: bool = False
     encoder: Encoder = "lean"
     description: str = ""
 
@@ -67,6 +76,12 @@ class Recipe:
             )
         if self.encoder not in ("lean", "plain"):
             raise ConfigurationError(f"recipe {self.name!r}: encoder={self.encoder!r}: expected 'lean' or 'plain'")
+        object.__setattr__(self, "layers", check_layers(self.layers))
+        if self.cache and self.trains == "full" and self.layers == "all":
+            raise ConfigurationError(
+                f"recipe {self.name!r}: cache=True with all parameters training: nothing stays the same, so nothing "
+                'can be computed once. Give layers, such as layers="top-1/3"'
+            )
         if self.micro_batch < 1 or self.accumulation < 1:
             raise ConfigurationError(
                 f"recipe {self.name!r}: micro_batch={self.micro_batch} and accumulation={self.accumulation}: expected "
@@ -77,6 +92,10 @@ class Recipe:
     def batch_size(self) -> int:
         """Sequences per optimizer step on one device: the accumulated batch."""
         return self.micro_batch * self.accumulation
+
+    def trained_layers(self, count: int) -> tuple[int, ...]:
+        """Return the numbers of the layers that train or get adapters, of an encoder with `count` layers."""
+        return () if self.trains == "head" else select_layers(self.layers, count)
 
     def replace(self, **changes: Any) -> Recipe:
         """Return a copy with other settings, with the learning rate scaled to the accumulated batch unless it is given.
@@ -93,6 +112,54 @@ class Recipe:
             scaled = self.learning_rate * math.sqrt(changed.batch_size / self.batch_size)
             changed = dataclasses.replace(changed, learning_rate=scaled)
         return changed
+
+
+def check_layers(layers: str | Sequence[int]) -> str | tuple[int, ...]:
+    """Return a choice of layers, a list as a sorted tuple.
+
+    Raises:
+        ConfigurationError: `layers` is not a choice that `select_layers` reads.
+    """
+    if isinstance(layers, str):
+        if layers != "all" and not re.fullmatch(r"top-[1-9]\d*(/[1-9]\d*)?", layers):
+            raise ConfigurationError(
+                f'layers={layers!r}: expected "all", a number of top layers such as "top-11", a share such as '
+                '"top-1/3", or a list of layer numbers from 0'
+            )
+        return layers
+    numbers = tuple(sorted({int(number) for number in layers}))
+    if not numbers or numbers[0] < 0:
+        raise ConfigurationError(f"layers={list(layers)}: expected at least one layer number, from 0")
+    return numbers
+
+
+def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
+    """Return the numbers of the chosen layers of an encoder, in order.
+
+    Args:
+        layers: ``"all"``; ``"top-11"`` for the 11 layers next to the head; ``"top-1/3"`` for that share of the layers,
+            rounded, and at least one; or a list of layer numbers from 0.
+        count: number of layers of the encoder.
+
+    Raises:
+        ConfigurationError: `layers` is not such a choice, or the encoder has fewer layers.
+
+    Example:
+        >>> select_layers("top-1/3", 6), select_layers([0, 5], 6)
+        ((4, 5), (0, 5))
+    """
+    choice = check_layers(layers)
+    if choice == "all":
+        return tuple(range(count))
+    if isinstance(choice, str):
+        top, _, parts = choice.removeprefix("top-").partition("/")
+        number = max(1, round(count * int(top) / int(parts))) if parts else int(top)
+        if number > count:
+            raise ConfigurationError(f"layers={layers!r}: the encoder has only {count} layers")
+        return tuple(range(count - number, count))
+    if choice[-1] >= count:
+        raise ConfigurationError(f"layers={list(choice)}: the encoder has the layers 0 to {count - 1}")
+    return choice
 
 
 RECIPES: dict[str, Recipe] = {
@@ -113,7 +180,7 @@ RECIPES: dict[str, Recipe] = {
             r=8,
             description="LoRA, gradient accumulation and gradient checkpointing",
         ),
-        Recipe("frozen", "head", 1e-3, description="the classification head alone"),
+        Recipe("frozen", "head", 1e-3, cache=True, description="the classification head alone"),
     )
 }
 

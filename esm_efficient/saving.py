@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from esm_efficient import compat
 
@@ -52,7 +52,22 @@ def portable_saving(model: PreTrainedModel) -> Iterator[None]:
         del patched.save_pretrained
 
 
-def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> tuple[Any, list[str]]:
+class Loaded(NamedTuple):
+    """A model from a checkpoint.
+
+    Attributes:
+        model: the model.
+        missing: names of the weights that the checkpoint lacks, sorted; they are newly initialised.
+        mismatched: names of the weights that have another shape in the checkpoint, sorted; with
+            ``ignore_mismatched_sizes=True`` they are newly initialised too.
+    """
+
+    model: Any
+    missing: list[str]
+    mismatched: list[str]
+
+
+def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> Loaded:
     """Load a model with the rotary frequencies of its checkpoint, whichever version wrote it.
 
     Args:
@@ -61,13 +76,12 @@ def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> tuple[Any, 
         **options: as ``from_pretrained``.
 
     Returns:
-        The model, and the sorted names of the weights that the checkpoint lacks, or has in another shape if
-        ``ignore_mismatched_sizes`` is given. They are newly initialised.
+        The model, and the names of the weights that are newly initialised.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
         >>> from esm_efficient.demo import demo_model_path
-        >>> load_pretrained(AutoModelForSequenceClassification, demo_model_path())[1][0]
+        >>> load_pretrained(AutoModelForSequenceClassification, demo_model_path()).missing[0]
         'classifier.dense.bias'
     """
     first = _LAYER_PATH.format(0) + _FREQUENCIES
@@ -89,7 +103,9 @@ def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> tuple[Any, 
         prefix, found, _ = name.rpartition("encoder.layer.")
         if found and prefix + first not in without:
             buffers[name].copy_(buffers[prefix + first])
-    return model, sorted(missing | {name for name, *_ in info["mismatched_keys"]})
+    # An entry is a name, or in older versions a name with both shapes.
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    return Loaded(model, sorted(missing), sorted(mismatched))
 
 
 def _repeat_frequencies(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:

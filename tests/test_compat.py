@@ -208,14 +208,6 @@ def test_rotary_angles_are_those_of_the_model(tiny_model):
     assert torch.allclose(sin[0, :, :half], angles.sin(), atol=1e-6)
 
 
-def test_only_transformers_own_classifier_reads_the_first_token(tiny_model):
-    model = tiny_model()
-    assert compat.reads_first_token(model)
-    assert not compat.reads_first_token(tiny_model(EsmForMaskedLM))
-    model.classifier.forward = lambda features, **kwargs: features.mean(1)
-    assert not compat.reads_first_token(model)
-
-
 def test_every_hook_of_a_module_is_found():
     module = torch.nn.Linear(2, 2)
     assert list(_torch.hooks_of(module)) == []
@@ -227,9 +219,20 @@ def test_every_hook_of_a_module_is_found():
     assert set(_torch.hooks_of(module)) == set(hooks)
 
 
-def test_descendants_are_all_modules_below_a_module(tiny_model):
+def test_the_tree_of_a_module_has_its_names_and_classes_and_names_what_is_changed(tiny_model):
     model = tiny_model()
-    assert set(_torch.descendants(model)) == set(model.modules()) - {model}
+    tree, changed = _torch.tree_of(model)
+    names = [path.rpartition(".")[2] for path, _ in model.named_modules() if path]
+    assert sorted(entry for entry in tree if isinstance(entry, str) and entry != "pooler") == sorted(names)
+    classes = [type(module).__name__ for module in model.modules() if module is not model]
+    found = [entry.__name__ for entry in tree if isinstance(entry, type) and entry is not type(None)]
+    assert sorted(found) == sorted(classes)
+    assert changed == []
+    model.esm.encoder.register_forward_hook(print)
+    model.classifier.forward = model.classifier.forward
+    assert set(_torch.tree_of(model)[1]) == {model.esm.encoder, model.classifier}
+    model.classifier.dense = torch.nn.Identity()
+    assert _torch.tree_of(model)[0] != tree
 
 
 def test_is_fake_distinguishes_fake_and_real_tensors():

@@ -16,6 +16,7 @@ from esm_efficient import errors
         (errors.ConfigurationError, ValueError),
         (errors.AuditError, RuntimeError),
         (errors.CheckpointError, OSError),
+        (errors.DivergenceError, ArithmeticError),
     ],
 )
 def test_base_classes(error, builtin):

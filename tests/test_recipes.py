@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from esm_efficient import RECIPES, ConfigurationError, Recipe
-from esm_efficient.recipes import get_recipe
+from esm_efficient.recipes import get_recipe, select_layers
 
 
 def test_the_six_recipes():
@@ -48,6 +48,11 @@ def test_the_learning_rate_scales_with_the_root_of_the_accumulated_batch(changes
         {"trains": "adapters", "preset": "qkv"},
         {"trains": "full", "micro_batch": 0},
         {"trains": "full", "accumulation": 0},
+        {"trains": "full", "cache": True},
+        {"trains": "full", "layers": "bottom-2"},
+        {"trains": "full", "layers": "top-0"},
+        {"trains": "full", "layers": ()},
+        {"trains": "full", "layers": [-1]},
     ],
 )
 def test_contradictory_settings_are_refused(options):
@@ -60,3 +65,31 @@ def test_the_error_for_an_unknown_recipe_lists_the_known_ones():
         get_recipe("everything")
     custom = Recipe("custom", "full", 1e-5)
     assert get_recipe(custom) is custom
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "expected"),
+    [
+        ("all", 3, (0, 1, 2)),
+        ("top-1", 3, (2,)),
+        ("top-11", 33, tuple(range(22, 33))),
+        ("top-1/3", 33, tuple(range(22, 33))),
+        ("top-1/3", 6, (4, 5)),
+        ("top-1/6", 4, (3,)),
+        ("top-1/2", 6, (3, 4, 5)),
+        ([4, 0, 4], 6, (0, 4)),
+    ],
+)
+def test_a_choice_of_layers_gives_their_numbers(layers, count, expected):
+    assert select_layers(layers, count) == expected
+    assert Recipe("mine", "full", 1e-4, layers=layers).trained_layers(count) == expected
+
+
+@pytest.mark.parametrize(("layers", "count"), [("top-4", 3), ([3], 3), ("top-3/2", 6)])
+def test_more_layers_than_the_encoder_has_are_refused(layers, count):
+    with pytest.raises(ConfigurationError, match="the encoder has"):
+        select_layers(layers, count)
+
+
+def test_a_recipe_for_the_head_trains_no_layer():
+    assert RECIPES["frozen"].trained_layers(6) == ()

@@ -93,7 +93,7 @@ def test_frequencies_are_loaded_under_every_name(tmp_path, spelling, prefixed):
     if not prefixed:  # a backbone without a head
         weights = {name.removeprefix("esm."): value for name, value in weights.items() if name.startswith("esm.")}
     save_file(weights, path, metadata={"format": "pt"})
-    loaded, missing = load_pretrained(EsmForSequenceClassification, tmp_path)
+    loaded, missing, _ = load_pretrained(EsmForSequenceClassification, tmp_path)
     assert missing == ([] if prefixed else [n for n in sorted(model.state_dict()) if n.startswith("classifier.")])
     found = [buffer for name, buffer in loaded.named_buffers() if name.endswith("inv_freq")]
     assert found
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_frequencies_keeps_the_exact_ones(tmp_path):
         model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "inv_freq" not in k}, path, metadata={"format": "pt"})
-    loaded, missing = load_pretrained(EsmForSequenceClassification, tmp_path)
+    loaded, missing, _ = load_pretrained(EsmForSequenceClassification, tmp_path)
     assert missing == []
     assert torch.equal(outputs(loaded), outputs(model))
 
@@ -171,7 +171,7 @@ def test_the_other_version_computes_the_same(two_versions, way):
 @pytest.mark.parametrize("name", ["portable back", "plain back"])
 def test_what_the_other_version_wrote_computes_the_same_here(two_versions, name):
     expected, _, root = two_versions
-    model, missing = load_pretrained(EsmForSequenceClassification, root / name)
+    model, missing, _ = load_pretrained(EsmForSequenceClassification, root / name)
     assert missing == []
     torch.testing.assert_close(outputs(model), expected, rtol=0, atol=1e-6)
     if name == "portable back":

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esm_efficient import compat
-from esm_efficient.adapters.registry import Architecture, ends_with, find_architecture, is_in_head, is_unread
+from esm_efficient.adapters.registry import (
+    Architecture,
+    encoder_layers,
+    ends_with,
+    find_architecture,
+    is_in_head,
+    is_unread,
+)
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.recipes import select_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -30,6 +38,7 @@ def prepare_model(
     *,
     adapters: PeftConfig | None = None,
     head_only: bool = False,
+    layers: str | Sequence[int] = "all",
     gradient_checkpointing: bool = False,
     use_reentrant: bool = False,
     dtype: torch.dtype | None = None,
@@ -49,6 +58,8 @@ def prepare_model(
         model: a transformers ESM-2 model with any head. It is changed in place.
         adapters: a peft config, such as `lora_config` returns; None to train without adapters.
         head_only: freeze the encoder and train only the head.
+        layers: without adapters, the encoder layers that train, as `esm_efficient.recipes.select_layers` reads them;
+            the embeddings train only with all. Adapters have their own layers (`lora_config`).
         gradient_checkpointing: recompute activations in the backward pass.
         use_reentrant: use torch's older kind of checkpointing.
         dtype: type of the frozen parameters, such as ``torch.bfloat16``; None leaves them unchanged.
@@ -79,6 +90,8 @@ def prepare_model(
     architecture = find_architecture(model)
     if label_names is not None:
         _name_labels(model, label_names)
+    if adapters is None and not head_only and layers != "all":
+        _freeze_below(model, architecture, layers)
     for name, parameter in model.named_parameters():
         if is_unread(architecture, name) or (head_only and not is_in_head(architecture, name)):
             parameter.requires_grad_(False)
@@ -105,6 +118,19 @@ def prepare_model(
     total = sum(parameter.numel() for parameter in prepared.parameters())
     logger.info("%s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     return prepared
+
+
+def _freeze_below(model: nn.Module, architecture: Architecture, layers: str | Sequence[int]) -> None:
+    """Freeze the embeddings and the layers that were not chosen; what comes after the last layer trains."""
+    blocks = encoder_layers(model)
+    chosen = select_layers(layers, len(blocks))
+    for number, block in enumerate(blocks):
+        if number not in chosen:
+            block.requires_grad_(False)
+    for name, parameter in model.named_parameters():  # in the order of computation: the embeddings come first
+        if f".{architecture.layers}." in f".{name}":
+            break
+        parameter.requires_grad_(False)
 
 
 def _name_labels(model: PreTrainedModel, label_names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from esm_efficient.adapters.registry import (
     ARCHITECTURES,
     PRESETS,
     Architecture,
+    encoder_layers,
     ends_with,
     find_architecture,
     is_in_head,
@@ -23,7 +24,7 @@ from esm_efficient.adapters.registry import (
     linear_layers,
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
-from esm_efficient.recipes import Recipe, get_recipe
+from esm_efficient.recipes import Recipe, get_recipe, select_layers
 from esm_efficient.tasks import peft_task_type
 
 if TYPE_CHECKING:
@@ -68,19 +69,22 @@ class TargetReport:
         return "\n".join([*lines, f"{len(self.modules)} layers in all"])
 
 
-def resolve_targets(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> TargetReport:
+def resolve_targets(
+    model: nn.Module, targets: str | Sequence[str] = "all-linear", *, layers: str | Sequence[int] = "all"
+) -> TargetReport:
     """Match a preset, or a list of path suffixes as in peft, against a model.
 
     Args:
         model: a transformers model, with any head.
         targets: ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``, or path suffixes such as ``["query"]``.
+        layers: the encoder layers to match in, as `esm_efficient.recipes.select_layers` reads them.
 
     Returns:
         The layers that each target matches.
 
     Raises:
         TargetModuleError: a target matches no layer, or a layer that no training loss uses, such as the contact head.
-        ConfigurationError: the preset is unknown, or the list is empty.
+        ConfigurationError: the preset is unknown, the list is empty, or the encoder has no such layers.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -89,7 +93,10 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str] = "all-linear
         >>> len(resolve_targets(model, "qkv").modules)
         12
     """
-    layers = [path for path, _ in linear_layers(model)]
+    paths = [path for path, _ in linear_layers(model)]
+    if layers != "all":
+        chosen_layers = tuple(f".{prefix}." for prefix in _layer_paths(model, layers))
+        paths = [path for path in paths if any(prefix in f".{path}" for prefix in chosen_layers)]
     excluded: tuple[str, ...] = ()
     if isinstance(targets, str):
         if targets not in PRESETS:
@@ -99,13 +106,13 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str] = "all-linear
         architecture = find_architecture(model)
         chosen = [architecture.roles[role] for role in PRESETS[targets]]
         excluded = _shadowed(architecture, chosen)
-        matched = {suffix: [path for path in layers if _role_suffix(architecture, path) == suffix] for suffix in chosen}
+        matched = {suffix: [path for path in paths if _role_suffix(architecture, path) == suffix] for suffix in chosen}
     else:
         if not targets:
             raise ConfigurationError("the list of target modules is empty: expected at least one path suffix")
-        matched = {target: [path for path in layers if ends_with(path, target)] for target in targets}
-    matches = tuple(TargetMatch(target, tuple(paths)) for target, paths in matched.items())
-    _check(model, matches, layers)
+        matched = {target: [path for path in paths if ends_with(path, target)] for target in targets}
+    matches = tuple(TargetMatch(target, tuple(found)) for target, found in matched.items())
+    _check(model, matches, paths)
     return TargetReport(matches, excluded)
 
 
@@ -115,6 +122,7 @@ def lora_config(
     preset: str = "all-linear",
     r: int = 8,
     target_modules: Sequence[str] | None = None,
+    layers: str | Sequence[int] = "all",
     lora_alpha: int | None = None,
     lora_dropout: float = 0.0,
     **peft_options: Any,
@@ -126,6 +134,7 @@ def lora_config(
         preset: the layers to adapt; ignored if `target_modules` is given.
         r: rank.
         target_modules: path suffixes instead of a preset; they are checked too.
+        layers: the encoder layers to adapt, as `esm_efficient.recipes.select_layers` reads them.
         lora_alpha: scale; 2 `r` if None.
         lora_dropout: dropout on the input of each adapter. Above zero, the backward pass needs a copy of each input.
         **peft_options: further options of `peft.LoraConfig`.
@@ -146,7 +155,7 @@ def lora_config(
     """
     from peft import LoraConfig
 
-    report = resolve_targets(model, preset if target_modules is None else target_modules)
+    report = resolve_targets(model, preset if target_modules is None else target_modules, layers=layers)
     logger.info("LoRA targets\n%s", report)
     if report.excluded:
         given = peft_options.pop("exclude_modules", None) or []
@@ -159,6 +168,8 @@ def lora_config(
     peft_options.setdefault("task_type", peft_task_type(model))
     if peft_options["task_type"] is None and (heads := _heads_unknown_to_peft(model)):
         peft_options.setdefault("modules_to_save", heads)
+    if layers != "all":
+        peft_options["layers_to_transform"] = list(select_layers(layers, len(encoder_layers(model))))
     return LoraConfig(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
@@ -187,7 +198,13 @@ def recipe_adapters(recipe: str | Recipe, model: nn.Module, **options: Any) -> L
                 f"a recipe that trains {chosen.trains!r} has no adapters: leave out {', '.join(options)}"
             )
         return None
-    return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, **options})
+    return lora_config(model, **{"preset": chosen.preset, "r": chosen.r, "layers": chosen.layers, **options})
+
+
+def _layer_paths(model: nn.Module, layers: str | Sequence[int]) -> list[str]:
+    """Return the ends of the paths of the chosen encoder layers."""
+    architecture = find_architecture(model)
+    return [f"{architecture.layers}.{number}" for number in select_layers(layers, len(encoder_layers(model)))]
 
 
 def _shadowed(architecture: Architecture, chosen: list[str]) -> tuple[str, ...]:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from esm_efficient.cli.options import (
-    AttentionOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    OptimizerOption,
-    PaddingOption,
-    PrecisionOption,
-    RecipeOption,
-    RecipesOption,
-    TokensOption,
-)
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
-from esm_efficient.recipes import RECIPES
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.estimation.step import Attention, Padding
+from esm_efficient.recipes import RECIPES, Precision, get_recipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Predict or measure the costs of fine-tuning.")
 
@@ -30,6 +19,33 @@ _ALL = list(RECIPES)
 _RECOMMENDED = ["base", "gc", "lora", "all"]
 _PRESETS = ["all-linear"]
 _SEEDS = [0]
+
+
+def _check_recipes(names: str | list[str]) -> str | list[str]:
+    try:
+        for name in [names] if isinstance(names, str) else names:
+            get_recipe(name)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error)) from error
+    return names
+
+
+# The options that several commands have.
+ModelOption = Annotated[str, typer.Option("--model", help="An ESM-2 size such as 650M, a model id or a folder.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="A GPU or an instance type.")]
+TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens per sequence, special tokens included.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of a training step.")]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer of the estimate.")]
+AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention implementation of transformers.")]
+PaddingOption = Annotated[Padding | None, typer.Option("--padding", help="Layout of a batch; default: the recipe's.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to this file.")]
+
+_NAMES = f"one of {', '.join(RECIPES)}"
+RecipeOption = Annotated[str, typer.Option("--recipe", callback=_check_recipes, help=f"Training method: {_NAMES}.")]
+RecipesOption = Annotated[
+    list[str],
+    typer.Option("--recipe", callback=_check_recipes, help=f"Training method to try, {_NAMES}; can be repeated."),
+]
 
 
 @app.command()
@@ -55,28 +71,21 @@ def estimate(
 ) -> None:
     """Estimate peak memory and time of one training step."""
     target = get_device(device)
-    # The garbage collector would take a fifth of this command's time: it searches all imported modules for cycles.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        from esm_efficient.estimation.estimate import estimate
+    from esm_efficient.estimation.estimate import estimate
 
-        result = estimate(
-            model,
-            recipe=recipe,
-            device=target,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            tokens=tokens,
-            preset=preset,
-            precision=precision,
-            optimizer=optimizer,
-            attention=attention,
-            padding=padding,
-        )
-    finally:
-        if collects:
-            gc.enable()
+    result = estimate(
+        model,
+        recipe=recipe,
+        device=target,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        tokens=tokens,
+        preset=preset,
+        precision=precision,
+        optimizer=optimizer,
+        attention=attention,
+        padding=padding,
+    )
     _show(result, json_file)
 
 

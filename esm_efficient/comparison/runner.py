@@ -17,6 +17,7 @@ from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.estimate import estimate
 from esm_efficient.estimation.inputs import resolve_config, token_lengths
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
+from esm_efficient.reporting import file_name
 from esm_efficient.tasks import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -126,9 +127,10 @@ def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:
     names = [recipe.name for recipe in chosen]
     if not names:
         raise ConfigurationError("recipes=[]: expected at least one")
-    if len(set(names)) < len(names):
+    if len({file_name(name) for name in names}) < len(names):
         raise ConfigurationError(
-            f"recipes share a name ({', '.join(names)}): name them apart with recipe.replace(name=...)"
+            f"recipes share a name, or the name of a folder ({', '.join(names)}): name them apart with "
+            "recipe.replace(name=...)"
         )
     return chosen
 
@@ -155,7 +157,9 @@ class _Runs:
         key = (recipe.name, steps, seed)
         if key not in self._results:
             with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(scratch if self._folder is None else self._folder) / f"{recipe.name}-{steps}-{seed}"
+                folder = (
+                    Path(scratch if self._folder is None else self._folder) / f"{file_name(recipe.name)}-{steps}-{seed}"
+                )
                 self._results[key] = self._train(recipe, steps, seed, folder)
             gc.collect()  # the model must leave the device before the next run
         return self._results[key]

@@ -102,18 +102,18 @@ class TokenBudgetBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of the sequences of each batch of this rank, from where the epoch was resumed."""
         skipped, self._skipped = self._skipped, 0
-        order, batches = self._order, np.arange(len(self._offsets) - 1)
+        order, sizes = self._order, np.diff(self._offsets)
+        batches = np.arange(len(sizes))
         if self.shuffle:
             rng = np.random.default_rng((self.seed, self.epoch))
             order = order[np.lexsort((rng.random(len(order)), self._shuffle_groups))]
-            batches = rng.permutation(batches)
-        start, ends = _halve_last_batches(np.diff(self._offsets)[batches], self.ranks)
+            batches = _end_with_many(rng.permutation(batches), sizes)
+        start, limits = _halve_last_batches(sizes[batches], self.ranks)
         whole = (order[self._offsets[batch] : self._offsets[batch + 1]] for batch in batches[:start])
         last = np.concatenate([order[:0], *(order[self._offsets[b] : self._offsets[b + 1]] for b in batches[start:])])
-        parts = (last[begin:end] for begin, end in itertools.pairwise(ends))
-        for batch in itertools.islice(
-            itertools.chain(whole, parts), self.rank + skipped * self.ranks, None, self.ranks
-        ):
+        parts = (last[begin:end] for begin, end in itertools.pairwise(limits))
+        first = self.rank + skipped * self.ranks
+        for batch in itertools.islice(itertools.chain(whole, parts), first, None, self.ranks):
             yield batch.tolist()
 
     def set_epoch(self, epoch: int, *, skip: int = 0) -> None:
@@ -145,11 +145,19 @@ def _check_enough_sequences(sequences: int, batches: int, ranks: int) -> None:
         )
 
 
+def _end_with_many(batches: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Move a batch with many sequences to the end of an epoch, so that it can be divided among the ranks."""
+    has_many = 2 * sizes[batches] >= sizes.max()
+    last = np.flatnonzero(has_many)[-1]
+    return np.append(np.delete(batches, last), batches[last])
+
+
 def _halve_last_batches(sizes: np.ndarray, ranks: int) -> tuple[int, list[int]]:
     """Halve some of the last batches, so that the number of batches is a multiple of the ranks.
 
     Only the last batches change, and together they keep their sequences. The sequences of an optimizer step are
-    therefore the same for any number of ranks, and a run can resume on another number.
+    therefore the same for any number of ranks, and a run can resume on another number. More batches are halved only if
+    those that would be left for some of the ranks have fewer sequences than there are ranks.
 
     Args:
         sizes: sequences per batch, in the order of the epoch.

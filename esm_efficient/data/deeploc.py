@@ -27,6 +27,7 @@ from esm_efficient.data.schema import (
     whole_numbers,
     zeros_and_ones,
 )
+from esm_efficient.data.sequences import count_residues
 from esm_efficient.data.splits import split_at_random, split_by_partition
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
@@ -180,7 +181,7 @@ def _read(path: Path, task: str | Mapping[str, str]) -> Dataset:
         "kingdom": (texts_of(columns["Kingdom"]), Value("string")),
         "accession": (accessions, Value("string")),
         "partition": (whole_numbers(columns["Partition"], "Partition", places), Value("int32")),
-        "residues": ([len(sequence) for sequence in sequences], Value("int32")),
+        "residues": (list(map(count_residues, sequences)), Value("int32")),
     }
     features = Features({name: feature for name, (_, feature) in rows.items()})
     return Dataset.from_dict({name: values for name, (values, _) in rows.items()}, features=features)

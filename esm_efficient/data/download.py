@@ -7,9 +7,11 @@ import http.client
 import logging
 import os
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import IO, Any
 
 from tqdm.auto import tqdm
 
@@ -18,7 +20,11 @@ from esm_efficient.errors import DownloadError
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "ESM_EFFICIENT_CACHE"
+MAX_BYTES = 1 << 30
+"""The most bytes of a download; the DeepLoc-2.0 table has 18 million."""
+
 _CHUNK_BYTES = 1 << 20
+_MIN_BYTES_PER_SECOND = 1024
 
 
 def cache_folder() -> Path:
@@ -44,18 +50,21 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
     interrupted or wrong download never leaves a file that looks complete.
 
     Args:
-        url: http, https or file address.
+        url: http or https address.
         destination: where the file goes.
         sha256: the expected SHA-256 in hexadecimal; None to accept any content.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for an answer, and after which a download must have an average speed of 1 KiB/s.
 
     Returns:
         `destination`.
 
     Raises:
-        DownloadError: the address cannot be reached, the content is incomplete or has another SHA-256.
+        DownloadError: the address is not http or https, it cannot be reached or redirects without end, the content is
+            too slow, has more than `MAX_BYTES`, is incomplete or has another SHA-256.
     """
     destination = Path(destination)
+    if not url.lower().startswith(("http://", "https://")):
+        raise DownloadError(f"{url} is not an http or https address. Give the path of a file on this machine as it is")
     if destination.exists():
         if sha256 is not None and (actual := sha256_of(destination)) != sha256:
             raise DownloadError(
@@ -72,26 +81,18 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
             f"cannot write into {destination.parent} ({error}). Set {CACHE_VARIABLE} to a folder that is writable."
         ) from error
     temporary = Path(name)
-    digest = hashlib.sha256()
     try:
         try:
             with os.fdopen(handle, "wb") as output, urllib.request.urlopen(url, timeout=timeout) as response:
-                length = response.headers.get("Content-Length")
-                expected = int(length) if length else None
-                with tqdm(total=expected, unit="B", unit_scale=True, desc=destination.name) as bar:
-                    while chunk := response.read(_CHUNK_BYTES):
-                        output.write(chunk)
-                        digest.update(chunk)
-                        bar.update(len(chunk))
+                actual = _receive(response, output, url, destination.name, timeout)
+        except DownloadError as error:
+            raise DownloadError(f"{error}. {advice}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DownloadError(f"cannot fetch {url} ({error}). {advice}") from error
-        size = temporary.stat().st_size
-        if expected is not None and size != expected:
-            raise DownloadError(f"{url} ended after {size} of {expected} bytes. Try again. {advice}")
-        if sha256 is not None and digest.hexdigest() != sha256:
+        if sha256 is not None and actual != sha256:
             raise DownloadError(
-                f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: the file on the server has "
-                "changed, or the download was altered. Nothing was kept."
+                f"{url} has SHA-256 {actual}, expected {sha256}: the file on the server has changed, or the download "
+                "was altered. Nothing was kept."
             )
         temporary.chmod(0o644)  # mkstemp makes it private; a cache folder may be shared
         os.replace(temporary, destination)
@@ -99,3 +100,30 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
         temporary.unlink(missing_ok=True)
     logger.info("fetched %s to %s", url, destination)
     return destination
+
+
+def _receive(response: Any, output: IO[bytes], url: str, name: str, timeout: float) -> str:
+    """Write the content of a response, and return its SHA-256.
+
+    Raises:
+        DownloadError: the content is too long, too slow or incomplete.
+    """
+    length = response.headers.get("Content-Length")
+    expected = int(length) if length else None
+    if expected is not None and expected > MAX_BYTES:
+        raise DownloadError(f"{url} has {expected:,} bytes, more than {MAX_BYTES:,}")
+    digest, size, start = hashlib.sha256(), 0, time.monotonic()
+    with tqdm(total=expected, unit="B", unit_scale=True, desc=name) as bar:
+        while chunk := response.read1(_CHUNK_BYTES):
+            size += len(chunk)
+            if size > MAX_BYTES:
+                raise DownloadError(f"{url} has more than {MAX_BYTES:,} bytes")
+            seconds = time.monotonic() - start
+            if seconds > timeout and size < _MIN_BYTES_PER_SECOND * seconds:
+                raise DownloadError(f"{url} sent {size:,} bytes in {seconds:.0f} seconds, which is too slow")
+            output.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
+    if expected is not None and size != expected:
+        raise DownloadError(f"{url} ended after {size} of {expected} bytes. Try again")
+    return digest.hexdigest()

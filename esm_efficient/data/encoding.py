@@ -1,7 +1,8 @@
 """Encode residues as token ids, whole batches at once; equal to `EsmTokenizer` on every letter that it knows.
 
 `EsmTokenizer` folds a run of unknown characters into a single ``<unk>``, which shifts every later residue. Here each
-unknown character is one ``<unk>``. `esm_efficient.data.sequences.clean` says which characters are dropped.
+unknown character is one ``<unk>``. `esm_efficient.data.sequences.clean` says which characters are dropped. A special
+token that is written in a sequence, such as ``<mask>``, is one token in place of a residue.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 
-from esm_efficient.data.sequences import AMBIGUOUS_RESIDUES, GAPS, RESIDUES, STOP, Keep, clean
+from esm_efficient.data.sequences import AMBIGUOUS_RESIDUES, GAPS, RESIDUES, SPECIAL_PATTERN, STOP, Keep, clean
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.tasks import SPECIAL_TOKENS
 
@@ -77,6 +78,7 @@ class ResidueEncoder:
         self.cls, self.eos, self.unknown = specials.values()
         self.ambiguous = [vocabulary[residue] for residue in AMBIGUOUS_RESIDUES]
         self._table = self._make_table(vocabulary)
+        self._written = {token: index for token, index in vocabulary.items() if SPECIAL_PATTERN.fullmatch(token)}
 
     def _make_table(self, vocabulary: Mapping[str, int]) -> np.ndarray:
         """Return the id of every ASCII character, uint8 of shape (256,)."""
@@ -126,7 +128,13 @@ class ResidueEncoder:
         if not text.isascii() or STOP in text:
             # Other white space and final stops can only be in a sequence with such a character.
             sequences = [s if s.isascii() and STOP not in s else clean(s) for s in sequences]
-            text = "".join(sequences)
+        if "<" in text:
+            return self._ids_with_special_tokens(sequences)
+        return self._ids_of_characters(sequences)
+
+    def _ids_of_characters(self, sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `_residue_ids`, with one id for every character that is not dropped."""
+        text = "".join(sequences)
         lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         # A character outside ASCII becomes '?', which is not in the vocabulary: one <unk> per character.
         ids = self._table[np.frombuffer(text.encode("ascii", "replace"), dtype=np.uint8)]
@@ -136,6 +144,19 @@ class ResidueEncoder:
         dropped_before = offsets_from_lengths(dropped)
         offsets = offsets_from_lengths(lengths)
         return ids[~dropped], lengths - (dropped_before[offsets[1:]] - dropped_before[offsets[:-1]])
+
+    def _ids_with_special_tokens(self, sequences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """As `_residue_ids`, for sequences in which special tokens may be written."""
+        cleaned = [clean(sequence) if "<" in sequence else sequence for sequence in sequences]
+        # A token becomes one character that is not in the vocabulary; its id is put in its place below.
+        ids, lengths = self._ids_of_characters([SPECIAL_PATTERN.sub("?", sequence) for sequence in cleaned])
+        starts = offsets_from_lengths(lengths).tolist()
+        for start, sequence in zip(starts, cleaned, strict=False):
+            shift = 0
+            for match in SPECIAL_PATTERN.finditer(sequence) if "<" in sequence else ():
+                ids[start + match.start() - shift] = self._written.get(match[0], self.unknown)
+                shift += len(match[0]) - 1
+        return ids, lengths
 
 
 def offsets_from_lengths(lengths: np.ndarray) -> np.ndarray:

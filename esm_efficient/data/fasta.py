@@ -124,12 +124,17 @@ def have_labels(records: Sequence[Record]) -> bool:
     """Return whether most records have a line of labels below the sequence, as those of SignalP and DeepTMHMM.
 
     Raises:
-        DataError: the sequences and their labels are wrapped, or there is more than one line of labels.
+        DataError: some records only have labels, or the sequences and their labels are in more than two lines.
     """
     marks = [_labels_begin(record.lines) for record in records]
     marked = [record for record, mark in zip(records, marks, strict=True) if mark]
-    if 2 * len(marked) <= len(records):
+    if 10 * len(marked) < max(len(records), 1):
         return False
+    if 2 * len(marked) <= len(records):
+        raise DataError(
+            f"{len(marked)} of {len(records)} records seem to have labels below the sequence, such as "
+            f"{marked[0].place}. Write labels below each sequence, or into a FASTA file of their own (labels=)"
+        )
     if wrapped := [record for record in marked if len(record.lines) > 2]:
         raise DataError(
             f"{wrapped[0].place} seems to have labels below its sequence, in {len(wrapped[0].lines)} lines. Write a "

@@ -74,6 +74,7 @@ class LabelObservations:
         places: the first row of each of these cells.
         long_text: the first row with a longer text; None without one, as below.
         parts: the different labels if a cell holds several, by separator; ``""`` for lists.
+        list_rows: rows with a text that writes a list.
         word_rows: rows with a text that is not a number.
         first_number: the first cell that is a number, with its place.
         first_word: the first cell that is not a number, with its place.
@@ -89,6 +90,7 @@ class LabelObservations:
     places: dict[str, str] = field(default_factory=dict)
     long_text: str | None = None
     parts: dict[str, set[str]] = field(default_factory=lambda: {separator: set() for separator in ("", *SEPARATORS)})
+    list_rows: int = 0
     word_rows: int = 0
     first_number: str | None = None
     first_word: str | None = None
@@ -122,6 +124,7 @@ class LabelObservations:
                 continue
             self.readings["letters"].observe(letters_of(label, length), length, place)
             self.readings["items"].observe(items_of(label), length, place)
+            self.list_rows += is_bracketed(label)
             if label in self.counts:
                 self.counts[label] += 1
                 self.word_rows += number_of(label) is None

@@ -20,7 +20,6 @@ from esm_efficient.data.label_cells import (
     SEPARATORS,
     LabelObservations,
     Reading,
-    is_bracketed,
     items_of,
     letters_of,
     parts_of,
@@ -172,7 +171,7 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
             f"most labels have one {reading[:-1]} per residue, but not {labels.first_mismatch}. Correct the row, leave "
             'such rows out with on_error="skip", or say what the labels are with label_kind='
         )
-    if observed.are_lists or all(map(is_bracketed, observed.counts or "-")):
+    if _all_lists(observed):
         raise DataError(
             f"the label is a list in every row, but label count differs from residue count in {labels.mismatches} "
             f'row(s), first in {labels.first_mismatch}. Pass label_kind="several" if each list names the labels of a '
@@ -198,10 +197,14 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
     )
 
 
+def _all_lists(observed: LabelObservations) -> bool:
+    return bool(observed.are_lists) or observed.list_rows == observed.rows
+
+
 def _best_reading(observed: LabelObservations) -> Reading:
     """The reading in which the most cells have one label per residue."""
     letters, items = observed.readings["letters"], observed.readings["items"]
-    return "items" if observed.are_lists or items.mismatches < letters.mismatches else "letters"
+    return "items" if _all_lists(observed) or items.mismatches < letters.mismatches else "letters"
 
 
 def _numbers_doubt(observed: LabelObservations) -> str | None:
@@ -250,7 +253,7 @@ def _residue_encoding(
 
 
 def _several_encoding(observed: LabelObservations) -> LabelEncoding:
-    is_list = observed.are_lists or all(map(is_bracketed, observed.counts or "-"))
+    is_list = _all_lists(observed)
     separators = [] if is_list else [s for s in SEPARATORS if any(s in text for text in observed.counts)]
     separator = separators[0] if separators else "" if is_list else SEPARATORS[0]
     names = sorted(observed.parts[separator])

@@ -153,23 +153,24 @@ class _Unpacked(io.RawIOBase):
     def _unpack(self, most: int) -> bytes:
         """The next unpacked bytes; none at the end of the file."""
         while True:
-            # Zeros may fill up the space between two streams.
-            rest = self.rest if self.stream is not None else self.rest.lstrip(b"\0")
-            if self.stream is not None:
-                data, rest, ended = self.stream.step(rest, most)
-                if ended:
-                    self.stream = None
-                self.rest = rest
-                if data:
-                    return data
-            elif rest:
-                self.stream, self.rest = self.new_stream(), rest
-            if not self.rest:
+            if self.stream is None:
+                # Zeros may fill up the space between two streams.
+                self.rest = self.rest.lstrip(b"\0")
+                if not self.rest:
+                    self.rest = self._next_block()
+                    if not self.rest:
+                        return b""
+                    continue
+                self.stream = self.new_stream()
+            data, self.rest, ended = self.stream.step(self.rest, most)
+            if ended:
+                self.stream = None
+            if data:
+                return data
+            if not ended and not self.rest:
                 self.rest = self._next_block()
                 if not self.rest:
-                    if self.stream is not None:
-                        raise EOFError("the packed file ends too early")
-                    return b""
+                    raise EOFError("the packed file ends too early")
 
     def _next_block(self) -> bytes:
         block = self.packed.read(_CHUNK_BYTES) or b""

@@ -245,6 +245,10 @@ def kind_of(path: str | Path) -> Literal["parquet", "fasta", "json", "table"]:
     empty = True
     with open_text(path) as text:
         for line in text:
+            if "\0" in line:
+                raise DataError(
+                    f"{path} has a null character in its first line, so it is not text. Expected text in UTF-8"
+                )
             if line.startswith(">"):
                 return "fasta"
             if line.startswith("{"):

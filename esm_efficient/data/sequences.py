@@ -25,7 +25,7 @@ STOP = "*"
 SPECIAL_TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>", "<null_1>")
 """Tokens of ESM-2 that may be written in a sequence; each is one residue, as for transformers and fair-esm."""
 
-SPECIAL_PATTERN = re.compile("|".join(SPECIAL_TOKENS), re.IGNORECASE)
+SPECIAL_PATTERN = re.compile("|".join(SPECIAL_TOKENS), re.IGNORECASE | re.ASCII)
 """Matches a written special token."""
 
 NUCLEOTIDES = "ACGTUN"
@@ -53,7 +53,7 @@ def clean(sequence: str) -> str:
 
 
 def count_residues(sequence: str) -> int:
-    """Return the number of residues of a clean sequence; a special token is one residue.
+    """Return the characters of a text, or the residues of a clean sequence; a special token counts as one.
 
     Example:
         >>> count_residues("MK<mask>V")

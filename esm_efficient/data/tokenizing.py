@@ -11,7 +11,7 @@ import numpy as np
 
 from esm_efficient.data.encoding import ResidueEncoder, residue_positions, truncation_mask
 from esm_efficient.data.schema import WEIGHT_COLUMN
-from esm_efficient.data.sequences import Keep
+from esm_efficient.data.sequences import Keep, count_residues
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 
@@ -221,7 +221,7 @@ def _encode_table(
         _complain(~(np.isfinite(weights) & (weights >= 0)), rows, f"the {WEIGHT_COLUMN} is not a finite number >= 0")
     marks = (ids == encoder.unknown, np.isin(ids, encoder.ambiguous))
     unknown, ambiguous = (np.add.reduceat(mark, offsets[:-1], dtype=np.int64) for mark in marks)
-    dropped = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences)) - residues
+    dropped = np.fromiter(map(count_residues, sequences), dtype=np.int64, count=len(sequences)) - residues
     counts = (lengths, residues + SPECIAL_TOKENS - lengths, unknown, ambiguous, dropped)
     return pa.table(columns | dict(zip((LENGTH_COLUMN, *_COUNT_COLUMNS), counts, strict=True)))
 

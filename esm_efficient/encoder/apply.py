@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import nn
 
 from esm_efficient import compat
 from esm_efficient.encoder.attention import BACKENDS
 from esm_efficient.encoder.forward import (
+    LEAN_ATTRIBUTES,
     LeanState,
     after_classifier,
     before_classifier,
+    bind,
     encoder_forward,
-    esm_layers,
     esm_models,
+    is_bound,
     layer_forward,
     model_forward,
     skip_attention_masks,
 )
 from esm_efficient.encoder.layer import RECOMPUTES, Recompute
+from esm_efficient.encoder.structure import esm_layers
 from esm_efficient.errors import ConfigurationError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,7 +41,8 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
     merged and removed before and after. Gradient checkpointing, however it is enabled, becomes ``recompute="layer"``.
     Adapters other than LoRA's original form, and quantised layers, run through their own forward on packed tokens, and
     the log names them. A call that requests hidden states or attentions, and a model with hooks inside its layers, run
-    as in transformers.
+    as in transformers. So does a model that computes something else than transformers' ESM-2, for example by a subclass
+    of a layer or a registered attention function. Every call checks that, also for changes after this function.
 
     Args:
         model: a transformers ESM-2 model with any head, with or without peft adapters. It is changed in place, and may
@@ -52,9 +55,9 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         The model.
 
     Raises:
-        ConfigurationError: the model has no ``EsmModel``, is a decoder, has a replaced forward, or an option is
-            unknown. Also raised by a forward pass under torch.nn.DataParallel, and by a backward pass with
-            ``create_graph=True``.
+        ConfigurationError: the model has no ``EsmModel``, is a decoder, has a replaced forward itself, or an option is
+            unknown. Also raised by a forward pass under torch.nn.DataParallel, ``torch.jit.trace`` or ``torch.export``,
+            and by a backward pass with ``create_graph=True``.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -89,16 +92,17 @@ def remove_lean_encoder(model: Model) -> Model:
     Returns:
         The model, changed in place.
     """
-    for esm in esm_models(model):
-        state = esm.__dict__.get("_lean_state")
-        if state is None:
-            continue
-        for handle in state.hook_handles:
+    for module in model.modules():
+        for handle in vars(module).pop("_lean_hooks", ()):
             handle.remove()
-        compat.restore_checkpointing(esm_layers(esm))
-        for module in _changed_modules(esm):
-            for name in ("_lean_state", "forward", compat.ATTENTION_MASKS_METHOD):
-                module.__dict__.pop(name, None)
+    for esm in esm_models(model):
+        if "_lean_state" in vars(esm):
+            compat.restore_checkpointing(esm_layers(esm))
+            for module in _changed_modules(esm):
+                foreign = "forward" in vars(module) and not is_bound(module)
+                for name in LEAN_ATTRIBUTES:
+                    if not (foreign and name == "forward"):
+                        vars(module).pop(name, None)
     return model
 
 
@@ -113,31 +117,29 @@ def _changed_modules(esm: Any) -> list[Any]:
 
 
 def _refuse_replaced_forward(esm: Any) -> None:
-    for module in _changed_modules(esm):
-        if "forward" in module.__dict__:
-            raise ConfigurationError(
-                f"the forward of {type(module).__name__} has been replaced already, for example by accelerate's hooks, "
-                "and the lean encoder would overwrite it: restore it first"
-            )
+    if "forward" in vars(esm) and not is_bound(esm):
+        raise ConfigurationError(
+            f"the forward of {type(esm).__name__} has been replaced already, for example by accelerate's hooks, and "
+            "the lean encoder would overwrite it: restore it first"
+        )
 
 
 def _replace_forward(esm: Any, state: LeanState) -> None:
-    for module in _changed_modules(esm):
-        module._lean_state = state
-    esm.forward = partial(model_forward, esm)
-    setattr(esm, compat.ATTENTION_MASKS_METHOD, partial(skip_attention_masks, esm))
-    esm.encoder.forward = partial(encoder_forward, esm.encoder)
+    esm._lean_state = state
+    bind(esm, model_forward)
+    bind(esm, skip_attention_masks, compat.ATTENTION_MASKS_METHOD)
+    bind(esm.encoder, encoder_forward)
     for layer in esm_layers(esm):
-        layer.forward = partial(layer_forward, layer)
+        bind(layer, layer_forward)
 
 
-def _register_classifier_hooks(model: Any) -> None:
+def _register_classifier_hooks(model: nn.Module) -> None:
     from transformers import EsmForSequenceClassification
 
     for module in model.modules():
         if isinstance(module, EsmForSequenceClassification):
-            state: LeanState = cast(Any, module).esm._lean_state
-            state.hook_handles = [
+            classifier: Any = module
+            classifier._lean_hooks = [
                 module.register_forward_pre_hook(before_classifier),
                 module.register_forward_hook(after_classifier, always_call=True),
             ]

@@ -128,7 +128,13 @@ def use_attention(kernel: Kernel | None) -> Iterator[None]:
 
 
 def attend(
-    states: Tensor, query: Tensor | None, packing: Packing, *, backend: str = "auto", dropout: float = 0.0
+    states: Tensor,
+    query: Tensor | None,
+    packing: Packing,
+    *,
+    backend: str = "auto",
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Compute attention of every token to the tokens of its own sequence.
 
@@ -139,11 +145,13 @@ def attend(
         packing: the packed batch.
         backend: one of `BACKENDS`.
         dropout: probability of dropping an attention weight.
+        scale: factor of the scores; by default ``head width ** -0.5``.
 
     Returns:
         (queries, width): one row per token, or one per first token.
     """
-    scale, device, override = states.shape[-1] ** -0.5, states.device, attention_override.kernel
+    scale = states.shape[-1] ** -0.5 if scale is None else scale
+    device, override = states.device, attention_override.kernel
     chosen = "sequences" if dropout else choose_backend(backend, device, states.dtype, states.shape[-1])
     if chosen == "sequences" and device.type == "cpu" and not dropout and override is None:
         return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from esm_efficient import _torch, compat
 from esm_efficient.encoder.layer import Recompute, run_layer
+from esm_efficient.encoder.origins import is_known_embedding, reads_first_token, undecorated
 from esm_efficient.encoder.packing import Packing, make_packing
 from esm_efficient.encoder.reading import trainable_tensors
+from esm_efficient.encoder.structure import (
+    Structure,
+    check_structure,
+    esm_layers,
+    has_foreign_hooks,
+    path_of,
+)
 from esm_efficient.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -23,32 +34,90 @@ SUPPORTED_ARGUMENTS = frozenset(
     ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "return_dict", "use_cache")
 )
 """Forward arguments that the lean encoder supports or may ignore; any other makes the call run as in transformers."""
-HARMLESS_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
-"""Prefixes of modules that define hooks which work on packed tokens."""
+LEAN_ATTRIBUTES = ("_lean_state", "forward", "__getstate__", compat.ATTENTION_MASKS_METHOD)
+"""The attributes that the lean encoder sets on modules."""
 
 
 @dataclass
 class LeanState:
-    """The options of a model's lean encoder, shared by the model's modules.
+    """The options of a model's lean encoder.
 
     Attributes:
         recompute: one of `RECOMPUTES`.
         attention: one of `BACKENDS`.
-        hook_handles: handles of the hooks on the classifier around the model.
+        structure: what was found about the model's parts; None before the first call.
         logged: messages that were logged.
     """
 
     recompute: Recompute
     attention: str
-    hook_handles: list[Any] = field(default_factory=list)
+    structure: Structure | None = None
     logged: set[str] = field(default_factory=set)
 
-    def log_once(self, message: str, *args: Any) -> None:
+    def log_once(self, message: str, *args: Any, level: int = logging.INFO) -> None:
         """Log a message, but only once per model."""
         text = message % args
         if text not in self.logged:
             self.logged.add(text)
-            logger.info(text)
+            logger.log(level, text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was found about the parts, because a copy has other parts."""
+        return vars(self) | {"structure": None}
+
+
+class _CopiedState(dict[str, Any]):
+    """The attributes of a module for copies and pickles of it.
+
+    A shallow copy is a plain module, because the lean encoder's functions would compute with the original. Deep copies
+    and pickles keep the lean encoder.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = dict(vars(module))
+        super().__init__({name: value for name, value in self.attributes.items() if name not in LEAN_ATTRIBUTES})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self.attributes, memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (), None, None, iter({name: _picklable(value) for name, value in self.attributes.items()}.items())
+
+
+class _PicklableMethod:
+    """A method that is pickled by its function and not, as usual, by its name in the object."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.arguments = function, module
+
+    def __reduce__(self) -> Any:
+        return _method, self.arguments
+
+
+def _method(function: Callable[..., Any], module: nn.Module) -> MethodType:
+    return MethodType(function, module)
+
+
+def _picklable(value: Any) -> Any:
+    """Make a function of this file picklable as a method; decorators that accelerate sets for autocast are dropped."""
+    functions = (model_forward, skip_attention_masks, encoder_forward, layer_forward)
+    own = [function for function in functions if undecorated(value) is undecorated(function)]
+    return _PicklableMethod(own[0], cast(Any, value.__self__)) if own and isinstance(value, MethodType) else value
+
+
+def bind(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
+    """Set a function of this file as a module's method, unless the module has it or another one of its own."""
+    own = vars(module).get(name)
+    if own is not None and (getattr(own, "__func__", None) is not function or own.__self__ is module):
+        return
+    setattr(module, name, MethodType(function, module))
+    module.__getstate__ = partial(_CopiedState, module)  # type: ignore[method-assign]
+
+
+def is_bound(module: Any) -> bool:
+    """Whether a module's forward is one of this file, bound to the module."""
+    own = vars(module).get("forward")
+    return getattr(own, "__func__", None) in (model_forward, encoder_forward, layer_forward) and own.__self__ is module
 
 
 @dataclass
@@ -57,14 +126,16 @@ class _LeanCall:
 
     Attributes:
         esm: the ``EsmModel``.
-        mask: its attention mask.
+        layers: its layers.
+        packing: where the batch has tokens.
         position_ids: its position ids.
         detach: whether no gradient is needed below the encoder.
         first_only: whether only the first token of each sequence is read afterwards.
     """
 
     esm: Any
-    mask: Tensor | None
+    layers: list[Any]
+    packing: Packing
     position_ids: Tensor | None
     detach: bool
     first_only: bool
@@ -87,28 +158,21 @@ def esm_models(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, EsmModel))
 
 
-def esm_layers(esm: Any) -> list[Any]:
-    """Return the layers of an ``EsmModel``, also if they are wrapped."""
-    from transformers.models.esm.modeling_esm import EsmLayer
-
-    return [module for module in esm.encoder.layer.modules() if isinstance(module, EsmLayer)]
-
-
-@torch.compiler.disable
+@_torch.uncompiled
 def before_classifier(model: Any, inputs: Any) -> None:
     """Note that only first tokens are needed, if the head reads only these and no hook sees the others."""
     observed = (model.esm, model.esm.encoder, *model.classifier.modules())
-    if compat.reads_first_token(model) and not any(map(_is_observed, observed)):
+    if reads_first_token(model) and not any(map(_is_observed, observed)):
         _thread.first_only_esm = model.esm
 
 
-@torch.compiler.disable
+@_torch.uncompiled
 def after_classifier(model: Any, inputs: Any, output: Any) -> None:
     """Remove the note of `before_classifier`, also after a forward pass that failed."""
     _thread.first_only_esm = None
 
 
-@torch.compiler.disable
+@_torch.uncompiled
 def model_forward(
     esm: Any,
     input_ids: Tensor | None = None,
@@ -120,9 +184,9 @@ def model_forward(
     **kwargs: Any,
 ) -> Any:
     """Run EsmModel.forward with the lean encoder if it supports the call, otherwise as in transformers."""
-    state = esm._lean_state
     first_only = _thread.first_only_esm is esm
     _thread.first_only_esm = None  # so that a call that is interrupted does not affect the next one
+    _refuse_export()
     _refuse_data_parallel(esm, input_ids if inputs_embeds is None else inputs_embeds)
     arguments = {
         "input_ids": input_ids,
@@ -133,13 +197,13 @@ def model_forward(
         "encoder_attention_mask": encoder_attention_mask,
         **kwargs,
     }
-    reason = _reason_for_plain_forward(esm, arguments, first_only)
-    if reason:
-        state.log_once("the lean encoder is not used in this call: %s", reason)
-        compat.restore_checkpointing(esm_layers(esm))
+    layers = esm_layers(esm)
+    applied = "_lean_state" in vars(esm)  # a wrapper of this function may remain when the lean encoder is removed
+    call = _lean_call(esm, layers, arguments, first_only) if applied else None
+    if call is None:
+        compat.restore_checkpointing(layers)
         return type(esm).forward(esm, **arguments)
-    detach = inputs_embeds is None and not _embeddings_need_gradient(esm.embeddings)
-    _thread.call = _LeanCall(esm, attention_mask, position_ids, detach, first_only)
+    _thread.call = call
     try:
         return type(esm).forward(esm, **arguments)
     finally:
@@ -164,27 +228,28 @@ def encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
         return type(encoder).forward(encoder, hidden_states, **kwargs)
     if call.detach and hidden_states.requires_grad:
         hidden_states = hidden_states.detach()
-    rows, columns, _ = hidden_states.shape
     exact = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     table = compat.rotary_table(call.esm, call.position_ids, hidden_states, exact)
-    packing = make_packing(call.mask, (rows, columns), table, exact)
+    packing = call.packing.with_rotation(table, exact)
     states = packing.pack(hidden_states)
     del hidden_states
     last = len(encoder.layer) - 1
-    compat.bypass_checkpointing(esm_layers(call.esm))
+    compat.bypass_checkpointing(call.layers)
     for number, layer in enumerate(encoder.layer):
-        states = layer(states, packing=packing, first_only=call.first_only and number == last)
+        first_only = call.first_only and number == last
+        states = layer(states, packing=packing, first_only=first_only, state=call.esm._lean_state)
     if encoder.emb_layer_norm_after:
         states = encoder.emb_layer_norm_after(states)
     padded = packing.unpack(states, first_only=call.first_only)
     return BaseModelOutputWithCrossAttentions(last_hidden_state=padded)
 
 
+@_torch.uncompiled
 def layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = None, **kwargs: Any) -> Tensor:
     """Run EsmLayer.forward on packed tokens, or as in transformers if `packing` is None."""
-    state = layer._lean_state
     if packing is None:
         return type(layer).forward(layer, hidden_states, **kwargs)
+    state = kwargs["state"]
     checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     states, reasons = run_layer(
         layer,
@@ -199,6 +264,15 @@ def layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = N
     return states
 
 
+def _refuse_export() -> None:
+    exporter = _torch.exporter()
+    if exporter:
+        raise ConfigurationError(
+            f"{exporter} would record the lengths of the example batch in the lean encoder, and compute other batches "
+            "wrongly: call remove_lean_encoder(model) before it"
+        )
+
+
 def _refuse_data_parallel(esm: Any, tokens: Tensor | None) -> None:
     device = getattr(next(esm.parameters(), None), "device", None)
     if tokens is None or device is None or not tokens.is_cuda or device.type != "cuda" or tokens.device == device:
@@ -209,8 +283,31 @@ def _refuse_data_parallel(esm: Any, tokens: Tensor | None) -> None:
     )
 
 
-def _reason_for_plain_forward(esm: Any, arguments: dict[str, Any], first_only: bool) -> str:
-    """Return why a call must run as in transformers; empty if the lean encoder supports it."""
+def _lean_call(esm: Any, layers: list[Any], arguments: dict[str, Any], first_only: bool) -> _LeanCall | None:
+    """Return what a call needs to use the lean encoder, or None if it must run as in transformers; the log says why."""
+    bind(esm.encoder, encoder_forward)  # a part may be new since the last call
+    for layer in layers:
+        bind(layer, layer_forward)
+    state = esm._lean_state
+    reason, level = _reason_in_arguments(esm, arguments, first_only), logging.INFO
+    if not reason:
+        tree, changed = _torch.tree_of(esm.encoder)
+        reason = _reason_in_hooks(esm.encoder, changed)
+    if not reason:
+        state.structure = check_structure(esm, layers, tree, state.structure)
+        reason, level = state.structure.reason, logging.WARNING
+    if not reason:
+        tokens = arguments["input_ids"] if arguments["inputs_embeds"] is None else arguments["inputs_embeds"]
+        packing = make_packing(arguments["attention_mask"], tuple(tokens.shape[:2]))
+        if any(packing.lengths):
+            detach = arguments["inputs_embeds"] is None and not _embeddings_need_gradient(esm.embeddings)
+            return _LeanCall(esm, layers, packing, arguments["position_ids"], detach, first_only)
+        reason, level = "the batch has no tokens", logging.INFO
+    state.log_once("the lean encoder is not used in this call: %s", reason, level=level)
+    return None
+
+
+def _reason_in_arguments(esm: Any, arguments: dict[str, Any], first_only: bool) -> str:
     for name in ("output_hidden_states", "output_attentions"):
         wanted = arguments.get(name)
         if getattr(esm.config, name, False) if wanted is None else wanted is not False:
@@ -218,31 +315,44 @@ def _reason_for_plain_forward(esm: Any, arguments: dict[str, Any], first_only: b
     for name, value in arguments.items():
         if value is not None and value is not False and name not in SUPPORTED_ARGUMENTS:
             return f"the argument {name} is not supported"
-    mask = arguments["attention_mask"]
-    if mask is not None and mask.dim() != 2:
-        return f"the attention mask has {mask.dim()} dimensions instead of 2"
-    if (first_only or esm.pooler is not None) and mask is not None and not bool(mask[:, 0].all()):
+    if (arguments["input_ids"] is None) == (arguments["inputs_embeds"] is None):
+        return "expected either input_ids or inputs_embeds"
+    ids, mask = arguments["input_ids"], arguments["attention_mask"]
+    shape = tuple(arguments["inputs_embeds"].shape[:-1] if ids is None else ids.shape)
+    if len(shape) != 2:
+        return f"the batch has the shape {shape} instead of (sequences, tokens)"
+    if mask is None:
+        return ""
+    if mask.shape not in (shape, (1, shape[1])):
+        return f"the attention mask has the shape {tuple(mask.shape)} instead of {shape}"
+    if (first_only or esm.pooler is not None) and shape[1] and not bool(mask[:, 0].all()):
         return "a sequence does not begin at the first column"
-    if any(map(_is_observed, _torch.descendants(esm.encoder.layer))):
-        path = next(path for path, module in esm.encoder.layer.named_modules() if _is_observed(module))
-        return f"layer {path} has hooks"
-    return "the last layer norm has hooks" if _is_observed(esm.encoder.emb_layer_norm_after) else ""
+    return ""
+
+
+def _reason_in_hooks(encoder: Any, changed: list[Any]) -> str:
+    """Name a module that has hooks or a replaced forward, if there is one in or among the layers."""
+    if not is_bound(encoder):
+        return "the encoder has a replaced forward"
+    for module in changed:
+        if _is_observed(module):
+            path = path_of(encoder, module).removeprefix("layer.")
+            name = "the last layer norm" if path == "emb_layer_norm_after" else f"layer {path}"
+            return f"{name} has hooks" if has_foreign_hooks(module) else f"{name} has a replaced forward"
+    return ""
 
 
 def _is_observed(module: Any) -> bool:
-    """Whether a module's forward is replaced, or has hooks that do not work on packed tokens."""
-    members = module.__dict__
-    if "forward" in members and "_lean_state" not in members:
-        return True
-    return any(not getattr(hook, "__module__", "").startswith(HARMLESS_HOOKS) for hook in _torch.hooks_of(module))
+    """Whether a module has a forward of its own, or hooks that do not work on packed tokens."""
+    return has_foreign_hooks(module) or ("forward" in vars(module) and not is_bound(module))
 
 
 def _embeddings_need_gradient(embeddings: Any) -> bool:
-    """Whether an embedding trains or has a hook that may read the gradient.
+    """Whether a parameter may train below the encoder, or a hook of the embeddings may read the gradient.
 
     transformers adds the hook make_inputs_require_grads for reentrant checkpointing. The lean encoder does not need it.
     """
-    if trainable_tensors(embeddings):
+    if not is_known_embedding(embeddings) or trainable_tensors(embeddings):
         return True
     return any(
         getattr(hook, "__name__", "") != "make_inputs_require_grads"

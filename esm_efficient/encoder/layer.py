@@ -46,8 +46,13 @@ class Parts:
     draws: bool
 
 
-def read_parts(layer: Any) -> tuple[Parts, list[str]]:
-    """Return the parts of a transformers ``EsmLayer``, and why some must run through their own forward."""
+def read_parts(layer: Any, rotates: bool) -> tuple[Parts, list[str]]:
+    """Return the parts of a transformers ``EsmLayer``, and why some must run through their own forward.
+
+    Args:
+        layer: the layer.
+        rotates: whether rotary positions rotate queries and keys.
+    """
     attention = layer.attention
     inner = attention.self
     reasons: list[str] = []
@@ -56,7 +61,12 @@ def read_parts(layer: Any) -> tuple[Parts, list[str]]:
         if norm is not None and not is_norm(norm):
             reasons.append(type(norm).__name__)
             return None
-        if dropout is not None and dropout.training and cast(Any, dropout).p:
+        if (
+            dropout is not None
+            and type(dropout) is not nn.Identity
+            and dropout.training
+            and getattr(dropout, "p", True)
+        ):
             reasons.append("dropout of hidden states")
             return None
         group = read_group(modules, **options)
@@ -65,16 +75,14 @@ def read_parts(layer: Any) -> tuple[Parts, list[str]]:
             return None
         return group
 
-    heads = inner.num_attention_heads
-    qkv = read([inner.query, inner.key, inner.value], attention.LayerNorm, None, heads=heads, rotated=2)
+    heads, rotated = inner.num_attention_heads, 2 if rotates else 0
+    qkv = read([inner.query, inner.key, inner.value], attention.LayerNorm, None, heads=heads, rotated=rotated)
     attention_output = read([attention.output.dense], None, attention.output.dropout)
     up = read([layer.intermediate.dense], layer.LayerNorm, None)
     down = read([layer.output.dense], None, layer.output.dropout)
     if up is None or down is None:
         up = down = None
     norms = tuple(Norm.of(norm) if is_norm(norm) else None for norm in (attention.LayerNorm, layer.LayerNorm))
-    draws = layer.training and (bool(inner.dropout) or None in (qkv, attention_output, up))
-
     # Only the tensors that are used: FSDP keeps a flat parameter in the layer, and the used tensors are its views.
     tensors = [tensor for norm in norms if norm is not None for tensor in (norm.weight, norm.bias)]
     groups = {
@@ -84,8 +92,11 @@ def read_parts(layer: Any) -> tuple[Parts, list[str]]:
         layer.output: down,
         layer.LayerNorm: up,
     }
+    # In evaluation too, single modules may be in training mode, as in Monte Carlo dropout.
+    draws = bool(inner.training and inner.dropout)
     for module, group in groups.items():
         tensors += trainable_tensors(module) if group is None else group.tensors
+        draws = draws or (group is None and any(part.training for part in module.modules()))
     trainable = {id(tensor): tensor for tensor in tensors if tensor is not None and tensor.requires_grad}
     parts = Parts(layer, qkv, attention_output, up, down, cast(Any, norms), tuple(trainable.values()), draws)
     return parts, reasons
@@ -100,7 +111,7 @@ def run_layer(
         The new states, (tokens, width), or (sequences, width) if only the first token of each sequence is needed; and
         the names of what ran through its own forward.
     """
-    parts, reasons = read_parts(layer)
+    parts, reasons = read_parts(layer, packing.rotation is not None)
 
     def compute(states: Tensor, keep: bool, without_output: bool) -> Tensor:
         return _compute_layer(parts, states, packing, backend, first_only, keep=keep, without_output=without_output)
@@ -163,8 +174,9 @@ def _compute_layer(
     without_output: bool,
 ) -> Tensor:
     layer = parts.layer
-    attention = layer.attention
-    dropout = attention.self.dropout if layer.training else 0.0
+    attention, inner = layer.attention, layer.attention.self
+    dropout = inner.dropout if inner.training else 0.0
+    scale = inner.attention_head_size**-0.5 * inner.scaling
     first = torch.tensor(packing.first_tokens, device=x.device) if first_only else None
     residual = x if first is None else x.index_select(0, first)
     query = None
@@ -176,11 +188,12 @@ def _compute_layer(
     else:
         query_linear, *key_value = parts.qkv.linears
         rotation = None if packing.rotation is None else packing.rotation.index_select(0, first)
-        states = norm_linears(x, norm, parts.qkv.with_linears(key_value, rotated=1), rotation=packing.rotation)
-        query = norm_linears(residual, norm, parts.qkv.with_linears([query_linear], rotated=1), rotation=rotation)
+        rotated = min(parts.qkv.rotated, 1)
+        states = norm_linears(x, norm, parts.qkv.with_linears(key_value, rotated=rotated), rotation=packing.rotation)
+        query = norm_linears(residual, norm, parts.qkv.with_linears([query_linear], rotated=rotated), rotation=rotation)
     if first is not None and query is None:
         query, states = states[:, :1].index_select(0, first), states[:, 1:]
-    attended = attend(states, query, packing, backend=backend, dropout=dropout)
+    attended = attend(states, query, packing, backend=backend, dropout=dropout, scale=scale)
     del states, query
     if parts.attention_output is None:
         after = attention.output(attended[None], residual[None])[0]
@@ -199,14 +212,12 @@ def _qkv_by_modules(attention: Any, x: Tensor, packing: Packing) -> Tensor:
     parts = []
     for module, rotated in ((inner.query, True), (inner.key, True), (inner.value, False)):
         part = module(normed)[0].unflatten(-1, (inner.num_attention_heads, -1))
-        if rotated:
+        if rotated and packing.rotation is not None:
             # Interleaved as in `Group`: numbers i and i + width / 2 of a head are neighbours.
             pairs = part.unflatten(-1, (2, -1)).transpose(-1, -2)
-            if packing.rotation is not None:
-                exact = pairs if pairs.dtype in (torch.float32, torch.float64) else pairs.float()
-                turned = torch.view_as_complex(exact.contiguous()) * packing.rotation
-                pairs = torch.view_as_real(turned).to(part.dtype)
-            part = pairs.flatten(-2)
+            exact = pairs if pairs.dtype in (torch.float32, torch.float64) else pairs.float()
+            turned = torch.view_as_complex(exact.contiguous()) * packing.rotation
+            part = torch.view_as_real(turned).to(part.dtype).flatten(-2)
         parts.append(part)
     return torch.stack(parts, 1)
 

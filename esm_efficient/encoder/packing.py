@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,22 @@ class Packing:
             start += length
         return starts
 
+    def with_rotation(self, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Packing:
+        """Return the packing with the rotation of each token.
+
+        Args:
+            table: cosine and sine of the rotary angles, of shape (1 or rows, columns, head width); None without rotary
+                positions.
+            dtype: dtype of the rotation's real and imaginary parts.
+        """
+        if table is None:
+            return self
+        rows, columns = self.shape
+        half = table[0].shape[-1] // 2
+        angles = torch.complex(*(part[..., :half].to(dtype) for part in table))
+        rotation = angles.expand(rows, columns, half).reshape(-1, 1, half)
+        return replace(self, rotation=rotation if self.index is None else rotation.index_select(0, self.index))
+
     def pack(self, states: Tensor) -> Tensor:
         """Return the tokens of (rows, columns, width) as (tokens, width)."""
         flat = states.reshape(-1, states.shape[-1])
@@ -100,24 +116,19 @@ def runs_of(lengths: Sequence[int], *, max_tokens: float = math.inf) -> list[Run
     return runs
 
 
-def make_packing(
-    mask: Tensor | None, shape: tuple[int, int], table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
-) -> Packing:
+def make_packing(mask: Tensor | None, shape: tuple[int, int]) -> Packing:
     """Find the tokens of a padded batch.
 
     Args:
         mask: shape (rows, columns), nonzero for tokens and zero for padding, which may be anywhere in a row; None if
-            there is no padding.
+            there is no padding. One row stands for all.
         shape: rows and columns.
-        table: cosine and sine of the rotary angles, of shape (1 or rows, columns, head width); None without rotary
-            positions.
-        dtype: dtype of the rotation's real and imaginary parts.
     """
     rows, columns = shape
     lengths = [columns] * rows
     index = None
     if mask is not None:
-        mask = mask.bool()
+        mask = mask.bool().expand(rows, columns)
         counts = mask.sum(1).tolist()
         if counts != lengths:
             order = sorted(range(rows), key=lambda row: counts[row])
@@ -125,10 +136,4 @@ def make_packing(
             by_length = torch.tensor(order, device=mask.device)
             row, column = mask[by_length].nonzero(as_tuple=True)
             index = by_length[row] * columns + column
-    rotation = None
-    if table is not None:
-        half = table[0].shape[-1] // 2
-        angles = torch.complex(*(part[..., :half].to(dtype) for part in table))
-        rotation = angles.expand(rows, columns, half).reshape(-1, 1, half)
-        rotation = rotation if index is None else rotation.index_select(0, index)
-    return Packing(shape, tuple(lengths), index, rotation)
+    return Packing(shape, tuple(lengths), index)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from esm_efficient.data.sequences import clean
+from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.tasks import SPECIAL_TOKENS
 
@@ -113,7 +113,7 @@ def token_lengths(tokens: Any) -> int | list[int]:
     elif "residues" in columns:
         lengths = [int(n) + SPECIAL_TOKENS for n in data["residues"]]
     elif "sequence" in columns:
-        lengths = [len(clean(sequence)) + SPECIAL_TOKENS for sequence in data["sequence"]]
+        lengths = [count_residues(clean(sequence)) + SPECIAL_TOKENS for sequence in data["sequence"]]
     else:
         raise ConfigurationError(
             f"the dataset has the columns {', '.join(columns)}: expected one of tokens, input_ids, residues, sequence. "

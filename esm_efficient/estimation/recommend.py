@@ -52,15 +52,13 @@ class Recommendation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
+        chosen = self.chosen.to_dict()
+        setting = ("recipe", "micro_batch", "accumulation", "gradient_checkpointing", "preset")
         return {
-            "recipe": self.recipe.name,
-            "micro_batch": self.recipe.micro_batch,
-            "accumulation": self.recipe.accumulation,
-            "gradient_checkpointing": self.recipe.gradient_checkpointing,
-            "preset": self.recipe.preset,
+            **{name: chosen[name] for name in setting},
             "learning_rate": self.recipe.learning_rate,
             "margin": self.margin,
-            "chosen": self.chosen.to_dict(),
+            "chosen": chosen,
             "attempts": [{"refused": a.refused, **a.estimate.to_dict()} for a in self.attempts],
         }
 

@@ -23,18 +23,12 @@ Attention = Literal["sdpa", "eager"]
 
 @dataclass(frozen=True)
 class Step:
-    """What step to simulate.
+    """What step to simulate: arguments of `estimate`, after the defaults of recipe and device have been filled in.
 
     Attributes:
         recipe: the training method with its sizes.
         tokens: tokens of every sequence in the batch, special tokens included.
-        device: the device that decides kernels and rates.
         precision: a `Precision` other than ``"auto"``.
-        optimizer: a name in `esm_efficient.estimation.optimizers.OPTIMIZERS`.
-        attention: the attention implementation.
-        padding: the layout of the batch.
-        head: the model's head.
-        num_labels: labels of a classification head.
         adapter_options: options of `lora_config` that override the recipe's, as pairs.
     """
 

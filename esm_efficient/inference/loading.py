@@ -121,7 +121,7 @@ def _load_whole(
     of_tokens = head_of_config(config) == "token-classification"
     auto = auto_class("token-classification" if of_tokens else "sequence-classification")
     try:
-        model, missing = load_pretrained(
+        model, missing, _ = load_pretrained(
             auto,
             folder,
             config=config,

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from esm_efficient.data.readers import read_fasta, read_table
 from esm_efficient.data.schema import find_column, non_letters
-from esm_efficient.data.sequences import clean
+from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import DataError, RequestError, listing
+from esm_efficient.inference.inputs import problem_of
 
 TYPES = ("application/json", "text/csv", "text/x-fasta")
 """Accepted content types; other usual names of FASTA are accepted too."""
@@ -108,13 +109,15 @@ def _checked_sequence(raw: Any, number: int, limits: RequestLimits) -> str:
     sequence = clean(raw)
     if not sequence:
         raise RequestError(f"sequence {number} is empty")
-    if len(sequence) > limits.residues:
-        message = f"sequence {number} has {len(sequence):,} residues; at most {limits.residues:,} are accepted"
+    if (residues := count_residues(sequence)) > limits.residues:
+        message = f"sequence {number} has {residues:,} residues; at most {limits.residues:,} are accepted"
         raise RequestError(message, status=413)
     if unknown := non_letters(sequence):
         raise RequestError(
             f"sequence {number} contains characters that are not residues: {listing([repr(c) for c in unknown])}"
         )
+    if problem := problem_of(raw):
+        raise RequestError(f"sequence {number} {problem}")
     return sequence
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esm_efficient.compat import guard_training, running_trainer
@@ -91,8 +92,9 @@ class ProfilerCallback(TrainerCallback):
             return
         run, self._run = self._run, None
         run.end()
-        self.reports = _gather(run.profiler.report())
-        self.report = self.reports.reports[args.process_index if len(self.reports.reports) > 1 else 0]
+        gathered = gather_object([run.profiler.report()])
+        reports = [dataclasses.replace(report, rank=rank, ranks=len(gathered)) for rank, report in enumerate(gathered)]
+        self.report, self.reports = reports[args.process_index], RankReports(reports)
         run.trainer.log(self.reports.metrics())
 
 
@@ -122,13 +124,3 @@ class _Run:
             retried = self.trainer.args.auto_find_batch_size and isinstance(error, torch.OutOfMemoryError)
             self.end(None if retried else error)
             raise
-
-
-def _gather(report: ProfileReport) -> RankReports:
-    """Return the reports of all ranks, in order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return RankReports((report,))
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, dataclasses.replace(report, rank=rank, ranks=world))
-    return RankReports(tuple(gathered))

@@ -113,11 +113,7 @@ class Profiler:
 
 @dataclass(eq=False)
 class _ProfiledRun:
-    """One run of a training loop, measured from the construction to `stop`.
-
-    Hooks find the stages of the loop. The forward pass is found by hooks on the model, the beginning of the backward
-    pass by one on the gradient of the model's output, and its end by autograd.
-    """
+    """One run of a training loop, measured from the construction to `stop`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None

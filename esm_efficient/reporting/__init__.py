@@ -1,5 +1,23 @@
 """Tables, plots and an HTML page of results."""
 
-from esm_efficient.reporting.tables import format_bytes, format_csv, format_markdown, format_number, format_table
+from esm_efficient.reporting.tables import (
+    escape_markdown,
+    file_name,
+    format_bytes,
+    format_csv,
+    format_markdown,
+    format_number,
+    format_table,
+    one_line,
+)
 
-__all__ = ["format_bytes", "format_csv", "format_markdown", "format_number", "format_table"]
+__all__ = [
+    "escape_markdown",
+    "file_name",
+    "format_bytes",
+    "format_csv",
+    "format_markdown",
+    "format_number",
+    "format_table",
+    "one_line",
+]

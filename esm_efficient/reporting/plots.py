@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting.tables import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GIB = 1024**3
+_Plot = TypeVar("_Plot", bound=Callable[..., str])
 
 # Okabe and Ito's palette, which is safe for colour-blind readers.
 CATEGORY_COLOURS = {
@@ -49,6 +52,24 @@ class Method:
     high: float | None = None
 
 
+def _plain_text(plot: _Plot) -> _Plot:
+    """Show every text of a plot as it is. matplotlib would set a name with two dollar signs as a formula."""
+
+    @functools.wraps(plot)
+    def plotted(*args: Any, **options: Any) -> str:
+        try:
+            import matplotlib.figure
+        except ImportError as error:
+            raise ConfigurationError(
+                "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
+            ) from error
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return plot(*args, **options)
+
+    return cast("_Plot", plotted)
+
+
+@_plain_text
 def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -> str:
     """Plot peak memory by category, one stacked bar per method.
 
@@ -63,10 +84,11 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -
         ConfigurationError: matplotlib is not installed.
     """
     figure, [[axes]] = _figure(8, 0.45 * len(stacks) + 1.6)
+    names = [one_line(name) for name in stacks]
     left = np.zeros(len(stacks))
     for category, colour in CATEGORY_COLOURS.items():
         sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / GIB
-        axes.barh(list(stacks), sizes, left=left, color=colour, label=category, height=0.65)
+        axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
         left = left + sizes
     for position, total in enumerate(left):
         axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
@@ -81,6 +103,7 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -
     return _svg(figure)
 
 
+@_plain_text
 def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, unit: str = "seconds") -> str:
     """Plot memory over one step, one small plot per method, coloured by phase.
 
@@ -106,7 +129,7 @@ def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, 
                 axes.fill_between(
                     [x for _, x, _ in shown], [y / GIB for _, _, y in shown], color=colour, label=phase, linewidth=0
                 )
-        axes.set_title(name, fontsize=10)
+        axes.set_title(one_line(name), fontsize=10)
         axes.set_ylim(0, 1.05 * highest)
         axes.set_xlim(points[0][1], max(points[-1][1], 1e-9))
         axes.tick_params(labelsize=8)
@@ -119,6 +142,7 @@ def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, 
     return _svg(figure)
 
 
+@_plain_text
 def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
     """Plot time against peak memory, and beside it the metric if there is one.
 
@@ -150,7 +174,7 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
                 axes.plot([m.memory / GIB] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
         _points(axes, [(m.name, m.memory / GIB, m.metric or 0.0) for m in measured])
         axes.set_xlabel("peak memory, GiB")
-        axes.set_ylabel(metric)
+        axes.set_ylabel(one_line(metric))
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.15)
@@ -169,17 +193,13 @@ def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     for name, x, y in sorted(points, key=lambda point: point[2]):
         # Stack the labels of points that overlap.
         above = sum(abs(y - b) < 0.04 * spread and abs(x - a) < 0.15 * (abs(x) + 1e-9) for a, b in labelled)
-        axes.annotate(name, (x, y), (6, 4 + 11 * above), textcoords="offset points", fontsize=9)
+        axes.annotate(one_line(name), (x, y), (6, 4 + 11 * above), textcoords="offset points", fontsize=9)
         labelled.append((x, y))
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "plots need matplotlib, which is not installed: pip install 'esm-efficient-finetuning[plot]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:

@@ -1,17 +1,30 @@
-"""Tables in plain text, Markdown and CSV, and the numbers in them."""
+"""Tables in plain text, Markdown and CSV, the numbers in them, and texts of unknown origin made safe for each.
+
+Names of labels, recipes and data sets come from files of other people. They may contain line breaks, codes that move
+the cursor of a terminal, HTML, a formula of a spreadsheet, or parts of a path.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 
 from esm_efficient.errors import DataError
 
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories: controls, formats such as a change of the direction of writing, half characters, line breaks."""
+
+_FORMULA = ("=", "+", "-", "@")
+_NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?|-", re.IGNORECASE)
+"""A number as text, or the dash for a missing one."""
+
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
-    """Format rows as text in aligned columns; the last column is not padded.
+    """Format rows as text in aligned columns; the last column is not padded, and control characters are shown as codes.
 
     Args:
         rows: cells, each shown as ``str``; the same number in every row.
@@ -27,7 +40,7 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
         accuracy  0.91
         MCC       0.78
     """
-    lines = _cells(rows if header is None else [header, *rows])
+    lines = [[one_line(cell) for cell in line] for line in _cells(rows if header is None else [header, *rows])]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if header is not None:
         lines.insert(1, ["-" * width for width in widths])
@@ -35,7 +48,7 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
 
 
 def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Format rows as a Markdown table.
+    """Format rows as a Markdown table; the cells are escaped by `escape_markdown`.
 
     Raises:
         DataError: the rows have different numbers of cells, or not as many as the header.
@@ -46,13 +59,15 @@ def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> 
         |---|---|
         | MCC | 0.78 |
     """
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in _cells([header, *rows])]
+    lines = [" | ".join(map(escape_markdown, line)) for line in _cells([header, *rows])]
     head, *body = (f"| {line} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(header), *body])
 
 
 def format_csv(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     r"""Format rows as CSV with a header line, as RFC 4180 says, except that lines end with a newline alone.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it; numbers stay as they are.
 
     Raises:
         DataError: the rows have different numbers of cells, or not as many as the header.
@@ -63,8 +78,44 @@ def format_csv(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     """
     _cells([header, *rows])
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    cells = [[_without_formula(cell) for cell in row] for row in (header, *rows)]
+    csv.writer(buffer, lineterminator="\n").writerows(cells)
     return buffer.getvalue()
+
+
+def one_line(text: object) -> str:
+    r"""Return a text with its control characters, line breaks and invisible characters as codes.
+
+    Example:
+        >>> one_line("two\nlines")
+        'two\\nlines'
+    """
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in _INVISIBLE else character
+        for character in str(text)
+    )
+
+
+def escape_markdown(text: object) -> str:
+    r"""Return a text that Markdown shows as it is, on one line, with no HTML, links or formulas.
+
+    Example:
+        >>> escape_markdown("<b>|*bold*")
+        '&lt;b&gt;\\|\\*bold\\*'
+    """
+    escaped = re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def file_name(text: object) -> str:
+    """Return a text as one component of a path: other characters than letters, digits, ``.``, ``-`` and ``_`` become _.
+
+    Example:
+        >>> file_name("../../etc/passwd"), file_name("Cell membrane")
+        ('_._.._etc_passwd', 'Cell_membrane')
+    """
+    name = re.sub(r"[^\w.-]", "_", str(text), flags=re.ASCII)[:100]
+    return re.sub(r"^[.-]", "_", name) or "_"
 
 
 def format_number(value: float | None, pattern: str) -> str:
@@ -91,6 +142,13 @@ def format_bytes(count: int) -> str:
     if units[0] == "B":
         return f"{count} B"
     return f"{f'{size:,.0f}' if size >= 99.95 else f'{size:#.3g}'} {units[0]}"
+
+
+def _without_formula(cell: object) -> object:
+    """Return a cell; a text that begins as a formula, and is not a number, gets an apostrophe before it."""
+    if isinstance(cell, str) and cell.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(cell):
+        return f"'{cell}"
+    return cell
 
 
 def _cells(lines: Sequence[Sequence[object]]) -> list[list[str]]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import sys
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
-from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
+from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
 from esm_efficient.data.batching import TokenBudgetBatchSampler, lengths_of
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import IGNORE
 
 if TYPE_CHECKING:
@@ -20,21 +26,196 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+    from esm_efficient.training.runs import WatchedTrainer
+
+logger = logging.getLogger(__name__)
+
 
 class EpochCallback(TrainerCallback):
-    """Set the epoch of a `TokenBudgetBatchSampler`.
+    """Sets the order of each epoch, and tells callbacks where the passes of a stream end.
 
-    accelerate sets it too, but not when a run resumes: transformers 5.3 first wraps the loader to skip batches, and
-    the epoch does not reach the sampler inside.
+    accelerate sets the epoch of a `TokenBudgetBatchSampler` too, but not when a run resumes: transformers 5.3 first
+    wraps the loader to skip batches, and the epoch does not reach the sampler inside.
     """
+
+    def __init__(self, trainer: WatchedTrainer) -> None:
+        self._trainer = trainer
+        self._passes = 0
+        self._is_telling = False
+        self._generator: torch.Generator | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to count."""
+        self._trainer.begin_run(state)
+        self._passes = 0
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the epoch."""
-        sampler = getattr(kwargs.get("train_dataloader"), "batch_sampler", None)
+        loader, epoch = kwargs.get("train_dataloader"), int(state.epoch + 1e-6)
+        sampler = getattr(loader, "batch_sampler", None)
         if isinstance(sampler, TokenBudgetBatchSampler):
-            sampler.set_epoch(int(state.epoch + 1e-6))
+            sampler.set_epoch(epoch)
+        self._seed_order(loader, args.seed if args.data_seed is None else args.data_seed, epoch)
+        stream = self._trainer.stream
+        if stream is not None and stream.batches and not self._is_telling:
+            stream.skip_pass()  # a callback ended the epoch before the stream did
+            self._passes = stream.passes
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Tell all callbacks that a pass has ended in this step; Trainer tells them at the end of training."""
+        stream = self._trainer.stream
+        if stream is None:
+            return control
+        has_ended, self._passes = stream.passes > self._passes, stream.passes
+        state.epoch = stream.passes + stream.batches / (state.max_steps * args.gradient_accumulation_steps)
+        if not has_ended or control.should_training_stop or state.global_step >= state.max_steps:
+            return control
+        self._is_telling = True
+        control = self._trainer.callback_handler.on_epoch_end(args, state, control)
+        control = self._trainer.callback_handler.on_epoch_begin(args, state, control)
+        self._is_telling = False
+        return control
+
+    def _seed_order(self, loader: Any, seed: int, epoch: int) -> None:
+        """Let the order of an epoch depend on its number, and be the same on all ranks.
+
+        Trainer takes the order of ``group_by_length``, and without ``use_seedable_sampler`` every random order, from
+        the state that the random numbers have when the epoch begins. A run that resumes in a later epoch has another
+        state and another order, and so may the ranks have. The first epoch of one process keeps Trainer's order.
+        """
+        sampler = _innermost_sampler(loader)
+        is_random = isinstance(sampler, (LengthGroupedSampler, RandomSampler))
+        if not is_random or isinstance(sampler, SeedableRandomSampler):
+            return
+        if self._trainer.accelerator.num_processes == 1:
+            is_of_user = sampler.generator is not None and sampler.generator is not self._generator
+            if epoch == 0 or is_of_user:
+                return
+        sampler.generator = self._generator = torch.Generator().manual_seed(seed + epoch)
+
+
+class EndlessStream:
+    """The micro-batches of a training set without a length, pass after pass.
+
+    Trainer starts a new epoch where a stream ends. What is left of an accumulated batch then has no optimizer step, and
+    its gradient stays for the first step of the next epoch. Here the next pass completes the accumulated batch. A run
+    also resumes in any pass, by the number of micro-batches that it has trained on.
+
+    Attributes:
+        passes: number of complete passes.
+        batches: micro-batches of the pass that has begun.
+    """
+
+    def __init__(self, dataloader: Any, *, seed: int, skip: int = 0) -> None:
+        self._dataloader, self._seed = dataloader, seed
+        self._iterator: Iterator | None = None
+        self.passes = self.batches = 0
+        for _ in range(skip):
+            if self._next() is None:
+                raise DataError(
+                    f"the stream ended for good after fewer than {skip} batches, which the checkpoint has trained on: "
+                    "expected the stream of the first run"
+                )
+
+    def take(self, count: int) -> list:
+        """Return the next micro-batches; none if the stream has ended for good before there were so many."""
+        batches = list(itertools.islice(iter(self._next, None), count))
+        if len(batches) == count:
+            return batches
+        if batches:
+            logger.warning(
+                "the stream ended for good: its last %d batch(es) fill no accumulated batch and are left out",
+                len(batches),
+            )
+        return []
+
+    def skip_pass(self) -> None:
+        """Begin the next pass."""
+        self.passes, self.batches, self._iterator = self.passes + 1, 0, None
+
+    def _next(self) -> Any:
+        is_first = self._iterator is None
+        if self._iterator is None:
+            if hasattr(self._dataloader, "set_epoch"):
+                self._dataloader.set_epoch(self.passes)
+            self._iterator = iter(self._dataloader)
+        # A later pass takes no random number, so that a run that resumes there has the same dropout.
+        with torch.random.fork_rng(devices=[], enabled=is_first and self.passes > 0):
+            if is_first and self.passes > 0:
+                torch.manual_seed(self._seed + self.passes)
+            batch = next(self._iterator, None)
+        if batch is None:
+            if is_first:
+                return None
+            self.skip_pass()
+            return self._next()
+        self.batches += 1
+        if getattr(self._dataloader, "end_of_dataloader", False):
+            next(self._iterator, None)  # accelerate's loader only then knows that the pass is over
+            self.skip_pass()
+        return batch
+
+
+class EndlessRows(torch.utils.data.IterableDataset):
+    """The rows of a stream for one of several ranks, pass after pass; all batches are full, and no row is repeated.
+
+    accelerate would repeat rows at the end of each pass.
+    """
+
+    def __init__(self, dataset: Any, *, batch_size: int, ranks: int, rank: int) -> None:
+        self.dataset, self._total, self._own = (
+            dataset,
+            batch_size * ranks,
+            slice(rank * batch_size, (rank + 1) * batch_size),
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        rows: list = []
+        for number in itertools.count():
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(number)
+            is_empty = True
+            for row in self.dataset:
+                is_empty = False
+                rows.append(row)
+                if len(rows) == self._total:
+                    yield from rows[self._own]
+                    rows = []
+            if is_empty:
+                return
+
+
+def stream_dataloader(trainer: Trainer) -> DataLoader:
+    """Return a Trainer's data loader for a stream; of several ranks, every one reads all rows and keeps its share.
+
+    Raises:
+        ConfigurationError: on several ranks, something is to be done at the end of an epoch.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    ranks, size = accelerator.num_processes, args.train_batch_size
+    if ranks > 1 and "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy):
+        raise ConfigurationError(
+            'the training set is a stream without a length, which has no epochs on several ranks: expected "steps" or '
+            '"no" for eval_strategy, save_strategy and logging_strategy'
+        )
+    dataset, collate = compat.without_unused_columns(trainer, trainer.train_dataset, trainer.data_collator)
+    if ranks > 1:
+        dataset = EndlessRows(dataset, batch_size=size, ranks=ranks, rank=accelerator.process_index)
+    # accelerate's own loader for streams fails at an empty pass, and at batches that are padded to different lengths.
+    return DataLoaderShard(
+        dataset,
+        device=accelerator.device,
+        batch_size=size,
+        drop_last=args.dataloader_drop_last,
+        collate_fn=collate,
+        **_loading_options(args),
+    )
 
 
 def budget_dataloader(trainer: Trainer, token_budget: int) -> DataLoader:
@@ -55,17 +236,13 @@ def budget_dataloader(trainer: Trainer, token_budget: int) -> DataLoader:
         rank=accelerator.process_index,
     )
     dataset, collate = compat.without_unused_columns(trainer, dataset, trainer.data_collator)
-    workers = args.dataloader_num_workers
     # The sampler already divides the batches among the ranks: accelerate only moves them to the device.
     return DataLoaderShard(
         dataset,
         device=accelerator.device,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=workers,
-        pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        **_loading_options(args),
     )
 
 
@@ -100,3 +277,26 @@ def forget_labels(labels: Tensor, start: int) -> Tensor:
     labels = labels.clone()
     labels[start:] = float("nan") if labels.is_floating_point() else IGNORE
     return labels
+
+
+def _innermost_sampler(loader: Any) -> Any:
+    """Return the sampler of sequences inside the batch samplers that accelerate wraps around each other."""
+    sampler = getattr(loader, "batch_sampler", None)
+    while inner := getattr(sampler, "batch_sampler", None):
+        sampler = inner
+    return getattr(sampler, "sampler", None)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Return whether a dataset has no length."""
+    return dataset is not None and not has_length(dataset)
+
+
+def _loading_options(args: TrainingArguments) -> dict[str, Any]:
+    workers = args.dataloader_num_workers
+    return {
+        "num_workers": workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+    }

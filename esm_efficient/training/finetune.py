@@ -36,9 +36,11 @@ from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, task_of
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.audit import AuditCallback
+from esm_efficient.training.cached import CachedTraining, cache_for_training
 from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.result import FinetuneResult
+from esm_efficient.training.runs import BASE_CONFIG
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
 from esm_efficient.training.standardizing import (
     LabelScale,
@@ -49,7 +51,7 @@ from esm_efficient.training.standardizing import (
     standardize_layer,
     standardized_training,
 )
-from esm_efficient.training.trainer import BASE_CONFIG, WeightedTrainer
+from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
@@ -77,6 +79,7 @@ def finetune(
     profile: bool = False,
     task: Task | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    states_dir: str | Path | None = None,
     **training_options: Any,
 ) -> FinetuneResult:
     """Fine-tune ESM-2: tokenise, prepare, train, audit, evaluate, save.
@@ -109,6 +112,8 @@ def finetune(
         profile: measure memory and time per phase (`ProfilerCallback`).
         task: the task, if the labels' feature does not tell it: several labels lose their names in tokenised splits.
         callbacks: further callbacks of the Trainer.
+        states_dir: folder for the states of a recipe with ``cache=True`` (`esm_efficient.trunk.cache.cache_states`);
+            None for ``states/`` in `output_dir`. Runs that share a folder compute them once.
         **training_options: options of `TrainingArguments`, such as ``num_train_epochs``, that override those of the
             recipe.
 
@@ -130,29 +135,32 @@ def finetune(
     chosen, output_dir = get_recipe(recipe), Path(output_dir)
     features = next(iter(dataset.values())).features
     task = task or _task_of_splits(features)
-    evaluated_on = next((name for name in ("test", "validation") if name in dataset), None)
-    if "train" not in dataset or evaluated_on is None:
-        raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
+    evaluated_on = _evaluation_split(dataset)
     args = recipe_arguments(chosen, output_dir, precision=precision, seed=seed, **training_options)
     set_seed(seed)
     loaded, tokenizer, has_unit = _load(model, tokenizer, task)
     if "input_ids" not in features:
         dataset, _ = tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)
     scale = _standardize_head(loaded, tokenizer, dataset["train"], task, has_unit)
+    collator = _make_collator(task, tokenizer)
+    splits: Mapping[str, Any] = {name: dataset[name] for name in ("train", "validation") if name in dataset}
+    states = None
+    if _can_cache(chosen, splits["train"]):
+        folder = output_dir / "states" if states_dir is None else Path(states_dir)
+        states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
+        loaded, splits = states.rest, states.splits
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
     audit = AuditCallback()
     callbacks = list(callbacks)
     if args.save_strategy != "no" and not any(isinstance(callback, CheckpointCallback) for callback in callbacks):
         callbacks.append(CheckpointCallback(signals=()))
     profiler = ProfilerCallback() if profile else None
-    of_tokens = task.head == "token-classification"
-    collator = (DataCollatorForTokenClassification if of_tokens else DataCollatorWithPadding)(tokenizer)
     trainer = WeightedTrainer(
         prepared,
         args,
-        train_dataset=dataset["train"],
-        eval_dataset=dataset.get("validation"),
-        data_collator=collator,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        data_collator=collator if states is None else states.collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
         callbacks=[audit, *([] if profiler is None else [profiler]), *callbacks],
@@ -162,6 +170,9 @@ def finetune(
     )
     with peak_memory() as peak, _standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if states is not None:
+        states.restore(trainer)
+        trainer.data_collator = collator
     # The model is saved before anything else can fail.
     model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
     _save_model(trainer, model_dir, tokenizer)
@@ -181,10 +192,11 @@ def finetune(
         total_parameters=sum(p.numel() for p in prepared.parameters()),
         trained_layers=audit.report.layers,
         layers=prepared.config.num_hidden_layers,
-        residues_per_second=trainer.residues_trained / trained.metrics["train_runtime"],
+        residues_per_second=_residues(trainer, states) / trained.metrics["train_runtime"],
         peak_memory_bytes=peak.bytes,
         peak_memory_kind=peak.kind,
         seconds=trained.metrics["train_runtime"],
+        states_seconds=0.0 if states is None else states.seconds,
         model_dir=model_dir,
         result_path=output_dir / "result.json",
         model=prepared.eval(),
@@ -195,6 +207,14 @@ def finetune(
         with explain_full_disk(output_dir):
             result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def _evaluation_split(dataset: DatasetDict) -> str:
+    """Return the name of the split that the metrics are for."""
+    name = next((name for name in ("test", "validation") if name in dataset), None)
+    if "train" not in dataset or name is None:
+        raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
+    return name
 
 
 def _task_of_splits(features: Features) -> Task:
@@ -237,16 +257,17 @@ def _load_pretrained(
     # In this order: one label of a single-label problem is refused.
     config.problem_type = task.problem_type
     config.num_labels = len(task.names)
-    loaded, missing = load_pretrained(
+    loaded, missing, mismatched = load_pretrained(
         auto_class(task.head), name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
     architecture = find_architecture(loaded)
-    if lost := [key for key in missing if not (is_in_head(architecture, key) or is_unread(architecture, key))]:
+    new = (*missing, *mismatched)
+    if lost := [key for key in new if not (is_in_head(architecture, key) or is_unread(architecture, key))]:
         raise ConfigurationError(
             f"{name} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
             f"{listing(lost)}. Expected a whole model"
         )
-    has_head = not any(is_in_head(architecture, key) for key in missing)
+    has_head = not any(is_in_head(architecture, key) for key in new)
     return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and has_head
 
 
@@ -300,6 +321,20 @@ def _standardized(trainer: Any, scale: LabelScale | None) -> Iterator[None]:
         trainer.data_collator, trainer.compute_metrics = collator, metrics
 
 
+def _can_cache(recipe: Recipe, train: Any) -> bool:
+    """Whether a recipe asks for cached states and the training split can have them."""
+    if recipe.cache and not hasattr(train, "__len__"):
+        logger.warning("the training data are a stream: the layers that do not train are computed in every epoch")
+        return False
+    return recipe.cache
+
+
+def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the collator of tokens and labels."""
+    kind = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
+    return kind(tokenizer)
+
+
 def _prepare(
     model: PreTrainedModel, task: Task, recipe: Recipe, args: TrainingArguments, adapter_options: Mapping[str, Any]
 ) -> PreTrainedModel | PeftModel:
@@ -308,11 +343,19 @@ def _prepare(
         model,
         adapters=recipe_adapters(recipe, model, **adapter_options),
         head_only=recipe.trains == "head",
+        layers=recipe.layers,
         gradient_checkpointing=compat.asks_for_checkpointing(args),
         dtype=torch.bfloat16 if args.bf16 else None,
         label_names=task.names,
     )
     return apply_lean_encoder(prepared) if recipe.encoder == "lean" else prepared
+
+
+def _residues(trainer: WeightedTrainer, states: CachedTraining | None) -> int:
+    """Return the residues that this run trained on."""
+    if states is not None and states.collator.stored.pooling == "first":  # batches have no masks to count in
+        return states.residues_trained(trainer)
+    return trainer.residues_trained - trainer.residues_resumed
 
 
 def _tune_thresholds(

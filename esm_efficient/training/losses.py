@@ -7,7 +7,7 @@ whole accumulated batch, and divides once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import IGNORE
 
+LARGEST_NUMBER = 1e18
+"""The largest number to regress; the square of one above 1.8e19 is infinite in float32."""
+
 
 class WeightedLoss(Protocol):
     """The interface of a loss that a trainer can use."""
@@ -26,8 +29,16 @@ class WeightedLoss(Protocol):
         """Return the weight of each example, float32 of shape (batch,), from its labels."""
         ...
 
+    def wrong(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return a mask of the labels that this loss cannot use, of the labels' shape."""
+        ...
+
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss and the weight of each example, both float32 of shape (batch,)."""
+        """Return the weighted loss and the weight of each example, both float32 of shape (batch,).
+
+        Labels that are wrong are an error on a CPU. On another device, where looking at them would take time, their
+        loss is NaN.
+        """
         ...
 
 
@@ -74,8 +85,12 @@ class CrossEntropy:
             weights = counted.float()
         else:
             table = self.class_weights.to(device=labels.device, dtype=torch.float32)
-            weights = table[labels.where(counted, 0)] * counted
+            weights = table[labels.where(counted, 0).clamp(0, len(table) - 1)] * counted
         return weights.reshape(len(labels), -1).sum(1)
+
+    def wrong(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return a mask of the labels that are not class ids of the logits."""
+        return (labels != IGNORE) & ((labels < 0) | (labels >= logits.shape[-1]))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the weight of each example.
@@ -88,10 +103,14 @@ class CrossEntropy:
             The weighted loss summed over each example, and its weight: both float32 of shape (batch,).
 
         Raises:
-            DataError: as `weights`.
+            DataError: as `weights`; the labels' shape does not fit the logits; on a CPU, a label is not a class id.
         """
+        if labels.shape != logits.shape[:-1]:
+            advice = ". Several labels per sequence must be floats" if labels.shape == logits.shape else ""
+            raise DataError(_wrong_shape(labels, logits.shape[:-1]) + advice)
+        wrong = _refuse(self.wrong(logits, labels), labels, f"class ids from 0 to {logits.shape[-1] - 1}, or {IGNORE}")
         table = self.class_weights
-        flat, targets = logits.float().flatten(0, -2), labels.flatten()
+        flat, targets = logits.float().flatten(0, -2), labels.masked_fill(wrong, IGNORE).flatten()
         values = F.cross_entropy(
             flat,
             targets,
@@ -103,6 +122,7 @@ class CrossEntropy:
         if self.focal_gamma:
             right = F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none").neg().exp()
             values = _focal(values, right, self.focal_gamma)
+        values = values.masked_fill(wrong.flatten(), torch.nan)
         return values.reshape(len(labels), -1).sum(1), self.weights(labels)
 
 
@@ -139,11 +159,18 @@ class BinaryCrossEntropy:
         Raises:
             DataError: the labels are not floats.
         """
-        return _is_known(labels, "floats from 0 to 1").float().sum(1)
+        return _is_known(labels).float().reshape(len(labels), -1).sum(1)
+
+    def wrong(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return a mask of the known labels that are not from 0 to 1."""
+        return _is_known(labels) & ((labels < 0) | (labels > 1))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the weight of each example, as `CrossEntropy`; logits of shape (batch, labels)."""
-        known = _is_known(labels, "floats from 0 to 1")
+        if labels.shape != logits.shape:
+            raise DataError(_wrong_shape(labels, logits.shape))
+        known = _is_known(labels)
+        wrong = _refuse(self.wrong(logits, labels), labels, f"numbers from 0 to 1; NaN or {IGNORE} if unknown")
         targets = labels.where(known, 0).float()
         smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
         pos_weight = None if self.class_weights is None else self.class_weights.to(device=logits.device).float()
@@ -152,7 +179,8 @@ class BinaryCrossEntropy:
         if self.focal_gamma:
             right = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").neg().exp()
             values = _focal(values, right, self.focal_gamma)
-        return values.where(known, 0).sum(1), known.float().sum(1)
+        values = values.where(known, 0).masked_fill(wrong, torch.nan)
+        return values.sum(1), known.float().sum(1)
 
 
 @dataclass(frozen=True)
@@ -167,9 +195,17 @@ class SquaredError:
         """
         return (~labels.isnan()).float().reshape(len(labels), -1).sum(1)
 
+    def wrong(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return a mask of the numbers that are infinite, or whose square is infinite in float32."""
+        return labels.float().abs() > LARGEST_NUMBER
+
     def __call__(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the weight of each example, as `CrossEntropy`; logits of shape (batch, numbers)."""
         targets = labels.reshape(len(labels), -1).float()
+        if targets.shape != (shape := logits.reshape(len(labels), -1).shape):
+            raise DataError(_wrong_shape(labels, shape))
+        # On another device than a CPU the loss of a wrong number is infinite anyway.
+        _refuse(self.wrong(logits, labels), labels, f"numbers of at most {LARGEST_NUMBER:g}; standardise them")
         known = ~targets.isnan()
         errors = logits.float().reshape(targets.shape) - targets.where(known, 0)
         return errors.square().where(known, 0).sum(1), known.float().sum(1)
@@ -193,11 +229,29 @@ def make_loss(
     return SquaredError()
 
 
-def _is_known(labels: Tensor, expected: str) -> Tensor:
-    """Return a mask of known labels."""
+def _is_known(labels: Tensor) -> Tensor:
+    """Return a mask of known labels, of several per example."""
     if not labels.is_floating_point():
-        raise DataError(f"labels are {labels.dtype}: expected {expected}, with NaN for unknown ones")
+        raise DataError(
+            f"labels are {labels.dtype}: expected floats from 0 to 1, with NaN for unknown ones. Cast the column to "
+            "float32"
+        )
     return ~labels.isnan() & (labels != IGNORE)
+
+
+def _wrong_shape(labels: Tensor, expected: Sequence[int]) -> str:
+    return f"labels have shape {tuple(labels.shape)}: expected {tuple(expected)}, which fits the model's outputs"
+
+
+def _refuse(wrong: Tensor, labels: Tensor, expected: str) -> Tensor:
+    """Return the mask of wrong labels; on a CPU there is none."""
+    if wrong.device.type == "cpu" and wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise DataError(
+            f"{int(wrong.sum())} label(s) of a batch are wrong, the first in its row {place[0]}: "
+            f"{labels[tuple(place)].item():g}. Expected {expected}"
+        )
+    return wrong
 
 
 def _focal(values: Tensor, right: Tensor, gamma: float) -> Tensor:

@@ -38,6 +38,7 @@ class FinetuneResult:
         peak_memory_bytes: peak memory during training.
         peak_memory_kind: kind of memory that the peak counts.
         seconds: duration of the training loop.
+        states_seconds: time to compute the cached states of a recipe with ``cache=True``, before the training loop.
         model_dir: folder of the model or the adapter, with the tokenizer. It contains the model's config; the config
             of an adapter's base model is in its folder ``base_config/``.
         result_path: path of this record as JSON.
@@ -67,6 +68,7 @@ class FinetuneResult:
     result_path: Path
     model: PreTrainedModel | PeftModel = field(repr=False, compare=False)
     profile: ProfileReport | None = None
+    states_seconds: float = 0.0
     thresholds: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:

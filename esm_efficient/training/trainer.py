@@ -6,20 +6,16 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
 
 from esm_efficient import compat
 from esm_efficient.data.schema import WEIGHT_COLUMN
-from esm_efficient.errors import ConfigurationError, DataError, listing
-from esm_efficient.saving import portable_saving
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import (
-    SPECIAL_TOKENS,
     base_model_of,
     has_known_loss,
     label_names_of,
@@ -27,23 +23,24 @@ from esm_efficient.tasks import (
     set_problem_type,
 )
 from esm_efficient.training.audit import AuditCallback
-from esm_efficient.training.batches import EpochCallback, budget_dataloader, count_real_examples, forget_labels
+from esm_efficient.training.batches import (
+    count_real_examples,
+    forget_labels,
+)
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
-from esm_efficient.training.resuming import start_run
-from esm_efficient.training.weights import resolve_class_weights
+from esm_efficient.training.runs import WatchedTrainer
+from esm_efficient.training.weights import check_labels, resolve_class_weights
 from esm_efficient.trunk.cache import STATES_COLUMN
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+    from transformers import TrainerState
+    from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
 
-BASE_CONFIG = "base_config"
-"""The folder beside an adapter with the config of its base model."""
 
-
-class WeightedTrainer(Trainer):
+class WeightedTrainer(WatchedTrainer):
     """A `transformers.Trainer` with class weights, exact under accumulation and over several ranks.
 
     The loss of an optimizer step is the weighted sum over the accumulated batch, divided by the total weight of that
@@ -111,16 +108,13 @@ class WeightedTrainer(Trainer):
         audit: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.token_budget = token_budget
+        super().__init__(*args, token_budget=token_budget, **kwargs)
         self.class_weights: np.ndarray | None = None
         self._focal_gamma = focal_gamma
-        self._residues_trained: Tensor | int = 0
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
         self._last_losses: tuple[Tensor, Tensor] | None = None
         self._warned_of_repeats = False
         compat.keep_column(self, STATES_COLUMN)
-        compat.check_loaded_weights(self, self._refuse_missing_weights)
 
         has_options = class_weights is not None or bool(focal_gamma)
         if has_options and self.compute_loss_func is not None:
@@ -132,23 +126,8 @@ class WeightedTrainer(Trainer):
             self._choose_loss(class_weights)
             self._refuse_model_parallelism()
         self._keep_sample_weights()
-        if token_budget is not None:
-            if self.args.dataloader_drop_last:
-                raise ConfigurationError("token_budget keeps all batches: leave dataloader_drop_last out")
-            self.add_callback(EpochCallback())
         if audit and not any(isinstance(c, AuditCallback) for c in self.callback_handler.callbacks):
             self.add_callback(AuditCallback())
-
-    @property
-    def residues_trained(self) -> int:
-        """Residues trained on over all ranks, without padding and special tokens; counted in the attention masks."""
-        on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
-        return int(self.accelerator.reduce(on_this_rank, reduction="sum"))
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer."""
-        super().create_accelerator_and_postprocess()
-        compat.leave_division_to_trainer(self.accelerator)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new model from ``model_init``, with the same ``problem_type`` as the first."""
@@ -157,20 +136,9 @@ class WeightedTrainer(Trainer):
             set_problem_type(model, self._problem_type)
         return model
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does; resume from a whole checkpoint of the same run only (`start_run`)."""
-        try:
-            return super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
-        finally:
-            self._step_batches = self._step_scale = None
-
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if mask is not None:
-                self._residues_trained += mask.sum() - SPECIAL_TOKENS * len(mask)
         self._step_batches, self._step_scale = batches, None
         self._real_examples = self._count_real_examples()
         self._step_divisor = len(batches) if compat.divides_loss(self, count) else 1
@@ -196,9 +164,13 @@ class WeightedTrainer(Trainer):
         labels = self._real_labels(inputs, is_last=scale is not None and self.accelerator.sync_gradients)
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT_COLUMN)})
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        losses, weights = (_times_sample_weight(part, inputs) for part in self._loss_for(labels)(logits, labels))
+        loss_function = self._loss_for(labels)
+        losses, weights = (_times_sample_weight(part, inputs) for part in loss_function(logits, labels))
+        if labels.device.type != "cpu":  # on a CPU the loss has raised
+            self._watch.observe_labels(loss_function.wrong(logits, labels))
         if scale is not None:
             loss = losses.sum() * scale
+            self._watch.observe_logits(logits)
         else:
             loss = losses.sum() / _nonzero(weights.sum())
             self._last_losses = (losses.detach(), weights.detach())
@@ -206,12 +178,6 @@ class WeightedTrainer(Trainer):
             return loss
         # Trainer drops the first item of a tuple, which is the loss if the model was given labels.
         return loss, (outputs if isinstance(outputs, dict) else (loss, *outputs))
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the training batches: those of Trainer, or those of the token budget."""
-        if self.token_budget is None:
-            return super().get_train_dataloader()
-        return budget_dataloader(self, self.token_budget)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -247,30 +213,16 @@ class WeightedTrainer(Trainer):
             self._evaluation_losses = None
         return output
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as Trainer does; beside an adapter, also save the base model's config, with task and label names.
+    def begin_run(self, state: TrainerState) -> None:
+        """Reset what is counted in a run, and check the labels if only this class's loss reads them."""
+        super().begin_run(state)
+        if type(self).compute_loss is WeightedTrainer.compute_loss and self._is_weighted:
+            check_labels(self.train_dataset, self.data_collator, self.model, self._problem_type)
 
-        The config has its own folder, ``base_config/``: transformers would load a folder with both a ``config.json``
-        and an adapter as a whole model.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PreTrainedModel):
-            with portable_saving(model):
-                super().save_model(output_dir, _internal_call)
-        else:
-            super().save_model(output_dir, _internal_call)
-        if self.args.should_save and hasattr(model, "peft_config"):
-            folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
-            model.get_base_model().config.save_pretrained(folder)
-
-    def _refuse_missing_weights(self, missing: Sequence[str]) -> None:
-        """Raise if a checkpoint lacks weights: they would keep the values that the model had."""
-        tied = compat.tied_weights(self.accelerator.unwrap_model(self.model))
-        if lost := [name for name in missing if name not in tied]:
-            raise ConfigurationError(
-                f"the checkpoint lacks {len(lost)} weights of the model ({listing(lost)}): training cannot resume "
-                "from it. Use another checkpoint, or load this one with from_pretrained() and start a new run"
-            )
+    def end_run(self) -> None:
+        """Let go of the batches of the run."""
+        super().end_run()
+        self._step_batches = self._step_scale = None
 
     def _choose_loss(self, class_weights: Any) -> None:
         """Check the options, and choose the loss if the model tells the task; otherwise the first batch does."""
@@ -322,9 +274,10 @@ class WeightedTrainer(Trainer):
             for batch in batches:
                 labels = self._real_labels(batch, is_last=batch is batches[-1])
                 total += _times_sample_weight(self._loss_for(labels).weights(labels), batch).sum().to(total.device)
-            total = _nonzero(self.accelerator.reduce(total, reduction="sum"))
+            total = self.accelerator.reduce(total, reduction="sum")
+            self._watch.observe_weight(total)
             # Data-parallel ranks average their gradients: their number turns the average into a sum.
-            self._step_scale = self._step_divisor * self.accelerator.num_processes / total
+            self._step_scale = self._step_divisor * self.accelerator.num_processes / _nonzero(total)
         return self._step_scale
 
     def _keep_sample_weights(self) -> None:

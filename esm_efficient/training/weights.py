@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.tasks import IGNORE
+from esm_efficient.tasks import IGNORE, head_of
+from esm_efficient.training.losses import LARGEST_NUMBER
 
 
 def dataset_labels(dataset: Any) -> np.ndarray:
@@ -45,6 +46,73 @@ def dataset_labels(dataset: Any) -> np.ndarray:
     multi_label = flat[0].dtype.kind == "f" and flat[0].ndim == 2
     parts = [part if multi_label else part.ravel() for part in flat]
     return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
+
+
+def check_labels(dataset: Any, collator: Any, model: Any, problem_type: str | None) -> None:
+    """Check all labels of a training set before the first step, if their column reaches the loss unchanged.
+
+    This is so for a `datasets.Dataset` without a transform and a collator of transformers that makes no labels. The
+    loss checks the labels of every other set batch by batch.
+
+    Args:
+        dataset: the training set.
+        collator: the data collator.
+        model: the model, whose config tells the number of classes.
+        problem_type: as in the model's config; None if the labels decide it.
+
+    Raises:
+        DataError: no label is known, or a label is wrong; the message names the first row.
+    """
+    import datasets
+
+    is_plain = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    column = next((name for name in ("labels", "label") if is_plain and name in dataset.column_names), None)
+    if column is None or not _keeps_labels(collator):
+        return
+    start, is_any_known = 0, False
+    for block in dataset.select_columns(column).with_format("numpy").iter(10_000):
+        rows = [np.asarray(row) for row in block[column]]
+        values = np.concatenate([row.ravel() for row in rows]) if rows else np.empty(0)
+        if values.dtype.kind not in "iuf":
+            return
+        known, wrong, expected = _judge(values, model, problem_type)
+        if wrong.any():
+            row = start + int(np.repeat(np.arange(len(rows)), [row.size for row in rows])[wrong][0])
+            raise DataError(f"row {row} of the training set has the label {values[wrong][0]:g}: expected {expected}")
+        is_any_known = is_any_known or bool(known.any())
+        start += len(rows)
+    if not is_any_known:
+        raise DataError(f"no label of the training set is known: all {start} row(s) have -100 or NaN in {column!r}")
+
+
+def _keeps_labels(collator: Any) -> bool:
+    kind = type(collator) if not callable(getattr(collator, "__code__", None)) else collator
+    name = getattr(collator, "__name__", type(collator).__name__)
+    module = getattr(collator, "__module__", kind.__module__)
+    return module.startswith("transformers.") and "Language" not in name and "WholeWord" not in name
+
+
+def _judge(values: np.ndarray, model: Any, problem_type: str | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return masks of the labels that are known and that are wrong, and what is expected."""
+    is_float = values.dtype.kind == "f"
+    if problem_type == "regression":
+        known = ~np.isnan(values) if is_float else np.ones(len(values), dtype=bool)
+        return (
+            known,
+            np.abs(values) > LARGEST_NUMBER,
+            f"a number of at most {LARGEST_NUMBER:g}; standardise the numbers",
+        )
+    known = (values != IGNORE) & ~np.isnan(values) if is_float else values != IGNORE
+    if is_float:
+        return known, known & ((values < 0) | (values > 1)), "a number from 0 to 1, or NaN or -100 if it is unknown"
+    head, config = head_of(model), model.config
+    classes = config.vocab_size if head == "masked-lm" else config.num_labels
+    wrong = known & ((values < 0) | (values >= classes))
+    return (
+        known,
+        wrong,
+        f"a class id from 0 to {classes - 1} (config.num_labels is {classes}), or -100 if it is unknown",
+    )
 
 
 def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequence[str]) -> np.ndarray:

@@ -157,7 +157,7 @@ class StatesCollator:
             place[: len(states)] = states
         batch["inputs_embeds"] = torch.from_numpy(padded).view(self.stored.torch_dtype).to(self.dtype)
         if self.stored.pooling == "first":
-            batch["attention_mask"] = torch.ones(len(ids), 1, dtype=torch.long)
+            del batch["attention_mask"]  # it is that of all tokens
         return batch
 
 

@@ -122,3 +122,17 @@ def test_contradictions_are_refused(tiny_model):
         prepare_model(tiny_model(EsmModel), head_only=True)
     with pytest.raises(TargetModuleError, match="no known encoder"):
         prepare_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("layers", "trained"), [("top-1", {1}), ([0], {0}), ("all", {0, 1})])
+def test_without_adapters_the_chosen_layers_the_last_norm_and_the_head_train(tiny_model, layers, trained):
+    model = prepare_model(tiny_model(EsmForSequenceClassification), layers=layers)
+    for name, parameter in model.named_parameters():
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if "contact_head" in name:
+            expected = False
+        elif "embeddings" in name:
+            expected = layers == "all"
+        else:
+            expected = number is None or number in trained
+        assert parameter.requires_grad is expected, name

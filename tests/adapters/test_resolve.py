@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
-from esm_efficient import lora_config, recipe_adapters, resolve_targets
+from esm_efficient import RECIPES, lora_config, recipe_adapters, resolve_targets
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 
 HEADS = [EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel]
@@ -185,3 +185,28 @@ def test_the_report_counts_each_target(tiny_model):
     text = str(resolve_targets(tiny_model(), "mlp"))
     assert "intermediate.dense    2 layers" in text
     assert text.endswith("4 layers in all")
+
+
+@pytest.mark.parametrize(("layers", "numbers"), [("top-1", [1]), ("top-1/2", [1]), ([0], [0]), ("all", [0, 1])])
+@pytest.mark.parametrize("preset", PER_LAYER)
+def test_adapters_go_into_the_chosen_layers_alone(tiny_model, preset, layers, numbers):
+    model = tiny_model(EsmForSequenceClassification)
+    paths = {f"esm.encoder.layer.{i}.{suffix}" for i in numbers for suffix in PER_LAYER[preset]}
+    assert set(resolve_targets(model, preset, layers=layers).modules) == paths
+    config = lora_config(model, preset=preset, r=2, layers=layers)
+    assert wrapped(get_peft_model(model, config)) == paths
+
+
+def test_a_target_that_the_chosen_layers_lack_is_refused(tiny_model):
+    model = tiny_model(EsmForSequenceClassification)
+    model.esm.encoder.layer[1].intermediate = nn.Identity()
+    with pytest.raises(TargetModuleError, match=r"intermediate\.dense"):
+        resolve_targets(model, "mlp", layers="top-1")
+
+
+def test_the_layers_of_a_recipe_are_those_of_its_adapters(tiny_model):
+    model = tiny_model(EsmForSequenceClassification)
+    recipe = RECIPES["lora"].replace(layers="top-1")
+    assert recipe_adapters(recipe, model).layers_to_transform == [1]
+    assert recipe_adapters(recipe, model, layers=[0]).layers_to_transform == [0]
+    assert recipe_adapters("lora", model).layers_to_transform is None

@@ -36,6 +36,9 @@ def write(table: pd.DataFrame, path):
     if path.name.endswith(".parquet"):
         table.to_parquet(path)
         return path
+    if path.name.endswith(".jsonl"):
+        table.to_json(path, orient="records", lines=True)
+        return path
     text = table.to_csv(index=False, sep="\t" if ".tsv" in path.name else ",")
     packer = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     path.write_bytes(packer(text.encode()))

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from esm_efficient import load_deeploc
-from esm_efficient.data import deeploc
+from esm_efficient.data import deeploc, download
 from esm_efficient.data.download import cache_folder, fetch, sha256_of
-from esm_efficient.errors import DownloadError
+from esm_efficient.errors import DataError, DownloadError
 
 
 @pytest.fixture
 def server(demo_table):
-    """Serves the demo table at /table.csv, half of it at /cut.csv; ``server.hits`` counts requests."""
+    """Serves the demo table and broken answers, and counts requests as ``server.hits``.
+
+    The table is at /table.csv, half of it at /cut.csv. /loop and /far/N redirect for ever; /endless
+    and /slow send no end.
+    """
     content = demo_table.read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.hits += 1
+            if self.path.startswith(("/loop", "/far/")):
+                self.send_response(302)
+                further = "/loop" if self.path == "/loop" else f"/far/{int(self.path[5:]) + 1}"
+                self.send_header("Location", further)
+                self.end_headers()
+                return
+            if self.path in ("/endless", "/slow"):
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(1000):
+                        self.wfile.write(b"A" * (100_000 if self.path == "/endless" else 1))
+                        time.sleep(0.0 if self.path == "/endless" else 0.05)
+                return
             if self.path not in ("/table.csv", "/cut.csv"):
                 self.send_error(404)
                 return
@@ -57,6 +77,32 @@ def test_a_file_is_fetched_once_and_checked(server, tmp_path, demo_table):
     assert destination.read_bytes() == demo_table.read_bytes()
     assert sha256_of(destination) == server.sha256
     assert [path.name for path in destination.parent.iterdir()] == ["table.csv"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/loop", "cannot fetch .*infinite loop"),
+        ("/far/0", "cannot fetch .*infinite loop"),
+        ("/endless", "more than 1,000,000 bytes"),
+        ("/slow", "too slow"),
+        ("/table.csv", r"has [\d,]+ bytes, more than 1,000"),
+    ],
+)
+def test_a_download_without_end_is_refused(server, tmp_path, monkeypatch, path, message):
+    monkeypatch.setattr(download, "MAX_BYTES", 1000 if path == "/table.csv" else 1_000_000)
+    with pytest.raises(DownloadError, match=message):
+        fetch(server.url + path, tmp_path / "table.csv", timeout=0.3)
+    assert list(tmp_path.iterdir()) == []
+    assert server.hits < 20
+
+
+def test_an_address_of_a_file_on_this_machine_is_refused(tmp_path):
+    for address in ("file:///dev/zero", "ftp://127.0.0.1/a", "/dev/zero"):
+        with pytest.raises(DownloadError, match=r"not an http or https address\. Give the path"):
+            fetch(address, tmp_path / "table.csv")
+    with pytest.raises(DataError, match=r"no file at .*Give a path"):
+        load_deeploc("file:///dev/zero")
 
 
 @pytest.mark.parametrize(

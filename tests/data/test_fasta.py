@@ -10,7 +10,7 @@ from datasets import ClassLabel, List
 from sequence_files import frame, rows_of, write
 
 from esm_efficient import load_sequences
-from esm_efficient.data.fasta import have_labels, read_fasta, read_fasta_table
+from esm_efficient.data.fasta import read_fasta, read_fasta_table
 from esm_efficient.errors import DataError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
@@ -65,7 +65,7 @@ def test_labels_below_sequences_are_refused_where_they_cannot_be_told_or_used():
     with pytest.raises(DataError, match=r"record 1 \(P1\) seems to have labels below its sequence, in 4 lines"):
         read_fasta_table(io.StringIO(wrapped), "example")
     with pytest.raises(DataError, match="the request has labels below the sequences"):
-        list(read_fasta([f">P1\n{PROTEIN}\n", f"{LABELS}\n"][0].splitlines(True) + [LABELS], "the request"))
+        list(read_fasta([">P1\n", f"{PROTEIN}\n", f"{LABELS}\n"], "the request"))
     mixed = "".join(f">P{i}\n{PROTEIN}\n{LABELS}\n" for i in range(3)) + f">P3\n{PROTEIN}\n"
     _, rows = read_fasta_table(io.StringIO(mixed), "example")
     with pytest.raises(DataError, match=r"record 4 \(P3\): 1 line\(s\).*expected a line of residues and a line of"):
@@ -76,10 +76,9 @@ def test_labels_below_sequences_are_refused_where_they_cannot_be_told_or_used():
     assert left_out == ["example, record 4 (P3)"]
 
 
-def test_half_of_the_records_with_labels_are_not_enough():
-    _, rows = read_fasta_table(io.StringIO(f">P1\n{PROTEIN}\n{LABELS}\n>P2\n{PROTEIN}\n"), "example")
-    assert next(rows)[1][2] == PROTEIN + LABELS
-    assert not have_labels([])
+def test_labels_below_some_sequences_only_are_refused():
+    with pytest.raises(DataError, match=r"1 of 2 records seem to have labels below the sequence, such as record 1"):
+        read_fasta_table(io.StringIO(f">P1\n{PROTEIN}\n{LABELS}\n>P2\n{PROTEIN}\n"), "example")
 
 
 def test_a_fasta_file_of_labels_is_joined_to_one_of_sequences(tmp_path):
@@ -106,8 +105,8 @@ def test_the_splits_and_the_target_in_headers_are_read(tmp_path):
     path = tmp_path / "flip.fasta"
     path.write_text(
         "".join(
-            f">{row.id} TARGET={row.label} SET={word} VALIDATION={row.Index % 4 == 0 and word == 'train'}\n{row.sequence}\n"
-            for row, word in zip(table.itertuples(), words, strict=True)
+            f">{r.id} TARGET={r.label} SET={word} VALIDATION={r.Index % 4 == 0 and word == 'train'}\n{r.sequence}\n"
+            for r, word in zip(table.itertuples(), words, strict=True)
         )
     )
     data = load_sequences(path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, List, Value
 from pyarrow import parquet
-from sequence_files import frame, rows_of, write
+from sequence_files import frame, put, rows_of, write
 from transformers import AutoTokenizer
 
 from esm_efficient import demo_model_path, load_sequences, tokenize_dataset
-from esm_efficient.errors import DataError
+from esm_efficient.errors import ConfigurationError, DataError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
 
@@ -91,3 +94,214 @@ def test_list_labels_keep_nulls_and_refuse_numbers(tmp_path):
     table["stability"] = "1e40"
     with pytest.raises(DataError, match=r"not a finite number in .*line 2"):
         load_sequences(write(table, tmp_path / "c.csv"), label="stability", label_kind="number")
+
+
+SITES = ["".join("01"[letter in "AILMFVWY"] for letter in sequence) for sequence in frame().sequence]
+
+
+@pytest.mark.parametrize(
+    ("write_labels", "expected"),
+    [
+        (lambda s: str([int(c) for c in s]), "01"),  # what pandas writes of a list
+        (lambda s: str([float(c) for c in s]), "01"),
+        (lambda s: str(np.array([int(c) for c in s])), "01"),
+        (lambda s: str(list(s)), "01"),
+        (lambda s: " ".join("EH"[int(c)] for c in s), "EH"),
+        (lambda s: ",".join(s), "01"),
+        (lambda s: ";".join("EH"[int(c)] for c in s), "EH"),
+        (lambda s: s, "01"),
+        (lambda s: f"{s[:5]} {s[5:]}", "01"),
+    ],
+)
+def test_labels_of_residues_are_read_from_usual_texts(tmp_path, write_labels, expected):
+    table = frame().assign(label=[write_labels(sites) for sites in SITES])
+    data = load_sequences(write(table, tmp_path / "a.csv"))
+    assert data["train"].features["label"] == List(ClassLabel(names=list(expected)))
+    rows = rows_of(data)
+    assert [rows[name]["label"] for name in table.id] == [[int(c) for c in sites] for sites in SITES]
+
+
+def test_long_texts_of_0_and_1_raise_no_warning_of_numpy(tmp_path):
+    rng = np.random.default_rng(0)
+    table = frame().assign(sequence=["".join(rng.choice(list("MKTV"), int(n))) for n in rng.integers(36, 400, 40)])
+    table["label"] = ["".join("01"[letter == "M"] for letter in sequence) for sequence in table.sequence]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        data = load_sequences(write(table, tmp_path / "a.csv"))
+    assert data["train"].features["label"] == List(ClassLabel(names=["0", "1"]))
+
+
+def cycle(*words, rows=40):
+    return [words[i % len(words)] for i in range(rows)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([f"{i},{i + 9},{i + 17}" for i in range(40)], "several numbers in .*line 2: '0,9,17'.*positions of sites"),
+        (cycle("12", "12 40", "7"), "several numbers in .*line 3: '12 40'"),
+        (cycle("0,37", "12,5"), "two numbers with a comma.*decimal comma as a point"),
+        (cycle("[0, 1, 0]", "[1, 1, 0]"), "list in every row.*line 2: 3 labels for.*one column per label"),
+        (cycle("['Nucleus']", "['Nucleus', 'Golgi']"), "list in every row.*label_kind=.several"),
+        (cycle("Cytoplasm", "Cytoplasm|Nucleus"), "several labels.*line 3: 'Cytoplasm.Nucleus'.*label_kind=.several"),
+        (cycle("Nucleus", "Cell membrane; Multi-pass"), "several labels.*label_kind=.several"),
+        (cycle("Cytoplasm", "Nucleus", "Cytoplasm, Nucleus"), "several labels.*line 4: 'Cytoplasm, Nucleus'"),
+        (cycle("ER", "ER/Golgi"), "several labels.*line 3: 'ER/Golgi'"),
+        (cycle("yes", "Yes", "no"), "several spellings: .*line 3: 'Yes'.*line 2: 'yes'.*label_kind=.class"),
+        (cycle("non-membrane", "Non membrane", "no"), "several spellings"),
+        (cycle("yes", "no", "NA"), r"may be missing in .*line 4: 'NA'. Correct the row.*on_error"),
+        (cycle("yes", "no", "-"), "may be missing in .*line 4: '-'"),
+        ([f"family {i // 2}" for i in range(40)], "20 different values in 40 rows.*'family 0'.*label_kind=.class"),
+        (["soluble", "membrane", *[f"{i} nM" for i in range(38)]], "40 different values in 40 rows"),
+        (cycle("soluble " * 40, "membrane"), "more than 200 characters in .*line 2"),
+    ],
+)
+def test_cells_that_are_unlikely_to_be_classes_are_asked_about(tmp_path, labels, message):
+    path = write(frame().assign(label=labels), tmp_path / "a.csv")
+    with pytest.raises(DataError, match=message):
+        load_sequences(path)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        cycle("Cytoplasm", "Cytoplasm|Nucleus"),
+        cycle("yes", "Yes", "no"),
+        cycle("yes", "no", "NA"),
+        [f"family {i // 2}" for i in range(40)],
+        cycle("0,37", "12,5"),
+    ],
+)
+def test_the_user_may_say_that_they_are_classes(tmp_path, labels):
+    data = load_sequences(write(frame().assign(label=labels), tmp_path / "a.csv"), label_kind="class")
+    assert data["train"].features["label"].names == sorted(set(labels))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        cycle("Lysosome/Vacuole", "Cell membrane", "Golgi apparatus"),
+        cycle("yes ", "yes", "no"),
+        cycle("True", "False"),
+        cycle(*[f"class {i}" for i in range(10)]),
+    ],
+)
+def test_classes_are_read_without_a_question(tmp_path, labels):
+    data = load_sequences(write(frame().assign(label=labels), tmp_path / "a.csv"))
+    assert data["train"].features["label"].names == sorted({label.strip() for label in labels})
+
+
+def test_three_rows_of_two_classes_are_enough(tmp_path):
+    table = frame(rows=3).assign(split=["train", "train", "test"], label=["a", "b", "a"])
+    assert load_sequences(write(table, tmp_path / "a.csv"))["train"].features["label"].names == ["a", "b"]
+
+
+def test_the_limit_of_classes_grows_with_the_rows(tmp_path):
+    table = frame(rows=1000)[["id", "sequence"]]
+    names = load_sequences(
+        write(table.assign(label=cycle(*[f"c{i}" for i in range(100)], rows=1000)), tmp_path / "a.csv")
+    )
+    assert len(names["train"].features["label"].names) == 100
+    with pytest.raises(DataError, match="101 different values in 1000 rows"):
+        load_sequences(write(table.assign(label=cycle(*[f"c{i}" for i in range(101)], rows=1000)), tmp_path / "b.csv"))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        cycle("Cytoplasm", "Cell membrane|Nucleus", "Nucleus"),
+        cycle("Cytoplasm", "Nucleus; Cell membrane", "Nucleus;"),
+        cycle("['Cytoplasm']", "['Cell membrane', 'Nucleus']", "['Nucleus']"),
+    ],
+)
+def test_several_labels_in_a_cell_become_a_number_each(tmp_path, labels):
+    table = frame().assign(label=labels)
+    data = load_sequences(write(table, tmp_path / "a.csv"), label_kind="several")
+    assert data["train"].features["label"] == dict.fromkeys(("Cell membrane", "Cytoplasm", "Nucleus"), Value("float32"))
+    rows = rows_of(data)
+    expected = [
+        {"Cell membrane": b, "Cytoplasm": a, "Nucleus": c} for a, b, c in cycle((1, 0, 0), (0, 1, 1), (0, 0, 1))
+    ]
+    assert [rows[name]["label"] for name in table.id] == expected
+
+
+def test_lists_of_names_in_parquet_are_several_labels(tmp_path):
+    table = frame()
+    columns = {"id": table.id, "sequence": table.sequence, "label": cycle(["a"], ["b", "c"])}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = rows_of(load_sequences(tmp_path / "a.parquet", label_kind="several"))
+    assert rows["P1"]["label"] == {"a": 0.0, "b": 1.0, "c": 1.0}
+    with pytest.raises(DataError, match=r"list in every row.*label_kind=.several"):
+        load_sequences(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("mark", ["-", "?", "."])
+def test_a_mark_of_residues_without_a_label_is_asked_about(tmp_path, mark):
+    table = frame()
+    table["label"] = [f"{text[:3]}{mark}{text[4:]}" for text in table.structure]
+    path = write(table, tmp_path / "a.csv")
+    with pytest.raises(DataError, match=rf"label of a residue is '\{mark}', first in .*line 2. Pass unlabelled="):
+        load_sequences(path)
+    assert load_sequences(path, unlabelled="")["train"].features["label"].feature.names == [mark, "E", "H"]
+    data = load_sequences(path, unlabelled=mark)
+    assert data["train"].features["label"].feature.names == ["E", "H"]
+    assert all(label[3] is None and None not in label[:3] + label[4:] for label in data["train"]["label"])
+    tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    assert all(label[4] == -100 for label in tokenized["train"]["labels"])
+    with pytest.raises(DataError, match="no residue has this label"):
+        load_sequences(path, unlabelled="~")
+    with pytest.raises(ConfigurationError, match="unlabelled='-' is for labels per residue"):
+        load_sequences(path, label="stability", unlabelled="-")
+
+
+def test_what_transformers_ignores_is_no_class_of_residues(tmp_path):
+    table = frame()
+    columns = {"id": table.id, "sequence": table.sequence, "label": [[-100] + [0, 1] * 20 for _ in table.id]}
+    columns["label"] = [
+        label[: len(sequence)] for label, sequence in zip(columns["label"], table.sequence, strict=True)
+    ]
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    data = load_sequences(tmp_path / "a.parquet")
+    assert data["train"].features["label"] == List(ClassLabel(names=["0", "1"]))
+    assert all(label[0] is None for label in data["train"]["label"])
+
+
+def test_a_class_with_one_row_is_a_warning_that_names_it(tmp_path, caplog):
+    path = write(put(frame().assign(label=cycle("yes", "no")), "label", "maybe"), tmp_path / "a.csv")
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load_sequences(path)
+        assert "1 class(es) have a single row, which may be a slip: 'maybe' (" in caplog.text
+        assert "a.csv, line 4)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "options", "problem"),
+    [
+        ("sequence", "", {}, "the sequence is empty"),
+        ("sequence", "MK1V", {}, "the sequence contains characters that are not letters"),
+        ("label", "", {}, "the label is missing"),
+        ("label", "NA", {}, "the label does not fit 'class'"),
+        ("stability", "NA", {"label": "stability"}, "the label does not fit 'number'"),
+        ("structure", "HE", {"label": "structure"}, "the label does not fit 'residues'"),
+        ("golgi", "2", {"label": ["nucleus", "golgi"]}, "the golgi label is neither 0 nor 1"),
+        ("golgi", "x", {"label": "golgi"}, "the label does not fit 'class'"),
+        ("fold", "x", {}, "fold is not a whole number"),
+    ],
+)
+def test_a_wrong_row_can_be_left_out_and_is_counted(tmp_path, caplog, column, value, options, problem):
+    table = put(frame().astype(str), column, value)
+    path = write(table, tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"line 4"):
+        load_sequences(path, **options)
+    with caplog.at_level(logging.WARNING):
+        data = load_sequences(path, on_error="skip", **options)
+    assert set(rows_of(data)) == set(table.id) - {"P2"}
+    assert f"left out 1 row(s), {problem}: " in caplog.text
+    assert ("line 4" in caplog.text) or ("P2" in caplog.text)
+
+
+def test_an_unknown_on_error_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="on_error='ignore'"):
+        load_sequences(write(frame(), tmp_path / "a.csv"), on_error="ignore")

@@ -24,7 +24,7 @@ from esm_efficient.errors import ConfigurationError, DataError, EsmEfficientErro
 pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.xz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.xz", "a.parquet", "a.jsonl"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     table = frame()[["id", "sequence", "label"]]
     rows = rows_of(load_sequences(write(table, tmp_path / name)))

@@ -81,6 +81,7 @@ def test_the_format_of_a_file_follows_from_its_content(tmp_path):
         (b"sequence\nMK\n", "table"),
         (b"; note\n>a\nMK\n", "fasta"),
         (b";a;b\n0;1;2\n", "table"),
+        (b'\n{"sequence": "MK"}\n', "json"),
     ):
         path = tmp_path / "file"
         path.write_bytes(content)
@@ -105,6 +106,11 @@ def test_the_format_of_a_file_follows_from_its_content(tmp_path):
         (b"PAR1nonsense", "as Parquet"),
         (b"a,b\n" + b"M" * 200_000 + b",1\n", "line 2: field larger"),
         (b'a\tb\n1\t"2\n3\t4"\n', "line 3: a cell spans several lines"),
+        (b'{"a": 1}\n{"a": 2\n', r"line 2: the line is not JSON .*one object per line \(JSON lines\)"),
+        (b'{"a": 1}\n[2]\n', "line 2: the line is not a JSON object"),
+        (b'{\n  "a": 1\n}\n', "line 1: the line is not JSON"),
+        (b'{"a": 1}\n{"a": 2, "b": 3}\n', r"line 2: the key\(s\) b are not in the first object"),
+        (b"{" * 100_000 + b"\n", "line 1: the line is not JSON"),
     ],
 )
 def test_an_error_names_the_place_that_cannot_be_parsed(tmp_path, content, message):
@@ -117,3 +123,31 @@ def test_an_error_names_the_place_that_cannot_be_parsed(tmp_path, content, messa
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(DataError, match=r"no file at .*absent"):
         list(read_blocks(tmp_path / "absent.csv"))
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_json_lines_are_read_with_their_values(tmp_path, packed):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(PACKERS[packed](b'{"sequence": "MK", "label": [0, 1]}\n\n{"sequence": "MV"}\n{"label": 0.5}\n'))
+    columns, places = rows_of(path, rows=2)
+    assert columns == {"sequence": ["MK", "MV", None], "label": [[0, 1], None, 0.5]}
+    assert places == ["line 1", "line 3", "line 4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a,b\n1,2\n1\n1,2\n", "the number of cells is not 2"),
+        (b'{"a": 1, "b": 2}\n[]\n{"a": 1, "b": 2}\n', "not a JSON object"),
+        (b'{"a": 1, "b": 2}\n{"a"\n{"a": 1, "b": 2}\n', "not JSON"),
+    ],
+)
+def test_rows_that_cannot_be_parsed_can_be_left_out(tmp_path, content, problem):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    left_out = []
+    columns, _ = rows_of(path, leave_out=lambda *row: left_out.append(row))
+    assert [str(cell) for cell in columns["b"]] == ["2", "2"]
+    ((place, found),) = left_out
+    assert place.endswith(("line 2", "line 3"))
+    assert problem in found

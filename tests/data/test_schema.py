@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sequence_files import frame, put, write
+from sequence_files import frame, put, rows_of, write
 
 from esm_efficient import load_sequences
 from esm_efficient.errors import DataError
@@ -55,3 +55,11 @@ def test_an_error_names_the_cell_or_the_column(tmp_path, change, options, messag
     table = frame().drop(columns=[] if "partition" in options or options.get("label") == "fold" else "fold")
     with pytest.raises(DataError, match=message):
         load_sequences(write(change(table.astype(str)), tmp_path / "a.csv"), **options)
+
+
+def test_a_written_mask_is_one_residue(tmp_path):
+    table = put(frame(), "sequence", "MKTA<mask>YIAKQR")
+    table.loc[2, "structure"] = "HHHEEEHHHEE"
+    data = load_sequences(write(table.drop(columns="fold"), tmp_path / "a.csv"), label="structure")
+    row = rows_of(data)["P2"]
+    assert (row["sequence"], row["residues"], len(row["label"])) == ("MKTA<mask>YIAKQR", 11, 11)

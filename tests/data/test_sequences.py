@@ -21,7 +21,16 @@ def test_cleaning_twice_changes_nothing_more(text):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("MK-TV..", "MKTV"), ("MKTV*", "MKTV"), ("MKTV* \n", "MKTV"), ("M*KT**", "M*KT"), ("*", ""), ("mß1", "Mß1")],
+    [
+        ("MK-TV..", "MKTV"),
+        ("MKTV*", "MKTV"),
+        ("MKTV* \n", "MKTV"),
+        ("M*KT**", "M*KT"),
+        ("*", ""),
+        ("mß1", "Mß1"),
+        ("mk<MASK>t<mask>*", "MK<mask>T<mask>"),
+        ("<mä", "<Mä"),
+    ],
 )
 def test_gaps_and_final_stops_go_and_the_rest_stays(text, expected):
     assert clean(text) == expected

@@ -174,3 +174,13 @@ def test_weights_of_sequences_are_kept_and_checked():
     for wrong in (None, -1.0, math.nan, math.inf):
         with pytest.raises(DataError, match=r"sample_weight.*row 1 of test"):
             tokenized(CLASSES, [0, 1], weights=[1.0, wrong])
+
+
+def test_a_written_mask_is_one_residue_of_one_label():
+    rows = tokenized(List(CLASSES), [[0, 1, None, 1, 0]], ["MK<mask>TV"])
+    mask = TOKENIZER.mask_token_id
+    assert rows["input_ids"][0] == [0, *TOKENIZER.convert_tokens_to_ids(["M", "K"]), mask, 11, 7, 2]
+    assert rows["labels"][0] == [IGNORE, 0, 1, IGNORE, 1, 0, IGNORE]
+    assert rows["tokens"][0] == 7
+    _, report = tokenize_dataset(DatasetDict(test=split(["MK<mask> TV-*"])), TOKENIZER)
+    assert (report.total.residues, report.total.characters_dropped, report.total.unknown_residues) == (5, 3, 0)

@@ -54,7 +54,7 @@ def grads_of(model):
 
 def main(folder: Path) -> None:
     from conftest import make_model
-    from lean_models import make_batch
+    from lean_models import make_batch, nodes_of
 
     from esm_efficient import apply_lean_encoder, lora_config, prepare_model
 
@@ -76,7 +76,10 @@ def main(folder: Path) -> None:
         (sum(loss_of(alone, part) for part in parts) / 2).backward()
         expected = {n: p.grad for n, p in grads_of(alone)}
         wrapped, gradients = wrap(kind, apply_lean_encoder(build(full), recompute=recompute))
-        loss_of(wrapped, parts[rank]).backward()
+        loss = loss_of(wrapped, parts[rank])
+        lean_nodes = {"none": "NormMLPBackward", "layer": "RecomputedLayerBackward"}
+        assert lean_nodes[recompute] in nodes_of(loss), (kind, full, recompute)
+        loss.backward()
         found = {n: g for n, g in gradients().items() if g is not None}
         assert expected.keys() <= found.keys(), (kind, full, expected.keys() ^ found.keys())
         difference = sum((found[n] - expected[n]).square().sum() for n in expected)

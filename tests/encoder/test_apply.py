@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import make_dataset, make_model, tiny_config
 from lean_models import HEADS, build, distance, gradient_of, loss_of, make_batch, nodes_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -130,6 +134,70 @@ def test_a_copy_and_a_pickle_compute_on_their_own_weights():
             assert not torch.allclose(copied(**batch).logits, expected)
             assert not any(m._forward_hooks or "_lean" in m.__dict__ for m in remove_lean_encoder(copied).modules())
             assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_encoder_of_a_classifier_can_be_copied_without_the_classifier(copied):
+    classifier = apply_lean_encoder(build(trains="full").eval())
+    batch, esm = make_batch([9, 5]), classifier.esm
+    with torch.no_grad():
+        expected = esm(**batch).last_hidden_state
+        del classifier
+        gc.collect()
+        found = copied(esm)
+        assert has_lean_encoder(found)
+        assert torch.equal(found(**batch).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("head", [EsmForSequenceClassification, EsmModel])
+def test_a_model_that_accelerate_prepared_in_bf16_can_be_copied_and_pickled(head):
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(apply_lean_encoder(build(head, "full").eval()))
+    batch = make_batch([9, 5])
+    tokens = ... if head is EsmForSequenceClassification else batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch)[0][tokens]
+        assert torch.equal(copy.deepcopy(model)(**batch)[0][tokens], expected)
+        found = pickle.loads(pickle.dumps(model))
+        # A pickle of a prepared model computes without autocast; that of a plain model does so too.
+        assert torch.allclose(found(**batch)[0][tokens], expected, atol=0.05)
+        assert has_lean_encoder(found)
+        assert torch.equal(apply_lean_encoder(found)(**batch)[0][tokens], found(**batch)[0][tokens])
+        removed = remove_lean_encoder(copy.deepcopy(model))(**batch)[0][tokens]
+        assert torch.allclose(removed, expected, atol=0.05)
+        assert not torch.allclose(removed, remove_lean_encoder(found)(**batch)[0][tokens], atol=1e-5)  # autocast is on
+        unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert torch.allclose(unwrapped(**batch)[0][tokens], found(**batch)[0][tokens], atol=1e-5)
+    AcceleratorState._reset_state(True)
+
+
+class Traced(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+@pytest.mark.parametrize(
+    ("export", "error", "message"),
+    [
+        (torch.jit.trace, ConfigurationError, r"torch\.jit\.trace .* remove_lean_encoder\(model\)"),
+        (torch.export.export, ConfigurationError, r"torch\.export .* remove_lean_encoder\(model\)"),
+        (partial(torch.export.export, strict=True), Exception, r"remove_lean_encoder\(model\) before torch\.export"),
+    ],
+)
+def test_exporting_is_refused_by_name(export, error, message):
+    model = apply_lean_encoder(build(trains="full").eval())
+    if export is torch.export.export:
+        export = partial(export, strict=False)
+    with pytest.raises(error, match=message):
+        export(Traced(model), tuple(make_batch([9, 5]).values()))
+    batch = make_batch([30, 2, 7])
+    with torch.no_grad():
+        assert torch.allclose(model(**batch).logits, remove_lean_encoder(model)(**batch).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -299,8 +367,8 @@ def test_unsupported_models_are_refused():
         apply_lean_encoder(EsmModel(tiny_config(is_decoder=True)))
     model = apply_lean_encoder(build())
     replaced = make_model()
-    replaced.esm.encoder.forward = replaced.esm.encoder.forward
-    with pytest.raises(ConfigurationError, match="EsmEncoder has been replaced"):
+    replaced.esm.forward = replaced.esm.forward
+    with pytest.raises(ConfigurationError, match="EsmModel has been replaced"):
         apply_lean_encoder(replaced)
     model = apply_lean_encoder(build())
     trainable, loss = [p for p in model.parameters() if p.requires_grad], loss_of(model, make_batch([5, 3]))

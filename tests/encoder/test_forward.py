@@ -16,12 +16,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     EsmForMaskedLM,
+    EsmForSequenceClassification,
     EsmForTokenClassification,
     EsmModel,
 )
 from transformers.models.esm import modeling_esm
 
 from esm_efficient import apply_lean_encoder, lora_config, prepare_model, remove_lean_encoder
+from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.encoder.linear import Adapter, dropout_mask
 
 TRAINS = ("full", "qkv", "attention", "mlp", "all-linear", "head")
@@ -280,6 +282,7 @@ def test_the_encoder_of_a_classifier_returns_every_token_when_called_directly():
         {"position_embedding_type": "absolute", "token_dropout": False},
         {"emb_layer_norm_before": True},
         {"token_dropout": False},
+        {"position_embedding_type": "absolute", "hidden_size": 36},  # heads of 9 numbers
     ],
     ids=str,
 )
@@ -290,6 +293,41 @@ def test_other_esm_configurations_are_exact(changes):
     found, found_gradient = gradient_of(apply_lean_encoder(model), batch)
     assert found == pytest.approx(loss, rel=1e-5)
     assert distance(found_gradient, gradient) < 1e-5
+
+
+MASKS = {
+    "one row for all": torch.tensor([[1, 1, 1, 1, 0, 0]]),
+    "one row without padding": torch.ones(1, 6, dtype=torch.long),
+    "no tokens": torch.zeros(3, 6, dtype=torch.long),
+    "a row without tokens": torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]]),
+    "booleans": torch.tensor([[1, 1, 1, 1, 0, 0]] * 3).bool(),
+    "numbers": torch.tensor([[1.0, 0.5, 2.0, 1.0, 0.0, 0.0]] * 3),
+    "one column for all": torch.ones(3, 1, dtype=torch.long),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("head", [EsmForSequenceClassification, EsmForTokenClassification, EsmModel])
+def test_any_attention_mask_that_the_plain_model_takes(head, name, recompute):
+    model = build(head, "full", token_dropout=False).train()
+    mask = MASKS[name]
+    ids = make_batch([6, 6, 6])["input_ids"]
+    tokens = torch.ones(3, 6) if mask is None else (mask != 0).float().expand(3, 6)
+    results = []
+    for change in (remove_lean_encoder, lambda model: apply_lean_encoder(model, recompute=recompute)):
+        change(model).zero_grad()
+        # Some versions of transformers take one row for all sequences only if it has no padding.
+        plain = not has_lean_encoder(model) and name == "one row for all"
+        states = model(input_ids=ids, attention_mask=mask.expand(3, 6) if plain else mask)[0]
+        loss = (states * (tokens[..., None] if states.dim() == 3 else tokens[:, :1])).square().sum()
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.item(), grads))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    if name != "no tokens":
+        assert distance(results[1][1], results[0][1]) < 1e-5
 
 
 def test_position_ids_and_embeddings_can_be_given():
@@ -321,6 +359,24 @@ def test_dropout_is_replayed_when_a_layer_is_recomputed(hidden, caplog):
     assert ("dropout of hidden states" in caplog.text) == bool(hidden)
     torch.manual_seed(4)
     assert gradient_of(model, batch)[0] != pytest.approx(results[0][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+def test_monte_carlo_dropout_is_replayed_when_a_layer_is_recomputed(recompute):
+    """Dropout modules draw although the model is in evaluation mode."""
+    model = build(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | type(model.base_model.model.esm.encoder.layer[0].attention.self)):
+            module.train()
+    batch = make_batch([9, 5, 12])
+    torch.manual_seed(3)
+    loss, gradient = gradient_of(apply_lean_encoder(model, recompute="none"), batch)
+    torch.manual_seed(3)
+    found, found_gradient = gradient_of(apply_lean_encoder(model, recompute=recompute), batch)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert distance(found_gradient, gradient) < 1e-6
+    torch.manual_seed(4)
+    assert gradient_of(model, batch)[0] != pytest.approx(loss, rel=1e-3)
 
 
 def test_no_gradient_goes_below_the_lowest_layer_that_trains():

@@ -21,7 +21,7 @@ masks = st.integers(1, 6).flatmap(
 def test_packing_keeps_tokens_and_puts_zeros_where_padding_was(rows):
     mask = torch.tensor(rows)
     states = torch.randn(*mask.shape, 3)
-    packing = make_packing(mask, tuple(mask.shape), None, torch.float32)
+    packing = make_packing(mask, tuple(mask.shape))
     packed = packing.pack(states)
     assert packed.shape[0] == sum(packing.lengths) == int(mask.sum())
     assert torch.equal(packing.unpack(packed), states * mask[..., None])
@@ -43,7 +43,7 @@ def test_runs_cover_every_token_once(lengths):
 def test_the_rotation_of_a_token_is_that_of_its_column():
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1]])
     angles = torch.arange(4.0)[None, :, None].repeat(1, 1, 2)
-    packing = make_packing(mask, (2, 4), (angles.cos(), angles.sin()), torch.float32)
+    packing = make_packing(mask, (2, 4)).with_rotation((angles.cos(), angles.sin()), torch.float32)
     # The shorter sequence comes first.
     columns = torch.tensor([1.0, 3.0, 0.0, 1.0, 2.0, 3.0])
     assert torch.allclose(packing.rotation.flatten(), torch.polar(torch.ones(6), columns))
@@ -51,7 +51,7 @@ def test_the_rotation_of_a_token_is_that_of_its_column():
 
 def test_the_first_tokens_come_back_to_their_rows():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
-    packing = make_packing(mask, (3, 3), None, torch.float32)
+    packing = make_packing(mask, (3, 3))
     states = torch.arange(1.0, 10.0).view(3, 3, 1)
     padded = packing.unpack(packing.pack(states)[packing.first_tokens], first_only=True)
     assert padded[..., 0].tolist() == [[1, 0, 0], [4, 0, 0], [7, 0, 0]]
@@ -59,7 +59,7 @@ def test_the_first_tokens_come_back_to_their_rows():
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 3)])
 def test_a_batch_without_padding_is_not_gathered(mask):
-    packing = make_packing(mask, (2, 3), None, torch.float32)
+    packing = make_packing(mask, (2, 3))
     assert packing.index is None
     assert packing.lengths == (3, 3)
     states = torch.randn(2, 3, 4)

@@ -53,6 +53,8 @@ def test_sequences_are_read_with_their_names(content_type, body, expected):
         (JSON, b'{"inputs": "MK1"}', 400, "not residues: '1'"),
         (JSON, b'{"inputs": "M*K"}', 400, r"not residues: '\*'"),
         (JSON, b'{"inputs": "\\ud800"}', 400, "not residues"),
+        (JSON, b'{"inputs": "no protein"}', 400, "sequence 1 looks like words"),
+        (JSON, b'{"inputs": ["MK", "p.fasta"]}', 400, "sequence 2 is the name of a file"),
         (JSON, b'{"inputs": "MK", "parameters": {}}', 400, r"unknown field\(s\) 'parameters'"),
         (JSON, b'{"inputs": [{"name": 1, "sequence": "MK"}]}', 400, "name of input 1 is int"),
         (JSON, b'{"inputs": [{"id": "a"}]}', 400, 'input 1 must have "sequence"; "name" is optional'),

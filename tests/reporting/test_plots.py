@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting import one_line
 from esm_efficient.reporting.plots import CATEGORY_COLOURS, Method, memory_plot, pareto_plot, timeline_plot
 
 GIB = 2**30
@@ -39,6 +40,20 @@ def test_the_pareto_plot_names_methods_and_axes():
     assert {"fast", "small", "worse", "time of the run, s"} <= set(texts(pareto_plot(methods)))
     scored = [Method("a", 1, GIB, 0.7, 0.6, 0.8), Method("b", 2, GIB, 0.75)]
     assert "MCC" in texts(pareto_plot(scored, metric="MCC"))
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "$\\frac$", "a\nb\x00", "--><b>", "=cmd|", "\x1b[31m"])
+def test_a_name_is_shown_as_text(name):
+    shown = one_line(name)
+    points = [("forward", 0.0, 0), ("backward", 2.0, GIB)]
+    for svg in (
+        memory_plot({name: {"weights": GIB}}),
+        timeline_plot({name: points}),
+        pareto_plot([Method(name, 1, GIB, 0.7)], metric=name),
+    ):
+        assert shown in texts(svg)
+        assert "<script" not in svg
+        assert "<b>" not in svg
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):

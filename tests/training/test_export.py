@@ -5,14 +5,22 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import extract_model_from_parallel
+from conftest import make_dataset, make_model
 from huggingface_hub import ModelCard
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EsmForMaskedLM,
+    TrainingArguments,
+)
 
-from esm_efficient import demo_model_path, export_model, finetune, load_deeploc
+from esm_efficient import Predictor, WeightedTrainer, demo_model_path, export_model, finetune, load_deeploc
 from esm_efficient.errors import ConfigurationError
 
 SEQUENCES = ["MKTAYIAKQR", "MALWMRLLPLLALLALWGPDPAAA"]
@@ -66,7 +74,9 @@ def test_plain_transformers_and_peft_load_it_and_compute_the_same(run):
 def test_no_file_is_pickled_or_contains_a_path_of_the_machine(run):
     result, folder = run
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} if result.recipe != "base" else set()
+    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base_config/config.json"}
+    if result.recipe == "base":
+        adapter = set()
     wanted = {"config.json", "model.safetensors", "metrics.json", "README.md", "vocab.txt", "tokenizer_config.json"}
     assert wanted | adapter <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
@@ -97,3 +107,101 @@ def test_a_file_in_place_of_the_folder_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):
         export_model(run[0], tmp_path / "file", base_model="someone/demo")
+
+
+# --- models of one's own ---
+
+
+def own_model(kind, tokenizer, tmp_path):
+    """Return what people have after training without finetune, and its model."""
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), **names)
+    if kind != "transformers":
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    if kind != "trainer":
+        return model, model
+    args = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True, max_steps=2, seed=7, disable_tqdm=True)
+    trainer = WeightedTrainer(
+        model,
+        args,
+        train_dataset=make_dataset(8),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        class_weights="balanced",
+    )
+    trainer.train()
+    return trainer, model
+
+
+@pytest.mark.parametrize("kind", ["transformers", "peft", "trainer"])
+def test_a_model_of_ones_own_is_exported(tmp_path, tokenizer, kind):
+    trained, model = own_model(kind, tokenizer, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {} if kind == "trainer" else {"tokenizer": tokenizer}
+    folder = export_model(trained, tmp_path / "out", base_model=str(demo_model_path()), metrics={"mcc": 0.5}, **options)
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {
+        name: value.tolist() for name, value in before.items()
+    }
+    expected = logits_of(model, tokenizer).softmax(-1).double().numpy()
+    for path in (folder, *([] if kind == "transformers" else [folder / "adapter"])):
+        predictor = Predictor.load(path, device="cpu")
+        assert predictor.task.names == ("no", "yes")
+        np.testing.assert_allclose([p.values for p in predictor.predict(SEQUENCES)], expected, atol=1e-5)
+    card = ModelCard.load(folder / "README.md")
+    assert "| mcc | 0.5000 |" in card.content
+    assert ("| optimizer steps | 2 |" in card.content) == (kind == "trainer")
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["metrics"] == {"mcc": 0.5}
+    assert record["task"] == {"kind": "single_label_classification", "names": ["no", "yes"]}
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    prompt = get_peft_model(copy.deepcopy(model), PrefixTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
+    added = copy.deepcopy(model)
+    added.peft_config = {"default": LoraConfig()}  # add_adapter() sets it, but does not take every version of peft
+    cases = [
+        (model, None, "has no tokenizer beside it: give tokenizer too"),
+        (torch.nn.Linear(2, 2), tokenizer, "got a Linear: expected the result of finetune"),
+        (EsmForMaskedLM.from_pretrained(demo_model_path()), tokenizer, "has no classification head"),
+        (prompt, tokenizer, "PrefixTuningConfig cannot be merged"),
+        (added, tokenizer, r"adapters of add_adapter\(\), which cannot be merged"),
+    ]
+    for trained, given, message in cases:
+        with pytest.raises(ConfigurationError, match=message):
+            export_model(trained, tmp_path / "out", base_model="someone/demo", tokenizer=given)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_NAMES = ["<script>alert(1)</script>", "two\nlines\n# heading", "=cmd|' /C calc'!A0", "../../x", "![x](http://a/b)"]
+
+
+def test_names_cannot_change_the_card(tmp_path, tokenizer):
+    model = make_model(
+        num_labels=5,
+        id2label=dict(enumerate(BAD_NAMES)),
+        label2id={name: index for index, name in enumerate(BAD_NAMES)},
+        problem_type="multi_label_classification",
+        label_thresholds=dict.fromkeys(BAD_NAMES, 0.25),
+    )
+    metrics = {f"f1_{name}": 0.5 for name in BAD_NAMES}
+    folder = export_model(
+        model, tmp_path / "out", base_model="a/<b>", tokenizer=tokenizer, metrics=metrics, dataset="x\n---\ny: <i>"
+    )
+    text = (folder / "README.md").read_text()
+    body = text.split("\n---\n", 1)[1]
+    for bad in ("<script", "<b>", "<i>", "![x]", "\n# heading", "\n---"):
+        assert bad not in body
+    assert [line for line in body.splitlines() if line.startswith("#")] == [
+        next(line for line in body.splitlines() if line.startswith("# ")),
+        *("## Metrics", "## Training", "## Usage"),
+    ]
+    data = ModelCard.load(folder / "README.md").data
+    assert len(data.eval_results) == len(BAD_NAMES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert Predictor.load(folder, device="cpu").task.names == tuple(BAD_NAMES)

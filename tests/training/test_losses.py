@@ -149,3 +149,33 @@ def test_minus_a_hundred_is_an_ordinary_number_for_regression():
 
 def test_every_task_has_a_loss():
     assert set(LOSSES) == {"single_label_classification", "multi_label_classification", "regression"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "labels", "message"),
+    [
+        (CrossEntropy(), torch.zeros(3, 2), torch.tensor([0, 5, 1]), r"row 1: 5\. Expected class ids from 0 to 1"),
+        (CrossEntropy(torch.ones(2)), torch.zeros(3, 2), torch.tensor([0, 1, -3]), "row 2: -3"),
+        (CrossEntropy(), torch.zeros(2, 4, 2), torch.tensor([[0, 1, 0, 0], [0, 1, 9, 1]]), "row 1: 9"),
+        (CrossEntropy(), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long), "must be floats"),
+        (CrossEntropy(), torch.zeros(3, 2), torch.zeros(4, dtype=torch.long), r"shape \(4,\): expected \(3,\)"),
+        (BinaryCrossEntropy(), torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [2.0, 0.0]]), "row 1: 2"),
+        (BinaryCrossEntropy(), torch.zeros(2, 2), torch.zeros(2), r"expected \(2, 2\)"),
+        (SquaredError(), torch.zeros(2, 1), torch.tensor([0.0, 1e30]), "row 1: 1e\\+30.*standardise"),
+        (SquaredError(), torch.zeros(2, 1), torch.tensor([0.0, float("inf")]), "row 1: inf"),
+        (SquaredError(), torch.zeros(2, 1), torch.zeros(2, 3), r"expected \(2, 1\)"),
+    ],
+)
+def test_labels_that_do_not_fit_the_outputs_are_refused_with_their_row(loss, logits, labels, message):
+    loss.weights(labels)
+    with pytest.raises(DataError, match=message):
+        loss(logits, labels)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(torch.ones(2))], ids=["plain", "weighted"])
+def test_the_loss_of_a_wrong_label_is_nan_where_looking_at_it_takes_time(loss, monkeypatch):
+    monkeypatch.setattr("esm_efficient.training.losses._refuse", lambda wrong, labels, expected: wrong)
+    values, _ = loss(torch.zeros(3, 2), torch.tensor([0, 5, -100]))
+    assert values.isnan().tolist() == [False, True, False]
+    several = BinaryCrossEntropy()(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [2.0, float("nan")]]))[0]
+    assert several.isnan().tolist() == [False, True]

@@ -237,6 +237,32 @@ def test_residues_are_counted_without_padding_and_special_tokens(tmp_path, tiny_
     assert trainer.residues_trained == 2 * sum(len(ids) - 2 for ids in data["input_ids"])
 
 
+def test_residues_are_kept_in_a_checkpoint_and_those_of_aborted_attempts_are_not_counted(
+    tmp_path, tiny_model, tokenizer
+):
+    data = make_dataset(32)
+    whole = sum(len(ids) - 2 for ids in data["input_ids"])
+    args = arguments(tmp_path, 4, 2, save_strategy="steps", save_steps=2, learning_rate=1e-3)
+    weighted(tiny_model(), args, data, tokenizer).train()
+    resumed = weighted(tiny_model(), args, data, tokenizer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.residues_trained == whole
+    assert resumed.residues_resumed == sum(len(ids) - 2 for ids in data["input_ids"][:16])
+
+    class OutOfMemory(TrainerCallback):
+        attempts = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.attempts += 1
+            if self.attempts == 2:
+                raise RuntimeError("CUDA out of memory.")
+
+    args = arguments(tmp_path, 16, auto_find_batch_size=True, train_sampling_strategy="sequential")
+    trainer = weighted(tiny_model(), args, data, tokenizer, callbacks=[OutOfMemory()], audit=False)
+    trainer.train()
+    assert trainer.residues_trained == whole
+
+
 def test_options_that_a_token_budget_or_regression_would_ignore_are_refused(tmp_path, tiny_model, tokenizer):
     args = arguments(tmp_path, dataloader_drop_last=True)
     with pytest.raises(ConfigurationError, match="dataloader_drop_last"):
@@ -646,6 +672,19 @@ class StreamWithLength(Stream):
         return len(self.rows)
 
 
+class Passes(Stream):
+    """A stream with another order in each pass."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(len(self.rows)).tolist()
+        return iter([self.rows[i] for i in order])
+
+
 def several_labels(size=16):
     data = make_task_dataset("several", size).remove_columns("sample_weight")
     return [row | {"labels": torch.tensor(row["labels"]).nan_to_num(0.0)} for row in data]
@@ -845,13 +884,21 @@ def test_a_batch_without_labels_is_an_error(tmp_path, tiny_model, tiny_dataset, 
 
 
 def test_an_accumulated_batch_without_labels_changes_no_weight(tmp_path, tiny_model, tiny_dataset, tokenizer):
-    data = tiny_dataset(8).cast_column("labels", Value("int64"))
-    data = data.map(lambda row: {"labels": -100})
-    model = tiny_model()
+    class Weights(TrainerCallback):
+        def __init__(self):
+            self.steps = []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.steps.append(torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]))
+
+    data = tiny_dataset(16).cast_column("labels", Value("int64"))
+    data = data.map(lambda row, index: {"labels": -100 if index < 8 else row["labels"]}, with_indices=True)
+    model, seen = tiny_model(), Weights()
     before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
-    args = arguments(tmp_path, 4, 2, learning_rate=1e-2, weight_decay=0.0, num_train_epochs=6)
-    weighted(model, args, data, tokenizer).train()
-    assert torch.equal(torch.cat([p.detach().reshape(-1) for p in model.parameters()]), before)
+    args = arguments(tmp_path, 4, 2, learning_rate=1e-2, weight_decay=0.0)
+    weighted(model, args, data, tokenizer, callbacks=[seen], audit=False).train()
+    assert torch.equal(seen.steps[0], before)
+    assert not torch.equal(seen.steps[1], before)
 
 
 def test_the_audit_is_on_unless_it_is_switched_off(tmp_path, tiny_model, tiny_dataset, tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm_efficient.errors import ConfigurationError, DataError
@@ -15,6 +15,7 @@ NAMES = ["a", "b", "c"]
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60))
+@settings(deadline=None)  # the first example imports scikit-learn
 def test_balanced_weights_give_every_class_the_same_total(labels):
     labels = [*labels, 0, 1, 2]
     weights = balanced_class_weights(labels, NAMES)

@@ -1,0 +1,113 @@
+"""Train on the cached states of the frozen layers, for `finetune`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from esm_efficient.adapters.registry import encoder_layers
+from esm_efficient.data.tokenizing import LENGTH_COLUMN
+from esm_efficient.encoder.origins import reads_first_token
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.recipes import Recipe
+from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.trunk.cache import Pooling, StateFormat, StatesCollator, cache_states
+from esm_efficient.trunk.split import Trunk, join_model, split_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CachedTraining:
+    """What a Trainer needs to train on cached states, and what makes an ordinary model of the result.
+
+    Attributes:
+        rest: the model without its lowest layers; it takes states.
+        splits: the tokenised splits with the states.
+        collator: makes batches of states.
+        trunk: the lowest layers, on the CPU.
+        residues_per_epoch: residues of the training split.
+        seconds: time to compute the states, or to check those that existed.
+    """
+
+    rest: PreTrainedModel
+    splits: Mapping[str, Dataset]
+    collator: StatesCollator
+    trunk: Trunk
+    residues_per_epoch: int
+    seconds: float
+
+    def restore(self, trainer: Trainer) -> None:
+        """Put the lowest layers back into a Trainer's model, which then takes sequences as every model does."""
+        join_model(trainer.accelerator.unwrap_model(trainer.model), self.trunk)
+
+    def residues_trained(self, trainer: Trainer) -> int:
+        """Return the residues of the epochs that a Trainer ran."""
+        return round(self.residues_per_epoch * (trainer.state.epoch or 0))
+
+
+def cache_for_training(
+    model: PreTrainedModel,
+    splits: Mapping[str, Dataset],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    args: TrainingArguments,
+    collator: Any,
+) -> CachedTraining:
+    """Split a model below the lowest layer that a recipe trains, and compute the states that enter this layer.
+
+    Args:
+        model: the model with its head, without adapters.
+        splits: the tokenised splits.
+        recipe: the recipe.
+        folder: folder for the states.
+        args: arguments of the Trainer: device and precision.
+        collator: the collator for batches of tokens.
+
+    Raises:
+        ConfigurationError: the model is sharded over ranks, or cannot be split.
+        DataError: as `cache_states`.
+    """
+    if args.fsdp or args.deepspeed:
+        raise ConfigurationError(
+            "a recipe with cache=True needs a whole model on each rank: leave fsdp and deepspeed out"
+        )
+    count = len(encoder_layers(model))
+    trained = recipe.trained_layers(count)
+    top = count - min(trained) if trained else 0
+    pooling: Pooling = "first" if top == 0 and reads_first_token(model) else "tokens"
+    stored = StateFormat("bfloat16" if args.bf16 else "float32", pooling)
+    trunk, rest = split_model(model, top)
+    if args.bf16:
+        trunk.to(torch.bfloat16)
+    started = time.perf_counter()
+    trunk.to(args.device)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        cached = {
+            name: cache_states(split, trunk, folder, dtype=stored.dtype, pooling=pooling)
+            for name, split in splits.items()
+        }
+    trunk.to("cpu")
+    seconds = time.perf_counter() - started
+    logger.info("the states below the top %d layers are in %s (%.1f s)", top, folder, seconds)
+    tokens = np.asarray(cached["train"][LENGTH_COLUMN])
+    return CachedTraining(
+        rest=rest,
+        splits=cached,
+        collator=StatesCollator(collator, stored, trunk.width, stored.torch_dtype),
+        trunk=trunk,
+        residues_per_epoch=int(tokens.sum() - SPECIAL_TOKENS * len(tokens)),
+        seconds=seconds,
+    )

@@ -1,0 +1,128 @@
+"""evaluate(): the metrics of a trained model on another data set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esm_efficient.data.encoding import truncation_mask
+from esm_efficient.data.sequences import Keep
+from esm_efficient.errors import DataError, listing
+from esm_efficient.inference import Predictor
+from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
+from esm_efficient.training.metrics import compute_metrics_for
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Predictor | str | Path,
+    dataset: Dataset,
+    *,
+    keep: Keep | None = None,
+    token_budget: int = 8192,
+) -> dict[str, float]:
+    """Return the metrics of a trained model on the sequences and labels of a data set.
+
+    The labels are matched by name with those of the model, whatever their order in the data set.
+
+    Args:
+        model: a `Predictor`, or what `Predictor.load` loads. ``Predictor(model, tokenizer)`` makes one of any model
+            with a head.
+        dataset: one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
+        keep: as `Predictor.predict`; labels per residue are truncated with their sequence.
+        token_budget: as `Predictor.predict`.
+
+    Returns:
+        The metrics of `compute_metrics_for` for the model's task, with the model's tuned thresholds.
+
+    Raises:
+        DataError: the data set lacks a column, has labels for another task or of names that the model does not have, or
+            has sequences that `Predictor.predict` refuses.
+        ConfigurationError: as `Predictor.load` and `Predictor.predict`.
+
+    Example:
+        >>> evaluate("output/adapter", load_sequences("other.csv")["test"])["mcc"]  # doctest: +SKIP
+    """
+    from transformers import EvalPrediction
+
+    predictor = model if isinstance(model, Predictor) else Predictor.load(model)
+    if isinstance(dataset, Mapping):
+        raise DataError(f"got all splits ({', '.join(map(str, dataset))}): expected one of them, such as data['test']")
+    if missing := [name for name in ("sequence", "label") if name not in dataset.column_names]:
+        raise DataError(
+            f"the data set has the columns {', '.join(dataset.column_names)}: expected {' and '.join(missing)} too. "
+            "Splits that are tokenised already are not taken"
+        )
+    order = _matched_names(task_of(dataset.features), predictor.task)
+    logits = predictor.logits(dataset["sequence"], keep=keep, token_budget=token_budget)
+    if not logits:
+        raise DataError("the data set has no row: there is nothing to evaluate")
+    labels = _labels(dataset["label"], predictor.task, order)
+    if predictor.task.kind == "token_classification":
+        residues = predictor.encoder(list(dataset["sequence"])).residues
+        _check_lengths(labels, residues)
+        if keep is not None:
+            limit = predictor.max_tokens - SPECIAL_TOKENS
+            labels = [row[truncation_mask(np.array([len(row)]), limit, keep)] for row in labels]
+        prediction = EvalPrediction(predictions=np.concatenate(logits), label_ids=np.concatenate(labels))
+    else:
+        prediction = EvalPrediction(predictions=np.stack(logits), label_ids=np.stack(labels))
+    logger.info("evaluated on %d sequences", len(logits))
+    return compute_metrics_for(predictor.task, thresholds=predictor.thresholds)(prediction)
+
+
+def _matched_names(given: Task, expected: Task) -> dict[str, int]:
+    """Return the index in the model of each label name of a data set.
+
+    Raises:
+        DataError: the tasks differ, or the model does not have a name.
+    """
+    if given.kind != expected.kind:
+        raise DataError(f"the labels are {given.describe()}, but the model predicts {expected.describe()}")
+    index = {name: position for position, name in enumerate(expected.names)}
+    if expected.kind == "regression":
+        # The name of a number is that of its column, which need not be the same in another table.
+        if len(given.names) != len(expected.names):
+            raise DataError(f"the labels are {len(given.names)} numbers, but the model predicts {len(expected.names)}")
+        return {name: position for position, name in enumerate(given.names)}
+    if unknown := [repr(name) for name in given.names if name not in index]:
+        raise DataError(
+            f"the model does not have the label(s) {listing(unknown)}; it has {listing([repr(n) for n in index], 20)}. "
+            "Rename the labels of the data set, or load the model with the task of its own labels"
+        )
+    return {name: index[name] for name in given.names}
+
+
+def _labels(cells: Any, task: Task, order: Mapping[str, int]) -> list[np.ndarray]:
+    """Return the labels of each row in the model's order; unknown ones are NaN, or -100 for classes."""
+    places = list(order.values())
+    if task.kind == "single_label_classification":
+        return [np.array(_class(cell, places)) for cell in cells]
+    if task.kind == "token_classification":
+        return [np.array([_class(cell, places) for cell in row], dtype=np.int64) for row in cells]
+    rows = np.full((len(cells), len(task.names)), np.nan)
+    for row, cell in zip(rows, cells, strict=True):
+        if cell is None:
+            continue
+        values = [cell[name] for name in order] if isinstance(cell, Mapping) else np.atleast_1d(cell).tolist()
+        row[places] = [np.nan if value is None else value for value in values]
+    return list(rows)
+
+
+def _class(cell: int | None, places: list[int]) -> int:
+    return IGNORE if cell is None or cell < 0 else places[cell]
+
+
+def _check_lengths(labels: list[np.ndarray], residues: np.ndarray) -> None:
+    """Refuse sequences with another number of labels than of residues."""
+    pairs = enumerate(zip(map(len, labels), residues.tolist(), strict=True), 1)
+    if wrong := [f"row {i} ({count} and {length})" for i, (count, length) in pairs if count != length]:
+        raise DataError(f"{len(wrong)} row(s) have another number of labels than of residues: {listing(wrong)}")

@@ -1,0 +1,204 @@
+"""WatchedTrainer: a transformers Trainer whose runs stop at broken numbers, and resume in any pass of a stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import has_length
+
+from esm_efficient import compat
+from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.saving import portable_saving
+from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.training.batches import (
+    EndlessStream,
+    EpochCallback,
+    budget_dataloader,
+    is_stream,
+    stream_dataloader,
+)
+from esm_efficient.training.divergence import DivergenceWatch, check_parameters
+from esm_efficient.training.resuming import start_run
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import TrainerState
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+logger = logging.getLogger(__name__)
+
+BASE_CONFIG = "base_config"
+"""The folder beside an adapter with the config of its base model."""
+
+_STATE = "WeightedTrainer"
+"""The key of what a checkpoint keeps of a trainer, among the states of callbacks."""
+
+
+class WatchedTrainer(Trainer):
+    """What `WeightedTrainer` adds to a Trainer besides its loss.
+
+    A run stops at the next logging step, evaluation or save after a number is NaN or infinite
+    (`esm_efficient.training.divergence`). A stream without a length fills every accumulated batch. Residues are
+    counted.
+
+    Args:
+        *args: as `transformers.Trainer`.
+        token_budget: as `WeightedTrainer`.
+        **kwargs: as `transformers.Trainer`.
+
+    Attributes:
+        stream: the training batches of a run on a stream; None otherwise.
+        residues_resumed: residues that the run had trained on whose checkpoint this one resumed.
+    """
+
+    stream: EndlessStream | None = None
+    residues_resumed = 0
+    _residues_trained: Tensor | int = 0
+
+    def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.token_budget = token_budget
+        if token_budget is not None and self.args.dataloader_drop_last:
+            raise ConfigurationError("token_budget keeps all batches: leave dataloader_drop_last out")
+        self._watch = DivergenceWatch(self.accelerator)
+        compat.check_loaded_weights(self, self._refuse_missing_weights)
+        self.add_callback(EpochCallback(self))
+
+    @property
+    def residues_trained(self) -> int:
+        """Residues trained on over all ranks, without padding and special tokens; counted in the attention masks.
+
+        Those of the run whose checkpoint this one resumed, `residues_resumed`, count too; aborted attempts do not.
+        """
+        on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
+        return self.residues_resumed + int(self.accelerator.reduce(on_this_rank, reduction="sum"))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer."""
+        super().create_accelerator_and_postprocess()
+        compat.leave_division_to_trainer(self.accelerator)
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as Trainer does, and stop a run whose numbers are broken (`esm_efficient.training.divergence`).
+
+        A run resumes from a whole checkpoint of the same run only (`start_run`).
+
+        Raises:
+            DataError: labels do not fit the model, or none is known.
+            DivergenceError: a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
+        """
+        try:
+            result = super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
+            self._watch.look(self.args, at_end=True)
+            check_parameters(self.accelerator.unwrap_model(self.model), self.args)
+            return result
+        finally:
+            self.end_run()
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them."""
+        if self.is_in_train and is_stream(self.callback_handler.train_dataloader):
+            epoch_iterator = iter(self._take_from_stream(num_batches))
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if mask is not None:
+                self._residues_trained += mask.sum() - SPECIAL_TOKENS * len(mask)
+        return batches, count
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what Trainer does, and count a loss that is NaN or infinite."""
+        loss = super().training_step(*args, **kwargs)
+        self._watch.observe_loss(loss, self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as Trainer does, unless the numbers of the run are broken."""
+        if self.is_in_train:
+            self._watch.look(self.args)
+            self._watch.look_at_logs(logs, self.args)
+        super().log(logs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the training batches: those of Trainer, of the token budget, or of a stream."""
+        if self.train_dataset is not None and has_length(self.train_dataset) and not len(self.train_dataset):
+            raise DataError("train_dataset has no rows: expected at least one")
+        if self.token_budget is not None:
+            return budget_dataloader(self, self.token_budget)
+        if is_stream(self.train_dataset) and self.accelerator.dispatch_batches is None:
+            return stream_dataloader(self)
+        return super().get_train_dataloader()
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as Trainer does, unless the set is empty or the numbers of the run are broken."""
+        if has_length(dataloader.dataset) and not len(dataloader.dataset):
+            raise DataError("the evaluation set has no rows: expected at least one")
+        if not self.is_in_train:
+            self._watch = DivergenceWatch(self.accelerator)
+        self._watch.look(self.args)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        self._watch.look(self.args)
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as Trainer does; beside an adapter, also save the base model's config, with task and label names.
+
+        The config has its own folder, ``base_config/``: transformers would load a folder with both a ``config.json``
+        and an adapter as a whole model.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if _internal_call and self.is_in_train:
+            self._watch.look(self.args)
+            check_parameters(model, self.args)
+            states: Any = self.state.stateful_callbacks
+            states[_STATE] = {"args": {}, "attributes": {"residues": self.residues_trained}}
+        if isinstance(model, PreTrainedModel):
+            with portable_saving(model):
+                super().save_model(output_dir, _internal_call)
+        else:
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save and hasattr(model, "peft_config"):
+            folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
+            model.get_base_model().config.save_pretrained(folder)
+
+    def begin_run(self, state: TrainerState) -> None:
+        """Reset what is counted in a run; `EpochCallback` calls this for every attempt of `train`."""
+        self.stream = None
+        self._watch = DivergenceWatch(self.accelerator)
+        states: Any = state.stateful_callbacks
+        saved = states.get(_STATE, {}).get("attributes", {})
+        self._residues_trained, self.residues_resumed = 0, int(saved.get("residues", 0))
+
+    def end_run(self) -> None:
+        """Let go of what a run needed; `train` calls this also after an error."""
+        self.stream = None
+        self.is_in_train = False
+
+    def _take_from_stream(self, count: int) -> list:
+        """Return the next micro-batches of a stream, which are those of the uninterrupted run if this one resumed."""
+        args, state = self.args, self.state
+        if self.stream is None:
+            skip = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+            self.stream = EndlessStream(self.callback_handler.train_dataloader, seed=args.seed, skip=skip)
+        batches = self.stream.take(count)
+        if not batches and not state.global_step:
+            raise DataError(f"the training set is a stream with fewer than {count} batches: expected at least so many")
+        if not batches:
+            logger.warning("the stream has ended for good at step %d of %d", state.global_step, state.max_steps)
+            self.control.should_training_stop = True
+        return batches
+
+    def _refuse_missing_weights(self, missing: Sequence[str]) -> None:
+        """Raise if a checkpoint lacks weights: they would keep the values that the model had."""
+        tied = compat.tied_weights(self.accelerator.unwrap_model(self.model))
+        if lost := [name for name in missing if name not in tied]:
+            raise ConfigurationError(
+                f"the checkpoint lacks {len(lost)} weights of the model ({listing(lost)}): training cannot resume "
+                "from it. Use another checkpoint, or load this one with from_pretrained() and start a new run"
+            )

@@ -1,0 +1,22 @@
+"""Random models and calls; a failure names its seed, which `fuzzing.run` repeats."""
+
+from __future__ import annotations
+
+import fuzzing
+import pytest
+
+BLOCK = 25
+"""Models per test."""
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_random_calls_agree_with_the_plain_model(block):
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        fuzzing.run(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20, 400))
+def test_many_random_calls_agree_with_the_plain_model(block):
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        fuzzing.run(seed)

@@ -1,0 +1,119 @@
+"""finetune() with a recipe that caches the states of the layers which do not train."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from datasets import DatasetDict, IterableDatasetDict
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from esm_efficient import (
+    RECIPES,
+    Predictor,
+    demo_model_path,
+    finetune,
+    load_deeploc,
+    stratified_sample,
+    tokenize_dataset,
+)
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.trunk import cache
+
+
+@pytest.fixture(scope="module")
+def data(demo_table):
+    splits = load_deeploc(demo_table, max_residues=220)
+    return DatasetDict({name: stratified_sample(split, 24) for name, split in splits.items()})
+
+
+def run(recipe, data, folder, **options):
+    return finetune(demo_model_path(), data, recipe=recipe, output_dir=folder, disable_tqdm=True, **options)
+
+
+def logits_in_plain_transformers(result, sequences):
+    if result.model_dir.name == "adapter":
+        model = AutoPeftModelForSequenceClassification.from_pretrained(result.model_dir, num_labels=2)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(result.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    with torch.no_grad():
+        return model.eval()(**tokenizer(sequences, return_tensors="pt", padding=True)).logits
+
+
+RECIPES_TO_CACHE = {
+    "head": RECIPES["frozen"],
+    "adapters": RECIPES["lora"].replace(layers="top-1"),
+    "adapters, checkpointing": RECIPES["all"].replace(layers=[1, 3]),
+    "all layers": RECIPES["lora"],
+    "full": RECIPES["base"].replace(layers="top-1/2"),
+    "plain encoder": RECIPES["lora"].replace(layers="top-1", encoder="plain"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES_TO_CACHE)
+def test_a_cached_run_gives_the_model_and_the_metrics_of_the_same_run_without_a_cache(tmp_path, data, name):
+    recipe = RECIPES_TO_CACHE[name]
+    options = {"num_train_epochs": 2, "eval_strategy": "epoch"}
+    plain, cached = (
+        run(recipe.replace(cache=cache), data, tmp_path / str(cache), **options) for cache in (False, True)
+    )
+    assert cached.train_loss == pytest.approx(plain.train_loss, rel=1e-5)
+    assert cached.metrics == pytest.approx(plain.metrics, rel=1e-3, abs=1e-5)
+    for field in ("steps", "trainable_parameters", "total_parameters", "trained_layers", "layers"):
+        assert getattr(cached, field) == getattr(plain, field)
+    assert cached.states_seconds > 0
+    assert plain.states_seconds == 0
+    residues = [result.residues_per_second * result.seconds for result in (plain, cached)]
+    assert residues[1] == pytest.approx(residues[0])
+    weights = [result.model.state_dict() for result in (plain, cached)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5)
+    sequences = data["test"]["sequence"][:4]
+    got, expected = (logits_in_plain_transformers(result, sequences) for result in (cached, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    files = {path.name for path in cached.model_dir.iterdir()}
+    assert files == {path.name for path in plain.model_dir.iterdir()}
+
+
+def test_runs_that_share_a_folder_compute_the_states_once(tmp_path, data, monkeypatch):
+    recipe = RECIPES["lora"].replace(layers="top-1", cache=True)
+    first = run(recipe, data, tmp_path / "a", states_dir=tmp_path / "states")
+    monkeypatch.setattr(cache, "_compute", None)  # a second computation would fail
+    again = run(recipe, data, tmp_path / "b", states_dir=tmp_path / "states")
+    assert again.metrics == first.metrics
+    assert not (tmp_path / "a" / "states").exists()
+
+
+def test_a_cached_run_resumes_as_the_whole_run(tmp_path, data):
+    recipe = RECIPES["base"].replace(layers="top-1", cache=True)
+    options = {"states_dir": tmp_path / "states", "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = run(recipe, data, tmp_path / "whole", **options)
+    for number in (4, 6):
+        for path in sorted((tmp_path / "whole" / f"checkpoint-{number}").iterdir()):
+            path.unlink()
+        (tmp_path / "whole" / f"checkpoint-{number}").rmdir()
+    resumed = run(recipe, data, tmp_path / "whole", resume_from_checkpoint=True, **options)
+    assert resumed.metrics == pytest.approx(whole.metrics, rel=1e-6)
+
+
+def test_the_saved_model_predicts_from_sequences(tmp_path, data):
+    result = run("frozen", data, tmp_path)
+    assert len(Predictor.load(result.model_dir).predict(data["test"]["sequence"][:3])) == 3
+
+
+def test_a_stream_trains_without_a_cache_and_says_so(tmp_path, data, caplog):
+    tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in tokenized.items()})
+    with caplog.at_level(logging.WARNING):
+        result = run("frozen", streams, tmp_path, max_steps=2, class_weights=None)
+    assert "stream" in caplog.text
+    assert result.states_seconds == 0
+
+
+def test_a_sharded_model_is_refused(tmp_path, data):
+    with pytest.raises(ConfigurationError, match="needs a whole model on each rank"):
+        run("frozen", data, tmp_path, fsdp="full_shard")

@@ -1,0 +1,125 @@
+"""evaluate(): the metrics of the labels that it was given, matched by name with those of the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_model
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from transformers import EsmForSequenceClassification, EsmForTokenClassification
+
+from esm_efficient import Predictor, classification_metrics, evaluate, multi_label_metrics, regression_metrics
+from esm_efficient.errors import DataError
+from esm_efficient.saving import portable_saving
+
+RNG = np.random.default_rng(0)
+SEQUENCES = ["".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), int(n))) for n in RNG.integers(5, 40, 24)]
+NAMES = ("a", "b", "c")
+HEADS = {"token_classification": EsmForTokenClassification}
+
+
+def predictor_for(kind, tokenizer, **options):
+    model = make_model(
+        HEADS.get(kind, EsmForSequenceClassification),
+        num_labels=len(NAMES),
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: index for index, name in enumerate(NAMES)},
+        problem_type=None if kind == "token_classification" else kind,
+        label_thresholds={"a": 0.45, "b": 0.5, "c": 0.55},
+    )
+    return Predictor(model, tokenizer, **options)
+
+
+def dataset_of(labels, feature, sequences=SEQUENCES):
+    features = Features({"sequence": Value("string"), "label": feature})
+    return Dataset.from_dict({"sequence": sequences, "label": labels}, features=features)
+
+
+def test_classes_are_matched_by_name(tokenizer):
+    predictor = predictor_for("single_label_classification", tokenizer)
+    ids = RNG.integers(0, 3, len(SEQUENCES))
+    expected = classification_metrics(ids, np.stack(predictor.logits(SEQUENCES)), NAMES)
+    assert evaluate(predictor, dataset_of(ids.tolist(), ClassLabel(names=list(NAMES)))) == expected
+    names = ["c", "a", "b"]
+    turned = [names.index(NAMES[i]) for i in ids]
+    assert evaluate(predictor, dataset_of(turned, ClassLabel(names=names))) == expected
+
+
+def test_several_labels_are_matched_by_name_and_use_the_tuned_thresholds(tokenizer):
+    predictor = predictor_for("multi_label_classification", tokenizer)
+    table = (RNG.random((len(SEQUENCES), 3)) < 0.5).astype(float)
+    table[0, 1] = np.nan
+    logits = np.stack(predictor.logits(SEQUENCES))
+    expected = multi_label_metrics(table, logits, NAMES, thresholds=np.array([0.45, 0.5, 0.55]))
+    rows = [{n: None if np.isnan(v) else v for n, v in zip(NAMES, row, strict=True)} for row in table]
+    feature = {name: Value("float32") for name in ("c", "b", "a")}
+    assert evaluate(predictor, dataset_of(rows, feature)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("keep", [None, "start", "end", "both"])
+def test_labels_of_residues_are_truncated_with_their_sequences(tokenizer, keep):
+    predictor = predictor_for("token_classification", tokenizer, max_tokens=1024 if keep is None else 12)
+    labels = [RNG.integers(0, 3, len(s)).tolist() for s in SEQUENCES]
+    labels[0][1] = None
+    found = evaluate(predictor, dataset_of(labels, List(ClassLabel(names=list(NAMES)))), keep=keep)
+
+    def part(row):
+        long = len(row) > 10 and keep is not None
+        return {"start": row[:10], "end": row[-10:], "both": row[:5] + row[-5:]}[keep] if long else row
+
+    cut = [part(row) for row in labels]
+    logits = np.concatenate(predictor.logits([part(s) for s in SEQUENCES]))
+    flat = [label for row in cut for label in row]
+    known = [i for i, label in enumerate(flat) if label is not None]
+    expected = classification_metrics(np.array([flat[i] for i in known]), logits[known], NAMES)
+    assert found == pytest.approx(expected)
+
+
+def test_numbers_are_matched_by_their_order(tokenizer):
+    predictor = predictor_for("regression", tokenizer)
+    numbers = RNG.normal(size=(len(SEQUENCES), 3))
+    expected = regression_metrics(numbers, np.stack(predictor.logits(SEQUENCES)), NAMES)
+    found = evaluate(predictor, dataset_of(numbers.tolist(), List(Value("float64"), length=3)))
+    assert found == pytest.approx(expected)
+
+
+def test_a_folder_is_loaded(tmp_path, tokenizer):
+    predictor = predictor_for("single_label_classification", tokenizer)
+    with portable_saving(predictor.model):
+        predictor.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    data = dataset_of([0, 1, 2] * 8, ClassLabel(names=list(NAMES)))
+    assert evaluate(tmp_path, data) == pytest.approx(evaluate(predictor, data))
+
+
+CLASSES = ClassLabel(names=list(NAMES))
+GOOD = dataset_of([0, 1, 2] * 8, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DatasetDict(train=GOOD, test=GOOD), r"all splits \(train, test\): expected one of them"),
+        (GOOD.remove_columns("sequence"), "expected sequence too"),
+        (GOOD.rename_column("label", "y"), "expected label too"),
+        (
+            dataset_of([0, 1] * 12, ClassLabel(names=["a", "d"])),
+            r"does not have the label\(s\) 'd'; it has 'a', 'b', 'c'",
+        ),
+        (dataset_of([0.5, 1.5] * 12, Value("float32")), "labels are numbers.*but the model predicts one class"),
+        (GOOD.select([]), "no row"),
+        (dataset_of([0], CLASSES, ["not a protein"]), "looks like words"),
+    ],
+)
+def test_other_data_is_refused(tokenizer, data, message):
+    with pytest.raises(DataError, match=message):
+        evaluate(predictor_for("single_label_classification", tokenizer), data)
+
+
+def test_other_numbers_of_labels_are_refused(tokenizer):
+    data = dataset_of([[0, 1], [0]], List(CLASSES), ["MK", "MK"])
+    with pytest.raises(DataError, match=r"another number of labels than of residues: row 2 \(1 and 2\)"):
+        evaluate(predictor_for("token_classification", tokenizer), data)
+    data = dataset_of([[0.0, 1.0]], List(Value("float32"), length=2), ["MK"])
+    with pytest.raises(DataError, match="labels are 2 numbers, but the model predicts 3"):
+        evaluate(predictor_for("regression", tokenizer), data)
