@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from transformers import (
 
 from esm_efficient import compat
 from esm_efficient.adapters.prepare import prepare_model
-from esm_efficient.adapters.registry import find_architecture
+from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.costs.memory import peak_memory
 from esm_efficient.data.tokenizing import tokenize_dataset
@@ -42,15 +41,7 @@ from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.result import FinetuneResult
 from esm_efficient.training.runs import BASE_CONFIG
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
-from esm_efficient.training.standardizing import (
-    LabelScale,
-    RestoringMetrics,
-    StandardizingCollator,
-    find_output_layer,
-    measure_scale,
-    standardize_layer,
-    standardized_training,
-)
+from esm_efficient.training.standardizing import standardized, start_scale
 from esm_efficient.training.trainer import WeightedTrainer
 
 if TYPE_CHECKING:
@@ -139,22 +130,16 @@ def finetune(
     args = recipe_arguments(chosen, output_dir, precision=precision, seed=seed, **training_options)
     set_seed(seed)
     loaded, tokenizer, has_unit = _load(model, tokenizer, task)
-    if "input_ids" not in features:
-        dataset, _ = tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)
-    scale = _standardize_head(loaded, tokenizer, dataset["train"], task, has_unit)
+    dataset = dataset if "input_ids" in features else tokenize_dataset(dataset, tokenizer, max_tokens=max_tokens)[0]
+    scale = start_scale(loaded, tokenizer, dataset["train"], task, has_unit=has_unit)
     collator = _make_collator(task, tokenizer)
     splits: Mapping[str, Any] = {name: dataset[name] for name in ("train", "validation") if name in dataset}
-    states = None
+    states, folder = None, Path(states_dir or output_dir / "states")
     if _can_cache(chosen, splits["train"]):
-        folder = output_dir / "states" if states_dir is None else Path(states_dir)
         states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
         loaded, splits = states.rest, states.splits
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
-    audit = AuditCallback()
-    callbacks = list(callbacks)
-    if args.save_strategy != "no" and not any(isinstance(callback, CheckpointCallback) for callback in callbacks):
-        callbacks.append(CheckpointCallback(signals=()))
-    profiler = ProfilerCallback() if profile else None
+    audit, profiler = AuditCallback(), ProfilerCallback() if profile else None
     trainer = WeightedTrainer(
         prepared,
         args,
@@ -163,22 +148,19 @@ def finetune(
         data_collator=collator if states is None else states.collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(task),
-        callbacks=[audit, *([] if profiler is None else [profiler]), *callbacks],
+        callbacks=[audit, *([] if profiler is None else [profiler]), *callbacks, *_checkpoints(args, callbacks)],
         class_weights=None if task.kind == "regression" and class_weights == "balanced" else class_weights,
         focal_gamma=focal_gamma,
         token_budget=token_budget,
     )
-    with peak_memory() as peak, _standardized(trainer, scale):
+    with peak_memory() as peak, standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if states is not None:
         states.restore(trainer)
-        trainer.data_collator = collator
+    trainer.data_collator = collator
     # The model is saved before anything else can fail.
-    model_dir = output_dir / ("adapter" if chosen.trains == "adapters" else "model")
-    _save_model(trainer, model_dir, tokenizer)
+    model_dir = _save_model(trainer, output_dir / ("adapter" if chosen.trains == "adapters" else "model"), tokenizer)
     report = None if profiler is None else profiler.report
-    if report is not None and torch.cuda.is_available():
-        peak.bytes = max(peak.bytes, report.peak.total)  # the profiler resets the allocator's peak in every phase
     thresholds = _tune_thresholds(trainer, dataset, task, model_dir)
     result = FinetuneResult(
         recipe=chosen.name,
@@ -188,12 +170,10 @@ def finetune(
         evaluated_on=evaluated_on,
         train_loss=trained.training_loss,
         steps=trained.global_step,
-        trainable_parameters=sum(p.numel() for p in prepared.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in prepared.parameters()),
+        **_sizes(prepared),
         trained_layers=audit.report.layers,
-        layers=prepared.config.num_hidden_layers,
         residues_per_second=_residues(trainer, states) / trained.metrics["train_runtime"],
-        peak_memory_bytes=peak.bytes,
+        peak_memory_bytes=_largest(peak, report),
         peak_memory_kind=peak.kind,
         seconds=trained.metrics["train_runtime"],
         states_seconds=0.0 if states is None else states.seconds,
@@ -203,9 +183,7 @@ def finetune(
         profile=report,
         thresholds=thresholds,
     )
-    if trainer.is_world_process_zero():
-        with explain_full_disk(output_dir):
-            result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    _save_result(result, trainer)
     return result
 
 
@@ -260,11 +238,15 @@ def _load_pretrained(
     loaded, missing, mismatched = load_pretrained(
         auto_class(task.head), name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
-    heads = find_architecture(loaded).heads
-    if wrong := [key for key in mismatched if not key.startswith(tuple(heads))]:
-        raise ConfigurationError(f"{name}: the weights {listing(wrong)} have other shapes than the model's config says")
-    is_new = any(key.startswith(tuple(heads)) for key in (*mismatched, *missing))
-    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and not is_new
+    architecture = find_architecture(loaded)
+    new = (*missing, *mismatched)
+    if lost := [key for key in new if not (is_in_head(architecture, key) or is_unread(architecture, key))]:
+        raise ConfigurationError(
+            f"{name} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
+            f"{listing(lost)}. Expected a whole model"
+        )
+    has_head = not any(is_in_head(architecture, key) for key in new)
+    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and has_head
 
 
 def _forget_labels(config: Any) -> bool:
@@ -272,49 +254,6 @@ def _forget_labels(config: Any) -> bool:
     scale = vars(config).pop(LABEL_SCALE, None)
     vars(config).pop("label_thresholds", None)
     return scale is not None
-
-
-def _standardize_head(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Any, task: Task, has_unit: bool
-) -> LabelScale | None:
-    """Return the scale of the numbers to regress; a head that predicts in their unit continues with that scale."""
-    if task.kind != "regression":
-        return None
-    layer = find_output_layer(model, tokenizer)
-    if layer is None:
-        logger.warning(
-            "the head of %s does not end in a linear layer with a bias: the labels are not standardised. Give labels "
-            "with a mean of about 0 and a standard deviation of about 1",
-            type(model).__name__,
-        )
-        return None
-    scale = measure_scale(train, task.names)
-    if has_unit:
-        standardize_layer(layer, scale)
-    return scale
-
-
-@contextmanager
-def _standardized(trainer: Any, scale: LabelScale | None) -> Iterator[None]:
-    """Train on standardised labels, with metrics in the user's unit, within a ``with`` block."""
-    if scale is None:
-        yield
-        return
-    collator, metrics = trainer.data_collator, trainer.compute_metrics
-    model = trainer.model
-    layer = find_output_layer(model, trainer.processing_class)
-    if layer is None or not layer.weight.requires_grad:
-        raise ConfigurationError(
-            "the last layer of the head is adapted or frozen: expected it to train as a whole, so that it can predict "
-            "in the unit of the labels. Leave it out of the adapters' targets"
-        )
-    trainer.data_collator = StandardizingCollator(collator, scale)
-    trainer.compute_metrics = RestoringMetrics(metrics, scale)
-    try:
-        with standardized_training(model, layer, scale):
-            yield
-    finally:
-        trainer.data_collator, trainer.compute_metrics = collator, metrics
 
 
 def _can_cache(recipe: Recipe, train: Any) -> bool:
@@ -345,6 +284,27 @@ def _prepare(
         label_names=task.names,
     )
     return apply_lean_encoder(prepared) if recipe.encoder == "lean" else prepared
+
+
+def _checkpoints(args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
+    """Return the callback that lists checkpoints, if there are any and the user gave none."""
+    has_one = any(isinstance(callback, CheckpointCallback) for callback in callbacks)
+    return [] if has_one or args.save_strategy == "no" else [CheckpointCallback(signals=())]
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    """Return the numbers of parameters and of layers."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return {
+        "trainable_parameters": sum(number for number, trains in sizes if trains),
+        "total_parameters": sum(number for number, _ in sizes),
+        "layers": model.config.num_hidden_layers,
+    }
+
+
+def _largest(peak: Any, report: Any) -> int:
+    """Return the peak of memory; on CUDA, the profiler resets the allocator's peak in every phase."""
+    return max(peak.bytes, report.peak.total) if report is not None and torch.cuda.is_available() else peak.bytes
 
 
 def _residues(trainer: WeightedTrainer, states: CachedTraining | None) -> int:
@@ -387,10 +347,18 @@ def _evaluate(trainer: WeightedTrainer, split: Any) -> dict[str, float]:
     }
 
 
-def _save_model(trainer: WeightedTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model or the adapter, and the tokenizer."""
+def _save_model(trainer: WeightedTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write the model or the adapter, and the tokenizer; return the folder."""
     with explain_full_disk(folder.parent):
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(folder)
     logger.info("the trained model is in %s", folder)
+    return folder
+
+
+def _save_result(result: FinetuneResult, trainer: WeightedTrainer) -> None:
+    """Write the metrics and costs of the run."""
+    if trainer.is_world_process_zero():
+        with explain_full_disk(result.result_path.parent):
+            result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")

@@ -89,7 +89,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     run = {
         **options,
         "class_weights": None if class_weights is None else np.asarray(class_weights).tolist(),
-        "focal_gamma": getattr(getattr(trainer, "_loss", None), "focal_gamma", None),
+        "focal_gamma": getattr(trainer, "_focal_gamma", None),
         "token_budget": getattr(trainer, "token_budget", None),
         "max_steps": args.max_steps,
         "num_train_epochs": args.num_train_epochs,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import Task
 from esm_efficient.training.weights import dataset_labels
 
 if TYPE_CHECKING:
@@ -193,6 +194,69 @@ def standardized_training(model: Any, layer: nn.Linear, scale: LabelScale) -> It
             hook.remove()
         _write(layer, *_restored(layer.weight, layer.bias, scale))
         setattr(model.config, CONFIG_NAME, {"mean": scale.mean.tolist(), "std": scale.std.tolist()})
+
+
+def start_scale(model: Any, tokenizer: Any, train: Any, task: Task, *, has_unit: bool) -> LabelScale | None:
+    """Return the scale of the numbers to regress, and change a head that predicts in their unit to it.
+
+    Args:
+        model: the model, before adapters are added.
+        tokenizer: its tokenizer.
+        train: the tokenised training split.
+        task: the task.
+        has_unit: whether the head predicts in the unit of numbers that it was trained on.
+
+    Returns:
+        None for another task, or with a warning if the head cannot be scaled.
+
+    Raises:
+        DataError: as `measure_scale`.
+    """
+    if task.kind != "regression":
+        return None
+    layer = find_output_layer(model, tokenizer)
+    if layer is None:
+        logger.warning(
+            "the head of %s does not end in a linear layer with a bias: the labels are not standardised. Give labels "
+            "with a mean of about 0 and a standard deviation of about 1",
+            type(model).__name__,
+        )
+        return None
+    scale = measure_scale(train, task.names)
+    if has_unit:
+        standardize_layer(layer, scale)
+    return scale
+
+
+@contextmanager
+def standardized(trainer: Any, scale: LabelScale | None) -> Iterator[None]:
+    """Train on standardised labels, with metrics in the user's unit, within a ``with`` block.
+
+    Args:
+        trainer: the Trainer, with a tokenizer as its ``processing_class``.
+        scale: the scale of the labels; None to change nothing.
+
+    Raises:
+        ConfigurationError: the last layer of the head does not train as a whole.
+    """
+    if scale is None:
+        yield
+        return
+    collator, metrics = trainer.data_collator, trainer.compute_metrics
+    model = trainer.model
+    layer = find_output_layer(model, trainer.processing_class)
+    if layer is None or not layer.weight.requires_grad:
+        raise ConfigurationError(
+            "the last layer of the head is adapted or frozen: expected it to train as a whole, so that it can predict "
+            "in the unit of the labels. Leave it out of the adapters' targets"
+        )
+    trainer.data_collator = StandardizingCollator(collator, scale)
+    trainer.compute_metrics = RestoringMetrics(metrics, scale)
+    try:
+        with standardized_training(model, layer, scale):
+            yield
+    finally:
+        trainer.data_collator, trainer.compute_metrics = collator, metrics
 
 
 def _restored(weight: Tensor, bias: Tensor, scale: LabelScale) -> tuple[Tensor, Tensor]:

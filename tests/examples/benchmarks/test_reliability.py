@@ -1,0 +1,49 @@
+"""The counts of reliability.py: a few runs and inputs in every test run, all of them under the marker slow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "examples" / "benchmarks" / "reliability.py"
+
+
+def counted(file, *options, timeout):
+    command = [sys.executable, str(SCRIPT), *map(str, options), "--json", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    return json.loads(file.read_text())
+
+
+def check(record, *, kills, tables, bodies):
+    assert record["wrong"] == []
+    assert record["kills"] == {"tried": kills, "killed": kills, "resumed": kills, "identical": kills}
+    for name, number in (("tables", tables), ("bodies", bodies)):
+        counts = record[name]
+        assert counts["tried"] == number == counts["read"] + counts["refused"]
+        assert counts["lost"] == 0
+        assert min(counts["read"], counts["refused"]) > 0
+    disk = record["full_disk"]
+    assert disk["tried"] == disk["kept"] == disk["named"] > 0
+
+
+def test_a_few_killed_runs_damaged_inputs_and_a_full_disk(tmp_path):
+    options = ["--kills", 3, "--ranks", 1, "--tables", 60, "--bodies", 200, "--steps", 0, "--predictions", 0]
+    record = counted(tmp_path / "r.json", *options, "--seed", 1, timeout=900)
+    check(record, kills=3, tables=60, bodies=200)
+
+
+@pytest.mark.slow
+def test_many_killed_runs_damaged_inputs_and_long_runs(tmp_path):
+    record = counted(tmp_path / "r.json", timeout=7200)
+    check(record, kills=20, tables=10_000, bodies=2_000)
+    for counts in record["memory"].values():
+        assert counts["growth_bytes"] < 30_000_000
+    assert {name: counts["number"] for name, counts in record["memory"].items()} == {
+        "optimizer steps": 2_000,
+        "predictions": 20_000,
+    }
