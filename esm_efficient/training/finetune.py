@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict, Features
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+    from transformers.trainer_utils import TrainOutput
 
 logger = logging.getLogger(__name__)
 
@@ -168,15 +169,11 @@ def finetune(
         task=task,
         metrics=_evaluate(trainer, dataset[evaluated_on]),
         evaluated_on=evaluated_on,
-        train_loss=trained.training_loss,
-        steps=trained.global_step,
         **_sizes(prepared),
+        **_progress(trainer, trained, states),
         trained_layers=audit.report.layers,
-        residues_per_second=_residues(trainer, states) / trained.metrics["train_runtime"],
         peak_memory_bytes=_largest(peak, report),
         peak_memory_kind=peak.kind,
-        seconds=trained.metrics["train_runtime"],
-        states_seconds=0.0 if states is None else states.seconds,
         model_dir=model_dir,
         result_path=output_dir / "result.json",
         model=prepared.eval(),
@@ -307,11 +304,18 @@ def _largest(peak: Any, report: Any) -> int:
     return max(peak.bytes, report.peak.total) if report is not None and torch.cuda.is_available() else peak.bytes
 
 
-def _residues(trainer: WeightedTrainer, states: CachedTraining | None) -> int:
-    """Return the residues that this run trained on."""
+def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTraining | None) -> dict[str, Any]:
+    """Return what the training loop did, and in what time."""
+    residues, seconds = trainer.residues_trained - trainer.residues_resumed, trained.metrics["train_runtime"]
     if states is not None and states.collator.stored.pooling == "first":  # batches have no masks to count in
-        return states.residues_trained(trainer)
-    return trainer.residues_trained - trainer.residues_resumed
+        residues = states.residues_trained(trainer)
+    return {
+        "train_loss": trained.training_loss,
+        "steps": trained.global_step,
+        "residues_per_second": residues / seconds,
+        "seconds": seconds,
+        "states_seconds": 0.0 if states is None else states.seconds,
+    }
 
 
 def _tune_thresholds(

@@ -18,14 +18,33 @@ Model = TypeVar("Model", bound=nn.Module)
 class SkippedLayer(nn.Module):
     """Stands at the place of a layer that another module computes, and returns its input.
 
-    It keeps the numbers of the other layers, and so the names of their parameters.
+    It keeps the numbers of the other layers, and so the names of their parameters. The state dict contains the layer's
+    weights, so that a checkpoint is that of an ordinary model; when a state dict is loaded they are left alone.
+
+    Args:
+        layer: the layer that another module computes.
     """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple, so that its parameters are not those of this module
+        self.register_state_dict_post_hook(_add_layer)
+        self.register_load_state_dict_pre_hook(_leave_layer_out)
 
     def forward(self, hidden_states: Tensor, packing: Any = None, first_only: bool = False, **kwargs: Any) -> Tensor:
         """Return the states; with `first_only`, as the last layer of the lean encoder does, those of first tokens."""
         if not first_only:
             return hidden_states
         return hidden_states.index_select(0, torch.tensor(packing.first_tokens, device=hidden_states.device))
+
+
+def _add_layer(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    state_dict.update({prefix + name: value for name, value in module._layer[0].state_dict().items()})
+
+
+def _leave_layer_out(module: Any, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]
 
 
 class Trunk(nn.Module):
@@ -74,9 +93,9 @@ def split_model(model: Model, layers: int) -> tuple[Trunk, Model]:
     """Split a model into its frozen trunk and the rest: its top layers and its head.
 
     Both share their parameters with the model; those of the trunk no longer train. The trunk takes tokens and returns
-    states. The rest has the model's class, config and parameter names without the trunk's layers; it takes
-    ``inputs_embeds``, the trunk's states, instead of ``input_ids``. Therefore ``rest(inputs_embeds=trunk(ids, mask),
-    attention_mask=mask)`` equals ``model(ids, mask)``.
+    states. The rest has the model's class, config and state dict, but not the parameters of the trunk's layers; it
+    takes ``inputs_embeds``, the trunk's states, instead of ``input_ids``. Therefore ``rest(inputs_embeds=trunk(ids,
+    mask), attention_mask=mask)`` equals ``model(ids, mask)``.
 
     Args:
         model: a transformers ESM-2 model with any head and without adapters. A lean encoder on it is removed.
@@ -112,13 +131,14 @@ def split_model(model: Model, layers: int) -> tuple[Trunk, Model]:
     remove_lean_encoder(model)
     body = _copy_modules(esm)
     body.encoder.layer = body.encoder.layer[: count - layers]
-    body.encoder.emb_layer_norm_after = nn.Identity()
+    body.encoder.emb_layer_norm_after = None
     body.pooler = None
     rest = _copy_modules(model)
     rest_esm = _only_esm(rest)
-    for number in range(count - layers):
-        rest_esm.encoder.layer[number] = SkippedLayer()
-    return Trunk(body), rest
+    trunk = Trunk(body)
+    for number, layer in enumerate(trunk.layers):
+        rest_esm.encoder.layer[number] = SkippedLayer(layer)
+    return trunk, rest
 
 
 def join_model(rest: Model, trunk: Trunk) -> Model:

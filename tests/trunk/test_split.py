@@ -143,3 +143,25 @@ def test_a_truncated_contact_head_reads_the_attentions_of_the_layers_that_are_le
         model.contact_head.regression.weight[:, 4:] = 0  # two layers of two heads
         got, expected = (m.predict_contacts(batch["input_ids"], batch["attention_mask"]) for m in (shorter, model))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_rest_is_saved_and_loaded_as_an_ordinary_model(layers, batch, tmp_path):
+    model = make_model()
+    expected = output(model, **batch)
+    _, rest = split_model(model, layers)
+    assert rest.state_dict().keys() == model.state_dict().keys()
+    rest.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(loaded, **batch), expected)
+    other = split_model(make_model(), layers)[1]
+    assert not any(other.load_state_dict(model.state_dict()))
+
+
+def test_a_loaded_state_dict_leaves_the_layers_of_the_trunk_as_they_are():
+    trunk, rest = split_model(make_model(), 1)
+    before = copy.deepcopy(trunk.esm.encoder.state_dict())
+    rest.load_state_dict({name: torch.ones_like(value) for name, value in rest.state_dict().items()})
+    for name, value in trunk.esm.encoder.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+    assert all(bool((parameter == 1).all()) for parameter in rest.parameters())
