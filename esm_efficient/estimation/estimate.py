@@ -200,6 +200,9 @@ def estimate(
     extrapolated from models of two and three layers. Time is a roofline of the same operations: for each operation the
     larger of its FLOPs at the device's rate and its bytes at the device's bandwidth. A real step takes longer.
 
+    A recipe with ``cache=True`` is estimated as without a cache, which is an upper bound of its memory and time. A
+    recipe that trains some of the layers is not extrapolated, which takes up to a minute.
+
     Not counted: memory outside torch's allocator (the CUDA context, several hundred MB), workspaces of kernels, and
     fragmentation.
 

@@ -22,7 +22,8 @@ _SHALLOW, _DEEP = 2, 3
 def simulate_model(config: PreTrainedConfig, step: Step, *, extrapolate: bool = True) -> Simulation:
     """Simulate one optimizer step of a model at its own depth, as `simulate` does; results are cached.
 
-    Without `extrapolate` every layer runs, which gives the same figures and takes longer.
+    Without `extrapolate` every layer runs, which gives the same figures and takes longer. So it does for a recipe that
+    trains some of the layers, because the layers then differ.
     """
     config_class: Any = type(config)
     return _simulate_cached(config_class, config.to_json_string(use_diff=False), step, extrapolate)
@@ -32,7 +33,7 @@ def simulate_model(config: PreTrainedConfig, step: Step, *, extrapolate: bool = 
 def _simulate_cached(config_class: Any, config_json: str, step: Step, extrapolate: bool) -> Simulation:
     config = config_class.from_dict(json.loads(config_json))
     layers = config.num_hidden_layers
-    if not extrapolate or layers <= _DEEP:
+    if not extrapolate or layers <= _DEEP or step.recipe.layers != "all":
         return simulate(config, step, layers=layers)
     shallow, deep = (simulate(config, step, layers=depth) for depth in (_SHALLOW, _DEEP))
     return _extend(shallow, deep, layers)

@@ -122,6 +122,7 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
             model,
             adapters=recipe_adapters(recipe, model, **dict(step.adapter_options)),
             head_only=recipe.trains == "head",
+            layers=recipe.layers,
             gradient_checkpointing=recipe.gradient_checkpointing,
             dtype=frozen_dtype,
         )

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 from conftest import make_model, tiny_config
 from datasets import Dataset, DatasetDict
-from transformers import EsmForTokenClassification
+from transformers import EsmForSequenceClassification, EsmForTokenClassification
 
-from esm_efficient import RECIPES, Device, demo_model_path, estimate, lora_config, peak_memory, prepare_model
+from esm_efficient import (
+    RECIPES,
+    Device,
+    demo_model_path,
+    estimate,
+    lora_config,
+    peak_memory,
+    prepare_model,
+    recipe_adapters,
+)
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 from esm_efficient.estimation.inputs import ESM2_SIZES, batch_lengths, resolve_config, token_lengths
 
@@ -206,3 +215,15 @@ def test_without_bitsandbytes_the_8_bit_optimizer_names_the_package(monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigurationError, match="pip install bitsandbytes"):
         estimate("8M", recipe="base", device="A10G", tokens=24, optimizer="adamw_8bit")
+
+
+@pytest.mark.parametrize("name", ["base", "lora"])
+def test_a_recipe_for_the_top_layers_is_estimated_as_the_model_that_it_trains(name):
+    recipe = RECIPES[name].replace(layers="top-1/3")
+    model = EsmForSequenceClassification(resolve_config("8M")[1])
+    prepared = prepare_model(model, adapters=recipe_adapters(recipe, model), layers=recipe.layers)
+    top, every = (estimate("8M", recipe=changed, device="cpu") for changed in (recipe, RECIPES[name]))
+    assert top.trainable_parameters == sum(p.numel() for p in prepared.parameters() if p.requires_grad)
+    # Two of six layers keep activations, and the layers below them keep nothing.
+    assert top.peak.activations < 0.45 * every.peak.activations
+    assert top.phases["backward"].flops < 0.45 * every.phases["backward"].flops
