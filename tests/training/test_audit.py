@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from test_trainer import arguments, weighted
 from torch import nn
+from trainer_runs import arguments, weighted
 from transformers import BertConfig, BertModel, EsmForSequenceClassification, EsmModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import arguments, weighted
+from trainer_runs import arguments, weighted
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from esm_efficient import (

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from conftest import make_dataset, make_model
 from datasets import Value
 from safetensors.torch import load_file
-from test_trainer import Stream, arguments, weighted
+from trainer_runs import Stream, arguments, weighted
 from transformers import TrainerCallback
 
 from esm_efficient import WeightedTrainer, prepare_model

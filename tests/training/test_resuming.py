@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from test_checkpoints import damage, tiny_run
-from test_trainer import arguments, weighted
+from trainer_runs import arguments, weighted
 
 from esm_efficient import CheckpointCallback, CheckpointError, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError

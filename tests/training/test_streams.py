@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_model
-from test_trainer import Gradients, Losses, Passes, Stream, arguments, reference_gradient, relative_error, weighted
+from trainer_runs import Gradients, Losses, Passes, Stream, arguments, reference_gradient, relative_error, weighted
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from esm_efficient import WeightedTrainer, lora_config, prepare_model

@@ -1,4 +1,4 @@
-"""Script of test_trainer for torchrun: one epoch per case on two ranks; rank 0 writes gradients and losses."""
+"""Script of test_trainer_ranks for torchrun: one epoch per case on two ranks; rank 0 writes gradients and losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from conftest import TASK_LOSS, make_dataset, make_model
 from datasets import load_from_disk
-from test_trainer import (
+from trainer_runs import (
     Gradients,
     Losses,
     Passes,

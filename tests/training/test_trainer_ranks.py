@@ -1,0 +1,111 @@
+"""WeightedTrainer on two ranks has the gradient and the losses of one batch, and resumed runs end as whole ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TASK_LOSS, make_dataset, make_model, make_task_dataset
+from peft import get_peft_model
+from trainer_runs import WEIGHTS, reference_gradient, reference_loss, relative_error, task_gradient
+
+from esm_efficient import lora_config
+from esm_efficient.saving import portable_saving
+
+# (examples, micro-batch per rank, accumulation, kind): 16 examples per optimizer step over both ranks. With 37 examples
+# the last step has 5 real ones; with 17 a rank has none in the last step.
+TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (4, 2), (1, 8))]
+TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
+TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
+TWO_RANKS += [(1, 4, 1, "one row"), (37, 4, 2, "subclass"), (11, 4, 2, "stream")]
+TWO_RANKS += [(29, 4, 2, f"resumed {order}") for order in ("group_by_length", "random", "stream")]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, tokenizer):
+    """Run every case on two processes under torchrun with gloo."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    for size in {case[0] for case in TWO_RANKS if case[0] > 1}:
+        make_dataset(size).save_to_disk(folder / f"data{size}")
+    for kind in TASK_LOSS:
+        make_task_dataset(kind, 37).save_to_disk(folder / kind)
+    model = make_model()
+    with portable_saving(model):
+        model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(folder), json.dumps([WEIGHTS, TWO_RANKS])],
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(TWO_RANKS, torch.load(folder / "results.pt"), strict=True))
+
+
+@pytest.mark.parametrize("case", [case for case in TWO_RANKS if case[3] in TASK_LOSS], ids=str)
+def test_two_ranks_equal_one_batch_for_every_task(two_ranks, tokenizer, case):
+    size, _, _, kind = case
+    result, data = two_ranks[case], make_task_dataset(kind, size)
+    assert len(result["gradients"]) == 3
+    for step, gradient in enumerate(result["gradients"]):
+        loss, expected = task_gradient(kind, data.select(range(16 * step, min(16 * step + 16, size))), tokenizer)
+        assert relative_error(gradient, expected) <= 1e-5
+        assert result["losses"][step] == pytest.approx(loss, rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(task_gradient(kind, data, tokenizer)[0], rel=1e-5)
+
+
+def test_two_ranks_with_a_token_budget_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer):
+    (gradient,) = two_ranks[37, 1, 100, "budget"]["gradients"]
+    assert relative_error(gradient, reference_gradient(tiny_model(), tiny_dataset(37), tokenizer)) <= 1e-5
+
+
+PLAIN = ("full", "lora", "checkpointing", "subclass")
+
+
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] in PLAIN], ids=str)
+def test_two_ranks_equal_one_batch(two_ranks, tiny_model, tiny_dataset, tokenizer, case):
+    result, data = two_ranks[case], tiny_dataset(case[0])
+    assert len(result["gradients"]) == -(-case[0] // 16)
+    for step, gradient in enumerate(result["gradients"]):
+        rows = data.select(range(16 * step, min(16 * step + 16, case[0])))
+        plain = tiny_model()
+        if case[3] == "lora":
+            torch.manual_seed(1)
+            plain = get_peft_model(plain, lora_config(plain, r=2, init_lora_weights=False))
+        expected = reference_gradient(plain, rows, tokenizer)
+        assert relative_error(gradient, expected) <= 1e-5
+        assert result["losses"][step] == pytest.approx(reference_loss(plain, rows, tokenizer).item(), rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(reference_loss(plain, data, tokenizer).item(), rel=1e-5)
+
+
+def test_one_row_on_two_ranks_counts_once(two_ranks, tokenizer):
+    result = two_ranks[1, 4, 1, "one row"]
+    expected = reference_gradient(make_model(), make_dataset(2).select([0]), tokenizer)
+    assert relative_error(result["gradients"][0], expected) <= 1e-5
+    assert result["eval_loss"] == pytest.approx(
+        reference_loss(make_model(), make_dataset(2).select([0]), tokenizer).item(), rel=1e-5
+    )
+
+
+def test_a_stream_on_two_ranks_has_the_gradients_of_one_batch(two_ranks, tokenizer):
+    data = make_dataset(11)
+    endless = [data[i % 11] for i in range(48)]
+    gradients = two_ranks[11, 4, 2, "stream"]["gradients"]
+    assert len(gradients) == 3
+    for step, gradient in enumerate(gradients):
+        expected = reference_gradient(make_model(), endless[16 * step : 16 * step + 16], tokenizer)
+        assert relative_error(gradient, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3].startswith("resumed")], ids=str)
+def test_two_ranks_resume_in_a_later_epoch(two_ranks, case):
+    assert torch.equal(two_ranks[case]["resumed"], two_ranks[case]["whole"])
