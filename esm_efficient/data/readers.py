@@ -140,6 +140,7 @@ def read_table(
         DataError: the text is empty, two columns have the same name, or a row cannot be parsed.
 
     Example:
+        >>> import io
         >>> names, rows = read_table(io.StringIO("id,sequence\nP1,MKT\n"), "example")
         >>> names, list(rows)
         (['id', 'sequence'], [('line 2', ['P1', 'MKT'])])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from esm_efficient import estimate, format_table
 from esm_efficient.estimation.inputs import resolve_config
-from esm_efficient.reporting import format_bytes
+from esm_efficient.reporting.tables import format_bytes
 
 CASES = [
     ("3B", "all", 4, "A10G", 4, "ddp"),
