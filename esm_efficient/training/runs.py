@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from esm_efficient.training.divergence import DivergenceWatch, check_parameters
 from esm_efficient.training.resuming import start_run
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch.utils.data import DataLoader
     from transformers import TrainerState
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -159,10 +161,9 @@ class WatchedTrainer(Trainer):
             check_parameters(model, self.args)
             states: Any = self.state.stateful_callbacks
             states[_STATE] = {"args": {}, "attributes": {"residues": self.residues_trained}}
-        if isinstance(model, PreTrainedModel):
-            with portable_saving(model):
-                super().save_model(output_dir, _internal_call)
-        else:
+        whole = nullcontext() if _internal_call else _gathered_weights(self.accelerator)
+        names = portable_saving(model) if isinstance(model, PreTrainedModel) else nullcontext()
+        with whole, names:
             super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
             folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
@@ -200,3 +201,21 @@ class WatchedTrainer(Trainer):
                 f"the checkpoint lacks {len(lost)} weights of the model ({listing(lost)}): training cannot resume "
                 "from it. Use another checkpoint, or load this one with from_pretrained() and start a new run"
             )
+
+
+@contextmanager
+def _gathered_weights(accelerator: Accelerator) -> Iterator[None]:
+    """Make a Trainer save whole weights under FSDP in a ``with`` block.
+
+    With sharded state dicts, the save_model of transformers 5.3 writes no weights and raises nothing.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kind = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(kind)

@@ -28,12 +28,14 @@ from transformers.models.esm.modeling_esm import (
     EsmLayer,
 )
 
-from esm_efficient import apply_lean_encoder, remove_lean_encoder
+from esm_efficient import apply_lean_encoder, compat, remove_lean_encoder
 
 
 @pytest.mark.parametrize("first", ["change", "apply"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_has_the_loss_and_gradient_of_the_plain_model(change, first):
+    if change == "learned rotary frequencies" and compat.rotates_per_layer():
+        pytest.skip("the plain model of this version keeps the rotary table of its first call, and trains it once only")
     plain = build(EsmForTokenClassification, "full")
     lean = copy.deepcopy(plain)
     batch = make_batch([9, 5, 12])

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import rank_runs
 import torch
+import transformers
 from conftest import make_dataset, make_model
 from datasets import DatasetDict
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from esm_efficient import RECIPES
 
 # fully_shard of torch 2.6 does not run on a CPU, and transformers before 5.20 has other options for FSDP2.
 needs_fsdp2 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+# With older versions the model that was passed to the Trainer is not the one that is sharded.
+stores_shards = Version(transformers.__version__) >= Version("5.23")
 CHECKPOINTS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
 BUDGET = {"token_budget": 64, **CHECKPOINTS}
 
@@ -87,7 +91,9 @@ def assert_as_one_process(folder, case, ranks, results, *, alone):
     for result in results:
         assert result[name]["steps"] == alone["steps"]
         assert result[name]["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=10 * tolerance)
-        assert result[name]["share"] == pytest.approx(1 / ranks if case.get("sharded") and ranks > 1 else 1, abs=0.02)
+        if stores_shards or not case.get("sharded"):
+            share = 1 / ranks if case.get("sharded") and ranks > 1 else 1
+            assert result[name]["share"] == pytest.approx(share, abs=0.02)
 
 
 def alone(folder, case):

@@ -105,6 +105,10 @@ class TutorialsTrainer(WeightedTrainer):
 class PlainTutorialsTrainer(Trainer):
     compute_loss = TutorialsTrainer.compute_loss
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        compat.leave_division_to_trainer(self.accelerator)  # transformers 5.3 divides the loss twice
+
 
 class MeanTutorialsTrainer(TutorialsTrainer):
     loss_is_scaled_for_ga = False

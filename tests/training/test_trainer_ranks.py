@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import TASK_LOSS, make_dataset, make_model, make_task_dataset
+from packaging.version import Version
 from peft import get_peft_model
 from trainer_runs import WEIGHTS, reference_gradient, reference_loss, relative_error, task_gradient
 
@@ -23,7 +25,9 @@ TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (
 TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
 TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
 TWO_RANKS += [(1, 4, 1, "one row"), (37, 4, 2, "subclass"), (11, 4, 2, "stream")]
-TWO_RANKS += [(29, 4, 2, f"resumed {order}") for order in ("group_by_length", "random", "stream")]
+if Version(transformers.__version__) >= Version("5.23"):
+    # Older versions load an optimizer to the device "cpu:0", which torch does not know.
+    TWO_RANKS += [(29, 4, 2, f"resumed {order}") for order in ("group_by_length", "random", "stream")]
 
 
 @pytest.fixture(scope="module")
