@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from esm_efficient.adapters.registry import encoder_layers
-from esm_efficient.data.tokenizing import LENGTH_COLUMN
 from esm_efficient.encoder.origins import reads_first_token
-from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import SPECIAL_TOKENS
-from esm_efficient.trunk.cache import Pooling, StateDtype, StatesCollator, cache_states
+from esm_efficient.trunk.cache import Pooling, StateDtype, StatesCollator, cache_states, measure_ids
 from esm_efficient.trunk.split import Trunk, join_model, split_model
 
 if TYPE_CHECKING:
@@ -77,13 +74,9 @@ def cache_for_training(
         collator: the collator for batches of tokens.
 
     Raises:
-        ConfigurationError: the model is sharded over ranks, or cannot be split.
+        ConfigurationError: the model cannot be split.
         DataError: as `cache_states`.
     """
-    if args.fsdp or args.deepspeed:
-        raise ConfigurationError(
-            "a recipe with cache=True needs a whole model on each rank: leave fsdp and deepspeed out"
-        )
     count = len(encoder_layers(model))
     trained = recipe.trained_layers(count)
     top = count - min(trained) if trained else 0
@@ -101,7 +94,7 @@ def cache_for_training(
     trunk.to("cpu")
     seconds = time.perf_counter() - started
     logger.info("the states below the top %d layers are in %s (%.1f s)", top, folder, seconds)
-    tokens = np.asarray(cached["train"][LENGTH_COLUMN])
+    tokens, _ = measure_ids(splits["train"])
     return CachedTraining(
         rest=rest,
         splits=cached,

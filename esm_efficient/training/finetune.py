@@ -136,7 +136,7 @@ def finetune(
     collator = _make_collator(task, tokenizer)
     splits: Mapping[str, Any] = {name: dataset[name] for name in ("train", "validation") if name in dataset}
     states, folder = None, Path(states_dir or output_dir / "states")
-    if _can_cache(chosen, splits["train"]):
+    if _can_cache(chosen, splits["train"], args):
         states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
         loaded, splits = states.rest, states.splits
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
@@ -253,12 +253,16 @@ def _forget_labels(config: Any) -> bool:
     return scale is not None
 
 
-def _can_cache(recipe: Recipe, train: Any) -> bool:
-    """Whether a recipe asks for cached states and the training split can have them."""
-    if recipe.cache and not hasattr(train, "__len__"):
-        logger.warning("the training data are a stream: the layers that do not train are computed in every epoch")
+def _can_cache(recipe: Recipe, train: Any, args: TrainingArguments) -> bool:
+    """Whether a recipe asks for cached states and this run can have them."""
+    if not recipe.cache:
         return False
-    return recipe.cache
+    reason = "the training data are a stream" if not hasattr(train, "__len__") else ""
+    if args.fsdp or args.deepspeed:
+        reason = "the model is sharded over the ranks"
+    if reason:
+        logger.warning("%s: the layers that do not train are computed in every epoch", reason)
+    return not reason
 
 
 def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:

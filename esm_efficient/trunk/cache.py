@@ -175,7 +175,7 @@ def _cache_split(split: Dataset, trunk: Trunk, folder: Path, stored: StateFormat
         )
     if STATES_COLUMN in split.column_names:
         split = split.remove_columns(STATES_COLUMN)
-    lengths, ids_key = _measure_ids(split)
+    lengths, ids_key = measure_ids(split)
     key = hashlib.sha256(repr((model_key, ids_key, stored)).encode()).hexdigest()[:16]
     plan = _Plan(name, folder / key, stored, trunk.width, lengths)
     _make_shards(split, trunk, plan)
@@ -230,7 +230,7 @@ def _hash_model(trunk: Trunk) -> str:
     return digest.hexdigest()
 
 
-def _measure_ids(split: Dataset) -> tuple[np.ndarray, str]:
+def measure_ids(split: Dataset) -> tuple[np.ndarray, str]:
     """Return the tokens per sequence, int64, and a hash of all token ids."""
     digest, lengths = hashlib.sha256(), []
     for block in split.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):

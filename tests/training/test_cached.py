@@ -19,7 +19,6 @@ from esm_efficient import (
     stratified_sample,
     tokenize_dataset,
 )
-from esm_efficient.errors import ConfigurationError
 from esm_efficient.trunk import cache
 
 
@@ -112,8 +111,3 @@ def test_a_stream_trains_without_a_cache_and_says_so(tmp_path, data, caplog):
         result = run("frozen", streams, tmp_path, max_steps=2, class_weights=None)
     assert "stream" in caplog.text
     assert result.states_seconds == 0
-
-
-def test_a_sharded_model_is_refused(tmp_path, data):
-    with pytest.raises(ConfigurationError, match="needs a whole model on each rank"):
-        run("frozen", data, tmp_path, fsdp="full_shard")
