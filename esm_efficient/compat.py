@@ -249,7 +249,7 @@ def rotary_modules(esm: Any, attentions: Iterable[Any]) -> list[tuple[Any, type]
     """
     from transformers.models.esm import modeling_esm
 
-    cls = getattr(modeling_esm, "EsmRotaryEmbedding", None) or getattr(modeling_esm, "RotaryEmbedding")  # noqa: B009
+    cls = getattr(modeling_esm, "EsmRotaryEmbedding", None) or vars(modeling_esm)["RotaryEmbedding"]
     owners = [esm] if hasattr(esm, "rotary_embeddings") else attentions
     modules = [getattr(owner, "rotary_embeddings", None) for owner in owners]
     return [(module, cls) for module in modules if module is not None]

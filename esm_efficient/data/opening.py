@@ -181,6 +181,8 @@ class _Unpacked(io.RawIOBase):
 class _Lines(io.TextIOWrapper):
     """Text whose lines have a bound.
 
+    The type hints of io's methods name another kind of iterator, which no reader of lines needs.
+
     Attributes:
         source: the name of the text in errors.
     """

@@ -111,6 +111,7 @@ def bind(module: nn.Module, function: Callable[..., Any], name: str = "forward")
     if own is not None and (getattr(own, "__func__", None) is not function or own.__self__ is module):
         return
     setattr(module, name, MethodType(function, module))
+    # On the instance, so that copy and pickle, which look it up there, know that the method is bound to this module.
     module.__getstate__ = partial(_CopiedState, module)  # type: ignore[method-assign]
 
 

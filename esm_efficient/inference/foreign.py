@@ -70,6 +70,7 @@ def weight_shapes(*paths: Path) -> dict[str, tuple[int, ...]]:
     for path in paths:
         try:
             with safe_open(path, "pt") as handle:
+                # safe_open has keys and is no mapping.
                 shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ConfigurationError(f"{path} cannot be read as safetensors: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esm_efficient.compat import guard_training, running_trainer
+from esm_efficient.data.download import sha256_of
 from esm_efficient.errors import CheckpointError, ConfigurationError, TrainingInterrupted, listing
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def _why_unwritten(error: BaseException) -> str:
 
 def _write_manifest(folder: Path, run: dict[str, Any] | None) -> None:
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
@@ -282,15 +282,7 @@ def _compare(path: Path, listed: Any) -> str:
         return f"{path.name} is missing"
     if path.stat().st_size != listed["bytes"]:
         return f"{path.name} has {path.stat().st_size:,} bytes instead of {listed['bytes']:,}"
-    return "" if _sha256(path) == listed["sha256"] else f"{path.name} has other content than was written"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return "" if sha256_of(path) == listed["sha256"] else f"{path.name} has other content than was written"
 
 
 def _delete_older(newest: Path, best: str | None, limit: int | None) -> None:

@@ -136,7 +136,7 @@ def finetune(
     collator = _make_collator(task, tokenizer)
     splits: Mapping[str, Any] = {name: dataset[name] for name in ("train", "validation") if name in dataset}
     states, folder = None, Path(states_dir or output_dir / "states")
-    if _can_cache(chosen, splits["train"], args):
+    if _can_cache(chosen, loaded.config, splits["train"], args):
         states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
         loaded, splits = states.rest, states.splits
     prepared = _prepare(loaded, task, chosen, args, adapter_options or {})
@@ -253,13 +253,15 @@ def _forget_labels(config: Any) -> bool:
     return scale is not None
 
 
-def _can_cache(recipe: Recipe, train: Any, args: TrainingArguments) -> bool:
+def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments) -> bool:
     """Whether a recipe asks for cached states and this run can have them."""
     if not recipe.cache:
         return False
     reason = "the training data are a stream" if not hasattr(train, "__len__") else ""
     if args.fsdp or args.deepspeed:
         reason = "the model is sharded over the ranks"
+    if getattr(config, "hidden_dropout_prob", 0) or getattr(config, "attention_probs_dropout_prob", 0):
+        reason = "the model has dropout, so that states differ in every epoch"
     if reason:
         logger.warning("%s: the layers that do not train are computed in every epoch", reason)
     return not reason

@@ -17,6 +17,7 @@ import torch
 from datasets.utils import tqdm
 from torch import Tensor
 
+from esm_efficient.data.download import sha256_of
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.reporting import format_bytes
 from esm_efficient.trunk.split import Trunk
@@ -296,7 +297,7 @@ def _write_shard(split: Dataset, trunk: Trunk, plan: _Plan, number: int) -> None
             for rows in _batches(plan, number):
                 states = pa.array(_compute(split, trunk, rows, plan.stored), pa.binary())
                 out.write_table(pa.table({STATES_COLUMN: states}))
-        _checksum_file(path).write_text(_checksum(partial))
+        _checksum_file(path).write_text(sha256_of(partial))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -343,7 +344,7 @@ def _is_whole(path: Path) -> bool:
     checksum = _checksum_file(path)
     if not path.is_file() or not checksum.is_file():
         return False
-    if checksum.read_text() == _checksum(path):
+    if checksum.read_text() == sha256_of(path):
         return True
     logger.warning("%s is damaged: its checksum differs. It is made again", path)
     return False
@@ -351,14 +352,6 @@ def _is_whole(path: Path) -> bool:
 
 def _checksum_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

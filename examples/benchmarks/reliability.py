@@ -157,7 +157,7 @@ def count_inputs(
             counts["read"] += 1
         except EsmEfficientError:
             counts["refused"] += 1
-        except Exception as error:
+        except Exception as error:  # what is counted: a damaged input that ends in an error of another library
             counts["lost"] += 1
             counts["examples"] = [*counts["examples"], f"{kind} {index}: {type(error).__name__}: {error}"[:300]][:5]
     return counts

@@ -98,7 +98,7 @@ def fill_disk(folder: str, limit: int | None, answers: Any) -> None:
     try:
         train(folder, full=limit, save_total_limit=None)
         answers.put(("finished", ""))
-    except Exception as error:
+    except Exception as error:  # the parent process judges it
         answers.put((type(error).__name__, str(error)))
 
 

@@ -104,6 +104,19 @@ def test_the_saved_model_predicts_from_sequences(tmp_path, data):
     assert len(Predictor.load(result.model_dir).predict(data["test"]["sequence"][:3])) == 3
 
 
+def test_a_model_with_dropout_trains_without_a_cache_and_says_so(tmp_path, data, caplog):
+    model = AutoModelForSequenceClassification.from_pretrained(
+        demo_model_path(), num_labels=2, hidden_dropout_prob=0.1, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    with caplog.at_level(logging.WARNING):
+        result = finetune(
+            model, data, recipe="frozen", tokenizer=tokenizer, output_dir=tmp_path, disable_tqdm=True, max_steps=2
+        )
+    assert "dropout" in caplog.text
+    assert result.states_seconds == 0
+
+
 def test_a_stream_trains_without_a_cache_and_says_so(tmp_path, data, caplog):
     tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
     streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in tokenized.items()})
