@@ -13,13 +13,15 @@ if TYPE_CHECKING:
         Architecture,
         lora_config,
         prepare_model,
+        quantization_config,
         recipe_adapters,
         register_architecture,
         resolve_targets,
     )
-    from esm_efficient.comparison import Comparison, compare
+    from esm_efficient.comparison import Comparison, compare, estimate_page
     from esm_efficient.costs.devices import DEVICES, Device, get_device
     from esm_efficient.costs.memory import OutOfMemoryError, peak_memory
+    from esm_efficient.costs.throughput import measure_device
     from esm_efficient.data import (
         ResidueEncoder,
         TokenBudgetBatchSampler,
@@ -43,9 +45,22 @@ if TYPE_CHECKING:
         TargetModuleError,
         TrainingInterrupted,
     )
+    from esm_efficient.estimation.caching import CacheCost
     from esm_efficient.estimation.estimate import Estimate, estimate
     from esm_efficient.estimation.recommend import Recommendation, recommend
-    from esm_efficient.inference import Prediction, Predictor, Query, RequestLimits, read_request
+    from esm_efficient.heads import PooledEsmForSequenceClassification
+    from esm_efficient.inference import (
+        Embedder,
+        FileResult,
+        Prediction,
+        Predictor,
+        Query,
+        RequestLimits,
+        Windows,
+        embed_file,
+        predict_file,
+        read_request,
+    )
     from esm_efficient.profiling.callback import ProfilerCallback
     from esm_efficient.profiling.profiler import Profiler
     from esm_efficient.profiling.report import ProfileReport
@@ -64,11 +79,22 @@ if TYPE_CHECKING:
     )
     from esm_efficient.training.arguments import recipe_arguments
     from esm_efficient.training.checkpoints import CheckpointCallback, last_checkpoint
-    from esm_efficient.training.evaluation import evaluate
+    from esm_efficient.training.estimators import EsmClassifier, EsmRegressor
+    from esm_efficient.training.evaluation import evaluate, evaluate_in_full
     from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import finetune
+    from esm_efficient.training.records import load_result
     from esm_efficient.training.result import FinetuneResult
-    from esm_efficient.trunk import StatesCollator, cache_states, join_model, split_model, truncate
+    from esm_efficient.training.sweep import LayerSweep, sweep_layers
+    from esm_efficient.trunk import (
+        StatesCollator,
+        cache_states,
+        delete_states,
+        join_model,
+        list_states,
+        split_model,
+        truncate,
+    )
 
 __version__ = "0.1.0"
 
@@ -77,13 +103,15 @@ _HOME = {
         "Architecture",
         "lora_config",
         "prepare_model",
+        "quantization_config",
         "recipe_adapters",
         "register_architecture",
         "resolve_targets",
     ),
-    "comparison": ("Comparison", "compare"),
+    "comparison": ("Comparison", "compare", "estimate_page"),
     "costs.devices": ("DEVICES", "Device", "get_device"),
     "costs.memory": ("OutOfMemoryError", "peak_memory"),
+    "costs.throughput": ("measure_device",),
     "data": (
         "ResidueEncoder",
         "TokenBudgetBatchSampler",
@@ -107,9 +135,22 @@ _HOME = {
         "TargetModuleError",
         "TrainingInterrupted",
     ),
+    "estimation.caching": ("CacheCost",),
     "estimation.estimate": ("Estimate", "estimate"),
     "estimation.recommend": ("Recommendation", "recommend"),
-    "inference": ("Prediction", "Predictor", "Query", "RequestLimits", "read_request"),
+    "heads": ("PooledEsmForSequenceClassification",),
+    "inference": (
+        "Embedder",
+        "FileResult",
+        "Prediction",
+        "Predictor",
+        "Query",
+        "RequestLimits",
+        "Windows",
+        "embed_file",
+        "predict_file",
+        "read_request",
+    ),
     "profiling.callback": ("ProfilerCallback",),
     "profiling.profiler": ("Profiler",),
     "profiling.report": ("ProfileReport",),
@@ -128,11 +169,22 @@ _HOME = {
     ),
     "training.arguments": ("recipe_arguments",),
     "training.checkpoints": ("CheckpointCallback", "last_checkpoint"),
-    "training.evaluation": ("evaluate",),
+    "training.estimators": ("EsmClassifier", "EsmRegressor"),
+    "training.evaluation": ("evaluate", "evaluate_in_full"),
     "training.export": ("export_model",),
     "training.finetune": ("finetune",),
+    "training.records": ("load_result",),
     "training.result": ("FinetuneResult",),
-    "trunk": ("StatesCollator", "cache_states", "join_model", "split_model", "truncate"),
+    "training.sweep": ("LayerSweep", "sweep_layers"),
+    "trunk": (
+        "StatesCollator",
+        "cache_states",
+        "delete_states",
+        "join_model",
+        "list_states",
+        "split_model",
+        "truncate",
+    ),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -142,6 +194,7 @@ __all__ = [
     "Architecture",
     "AuditCallback",
     "AuditError",
+    "CacheCost",
     "CheckpointCallback",
     "CheckpointError",
     "Comparison",
@@ -150,10 +203,16 @@ __all__ = [
     "Device",
     "DivergenceError",
     "DownloadError",
+    "Embedder",
+    "EsmClassifier",
     "EsmEfficientError",
+    "EsmRegressor",
     "Estimate",
+    "FileResult",
     "FinetuneResult",
+    "LayerSweep",
     "OutOfMemoryError",
+    "PooledEsmForSequenceClassification",
     "Prediction",
     "Predictor",
     "ProfileReport",
@@ -171,6 +230,7 @@ __all__ = [
     "TokenBudgetBatchSampler",
     "TrainingInterrupted",
     "WeightedTrainer",
+    "Windows",
     "apply_lean_encoder",
     "apply_thresholds",
     "cache_states",
@@ -178,9 +238,13 @@ __all__ = [
     "compare",
     "compute_metrics_for",
     "deeploc_dataloaders",
+    "delete_states",
     "demo_model_path",
+    "embed_file",
     "estimate",
+    "estimate_page",
     "evaluate",
+    "evaluate_in_full",
     "export_model",
     "finetune",
     "format_table",
@@ -188,12 +252,17 @@ __all__ = [
     "has_lean_encoder",
     "join_model",
     "last_checkpoint",
+    "list_states",
     "load_deeploc",
+    "load_result",
     "load_sequences",
     "lora_config",
+    "measure_device",
     "multi_label_metrics",
     "peak_memory",
+    "predict_file",
     "prepare_model",
+    "quantization_config",
     "read_request",
     "recipe_adapters",
     "recipe_arguments",
@@ -204,6 +273,7 @@ __all__ = [
     "resolve_targets",
     "split_model",
     "stratified_sample",
+    "sweep_layers",
     "task_of",
     "tokenize_dataset",
     "truncate",

@@ -105,6 +105,17 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others, converting dtypes.
+
+    Without the private function, a GPU would launch one kernel per tensor instead of one for all.
+    """
+    if len(targets) == 1:
+        targets[0].copy_(sources[0])
+    elif targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Call torch's fused CPU attention.
 
@@ -137,6 +148,24 @@ def has_flex_attention() -> bool:
     return (int(major), int(minor)) >= (2, 7)
 
 
+def varlen_efficient_attention(query: Tensor, key: Tensor, value: Tensor, *boundaries: Any, scale: float) -> Tensor:
+    """Attention by CUDA's memory-efficient kernel for packed sequences, with a gradient.
+
+    It runs on GPUs of any age and in float32, where the public function for packed sequences does not: without it,
+    attention there would take one call per distinct length.
+
+    Args:
+        query: of shape (queries, heads, head width).
+        key: of shape (keys, heads, head width).
+        value: like `key`.
+        *boundaries: cu_seqlens of the queries and of the keys, and the longest of each.
+        scale: factor of the scores.
+    """
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    batched, options = (query[None], key[None], value[None], None), (0.0, 0, needs_gradient)
+    return torch.ops.aten._efficient_attention_forward(*batched, *boundaries, *options, scale=scale)[0][0]
+
+
 def create_block_mask(mask: Callable[..., Tensor], queries: int, keys: int, device: torch.device) -> Any:
     """Make a block mask of flex attention, for all sequences and heads.
 
@@ -163,8 +192,23 @@ def operation_of(overload: Any) -> Any:
     """Return the operation that an overload belongs to.
 
     torch's table of FLOP formulas has operations as keys; without it every formula would be needed per overload.
+    A higher-order operator, such as flex attention, has no overloads.
     """
-    return overload._overloadpacket
+    return getattr(overload, "_overloadpacket", overload)
+
+
+def with_flex_attention(mode: type[TorchDispatchMode]) -> type[TorchDispatchMode]:
+    """Let a dispatch mode see flex attention as an operation.
+
+    Without it, flex attention raises under the mode, and torch.compile leaves it uncompiled while the mode is active.
+    """
+    from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
+
+    operations: Any = (flex_attention, flex_attention_backward)
+    for operation in operations:
+        operation.py_impl(mode)(lambda mode, *args, op=operation, **kw: mode.__torch_dispatch__(op, (), args, kw))
+    mode.ignore_compile_internals = classmethod(lambda cls: True)  # type: ignore[assignment]
+    return mode
 
 
 def cpu_attention_operations() -> tuple[Any, Any]:
@@ -210,13 +254,23 @@ def run_backward(loss: Tensor) -> None:
     )
 
 
-def is_view(operation: Any) -> bool:
-    """Return whether an operation returns a view of its input and so moves no memory.
+_NO_KERNELS = frozenset(
+    ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")
+)
+"""Operations of aten without a kernel that are no views by torch's schema: one view, and allocations."""
 
-    ``_unsafe_view`` is one that torch's schema does not mark; without it, every matrix product would be charged for a
-    copy of its result.
+
+def is_kernel(operation: Any) -> bool:
+    """Return whether an operation runs a kernel on a device; views, questions and allocations do not.
+
+    Without the namespace and the names of operations, ``tensor.device`` would be charged for a launch, and every matrix
+    product for a copy of its result.
     """
-    return operation.is_view or operation is torch.ops.aten._unsafe_view.default
+    return (
+        operation.namespace != "prim"
+        and not operation.is_view
+        and not (operation.namespace == "aten" and operation_of(operation).__name__ in _NO_KERNELS)
+    )
 
 
 def math_attention(

@@ -12,20 +12,29 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.tasks import Pooling
 
 Trains = Literal["full", "adapters", "head"]
 Encoder = Literal["lean", "plain"]
 Precision = Literal["auto", "float32", "bf16", "fp16", "pure-bf16"]
 """Number formats of a training step.
 
-- ``"auto"``: bf16 on a CUDA device that multiplies bfloat16 in hardware, else float32.
+- ``"auto"``: bf16 on a CUDA device that multiplies bfloat16 in hardware, fp16 on an older one with tensor cores, such
+  as a T4, and float32 on any other device.
 - ``"float32"``: everything in float32.
 - ``"bf16"``: autocast to bfloat16; frozen parameters are bfloat16, trainable ones float32.
-- ``"fp16"``: the same with float16. For estimates only: training would need a loss scale.
+- ``"fp16"``: the same with float16 and a loss scale. It needs a GPU.
 - ``"pure-bf16"``: everything in bfloat16. For estimates only: training would lose small updates.
+"""
+
+Quantization = Literal["4bit", "8bit"]
+"""How the frozen weights of linear layers are held, by bitsandbytes.
+
+- ``"4bit"``: NF4 with quantised scales (Dettmers et al. 2023, "QLoRA"). Products use the restored weight.
+- ``"8bit"``: LLM.int8 (Dettmers et al. 2022), which rounds the inputs of a product too.
 """
 
 
@@ -46,13 +55,19 @@ class Recipe:
             ``trains="full"`` is to train the embeddings too.
         cache: compute the states that enter the lowest layer that trains once, keep them on disk, and train on them
             (`esm_efficient.trunk`). The layers below are then neither computed again nor in memory.
+        pooling: what the head of a sequence-level task reads: ``"first"`` for the first token, as transformers' own
+            head, ``"mean"`` for the mean over the residues, ``"attention"`` for a mean with learned weights
+            (`esm_efficient.heads`).
+        quantization: hold the frozen linear layers in 4 or 8 bits (`Quantization`); None for the precision of the run.
+            It needs adapters, and the extra ``quantized``.
         encoder: ``"lean"`` for the encoder that computes without padding and saves less for the backward pass
             (`esm_efficient.encoder`), ``"plain"`` for that of transformers. Loss and gradient are the same.
         description: one line for a table.
 
     Raises:
-        ConfigurationError: preset and rank do not fit `trains`, a size is below 1, the encoder or the layers are
-            unknown, or everything trains and there is nothing to cache.
+        ConfigurationError: preset and rank do not fit `trains`, a size is below 1, the encoder, the layers, the pooling
+            or the quantization are unknown, everything trains and there is nothing to cache, or a base is to be
+            quantised that trains or is cached.
     """
 
     name: str
@@ -65,6 +80,8 @@ class Recipe:
     r: int | None = None
     layers: str | tuple[int, ...] = "all"
     cache: bool = False
+    pooling: Pooling = "first"
+    quantization: Quantization | None = None
     encoder: Encoder = "lean"
     description: str = ""
 
@@ -76,6 +93,20 @@ class Recipe:
             )
         if self.encoder not in ("lean", "plain"):
             raise ConfigurationError(f"recipe {self.name!r}: encoder={self.encoder!r}: expected 'lean' or 'plain'")
+        if self.pooling not in get_args(Pooling):
+            raise ConfigurationError(
+                f"recipe {self.name!r}: pooling={self.pooling!r}: expected one of {', '.join(get_args(Pooling))}"
+            )
+        if self.quantization not in (None, *get_args(Quantization)):
+            raise ConfigurationError(
+                f"recipe {self.name!r}: quantization={self.quantization!r}: expected '4bit', '8bit' or None"
+            )
+        if self.quantization and (self.trains != "adapters" or self.cache):
+            raise ConfigurationError(
+                f"recipe {self.name!r}: quantization={self.quantization!r} with trains={self.trains!r} and "
+                f"cache={self.cache}: only adapters train on a quantised base, and without a cache. Use a recipe such "
+                "as 'lora' or 'all'"
+            )
         object.__setattr__(self, "layers", check_layers(self.layers))
         if self.cache and self.trains == "full" and self.layers == "all":
             raise ConfigurationError(
@@ -183,6 +214,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("frozen", "head", 1e-3, cache=True, description="the classification head alone"),
     )
 }
+"""The recipes by their names: `base`, `ga`, `gc`, `lora`, `all` and `frozen`."""
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

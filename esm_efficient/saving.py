@@ -7,6 +7,7 @@ that it knows computes with exact ones.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from esm_efficient import compat
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -50,6 +54,22 @@ def portable_saving(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del patched.save_pretrained
+
+
+def save_base_config(model: PeftModel, folder: Path) -> None:
+    """Save the config of an adapter's base model, with the class of this model and not of the pretrained one.
+
+    `Predictor.load` reads the kind of head from it.
+
+    Args:
+        model: a model with adapters.
+        folder: the folder of the config.
+    """
+    base: Any = model.get_base_model()
+    base.config.architectures = [type(base).__name__]
+    config = copy.deepcopy(base.config)
+    vars(config).pop("quantization_config", None)  # the adapter is for whole weights too
+    config.save_pretrained(folder)
 
 
 class Loaded(NamedTuple):

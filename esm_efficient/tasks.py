@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from esm_efficient import compat
 from esm_efficient.errors import ConfigurationError, DataError
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["single_label_classification", "multi_label_classification", "token_classification", "regression"]
 Head = Literal["sequence-classification", "token-classification", "masked-lm"]
+
+Pooling = Literal["first", "mean", "attention"]
+"""What the head of a sequence-level task reads: the first token, the mean over the residues, or a mean whose weights
+are learned (`esm_efficient.heads`)."""
 
 IGNORE = -100
 """The class id of a token without a label; transformers and torch leave it out of the loss."""
@@ -34,6 +38,8 @@ _SUFFIXES: Mapping[str, Head] = {
     "ForTokenClassification": "token-classification",
     "ForMaskedLM": "masked-lm",
 }
+_OWN_LOSSES = ("transformers.", "esm_efficient.heads")
+"""Prefixes of modules whose models have transformers' losses."""
 _PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
 
 
@@ -116,16 +122,16 @@ def task_of_model(model: Any) -> Task:
     Raises:
         ConfigurationError: the model has no such head.
     """
-    config = model.config
-    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     head = head_of(model)
-    if head == "token-classification":
-        return Task("token_classification", names)
-    if head != "sequence-classification":
+    if head not in ("sequence-classification", "token-classification"):
         raise ConfigurationError(
             f"{type(model).__name__} has no classification head: expected a ...ForSequenceClassification or a "
             "...ForTokenClassification"
         )
+    config = model.config
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    if head == "token-classification":
+        return Task("token_classification", names)
     default: Kind = "regression" if len(names) == 1 else "single_label_classification"
     return Task(config.problem_type or default, names)
 
@@ -187,11 +193,32 @@ def label_names_of(model: Any) -> tuple[str, ...]:
 def has_known_loss(model: Any) -> bool:
     """Return whether a model's own loss is plain cross-entropy, binary cross-entropy or squared error.
 
-    This is so for the heads of transformers, unless the user gave the model a ``loss_function``.
+    This is so for the heads of transformers and of this library, unless the user gave the model a ``loss_function``.
     """
     base = base_model_of(model)
-    is_of_transformers = type(base).forward.__module__.startswith("transformers.") and "forward" not in vars(base)
-    return is_of_transformers and head_of(base) is not None and not compat.has_own_loss_function(base)
+    is_known = type(base).forward.__module__.startswith(_OWN_LOSSES) and "forward" not in vars(base)
+    return is_known and head_of(base) is not None and not compat.has_own_loss_function(base)
+
+
+def pooling_of(config: Any) -> Pooling:
+    """Return what the head of a config's model reads: its ``classifier_pooling``, or ``"first"`` without one.
+
+    Raises:
+        ConfigurationError: the config has another value.
+    """
+    value: Any = getattr(config, "classifier_pooling", "first")
+    if value not in get_args(Pooling):
+        raise ConfigurationError(
+            f"the config has classifier_pooling={value!r:.80}: expected one of {', '.join(get_args(Pooling))}"
+        )
+    return cast(Pooling, value)
+
+
+def set_pooling(config: Any, pooling: Pooling) -> None:
+    """Write into a config what the head of its model reads; nothing for the first token, as transformers has it."""
+    vars(config).pop("classifier_pooling", None)
+    if pooling != "first":
+        config.classifier_pooling = pooling
 
 
 def head_of_config(config: Any) -> Head | None:

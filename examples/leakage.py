@@ -79,6 +79,7 @@ def main() -> None:
                 output_dir=options.output / f"{kind}-{seed}",
                 seed=seed,
                 num_train_epochs=options.epochs,
+                probe=False,
                 disable_tqdm=True,
             )
             runs[kind].append(dict(result.metrics))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -183,10 +184,14 @@ class Container:
             assert process.poll() is None, self.log()[-3000:]
             assert time.monotonic() < end, self.log()[-3000:]
             time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
         if sent == signal.SIGKILL:
             os.killpg(process.pid, sent)
+            for member in family:  # those of torchrun have a session of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=100)
         else:
-            family = psutil.Process(process.pid).children(recursive=True)
             next(p for p in family if any("train.py" in word for word in p.cmdline())).send_signal(sent)
         return process.wait(timeout=100)
 

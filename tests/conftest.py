@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
-from esm_efficient import demo_model_path, write_demo_table
+from esm_efficient import demo_model_path, finetune, write_demo_table
+from esm_efficient.training.intervals import bootstrap_intervals
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes with several threads each would compete for the cores; processes started by tests inherit this.
@@ -27,6 +29,35 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_resamples():
+    """Draw 20 bootstrap samples instead of 200, which take most of the time of a tiny run."""
+    defaults = bootstrap_intervals.__kwdefaults__
+    usual, defaults["resamples"] = defaults["resamples"], 20
+    yield
+    defaults["resamples"] = usual
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_probe():
+    """Measure no linear probe beside a tiny run, unless a test asks for it: it takes as long as the run."""
+    defaults = finetune.__kwdefaults__
+    usual, defaults["probe"] = defaults["probe"], False
+    yield
+    defaults["probe"] = usual
+
+
+def slow_except(cases: Iterable, *quick) -> list:
+    """Return the cases of a test: `quick` ones are always run, and the others are slow tests."""
+    cases = list(cases)
+    assert set(quick) < set(cases)
+    marks = pytest.mark.slow
+    return [
+        case if case in quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
+        for case in cases
+    ]
 
 
 def from_environment(variable: str) -> Path:

@@ -9,10 +9,13 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+from conftest import tiny_config
 from datasets import DatasetDict
 
-from esm_efficient import RECIPES, compare, demo_model_path, load_deeploc, stratified_sample
+from esm_efficient import RECIPES, compare, demo_model_path, estimate, load_deeploc, stratified_sample
+from esm_efficient.comparison import estimate_page
 from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.errors import ConfigurationError
 
@@ -51,9 +54,15 @@ def test_all_recipes_are_estimated_at_both_budgets(estimated):
         assert list(figures) == list(RECIPES)
         for f in figures.values():
             assert (f.steps, f.epochs) == (steps, steps * 8 / 1000)
-            assert f.seconds == pytest.approx(estimated.timelines[f.recipe.name].seconds * steps)
+            estimate = estimated.timelines[f.recipe.name]
+            assert f.seconds == pytest.approx(estimate.seconds * steps + f.cache_seconds)
+            assert (f.cache_bytes > 0) == (f.cache_seconds > 0) == (f.recipe.name == "frozen")
             assert (f.score, f.interval) == (None, None)
     assert figures["all"].peak.total < figures["base"].peak.total
+    assert figures["frozen"].cache_bytes == 1000 * 320 * 2
+    header, rows = estimated.rows("epochs")
+    assert header[12:14] == ["cache", "caching, s"]
+    assert [row[12] for row in rows if row[0] in ("base", "frozen")] == ["0 B", "625 KiB"]
 
 
 def test_runs_are_measured_with_their_metric(measured, data):
@@ -71,6 +80,14 @@ def test_runs_are_measured_with_their_metric(measured, data):
         assert sum(getattr(f.peak, category) for category in CATEGORIES) == f.peak.total > 0
     assert steps["base"].trainable_parameters > 5 * steps["lora"].trainable_parameters
     assert "24 sequences" in measured.note
+    assert "cache" not in measured.rows("steps")[0]
+
+
+def test_a_run_on_cached_states_shows_what_the_cache_costs(data):
+    comparison = compare(demo_model_path(), data, recipes=["frozen"], steps=3, epochs=1)
+    [f, _] = comparison.figures
+    assert f.cache_bytes == 24 * comparison.timelines["frozen"].cache.stored.bytes_for(np.ones(1), 128).sum()
+    assert 0 < f.cache_seconds < f.seconds
 
 
 @pytest.mark.parametrize("kind", ["estimated", "measured"])
@@ -144,3 +161,16 @@ def test_an_unknown_metric_is_refused_with_the_known_ones(data):
 def test_an_unknown_budget_is_refused(estimated):
     with pytest.raises(ConfigurationError, match="budget='hours'"):
         estimated.rows("hours")
+
+
+def test_the_page_of_an_estimate_keeps_its_lines_apart_and_shows_the_caching_pass():
+    found = estimate(tiny_config(), recipe="frozen", device="cpu", tokens=20)
+    page = estimate_page(found)
+    assert "<td>caching</td>" in page
+    assert "parameters train</p>" in page
+    assert "<p></p>" not in page
+    assert "The rates of cpu are unknown, so there are no times." in page
+    assert "roofline" not in page
+    timed = estimate_page(estimate(tiny_config(), recipe="lora", device="A10G", tokens=20))
+    assert "times by a roofline" in timed
+    assert "<td>caching</td>" not in timed

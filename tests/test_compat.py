@@ -365,10 +365,11 @@ def test_run_backward_gives_the_gradient_and_keeps_function_modes():
     assert torch.allclose(x.grad, x.detach().cos())
 
 
-def test_is_view_distinguishes_views_and_copies():
+def test_views_allocations_and_questions_run_no_kernel_and_the_rest_does():
     aten = torch.ops.aten
-    assert all(map(_torch.is_view, (aten.view.default, aten.transpose.int, aten._unsafe_view.default)))
-    assert not any(map(_torch.is_view, (aten.clone.default, aten.mm.default)))
+    without = aten.view.default, aten.transpose.int, aten._unsafe_view.default, aten.empty.memory_format
+    assert not any(map(_torch.is_kernel, (*without, torch.ops.prim.device.default)))
+    assert all(map(_torch.is_kernel, (aten.clone.default, aten.mm.default)))
 
 
 def test_attention_kernels_exist_under_fake_tensors():

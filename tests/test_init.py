@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pkgutil
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,11 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = esm_efficient.WeigthedTrainer
 
 
+def test_every_public_function_has_an_example():
+    functions = [name for name in esm_efficient.__all__ if inspect.isfunction(getattr(esm_efficient, name))]
+    assert [name for name in functions if "Example:\n" not in getattr(esm_efficient, name).__doc__] == []
+
+
 def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
@@ -64,7 +71,7 @@ def python_sources() -> Iterator[tuple[str, str]]:
     """Yield the file name and the text of every example, and of every Python block of the README and the pages."""
     for path in sorted((REPOSITORY / "examples").rglob("*.py")):
         yield str(path.relative_to(REPOSITORY)), path.read_text()
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "pages").glob("*.md"))):
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs" / "pages").rglob("*.md"))):
         for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
             yield str(path.relative_to(REPOSITORY)), block
 
@@ -82,42 +89,47 @@ def documented_imports() -> list[tuple[str, str, str]]:
     )
 
 
-def names_on_the_api_page() -> list[str]:
-    return re.findall(r"^::: (esm_efficient\S+)", (REPOSITORY / "docs" / "pages" / "api.md").read_text(), re.MULTILINE)
+def names_in_the_api_reference() -> list[str]:
+    pages = sorted((REPOSITORY / "docs" / "pages" / "api").glob("*.md"))
+    return [name for page in pages for name in re.findall(r"^::: (esm_efficient\S+)", page.read_text(), re.MULTILINE)]
 
 
 def test_the_documentation_and_the_examples_import_something():
     files = {file for file, _, _ in documented_imports()}
     assert {"README.md", "docs/pages/index.md", "examples/finetune_membrane.py", "examples/sagemaker/train.py"} <= files
-    assert len(names_on_the_api_page()) > 50
+    assert len(names_in_the_api_reference()) > 50
 
 
 @pytest.mark.parametrize(("file", "module", "name"), documented_imports())
 def test_names_that_documentation_and_examples_import_are_public(file, module, name):
-    """Public names are imported from the package. Other names are imported from modules that the API page lists."""
+    """Public names are imported from the package, and others from modules that the API reference shows."""
     assert pkgutil.resolve_name(f"{module}.{name}") is not None
     if module == "esm_efficient":
         assert name in esm_efficient.__all__
     else:
         assert name not in esm_efficient.__all__, f"import {name} from esm_efficient"
-        assert f"{module}.{name}" in names_on_the_api_page()
+        assert f"{module}.{name}" in names_in_the_api_reference()
 
 
-@pytest.mark.parametrize("path", names_on_the_api_page())
-def test_names_on_the_api_page_exist(path):
+@pytest.mark.parametrize("path", names_in_the_api_reference())
+def test_names_in_the_api_reference_exist(path):
     assert pkgutil.resolve_name(path) is not None
 
 
-def test_public_names_are_on_the_api_page_with_the_module_that_defines_them():
-    listed = {path.rsplit(".", 1)[1]: path for path in names_on_the_api_page()}
-    errors = vars(esm_efficient.errors)
-    assert [name for name in esm_efficient.__all__ if name not in listed and name not in errors] == []
-    moved = [
-        name
-        for name in listed
-        if name in esm_efficient.__all__ and pkgutil.resolve_name(listed[name]) is not getattr(esm_efficient, name)
-    ]
+def test_each_public_name_is_in_the_api_reference_once_with_the_module_that_defines_it():
+    listed = names_in_the_api_reference()
+    public = {path.rpartition(".")[2]: path for path in listed if path.rpartition(".")[2] in esm_efficient.__all__}
+    assert [path for path, count in Counter(listed).items() if count > 1] == []
+    assert sorted(public) == sorted(esm_efficient.__all__)
+    moved = [path for name, path in public.items() if pkgutil.resolve_name(path) is not getattr(esm_efficient, name)]
     assert moved == []
+
+
+def test_the_api_reference_shows_the_module_of_a_name_that_is_not_public():
+    pages = "".join(path.read_text() for path in (REPOSITORY / "docs" / "pages" / "api").glob("*.md"))
+    for path in names_in_the_api_reference():
+        with_module = f"::: {path}\n    options:\n      show_root_full_path: true\n" in pages
+        assert with_module == (path.rpartition(".")[2] not in esm_efficient.__all__), path
 
 
 # --- the order of imports ---
@@ -125,10 +137,12 @@ def test_public_names_are_on_the_api_page_with_the_module_that_defines_them():
 ORDER = (
     *(
         "errors",
+        "published",
         "_torch",
         "compat",
         "saving",
         "tasks",
+        "heads",
         "recipes",
         "data",
         "demo",

@@ -53,6 +53,7 @@ def test_the_learning_rate_scales_with_the_root_of_the_accumulated_batch(changes
         {"trains": "full", "layers": "top-0"},
         {"trains": "full", "layers": ()},
         {"trains": "full", "layers": [-1]},
+        {"trains": "full", "pooling": "max"},
     ],
 )
 def test_contradictory_settings_are_refused(options):

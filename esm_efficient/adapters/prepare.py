@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from esm_efficient import compat
+from esm_efficient.adapters.quantization import count_parameters, is_quantized, usual_layout
 from esm_efficient.adapters.registry import (
     Architecture,
     encoder_layers,
     ends_with,
     find_architecture,
     is_in_head,
+    is_inside,
     is_unread,
 )
 from esm_efficient.errors import ConfigurationError
@@ -55,7 +58,8 @@ def prepare_model(
     5. Trainable parameters become float32 and frozen ones `dtype`. A bfloat16 weight loses small updates.
 
     Args:
-        model: a transformers ESM-2 model with any head. It is changed in place.
+        model: a transformers ESM-2 model with any head, also with linear layers that bitsandbytes has quantised. It is
+            changed in place.
         adapters: a peft config, such as `lora_config` returns; None to train without adapters.
         head_only: freeze the encoder and train only the head.
         layers: without adapters, the encoder layers that train, as `esm_efficient.recipes.select_layers` reads them;
@@ -90,17 +94,13 @@ def prepare_model(
     architecture = find_architecture(model)
     if label_names is not None:
         _name_labels(model, label_names)
-    if adapters is None and not head_only and layers != "all":
-        _freeze_below(model, architecture, layers)
-    for name, parameter in model.named_parameters():
-        if is_unread(architecture, name) or (head_only and not is_in_head(architecture, name)):
-            parameter.requires_grad_(False)
-    if head_only and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigurationError(
-            f"{type(model).__name__} has no head to train: expected {', '.join(architecture.heads)}"
-        )
-
-    prepared: PreTrainedModel | PeftModel = model if adapters is None else get_peft_model(model, adapters)
+    for module in filter(is_quantized, model.modules()):
+        usual_layout(module)
+    freeze(model, head_only=head_only, layers="all" if adapters is not None else layers)
+    prepared: PreTrainedModel | PeftModel = model
+    if adapters is not None:
+        with _weights_as_float32(model, architecture, adapters):
+            prepared = get_peft_model(model, adapters)
     if gradient_checkpointing:
         compat.enable_checkpointing(model, use_reentrant=use_reentrant)
         compat.require_input_gradients(model)
@@ -114,10 +114,69 @@ def prepare_model(
     # A head may read the pooler or not.
     names = [name for name, parameter in prepared.named_parameters() if parameter.requires_grad]
     setattr(prepared, EXPECTATION, frozenset(name for name in names if _POOLER not in name.split(".")))
-    trainable = sum(parameter.numel() for parameter in prepared.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in prepared.parameters())
-    logger.info("%s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    trainable = count_parameters(parameter for parameter in prepared.parameters() if parameter.requires_grad)
+    total = count_parameters(prepared.parameters())
+    logger.info("%s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
     return prepared
+
+
+def freeze(model: nn.Module, *, head_only: bool = False, layers: str | Sequence[int] = "all") -> None:
+    """Freeze the parameters that do not train without adapters.
+
+    Args:
+        model: the model, changed in place.
+        head_only: whether the head trains alone.
+        layers: the encoder layers that train, as `prepare_model` takes them.
+
+    Raises:
+        ConfigurationError: the head is to train alone, and the model has none.
+        TargetModuleError: the architecture is not in the registry.
+    """
+    architecture = find_architecture(model)
+    if not head_only and layers != "all":
+        _freeze_below(model, architecture, layers)
+    for name, parameter in model.named_parameters():
+        if is_unread(architecture, name) or (head_only and not is_in_head(architecture, name)):
+            parameter.requires_grad_(False)
+    if head_only and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no head to train: expected {', '.join(architecture.heads)}"
+        )
+
+
+@contextmanager
+def _weights_as_float32(model: nn.Module, architecture: Architecture, adapters: Any) -> Iterator[None]:
+    """Show peft float32 weights in place of those in half precision, in a ``with`` block.
+
+    peft converts new adapters to the dtype of their weights, and later to float32, so that their first values would be
+    rounded. The shown weights have no values. Where peft reads or copies weights, they stay as they are.
+    """
+    copied = (*architecture.heads, *(getattr(adapters, "modules_to_save", None) or ()))
+    hidden = [
+        (parameter, parameter.data)
+        for name, parameter in model.named_parameters()
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not is_inside(name, copied)
+    ]
+    if not is_independent(adapters):
+        hidden = []
+    for parameter, data in hidden:
+        parameter.data = torch.zeros((), device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for parameter, data in hidden:
+            parameter.data = data
+
+
+def is_independent(adapters: Any) -> bool:
+    """Return whether the first values of adapters do not depend on the model's weights, as in LoRA's original form."""
+    from peft import LoraConfig
+
+    return (
+        type(adapters) is LoraConfig
+        and not adapters.use_dora
+        and adapters.init_lora_weights in (True, False, "gaussian")
+    )
 
 
 def _freeze_below(model: nn.Module, architecture: Architecture, layers: str | Sequence[int]) -> None:

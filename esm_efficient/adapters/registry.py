@@ -36,20 +36,21 @@ class Architecture:
         name: name of the entry.
         encoder: class name of the encoder inside any task model.
         layers: path suffix of the list of layers.
-        roles: role -> path suffix of its linear layer.
+        roles: role -> path suffix of its linear layer, or a tuple of suffixes if several layers play it, such as the
+            two parallel layers of a gated MLP.
         unread: path suffixes of modules that no training loss uses; they are frozen.
         heads: path suffixes of the heads. With adapters, a classifier trains in full and a language-model head is
             frozen.
         package: the top-level package that defines the class; empty for any. Two packages define an ``ESM2``.
 
     Raises:
-        ConfigurationError: the roles are not those of `ROLES`.
+        ConfigurationError: the roles are not those of `ROLES`, or one has no suffix.
     """
 
     name: str
     encoder: str
     layers: str
-    roles: Mapping[str, str]
+    roles: Mapping[str, str | tuple[str, ...]]
     unread: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     package: str = ""
@@ -60,6 +61,21 @@ class Architecture:
                 f"architecture {self.name!r} has the roles {', '.join(self.roles)}: expected {', '.join(ROLES)}. If "
                 "one layer computes several, such as query, key and value, give its path for each of them"
             )
+        if empty := [role for role in ROLES if "" in self.suffixes(role) or not self.suffixes(role)]:
+            raise ConfigurationError(
+                f"architecture {self.name!r} has no suffix for {', '.join(empty)}: expected a path suffix, or a tuple "
+                "of them"
+            )
+
+    def suffixes(self, *roles: str) -> tuple[str, ...]:
+        """Return the path suffixes of the linear layers of some roles, each once; without roles, those of all.
+
+        Example:
+            >>> next(entry for entry in ARCHITECTURES if entry.name == "esmc").suffixes("intermediate")
+            ('mlp.gate_proj', 'mlp.up_proj')
+        """
+        found = (self.roles[role] for role in roles or ROLES)
+        return tuple(dict.fromkeys(s for value in found for s in ((value,) if isinstance(value, str) else value)))
 
 
 ARCHITECTURES: list[Architecture] = [
@@ -77,6 +93,21 @@ ARCHITECTURES: list[Architecture] = [
         },
         unread=("contact_head",),
         heads=("classifier", "lm_head"),
+    ),
+    Architecture(
+        name="esmc",
+        encoder="EsmcModel",
+        package="transformers",
+        layers="layers",
+        roles={
+            "query": "self_attn.q_proj",
+            "key": "self_attn.k_proj",
+            "value": "self_attn.v_proj",
+            "attention_output": "self_attn.o_proj",
+            "intermediate": ("mlp.gate_proj", "mlp.up_proj"),
+            "output": "mlp.down_proj",
+        },
+        heads=("classifier", "score", "lm_head"),
     ),
     Architecture(
         name="fair-esm",
@@ -108,8 +139,8 @@ ARCHITECTURES: list[Architecture] = [
         heads=("sequence_head",),
     ),
 ]
-"""The known encoders: ESM-1b, ESM-1v and ESM-2 of transformers and classes derived from them, ESM-2 of fair-esm, and
-ESM C of EvolutionaryScale's package esm. `register_architecture` adds more.
+"""The known encoders: ESM-1b, ESM-1v, ESM-2 and ESM C of transformers and classes derived from them, ESM-2 of fair-esm,
+and ESM C of EvolutionaryScale's package esm. `register_architecture` adds more.
 """
 
 
@@ -128,7 +159,8 @@ def register_architecture(architecture: Architecture) -> None:
         ...         layers="blocks",
         ...         roles={
         ...             "query": "attention.q", "key": "attention.k", "value": "attention.v",
-        ...             "attention_output": "attention.out", "intermediate": "mlp.up", "output": "mlp.down",
+        ...             "attention_output": "attention.out",
+        ...             "intermediate": ("mlp.gate", "mlp.up"), "output": "mlp.down",
         ...         },
         ...     )
         ... )
@@ -200,13 +232,14 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def is_unread(architecture: Architecture, path: str) -> bool:
     """Return whether a module or parameter belongs to a part that no training loss uses."""
-    return _is_inside(path, architecture.unread)
+    return is_inside(path, architecture.unread)
 
 
 def is_in_head(architecture: Architecture, path: str) -> bool:
     """Return whether a module or parameter belongs to a head."""
-    return _is_inside(path, architecture.heads)
+    return is_inside(path, architecture.heads)
 
 
-def _is_inside(path: str, suffixes: tuple[str, ...]) -> bool:
+def is_inside(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a module or parameter belongs to a module whose path ends with one of some suffixes."""
     return any(f".{suffix}." in f".{path}." for suffix in suffixes)

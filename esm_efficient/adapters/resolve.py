@@ -104,7 +104,7 @@ def resolve_targets(
                 f"unknown preset {targets!r}: expected one of {', '.join(PRESETS)}, or a list of path suffixes"
             )
         architecture = find_architecture(model)
-        chosen = [architecture.roles[role] for role in PRESETS[targets]]
+        chosen = architecture.suffixes(*PRESETS[targets])
         excluded = _shadowed(architecture, chosen)
         matched = {suffix: [path for path in paths if _role_suffix(architecture, path) == suffix] for suffix in chosen}
     else:
@@ -168,13 +168,16 @@ def lora_config(
     peft_options.setdefault("task_type", peft_task_type(model))
     if peft_options["task_type"] is None and (heads := _heads_unknown_to_peft(model)):
         peft_options.setdefault("modules_to_save", heads)
-    if layers != "all":
+    matched = [match.target for match in report.matches]
+    if layers != "all" and all(path.split(".")[1].isdigit() for path in report.modules):
+        matched = list(report.modules)  # peft finds no layer number in a path that begins with the list of layers
+    elif layers != "all":
         peft_options["layers_to_transform"] = list(select_layers(layers, len(encoder_layers(model))))
     return LoraConfig(
         r=r,
         lora_alpha=2 * r if lora_alpha is None else lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=[match.target for match in report.matches],
+        target_modules=matched,
         **peft_options,
     )
 
@@ -190,6 +193,15 @@ def recipe_adapters(recipe: str | Recipe, model: nn.Module, **options: Any) -> L
     Raises:
         ConfigurationError: the recipe is unknown, or options are given for a recipe without adapters.
         TargetModuleError: as `lora_config`.
+
+    Example:
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from esm_efficient import demo_model_path, recipe_adapters
+        >>> model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+        >>> recipe_adapters("lora", model).r
+        8
+        >>> print(recipe_adapters("frozen", model))
+        None
     """
     chosen = get_recipe(recipe)
     if chosen.preset is None:
@@ -207,15 +219,15 @@ def _layer_paths(model: nn.Module, layers: str | Sequence[int]) -> list[str]:
     return [f"{architecture.layers}.{number}" for number in select_layers(layers, len(encoder_layers(model)))]
 
 
-def _shadowed(architecture: Architecture, chosen: list[str]) -> tuple[str, ...]:
+def _shadowed(architecture: Architecture, chosen: tuple[str, ...]) -> tuple[str, ...]:
     """Return suffixes of roles not chosen that end with a chosen one ("attention.output.dense" with "output.dense")."""
-    others = [suffix for suffix in architecture.roles.values() if suffix not in chosen]
+    others = [suffix for suffix in architecture.suffixes() if suffix not in chosen]
     return tuple(other for other in others if any(ends_with(other, suffix) for suffix in chosen))
 
 
 def _role_suffix(architecture: Architecture, path: str) -> str | None:
     """Return the suffix of a layer's role: the longest that matches."""
-    return max((suffix for suffix in architecture.roles.values() if ends_with(path, suffix)), key=len, default=None)
+    return max((suffix for suffix in architecture.suffixes() if ends_with(path, suffix)), key=len, default=None)
 
 
 def _check(model: nn.Module, matches: tuple[TargetMatch, ...], layers: list[str]) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
+from esm_efficient.cli import jobs as jobs
+from esm_efficient.cli import models as models
+from esm_efficient.cli import training as training
 from esm_efficient.cli.commands import app
-from esm_efficient.errors import EsmEfficientError
+from esm_efficient.cli.output import as_typed, typed_parameters
+from esm_efficient.errors import EsmEfficientError, TrainingInterrupted
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "parameters_of"]
+
+INTERRUPTED = 130
+"""The exit status of a run that was stopped by a signal, as shells give it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,17 +28,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: arguments without the program's name; None for those of the process.
 
     Returns:
-        0 if the command succeeded, 1 after an error of the library, 2 if the arguments are invalid. An error is one
-        line on stderr.
+        0 if the command succeeded, 1 after an error of the library, 2 if the arguments are invalid, 130 if it was
+        stopped. An error is one line on stderr.
     """
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this subclass of its UsageError
-    command = typer.main.get_command(app)
-    args = None if arguments is None else list(arguments)
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    typed_parameters.set(parameters_of(args))
     try:
-        return command.main(args, prog_name="python -m esm_efficient", standalone_mode=False) or 0
+        return typer.main.get_command(app).main(args, prog_name="esm-efficient", standalone_mode=False) or 0
     except usage_error as error:
         status, message = 2, getattr(error, "format_message", error.__str__)()
+    except (TrainingInterrupted, typer.Abort, KeyboardInterrupt) as error:
+        status, message = INTERRUPTED, str(error) or "stopped"
     except (EsmEfficientError, OSError) as error:
         status, message = 1, str(error)
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {' '.join(as_typed(message, typed_parameters.get()).split())}\n")
     return status
+
+
+def parameters_of(arguments: Sequence[str]) -> list[Any]:
+    """Return the parameters of the command that is called; none if there is no such command."""
+    group: Any = typer.main.get_command(app)
+    command = next((group.commands[name] for name in arguments if name in group.commands), None)
+    return [] if command is None else list(command.params)

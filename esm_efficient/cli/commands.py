@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.cli.output import JsonOption, ModelOption, PageOption, existing_file, quiet, show, writable_folder
+from esm_efficient.costs.devices import DEFAULT_DEVICE, GIB, get_device
+from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.estimation.step import Attention, Padding
-from esm_efficient.recipes import RECIPES, Precision, get_recipe
+from esm_efficient.recipes import RECIPES, Precision, Quantization, Recipe, check_layers, get_recipe, select_layers
+from esm_efficient.tasks import Pooling
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Predict or measure the costs of fine-tuning.")
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Fine-tune ESM-2 on a table of protein sequences, predict, and see what it costs. "
+    "Example: esm-efficient finetune proteins.csv --model 35M",
+)
 
 _ALL = list(RECIPES)
 _RECOMMENDED = ["base", "gc", "lora", "all"]
 _PRESETS = ["all-linear"]
 _SEEDS = [0]
+_NOT_QUANTIZED: list[str] = []
 
 
 def _check_recipes(names: str | list[str]) -> str | list[str]:
@@ -30,15 +37,92 @@ def _check_recipes(names: str | list[str]) -> str | list[str]:
     return names
 
 
+def _parse_layers(layers: str | None) -> Any:
+    """Return a choice of layers; numbers as a tuple."""
+    if layers is None:
+        return None
+    numbers = layers.split(",")
+    try:
+        return check_layers([int(n) for n in numbers] if all(n.strip().isdigit() for n in numbers) else layers)
+    except ConfigurationError as error:
+        raise typer.BadParameter(
+            f"{layers!r}: expected all, a number of top layers such as top-11, a share such as top-1/3, or layer "
+            "numbers from 0 such as 4,5"
+        ) from error
+
+
+def _change_recipes(names: list[str], *, layers: Any, cache: bool | None, pooling: Pooling | None) -> list[Recipe]:
+    """Return recipes with the options that were given."""
+    options = {"layers": layers, "cache": cache, "pooling": pooling}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    for recipe in map(get_recipe, names):
+        if cache and recipe.trains == "full" and (layers or recipe.layers) == "all":
+            raise typer.BadParameter(
+                f"recipe {recipe.name} trains all parameters, so that nothing can be computed once: give --layers, "
+                "such as --layers top-1/3",
+                param_hint="--cache",
+            )
+    return [get_recipe(name).replace(**given) for name in names]
+
+
+def _check_quantizations(kinds: Any) -> list[str]:  # with Python 3.10, typer cannot read list[str] here
+    for kind in kinds:
+        if kind not in get_args(Quantization):
+            raise typer.BadParameter(
+                f"{kind!r} is not one of {listing([repr(known) for known in get_args(Quantization)])}"
+            )
+    return kinds
+
+
+def _with_quantized(recipes: list[Recipe], kinds: list[str]) -> list[Recipe]:
+    """Return recipes, and those with adapters again with a base in 4 or 8 bits."""
+    adapted = [recipe for recipe in recipes if recipe.trains == "adapters"]
+    if kinds and not adapted:
+        raise typer.BadParameter("no recipe that is tried has adapters: add one, such as --recipe lora")
+    return recipes + [recipe.replace(quantization=kind, cache=False) for kind in kinds for recipe in adapted]
+
+
+def _check_depth(model: str, layers: Any) -> None:
+    """Refuse layers that the model does not have."""
+    if layers is None:
+        return
+    from esm_efficient.estimation.inputs import resolve_config
+
+    config: Any = resolve_config(model)[1]
+    try:
+        select_layers(layers, config.num_hidden_layers)
+    except ConfigurationError as error:
+        raise typer.BadParameter(
+            f"{layers!r}: {model} has {config.num_hidden_layers} layers, from 0 on", param_hint="--layers"
+        ) from error
+
+
 # The options that several commands have.
-ModelOption = Annotated[str, typer.Option("--model", help="An ESM-2 size such as 650M, a model id or a folder.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="A GPU or an instance type.")]
 TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens per sequence, special tokens included.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of a training step.")]
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer of the estimate.")]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention implementation of transformers.")]
 PaddingOption = Annotated[Padding | None, typer.Option("--padding", help="Layout of a batch; default: the recipe's.")]
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to this file.")]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers",
+        callback=_parse_layers,
+        help="Encoder layers that train: all, top-11, top-1/3, or numbers such as 4,5; default: the recipe's.",
+    ),
+]
+CacheOption = Annotated[
+    bool | None, typer.Option("--cache/--no-cache", help="Cache the frozen layers' states; default: the recipe's.")
+]
+PoolingOption = Annotated[Pooling | None, typer.Option("--pooling", help="What the head reads; default: the recipe's.")]
+QuantizationOption = Annotated[
+    Quantization | None,
+    typer.Option("--quantization", help="Hold the frozen linear layers in 4 or 8 bits; default: the run's precision."),
+]
+SequencesOption = Annotated[
+    int | None, typer.Option("--sequences", min=1, help="Training sequences of an epoch; default: 15,876.")
+]
 
 _NAMES = f"one of {', '.join(RECIPES)}"
 RecipeOption = Annotated[str, typer.Option("--recipe", callback=_check_recipes, help=f"Training method: {_NAMES}.")]
@@ -63,30 +147,46 @@ def estimate(
     preset: Annotated[
         str | None, typer.Option(help="Adapters: qkv, attention, mlp or all-linear; default: the recipe's.")
     ] = None,
+    layers: LayersOption = None,
+    cache: CacheOption = None,
+    pooling: PoolingOption = None,
+    quantization: QuantizationOption = None,
+    sequences: SequencesOption = None,
     precision: PrecisionOption = "auto",
     optimizer: OptimizerOption = "adamw_fused",
     attention: AttentionOption = "sdpa",
     padding: PaddingOption = None,
-    json_file: JsonOption = None,
+    report: PageOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Estimate peak memory and time of one training step."""
-    target = get_device(device)
-    from esm_efficient.estimation.estimate import estimate
+    """Estimate peak memory and time of one training step, and of a cache of the frozen layers' states.
 
-    result = estimate(
-        model,
-        recipe=recipe,
-        device=target,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        tokens=tokens,
-        preset=preset,
-        precision=precision,
-        optimizer=optimizer,
-        attention=attention,
-        padding=padding,
-    )
-    _show(result, json_file)
+    Example: esm-efficient estimate --model 650M --device A10G --recipe lora --tokens 512
+    """
+    [changed] = _change_recipes([recipe], layers=layers, cache=cache, pooling=pooling)
+    target = get_device(device)
+    _check_depth(model, layers)
+    with quiet():
+        from esm_efficient.comparison import estimate_page
+        from esm_efficient.estimation.estimate import estimate
+
+        result = estimate(
+            model,
+            recipe=changed.replace(quantization=quantization) if quantization else changed,
+            device=target,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            tokens=tokens,
+            preset=preset,
+            precision=precision,
+            optimizer=optimizer,
+            attention=attention,
+            padding=padding,
+            sequences=sequences,
+        )
+        if report is not None:
+            report.write_text(estimate_page(result), encoding="utf-8")
+    show(result, as_json)
 
 
 @app.command()
@@ -97,31 +197,61 @@ def recommend(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")] = 8,
     recipes: RecipesOption = _RECOMMENDED,
     presets: Annotated[list[str], typer.Option("--preset", help="Adapters to try; can be repeated.")] = _PRESETS,
+    layers: LayersOption = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option("--cache/--no-cache", help="Try only settings with, or without, a cache; default: both."),
+    ] = None,
+    pooling: PoolingOption = None,
+    quantization: Annotated[
+        list[str],
+        typer.Option(
+            "--quantization",
+            callback=_check_quantizations,
+            help="Also try adapters on a base in 4bit or 8bit; can be repeated.",
+        ),
+    ] = _NOT_QUANTIZED,
+    epochs: Annotated[float, typer.Option(help="Passes over the training sequences.")] = 3.0,
+    sequences: SequencesOption = None,
+    disk: Annotated[float | None, typer.Option(min=0, help="GiB on the disk for a cache.")] = None,
     margin: Annotated[float, typer.Option(help="Share of the device's memory to leave free.")] = 0.1,
     precision: PrecisionOption = "auto",
     optimizer: OptimizerOption = "adamw_fused",
     attention: AttentionOption = "sdpa",
     padding: PaddingOption = None,
-    json_file: JsonOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Recommend the recipe and the sizes that fit a device and give the shortest step."""
-    target = get_device(device)
-    from esm_efficient.estimation.recommend import recommend
+    """Recommend the recipe and the sizes that fit a device and give the shortest run.
 
-    result = recommend(
-        model,
-        target,
-        tokens,
-        batch_size=batch_size,
-        recipes=recipes,
-        presets=presets,
-        margin=margin,
-        precision=precision,
-        optimizer=optimizer,
-        attention=attention,
-        padding=padding,
-    )
-    _show(result, json_file)
+    Example: esm-efficient recommend --model 650M --device T4 --tokens 1024
+    """
+    if epochs <= 0:
+        raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
+    changed = _change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
+    changed = _with_quantized(changed, quantization)
+    target = get_device(device)
+    _check_depth(model, layers)
+    with quiet():
+        from esm_efficient.estimation.recommend import recommend
+
+        result = recommend(
+            model,
+            target,
+            tokens,
+            batch_size=batch_size,
+            recipes=changed,
+            presets=presets,
+            margin=margin,
+            epochs=epochs,
+            sequences=sequences,
+            cache=cache,
+            disk=None if disk is None else round(disk * GIB),
+            precision=precision,
+            optimizer=optimizer,
+            attention=attention,
+            padding=padding,
+        )
+    show(result, as_json)
 
 
 @app.command()
@@ -132,6 +262,10 @@ def compare(
     recipes: RecipesOption = _ALL,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the first table.")] = 100,
     epochs: Annotated[float, typer.Option(help="Epochs of the second table.")] = 1.0,
+    layers: LayersOption = None,
+    cache: CacheOption = None,
+    pooling: PoolingOption = None,
+    sequences: SequencesOption = None,
     data: Annotated[
         str | None,
         typer.Option(help='Train on this table in the DeepLoc-2.0 format; "demo" for the synthetic table.'),
@@ -140,52 +274,57 @@ def compare(
         int | None, typer.Option(min=1, help="Train on this many proteins and test on a third as many.")
     ] = None,
     seeds: Annotated[list[int], typer.Option("--seed", help="Seed of a training run; can be repeated.")] = _SEEDS,
-    output: Annotated[Path | None, typer.Option(help="Folder for the tables and the HTML page.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=writable_folder, help="Folder for the tables and the HTML page.")
+    ] = None,
     precision: PrecisionOption = "auto",
     optimizer: OptimizerOption = "adamw_fused",
     attention: AttentionOption = "sdpa",
     padding: PaddingOption = None,
-    json_file: JsonOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Compare the recipes; with --data they are trained."""
+    """Compare the recipes; with --data they are trained.
+
+    Example: esm-efficient compare --model 8M --data proteins.csv --recipe lora --recipe frozen --output comparison
+    """
     if data is None and limit is not None:
         raise typer.BadParameter("--limit needs --data: without a table nothing is trained")
-    if data is not None and precision not in ("auto", "float32", "bf16"):
-        raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32 or bf16")
+    if data is not None and precision == "pure-bf16":
+        raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32, bf16 or fp16")
+    if data is not None and sequences is not None:
+        raise typer.BadParameter("--sequences is for estimates: --data has its own sequences; use --limit")
+    if epochs <= 0:
+        raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
+    if data is not None:
+        existing_file(data)
+    changed = _change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
     training_options: dict[str, Any] = {} if data is None or precision == "auto" else {"precision": precision}
     target = get_device(device)
-    from transformers.utils import logging
+    _check_depth(model, layers)
+    with quiet():
+        from esm_efficient.comparison import compare
 
-    from esm_efficient.comparison import compare
-
-    logging.set_verbosity_error()
-    result = compare(
-        model,
-        None if data is None else _load(data, limit),
-        recipes=recipes,
-        steps=steps,
-        epochs=epochs,
-        seeds=seeds,
-        device=target,
-        tokens=tokens,
-        estimate_options={
-            "precision": precision,
-            "optimizer": optimizer,
-            "attention": attention,
-            "padding": padding,
-        },
-        **training_options,
-    )
-    if output is not None:
-        result.save(output)
-    _show(result, json_file)
-
-
-def _show(result: Any, json_file: Path | None) -> None:
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    typer.echo(str(result))
+        result = compare(
+            model,
+            None if data is None else _load(data, limit),
+            recipes=changed,
+            steps=steps,
+            epochs=epochs,
+            seeds=seeds,
+            device=target,
+            tokens=tokens,
+            sequences=sequences,
+            estimate_options={
+                "precision": precision,
+                "optimizer": optimizer,
+                "attention": attention,
+                "padding": padding,
+            },
+            **training_options,
+        )
+        if output is not None:
+            result.save(output)
+    show(result, as_json)
 
 
 def _load(source: str, limit: int | None) -> Any:

@@ -29,11 +29,13 @@ class MethodFigures:
         budget: ``"steps"`` or ``"epochs"``: the quantity that is equal for all recipes.
         steps: optimizer steps.
         epochs: passes over the training sequences.
-        seconds: time of the training loop: the mean over seeds, or the bound of the roofline.
+        seconds: time of the training loop and of caching: the mean over seeds, or the bound of the roofline.
         residues_per_second: trained residues per second, likewise.
         peak: bytes in use at the highest moment of any seed, by category.
         trainable_parameters: parameters that the optimizer updates.
         total_parameters: parameters of the whole model.
+        cache_bytes: bytes of cached states on disk, by the estimate; 0 without a cache.
+        cache_seconds: the part of `seconds` that computed these states.
         scores: the metric of each seed; empty for estimates.
         interval: 95 % confidence interval of the metric (Student's t over the seeds); None with fewer than two seeds.
     """
@@ -47,6 +49,8 @@ class MethodFigures:
     peak: Memory
     trainable_parameters: int
     total_parameters: int
+    cache_bytes: int = 0
+    cache_seconds: float = 0.0
     scores: tuple[float, ...] = ()
     interval: tuple[float, float] | None = None
 
@@ -71,6 +75,8 @@ class MethodFigures:
             **{f"{category}_bytes": getattr(self.peak, category) for category in CATEGORIES},
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": self.total_parameters,
+            "cache_bytes": self.cache_bytes,
+            "cache_seconds": self.cache_seconds,
             metric: self.score,
             f"{metric}_low": low,
             f"{metric}_high": high,
@@ -78,30 +84,31 @@ class MethodFigures:
         return {key: None if isinstance(x, float) and math.isnan(x) else x for key, x in record.items()}
 
 
-def estimated_figures(estimate: Estimate, budget: str, steps: int, sequences: int) -> MethodFigures:
+def estimated_figures(estimate: Estimate, budget: str, steps: int) -> MethodFigures:
     """Return the figures of an estimated recipe.
 
     Args:
         estimate: the costs of one optimizer step.
         budget: ``"steps"`` or ``"epochs"``.
         steps: optimizer steps.
-        sequences: training sequences.
     """
     return MethodFigures(
         recipe=estimate.recipe,
         budget=budget,
         steps=steps,
-        epochs=steps * estimate.recipe.batch_size / sequences,
-        seconds=estimate.seconds * steps,
+        epochs=steps * estimate.recipe.batch_size / estimate.sequences,
+        seconds=estimate.run_seconds(steps),
         residues_per_second=estimate.residues_per_second,
         peak=estimate.peak,
         trainable_parameters=estimate.trainable_parameters,
         total_parameters=estimate.total_parameters,
+        cache_bytes=0 if estimate.cache is None else estimate.cache.bytes,
+        cache_seconds=0.0 if estimate.cache is None else estimate.cache.seconds,
     )
 
 
 def measured_figures(
-    recipe: Recipe, budget: str, results: Sequence[FinetuneResult], metric: str, sequences: int
+    recipe: Recipe, budget: str, results: Sequence[FinetuneResult], metric: str, sequences: int, *, cache_bytes: int
 ) -> MethodFigures:
     """Return the figures of a trained recipe.
 
@@ -111,6 +118,7 @@ def measured_figures(
         results: results of the runs, one per seed.
         metric: name of the metric.
         sequences: training sequences.
+        cache_bytes: bytes of cached states on disk.
 
     Raises:
         ConfigurationError: the runs have no such metric.
@@ -127,11 +135,13 @@ def measured_figures(
         budget=budget,
         steps=first.steps,
         epochs=first.steps * recipe.batch_size / sequences,
-        seconds=statistics.fmean(result.seconds for result in results),
+        seconds=statistics.fmean(result.seconds + result.states_seconds for result in results),
         residues_per_second=statistics.fmean(result.residues_per_second for result in results),
         peak=max(peaks, key=lambda peak: peak.total),
         trainable_parameters=first.trainable_parameters,
         total_parameters=first.total_parameters,
+        cache_bytes=cache_bytes,
+        cache_seconds=statistics.fmean(result.states_seconds for result in results),
         scores=scores,
         interval=confidence_interval(scores),
     )

@@ -76,11 +76,7 @@ class Comparison:
         return "\n".join(f"### At {name}\n\n{format_markdown(rows, head)}\n" for name, (head, rows) in tables.items())
 
     def to_html(self) -> str:
-        """Return one page with tables and plots that opens offline.
-
-        Raises:
-            ConfigurationError: matplotlib is not installed.
-        """
+        """Return one page with tables and plots that opens offline; without matplotlib it says why it has no plots."""
         by_budget = {budget: self.at(budget) for budget in BUDGETS}
         return comparison_page(
             self.model, by_budget, self.metric if self.seeds else None, timelines=self.timelines, note=self.note
@@ -91,9 +87,6 @@ class Comparison:
 
         Returns:
             The paths of the files.
-
-        Raises:
-            ConfigurationError: matplotlib is not installed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

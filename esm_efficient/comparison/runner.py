@@ -15,7 +15,7 @@ from esm_efficient.comparison.record import Comparison
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.estimate import estimate
-from esm_efficient.estimation.inputs import resolve_config, token_lengths
+from esm_efficient.estimation.inputs import DataLengths, data_lengths, resolve_config
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
 from esm_efficient.reporting import file_name
 from esm_efficient.tasks import SPECIAL_TOKENS
@@ -38,7 +38,7 @@ def compare(
     metric: str = "mcc",
     device: str | Device = DEFAULT_DEVICE,
     tokens: Any = 512,
-    sequences: int = 15_876,
+    sequences: int | None = None,
     output_dir: str | Path | None = None,
     estimate_options: Mapping[str, Any] | None = None,
     **finetune_options: Any,
@@ -58,8 +58,7 @@ def compare(
         metric: one of the metrics of `finetune`.
         device: the device that is estimated; runs take place on the machine that starts them.
         tokens: as in `estimate`; ignored with a dataset.
-        sequences: training sequences of an estimated epoch, unless `tokens` gives many lengths; by default the number
-            of DeepLoc-2.0 proteins with 100 to 512 residues.
+        sequences: training sequences of an estimated epoch, as in `estimate`; ignored with a dataset.
         output_dir: folder that gets one folder per run; None keeps no files.
         estimate_options: further options of `estimate`.
         **finetune_options: further options of `finetune`.
@@ -83,29 +82,31 @@ def compare(
         )
     if dataset is None and finetune_options:
         raise ConfigurationError(f"{', '.join(finetune_options)}: options of training, which needs a dataset")
-    lengths = token_lengths(tokens)
-    if dataset is not None:
+    if dataset is None:
+        lengths = data_lengths(tokens, sequences)
+    else:
         limit = finetune_options.get("max_tokens", 1024)
-        lengths = [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset["train"]["sequence"]]
-        sequences = len(dataset["train"])
-    elif not isinstance(lengths, int):
-        sequences = len(lengths)
+        train, validation = (
+            [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset[name]["sequence"]] if name in dataset else []
+            for name in ("train", "validation")
+        )
+        lengths = DataLengths(train, len(train), tuple(validation))
     estimates = {
         recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **(estimate_options or {}))
         for recipe in chosen
     }
     settings = [
-        (recipe, budget, steps if budget == "steps" else math.ceil(epochs * sequences / recipe.batch_size))
+        (recipe, budget, steps if budget == "steps" else math.ceil(epochs * lengths.sequences / recipe.batch_size))
         for budget in BUDGETS
         for recipe in chosen
     ]
     figures: list[MethodFigures]
     if dataset is None:
-        figures = [estimated_figures(estimates[recipe.name], budget, n, sequences) for recipe, budget, n in settings]
+        figures = [estimated_figures(estimates[recipe.name], budget, n) for recipe, budget, n in settings]
         first = next(iter(estimates.values()))
         note = (
             f"Estimated for {first.device.name}, {first.precision}, sequences of "
-            f"{'' if isinstance(lengths, int) else 'up to '}{first.tokens:,} tokens: peaks of tensors, counted "
+            f"{'' if isinstance(lengths.train, int) else 'up to '}{first.tokens:,} tokens: peaks of tensors, counted "
             "operation by operation; times by a roofline, so real ones are longer."
         )
         seeds = ()
@@ -114,9 +115,11 @@ def compare(
         figures = []
         for recipe, budget, n in settings:
             results = [runs.run(recipe, n, seed) for seed in seeds]
-            figures.append(measured_figures(recipe, budget, results, metric, sequences))
+            cache = estimates[recipe.name].cache
+            size = 0 if cache is None else cache.bytes
+            figures.append(measured_figures(recipe, budget, results, metric, lengths.sequences, cache_bytes=size))
         note = (
-            f"Measured on {runs.device}: {sequences:,} sequences to train on, {len(seeds)} seed"
+            f"Measured on {runs.device}: {lengths.sequences:,} sequences to train on, {len(seeds)} seed"
             f"{'s' if len(seeds) > 1 else ''}; peaks of tensors, highest over the seeds; times and rates are means."
         )
     return Comparison(resolve_config(model)[0], tuple(figures), metric, tuple(seeds), estimates, note)
@@ -175,9 +178,9 @@ class _Runs:
             output_dir=folder,
             profile=True,
             max_steps=steps,
-            **self._options,
+            **{"probe": False, **self._options},
         )
         if result.profile is not None:
             self.device = result.profile.device
         # A comparison keeps many results, and their models would fill the device. No user sees this copy.
-        return dataclasses.replace(result, model=None)  # type: ignore[arg-type]
+        return dataclasses.replace(result, model=None)

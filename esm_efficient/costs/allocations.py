@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esm_efficient._torch import TorchDispatchMode, storage_key
+from esm_efficient._torch import TorchDispatchMode, storage_key, with_flex_attention
 from esm_efficient.costs.memory import CATEGORIES, Memory
 
 Observer = Callable[[Any, tuple, dict, Any], None]
 
 
+@with_flex_attention
 class AllocationTracker(TorchDispatchMode):
     """Counts the bytes of live storages by category while it is entered.
 

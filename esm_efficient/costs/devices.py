@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.recipes import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 Backend = Literal["cuda", "mps", "cpu"]
 
 GIB = 1024**3
 """Bytes in a GiB."""
+
+LAUNCH_SECONDS = 5e-6
+"""Time of the host to launch a kernel from eager PyTorch, an assumption; `measure_device` measures it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Device:
         memory: bytes that torch sees; 0 if unknown.
         flops_per_second: matrix-multiply rate by dtype, with torch's default settings (``float32`` without TF32).
         bandwidth: bytes per second between memory and chip; 0 if unknown.
+        launch_seconds: time that the host needs to launch a kernel.
         instances: EC2 instance types that have the device, and the number of devices in each.
         source: the document that the figures are from.
     """
@@ -38,6 +46,7 @@ class Device:
     memory: int = 0
     flops_per_second: Mapping[str, float] = field(default_factory=dict, hash=False)
     bandwidth: float = 0.0
+    launch_seconds: float = LAUNCH_SECONDS
     instances: Mapping[str, int] = field(default_factory=dict, hash=False)
     source: str = ""
 
@@ -45,6 +54,13 @@ class Device:
     def has_bf16(self) -> bool:
         """Whether the device multiplies bfloat16 matrices in hardware."""
         return "bfloat16" in self.flops_per_second
+
+    @property
+    def precision(self) -> Precision:
+        """What the precision ``"auto"`` means on the device."""
+        if self.backend != "cuda":
+            return "float32"
+        return "bf16" if self.has_bf16 else "fp16" if "float16" in self.flops_per_second else "float32"
 
 
 _SMALL = ("xlarge", "2xlarge", "4xlarge", "8xlarge", "16xlarge")
@@ -84,7 +100,7 @@ def _gpu(
         for count, sizes in _INSTANCES[family].items()
         for size in sizes
     }
-    return Device(name, backend, int(gib * GIB), flops, gbps * 1e9, instances, source)
+    return Device(name, backend, int(gib * GIB), flops, gbps * 1e9, instances=instances, source=source)
 
 
 DEVICES: dict[str, Device] = {
@@ -108,6 +124,7 @@ DEVICES: dict[str, Device] = {
         _gpu("M4-Max-64", 48.0, 546, fp32=17.2, half=17.2, backend="mps", source="Apple specifications (40 cores)"),
     )
 }
+"""The devices by their names, with the rates that the data sheets state."""
 """Devices by name. Memory is the total that torch reports, which is less than the name says."""
 
 DEFAULT_DEVICE = "A10G"
@@ -137,3 +154,18 @@ def get_device(device: str | Device) -> Device:
         f"no device or instance type is named {device!r}: expected one of the devices {', '.join(DEVICES)}, or of the "
         f"instance types {', '.join(instance for known in DEVICES.values() for instance in known.instances)}"
     )
+
+
+def native_precision(device: torch.device) -> Precision:
+    """Return what the precision ``"auto"`` means on a device of this machine.
+
+    It is bf16 on a CUDA device that multiplies bfloat16 in hardware, fp16 on an older one with tensor cores, such as a
+    T4, and float32 on any other device. torch reports support for bfloat16 on a T4 too: it emulates it.
+    """
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "float32"

@@ -1,19 +1,27 @@
-"""Count the work of a model in tokens and FLOPs, and measure the rate of a device to compare it with."""
+"""Count the work of a model in tokens and FLOPs, and measure the rates of a device to compare it with."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import flop_counter
 
-from esm_efficient._torch import TorchDispatchMode, cpu_attention_operations, operation_of
+from esm_efficient._torch import (
+    TorchDispatchMode,
+    cpu_attention_operations,
+    is_kernel,
+    operation_of,
+    with_flex_attention,
+)
+from esm_efficient.costs.devices import Backend, Device
 
 _CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = cpu_attention_operations()
 
@@ -29,6 +37,7 @@ def flops_of(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
     return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
+@with_flex_attention
 class WorkCounter(TorchDispatchMode):
     """Counts the FLOPs of the operations that run while it is entered; recomputation is not counted.
 
@@ -153,6 +162,115 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # so that the memory of these matrices appears in no report
     return 2 * size**3 / statistics.median(times[2:])
+
+
+def launch_seconds(device: torch.device | str) -> float:
+    """Measure the time that the host needs to launch a kernel from eager PyTorch, autograd included.
+
+    Small layers run forward and backward. Their kernels take no time themselves, on a GPU while the host goes on, and
+    on a CPU because the tensors are tiny.
+
+    Args:
+        device: the device to measure.
+
+    Returns:
+        Seconds per kernel, the median of five measurements.
+
+    Example:
+        >>> 1e-7 < launch_seconds("cpu") < 1e-3
+        True
+    """
+    device = torch.device(device)
+    layer = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
+    model = nn.Sequential(*(copy.deepcopy(layer) for _ in range(20))).to(device)
+    inputs = torch.ones(1, 8, device=device)
+    times = []
+    kernels = _KernelCounter()
+    with torch.enable_grad():
+        with kernels:
+            model(inputs).sum().backward()
+        for _ in range(7):  # the first two warm up
+            synchronize(device)
+            model.zero_grad()
+            began = time.perf_counter()
+            model(inputs).sum().backward()
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[2:]) / kernels.number
+
+
+class _KernelCounter(TorchDispatchMode):
+    """Counts the kernels that run while it is entered."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.number += is_kernel(func)
+        return func(*args, **(kwargs or {}))
+
+
+def copy_bandwidth(device: torch.device | str) -> float:
+    """Measure the rate at which a device reads and writes its memory.
+
+    Args:
+        device: the device to measure.
+
+    Returns:
+        Bytes per second, the median of five measurements.
+
+    Example:
+        >>> copy_bandwidth("cpu") > 1e7
+        True
+    """
+    device = torch.device(device)
+    source = torch.ones((64 if device.type == "cpu" else 512) * 2**18, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(7):  # the first two warm up
+        synchronize(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def measure_device(device: torch.device | str) -> Device:
+    """Measure a device of this machine, for estimates instead of the figures of data sheets.
+
+    Rates are those of large matrix products and copies. `Device.launch_seconds` is the time per kernel of small layers.
+    It takes a few seconds on a CPU.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ``"mps"``, or one of several GPUs.
+
+    Returns:
+        The device, with the memory of a GPU, and no memory for a CPU.
+
+    Example:
+        >>> measure_device("cpu").backend
+        'cpu'
+    """
+    device = torch.device(device)
+    dtypes = [torch.float32]
+    memory, name = 0, f"this {device.type}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory, name = properties.total_memory, properties.name
+        dtypes += [torch.float16, *([torch.bfloat16] if properties.major >= 8 else [])]
+    elif device.type == "mps":
+        memory = torch.mps.recommended_max_memory()
+        dtypes += [torch.float16, torch.bfloat16]
+    return Device(
+        name,
+        cast(Backend, device.type),
+        memory,
+        {str(dtype).removeprefix("torch."): matmul_rate(device, dtype) for dtype in dtypes},
+        copy_bandwidth(device),
+        launch_seconds(device),
+        source="measured on this machine",
+    )
 
 
 def synchronize(device: torch.device) -> None:

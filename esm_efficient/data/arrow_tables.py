@@ -20,7 +20,7 @@ import numpy as np
 
 from esm_efficient import __version__
 from esm_efficient.data.download import cache_folder
-from esm_efficient.data.label_cells import LabelObservations
+from esm_efficient.data.label_cells import LabelObservations, labels_at_positions
 from esm_efficient.data.label_kinds import LabelEncoding, LabelKind, decide_encoding
 from esm_efficient.data.left_out import LeftOut, Notes
 from esm_efficient.data.own_splits import FLAGS, are_split_names, split_names, splits_of
@@ -36,14 +36,15 @@ from esm_efficient.data.schema import (
     texts_of,
 )
 from esm_efficient.data.second_table import SecondTable
-from esm_efficient.data.sequences import NUCLEOTIDE_RESIDUES, count_residues, is_nucleotides
+from esm_efficient.data.sequences import NucleotideCount, count_residues
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
-_FORMAT = 1
+_FORMAT = 2
+_SKIP = 'Correct them, or leave such rows out with on_error="skip"'
 """Of the cached tables; raise it when the same files and options give another table."""
 
 
@@ -168,7 +169,8 @@ class _TableWriter:
                         columns = self._parsed_columns(joined, roles, path, split)
                     except CellError as error:
                         if leave_out is None:
-                            raise
+                            advice = error.advice or _SKIP
+                            raise CellError(error.problem, error.rows, error.shown, advice) from None
                         for shown in error.shown:
                             leave_out(shown, error.problem)
                         block = block_without(block, error.rows)
@@ -237,7 +239,10 @@ class _TableWriter:
         if self.plan.label_columns:
             parsed["label"] = binary_labels(columns, self.plan.label_columns, path, places)
         elif (label := roles["label"]) is not None:
-            parsed["label"] = self.observed.observe(columns[label], residues, places)
+            cells = columns[label]
+            if self.plan.label_kind == "positions":
+                cells = labels_at_positions(cells, residues, places)
+            parsed["label"] = self.observed.observe(cells, residues, places)
         return parsed
 
     def _encode(self, raw: Path, encoded: Path) -> None:
@@ -297,26 +302,21 @@ class _RowCounts:
     Attributes:
         kept: rows within the bounds of length.
         left_out: rows outside the bounds.
-        long: kept rows whose sequence is long enough to tell nucleotides from proteins.
-        nucleotides: those that consist of the letters of DNA and RNA.
-        examples: the first of these.
+        nucleotides: kept rows whose sequence consists of the letters of DNA and RNA.
         by_split: split to kept rows; 0 for a split without kept rows.
     """
 
     def __init__(self) -> None:
-        self.kept = self.left_out = self.long = self.nucleotides = 0
-        self.examples: list[str] = []
+        self.kept = self.left_out = 0
+        self.nucleotides = NucleotideCount()
         self.by_split: Counter[str] = Counter()
 
     def add(self, columns: Mapping[str, Any], keep: np.ndarray) -> None:
         """Count the rows of a block; `keep`, bool of shape (rows,), marks the kept ones."""
         self.kept += int(keep.sum())
         self.left_out += int((~keep).sum())
-        sequences = columns["sequence"]
-        found = [row for row in np.flatnonzero(keep).tolist() if is_nucleotides(sequences[row])]
-        self.nucleotides += len(found)
-        self.examples = [*self.examples, *(str(columns["accession"][row]) for row in found[:5])][:5]
-        self.long += int((columns["residues"][keep] >= NUCLEOTIDE_RESIDUES).sum())
+        rows = np.flatnonzero(keep).tolist()
+        self.nucleotides.add(*([columns[name][row] for row in rows] for name in ("sequence", "accession")))
         for split, kept in zip(columns.get("split", ()), keep, strict=False):
             self.by_split[split] += int(kept)
 
@@ -327,13 +327,7 @@ class _RowCounts:
             raise DataError(f"{paths}: no sequence is left")
         if empty := sorted(split for split, kept in self.by_split.items() if not kept):
             raise DataError(f"no sequence of {', '.join(empty)} is within the bounds of length")
-        if 2 * self.nucleotides > self.long:
-            raise DataError(
-                f"{paths}: {self.nucleotides} of {self.kept} sequences consist of the letters A, C, G, T, U and N: "
-                "expected proteins, got nucleotides. Translate them first"
-            )
-        if self.nucleotides:
-            examples = listing([*self.examples, *[""] * (self.nucleotides - len(self.examples))])
-            notes.add(logging.WARNING, f"{self.nucleotides} sequence(s) may be nucleotides, not proteins: {examples}")
+        if warning := self.nucleotides.warning(paths):
+            notes.add(logging.WARNING, warning)
         if self.left_out:
             notes.add(logging.INFO, f"{self.left_out} sequence(s) outside the bounds of length were left out")

@@ -7,6 +7,7 @@ Nucleic Acids Research 50, W228-W234. The authors state no licence for the table
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,14 @@ from esm_efficient.data.schema import (
     whole_numbers,
     zeros_and_ones,
 )
-from esm_efficient.data.sequences import count_residues
+from esm_efficient.data.sequences import NucleotideCount, count_residues
 from esm_efficient.data.splits import split_at_random, split_by_partition
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
 
 DEEPLOC_URL = "https://services.healthtech.dtu.dk/services/DeepLoc-2.0/data/Swissprot_Train_Validation_dataset.csv"
 DEEPLOC_SHA256 = "29a07b293fed2994a966b70bdcd6bacc59915b8b01fa200cb2b07d8db18384a2"
@@ -99,7 +102,8 @@ def load_deeploc(
 
     Raises:
         DownloadError: the file cannot be fetched or is not the expected one.
-        DataError: a column is missing; a label, partition, accession or sequence is wrong; a sequence is in two splits.
+        DataError: a column is missing; a label, partition, accession or sequence is wrong; the sequences are
+            nucleotides; a sequence is in two splits.
         ConfigurationError: the options are unknown or contradict each other.
 
     Example:
@@ -168,6 +172,10 @@ def _read(path: Path, task: str | Mapping[str, str]) -> Dataset:
     repeated = [counts[name] > 1 for name in accessions]
     refuse_cells(accessions, places, repeated, "the accession (ACC) is in the table more than once")
     sequences = sequences_of(columns["Sequence"], places)
+    nucleotides = NucleotideCount()
+    nucleotides.add(sequences, accessions)
+    if warning := nucleotides.warning(str(path)):
+        logger.warning("%s", warning)
     if len(label_columns) == 1:
         ((name, column),) = label_columns.items()
         labels: Any = zeros_and_ones(columns[column], column, places, required=True).astype(int)

@@ -168,13 +168,16 @@ def _peek(records: Iterator[Record]) -> tuple[list[Record], Iterator[Record]]:
 
 
 def _records(handle: Iterable[str], source: str | Path) -> Iterator[Record]:
-    lines = (line for line in handle if not line.startswith(";"))
-    first = next((line for line in lines if line.strip()), "")
+    lines = iter(handle)
+    first = next((line for line in lines if line.strip() and not line.startswith(";")), "")
     if not first.startswith(">"):
         raise DataError(f"{source} does not begin with a FASTA header, '>'")
     number, header, body, size = 1, first[1:].rstrip(), list[str](), 0
     for line in itertools.chain(lines, [">"]):
-        if not line.startswith(">"):
+        mark = line[:1]
+        if mark == ";":
+            continue
+        if mark != ">":
             size += len(line)
             if size > MAX_ROW_CHARACTERS:
                 raise DataError(f"{source}, record {number}: more than {MAX_ROW_CHARACTERS:,} characters")

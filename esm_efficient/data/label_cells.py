@@ -32,6 +32,8 @@ Reading = Literal["letters", "items"]
 _NO_LABEL = frozenset(("", "None", "nan", "NaN", "NA", "<NA>", "null", "-100"))
 """How a list shows an item without a label; -100 is what transformers ignores."""
 
+_POSITIONS = re.compile(r"[^\s,;|\[\]()]+")
+
 _QUOTES = "'\""
 
 
@@ -95,6 +97,7 @@ class LabelObservations:
     first_number: str | None = None
     first_word: str | None = None
     first_fraction: str | None = None
+    _read: dict[str, tuple[tuple[str | None, ...], bool, bool]] = field(default_factory=dict)
 
     def observe(self, cells: Sequence[Any], residues: np.ndarray, places: Sequence[str]) -> pa.Array:
         """Take note of some cells and return them as an Arrow array of text or of lists of text.
@@ -123,11 +126,12 @@ class LabelObservations:
                 self._observe_parts("", [item for item in label if item is not None])
                 continue
             self.readings["letters"].observe(letters_of(label, length), length, place)
-            self.readings["items"].observe(items_of(label), length, place)
-            self.list_rows += is_bracketed(label)
+            items, is_list, is_word = self._read.get(label) or _reading_of(label)
+            self.readings["items"].observe(items, length, place)
+            self.list_rows += is_list
+            self.word_rows += is_word
             if label in self.counts:
                 self.counts[label] += 1
-                self.word_rows += number_of(label) is None
             else:
                 self._observe_text(label, place)
         return pa.array(labels, pa.list_(pa.string()) if expected else pa.string())
@@ -137,14 +141,13 @@ class LabelObservations:
         if len(text) > MAX_NAME:
             self.long_text = self.long_text or shown
         elif len(self.counts) <= MAX_CLASSES:
-            self.counts[text], self.places[text] = 1, place
+            self.counts[text], self.places[text], self._read[text] = 1, place, _reading_of(text)
         for separator in SEPARATORS:
             self._observe_parts(separator, parts_of(text, separator))
         if is_bracketed(text):
             self._observe_parts("", [item for item in items_of(text) if item is not None])
         value = number_of(text)
         if value is None:
-            self.word_rows += 1
             self.first_word = self.first_word or shown
             return
         self.first_number = self.first_number or shown
@@ -154,6 +157,11 @@ class LabelObservations:
     def _observe_parts(self, separator: str, parts: Sequence[str]) -> None:
         if len(self.parts[separator]) <= MAX_CLASSES:
             self.parts[separator].update(part[: MAX_NAME + 1] for part in parts)
+
+
+def _reading_of(text: str) -> tuple[tuple[str | None, ...], bool, bool]:
+    """Return the items of a text, whether it writes a list, and whether it is not a number."""
+    return items_of(text), is_bracketed(text), number_of(text) is None
 
 
 def letters_of(text: str, residues: int) -> str:
@@ -177,6 +185,34 @@ def items_of(text: str) -> tuple[str | None, ...]:
     separator = next((character for character in ",;|" if character in inner), None)
     items = (item.strip().strip(_QUOTES) for item in inner.split(separator))
     return tuple(None if item in _NO_LABEL else item for item in items)
+
+
+def labels_at_positions(cells: Sequence[Any], residues: np.ndarray, places: Sequence[str]) -> list[list[str]]:
+    """Return the label of each residue: ``1`` at the positions in a cell, ``0`` elsewhere.
+
+    Args:
+        cells: a text such as ``12,40`` or a list, of whole numbers from 1 on; ``[]`` for a sequence without a site.
+        residues: int of shape (cells,): the length of each sequence.
+        places: where each row is.
+
+    Raises:
+        DataError: a cell is empty; a position is not a whole number, is outside of the sequence, or is there twice.
+    """
+    texts = [str(cell) if isinstance(cell, list) else text for cell, text in zip(cells, texts_of(cells), strict=True)]
+    refuse_cells(cells, places, [not text for text in texts], "the positions are missing", "Write [] for no site")
+    numbers = [[number_of(item) for item in _POSITIONS.findall(text)] for text in texts]
+    wrong = [any(number is None or number % 1 for number in row) for row in numbers]
+    refuse_cells(cells, places, wrong, "a position is not a whole number")
+    rows = [[int(number or 0) for number in row] for row in numbers]
+    lengths = residues.tolist()
+    outside = [any(not 1 <= n <= length for n in row) for row, length in zip(rows, lengths, strict=True)]
+    refuse_cells(cells, places, outside, "a position is outside of the sequence", "The first residue is position 1")
+    refuse_cells(cells, places, [len(set(row)) < len(row) for row in rows], "a position is given twice")
+    labels = [["0"] * length for length in lengths]
+    for label, row in zip(labels, rows, strict=True):
+        for number in row:
+            label[number - 1] = "1"
+    return labels
 
 
 def items_of_list(cell: Sequence[Any]) -> list[str | None]:

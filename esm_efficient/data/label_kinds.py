@@ -31,10 +31,10 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LabelKind = Literal["class", "residues", "number", "several"]
+LabelKind = Literal["class", "residues", "number", "several", "positions"]
 LABEL_KINDS = get_args(LabelKind)
 
-_AS_CLASS = 'pass label_kind="class" if each is a class'
+_AS_CLASS = 'pass label_kind="class" if each is a class of its own'
 _MISSING = frozenset(("NA", "N/A", "n/a", "NaN", "nan", "None", "NULL", "null", "<NA>", "#N/A", "-", "?", "."))
 """How other programs write a missing cell."""
 
@@ -134,7 +134,7 @@ def decide_encoding(
 
     Args:
         observed: all labels of the column.
-        kind: what the labels are, if the user says so.
+        kind: what the labels are, if the user says so; positions were made labels of residues before.
         unlabelled: the letter or item of a residue without a label; an empty text for none; None to ask if there may
             be one.
         skip: whether rows that do not fit the kind of most rows are left out; otherwise they are an error.
@@ -143,6 +143,7 @@ def decide_encoding(
         DataError: the labels could be of two kinds, do not fit the kind, or are unlikely to be classes.
         ConfigurationError: `unlabelled` is given for labels that are not those of residues.
     """
+    kind = "residues" if kind == "positions" else kind
     found, reading = _kind_of(observed, skip) if kind is None else (kind, _best_reading(observed))
     if unlabelled is not None and found != "residues":
         raise ConfigurationError(f"unlabelled={unlabelled!r} is for labels per residue, but the labels are {found!r}")
@@ -214,12 +215,11 @@ def _numbers_doubt(observed: LabelObservations) -> str | None:
         if all(_DECIMAL_COMMA.fullmatch(text) for text in words):
             return (
                 f"the label has two numbers with a comma between them in {listing(shown)}. Write a decimal comma as a "
-                "point; write positions of sites as one letter per residue, such as 0010; or "
-                f"{_AS_CLASS}"
+                f'point; pass label_kind="positions" if they are positions of sites; or {_AS_CLASS}'
             )
         return (
-            f"the label has several numbers in {listing(shown)}. Write positions of sites as one letter per residue, "
-            f'such as 0010; pass label_kind="several" if each number is a label of the sequence; or {_AS_CLASS}'
+            f'the label has several numbers in {listing(shown)}. Pass label_kind="positions" if they are positions of '
+            f'sites, or label_kind="several" if each number is a label of the sequence; or {_AS_CLASS}'
         )
     return None
 
@@ -275,12 +275,31 @@ def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> 
     if observed.long_text is not None and not skip:
         raise DataError(f"the label has more than {MAX_NAME} characters in {observed.long_text}: too long for a class")
     _refuse_names(spellings)
-    doubts = list(_class_doubts(observed, spellings, asked))
+    usual = _usual_spellings(spellings, observed.counts)
+    notes = []
+    if others := [f"{text!r:.40} as {name!r:.40}" for text, name in usual.items() if text != name]:
+        if asked:
+            usual = {text: text for text in spellings}
+            notes.append(f"classes may be one class in several spellings: {listing(others)}")
+        else:
+            notes.append(f"several spellings are read as one class: {listing(others)}. To keep them apart, {_AS_CLASS}")
+    counts: dict[str, int] = {}
+    for text, name in usual.items():
+        counts[name] = counts.get(name, 0) + observed.counts[text]
+    doubts = list(_class_doubts(observed, sorted(counts), asked))
     if doubts and not asked:
         raise DataError(f"{'. '.join(doubts[0])}, or {_AS_CLASS}")
-    names, ids = _named(spellings)
-    notes = (*(problem for problem, _ in doubts), *_rare_classes(observed, spellings))
-    return LabelEncoding("class", names, ids, notes=notes)
+    names, ids = _named(sorted(counts))
+    notes += [*(problem for problem, _ in doubts), *_rare_classes(observed, counts)]
+    return LabelEncoding("class", names, {text: ids[name] for text, name in usual.items()}, notes=tuple(notes))
+
+
+def _usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[str, str]:
+    """Return the most frequent spelling of each text; spellings differ in case, white space, hyphens or underscores."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(spelling(text), []).append(text)
+    return {text: max(groups[spelling(text)], key=lambda each: counts[each]) for text in texts}
 
 
 def _refuse_names(names: Sequence[str]) -> None:
@@ -299,11 +318,6 @@ def _class_doubts(observed: LabelObservations, texts: Sequence[str], asked: bool
     if missing := [text for text in texts if text in _MISSING]:
         cure = 'Correct the row, leave such rows out with on_error="skip"'
         yield f"the label may be missing in {shown(missing)}", cure
-    alike: dict[str, list[str]] = {}
-    for text in texts:
-        alike.setdefault(spelling(text), []).append(text)
-    if same := [text for group in alike.values() if len(group) > 1 for text in group]:
-        yield f"classes may be one class in several spellings: {shown(same)}", "Spell a class in one way"
     if asked:
         return
     if compound := _compounds(texts):
@@ -326,12 +340,12 @@ def _compounds(texts: Sequence[str]) -> list[str]:
     return [text for text, found in parts.items() if len(found) > 1 and any(texts_with[part] > 1 for part in found)]
 
 
-def _rare_classes(observed: LabelObservations, texts: Sequence[str]) -> Iterator[str]:
+def _rare_classes(observed: LabelObservations, counts: Mapping[str, int]) -> Iterator[str]:
     """Notes on classes with one row, where another class has ten or more, and on a single class."""
-    if len(texts) == 1:
-        yield f"the label is {texts[0]!r:.40} in every row"
-    rare = [f"{text!r:.40} ({observed.places[text]})" for text in texts if observed.counts[text] == 1]
-    if rare and max(observed.counts[text] for text in texts) >= 10:
+    if len(counts) == 1:
+        yield f"the label is {next(iter(counts))!r:.40} in every row"
+    rare = [f"{text!r:.40} ({observed.places[text]})" for text in sorted(counts) if counts[text] == 1]
+    if rare and max(counts.values()) >= 10:
         yield f"{len(rare)} class(es) have a single row, which may be a slip: {listing(rare)}"
 
 

@@ -66,14 +66,16 @@ def load_sequences(
     homology partitions, or at random with a warning, in this order. The rows of each split are shuffled.
 
     Args:
-        path: a CSV, TSV, Parquet, JSON lines or FASTA file, plain, gzip or xz; or one file per split, by the names
-            ``train``, ``validation`` and ``test``. A FASTA file may have a line of labels below each sequence.
+        path: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file, text plain, gzip or xz; or one file per split, by
+            the names ``train``, ``validation`` and ``test``. A FASTA file may have a line of labels below each
+            sequence.
         sequence: the column of the sequences. Any column that is not named is found by a usual name
             (`esm_efficient.data.schema.USUAL_NAMES`); False says that there is no such column.
         label: the column of the labels; or several columns of 0, 1 and empty cells (unknown), by their names or as a
             mapping of new names to columns. Without labels, the sequences have no label.
         label_kind: what a single label column holds, where its cells do not tell: ``"class"``, ``"residues"`` (one
-            letter or item per residue), ``"several"`` (the labels of the sequence, such as ``Cytoplasm|Nucleus``) or
+            letter or item per residue), ``"positions"`` (of sites, such as ``12,40,77``, from 1 on: residues there are
+            labelled 1 and all others 0), ``"several"`` (the labels of the sequence, such as ``Cytoplasm|Nucleus``) or
             ``"number"``.
         unlabelled: the letter or item of residues without a label, such as ``"-"``; an empty text if each is a class.
         accession: the column of the accessions; without one, the place of a row in its file is its accession.

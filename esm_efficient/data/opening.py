@@ -33,7 +33,7 @@ _READ_ERRORS = (OSError, EOFError, UnicodeError, lzma.LZMAError, zlib.error, Mem
 _GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
 _FOREIGN = {
     b"PK\x03\x04": "an Excel workbook or another zip file. Save the sheet as CSV (UTF-8), or unpack the file",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook. Save the sheet as CSV (UTF-8)",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook, or one with a password. Save the sheet as CSV (UTF-8)",
     b"BZh": "packed with bzip2. Unpack it, or pack it with gzip or xz",
     b"(\xb5/\xfd": "packed with Zstandard. Unpack it, or pack it with gzip or xz",
     b"7z\xbc\xaf": "a 7z archive. Unpack it",
@@ -59,7 +59,7 @@ def first_bytes(path: str | Path) -> bytes:
         start = handle.read(6)
     for magic, what in _FOREIGN.items():
         if start.startswith(magic):
-            raise DataError(f"{path} is {what}. A CSV, TSV, Parquet, JSON lines or FASTA file can be read")
+            raise DataError(f"{path} is {what}. A CSV, TSV, XLSX, Parquet, JSON lines or FASTA file can be read")
     return start
 
 

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, Parquet, JSON lines and FASTA: from a file, or from a text such as the body of a request.
+"""Rows of CSV, TSV, Excel, Parquet, JSON lines and FASTA: from a file, or from a text such as the body of a request.
 
 A file is read in blocks of rows, so it may be larger than memory. Cells stay text, nothing is guessed, and an error
 names the line or the record that cannot be parsed.
@@ -16,6 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from esm_efficient.data.fasta import LeaveOut, accession_of, read_fasta, read_fasta_table
 from esm_efficient.data.opening import FREE_BYTES, MAX_RATIO, MAX_ROW_CHARACTERS, first_bytes, open_text
+from esm_efficient.data.workbooks import is_workbook, read_workbook
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 __all__ = ["Block", "accession_of", "kind_of", "open_text", "read_blocks", "read_fasta", "read_rows", "read_table"]
@@ -44,7 +45,10 @@ class Block(NamedTuple):
 def read_blocks(
     path: str | Path, *, rows: int = BLOCK_ROWS, header: str | None = None, leave_out: LeaveOut | None = None
 ) -> Iterator[Block]:
-    """Read a CSV, TSV, Parquet, JSON lines or FASTA file, plain, gzip or xz, a block of rows at a time.
+    """Read a CSV, TSV, Excel, Parquet, JSON lines or FASTA file, a block of rows at a time.
+
+    Text files may be packed with gzip or xz. Of a workbook the only sheet with cells is read
+    (`esm_efficient.data.workbooks.read_workbook`).
 
     A FASTA file has the columns ``accession``, ``header`` and ``sequence``; ``labels`` if a line of labels is below
     each sequence; and those of `esm_efficient.data.fasta.HEADER_KEYS` that its first header has as ``KEY=value``. The
@@ -58,13 +62,18 @@ def read_blocks(
 
     Raises:
         DataError: the file cannot be read, a row has too few or too many cells, or a header does not match.
-        ConfigurationError: `header` is not a regular expression with named groups, or the file is not FASTA.
+        ConfigurationError: `header` is not a regular expression with named groups, or the file is not FASTA; or a
+            workbook is given and openpyxl is not installed.
     """
     kind = kind_of(path)
     if header is not None and kind != "fasta":
         raise ConfigurationError(f"{path} is not a FASTA file: header= is for FASTA headers only")
     if kind == "parquet":
         yield from _parquet_blocks(path, rows)
+        return
+    if kind == "workbook":
+        names, cells = read_workbook(path, leave_out=leave_out)
+        yield from _blocks_of(names, cells, rows, _text_size)
         return
     pattern = None if header is None else _header_pattern(header)
     parsed: Iterator[tuple[str, Sequence[Any]]]
@@ -75,9 +84,7 @@ def read_blocks(
             names, parsed = _read_json_lines(handle, path, leave_out)
         else:
             names, parsed = read_fasta_table(handle, path, keys=pattern is None, leave_out=leave_out)
-        for chunk in _chunks(parsed, rows, _json_size if kind == "json" else _text_size):
-            cells = zip(*(cells for _, cells in chunk), strict=True)
-            block = Block(dict(zip(names, map(list, cells), strict=True)), [place for place, _ in chunk])
+        for block in _blocks_of(names, parsed, rows, _json_size if kind == "json" else _text_size):
             if pattern is not None:
                 block = _with_header_groups(block, pattern, path, leave_out)
             if block.places:
@@ -105,19 +112,22 @@ def _json_size(cells: Sequence[Any]) -> int:
     return sum(len(cell) for cell in cells if isinstance(cell, str | list | dict))
 
 
-def _chunks(
-    parsed: Iterable[tuple[str, Sequence[Any]]], rows: int, size: Callable[[Sequence[Any]], int]
-) -> Iterator[list[tuple[str, Sequence[Any]]]]:
+def _blocks_of(
+    names: Sequence[str],
+    parsed: Iterable[tuple[str, Sequence[Any]]],
+    rows: int,
+    size: Callable[[Sequence[Any]], int],
+) -> Iterator[Block]:
     """Divide rows into blocks of at most `rows` rows that end at `BLOCK_CHARACTERS`."""
     chunk, characters = [], 0
-    for row in parsed:
-        chunk.append(row)
-        characters += size(row[1])
-        if len(chunk) == rows or characters > BLOCK_CHARACTERS:
-            yield chunk
+    for row in itertools.chain(parsed, [None]):
+        if row is not None:
+            chunk.append(row)
+            characters += size(row[1])
+        if chunk and (row is None or len(chunk) == rows or characters > BLOCK_CHARACTERS):
+            columns = zip(*(cells for _, cells in chunk), strict=True)
+            yield Block(dict(zip(names, map(list, columns), strict=True)), [place for place, _ in chunk])
             chunk, characters = [], 0
-    if chunk:
-        yield chunk
 
 
 def read_table(
@@ -245,12 +255,14 @@ def _read_json_lines(
     return names, rows()
 
 
-def kind_of(path: str | Path) -> Literal["parquet", "fasta", "json", "table"]:
+def kind_of(path: str | Path) -> Literal["parquet", "workbook", "fasta", "json", "table"]:
     """Return the format of a file, from its first bytes or its first line.
 
     Raises:
         DataError: the file is missing or empty, or cannot be read.
     """
+    if is_workbook(path):
+        return "workbook"
     if first_bytes(path).startswith(b"PAR1"):
         return "parquet"
     empty = True

@@ -81,11 +81,12 @@ class CellError(DataError):
         problem: what is wrong.
         rows: the rows of the wrong cells, counted from 0.
         shown: the place of each of these rows, with the cell.
+        advice: what to do about it.
     """
 
     def __init__(self, problem: str, rows: list[int], shown: list[str], advice: str = "") -> None:
         super().__init__(f"{problem} in {len(shown)} row(s): {listing(shown)}{advice and f'. {advice}'}")
-        self.problem, self.rows, self.shown = problem, rows, shown
+        self.problem, self.rows, self.shown, self.advice = problem, rows, shown, advice
 
 
 def refuse_cells(

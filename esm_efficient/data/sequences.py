@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
+
+from esm_efficient.errors import DataError
 
 Keep = Literal["start", "end", "both"]
 
@@ -31,8 +36,18 @@ SPECIAL_PATTERN = re.compile("|".join(SPECIAL_TOKENS), re.IGNORECASE | re.ASCII)
 NUCLEOTIDES = "ACGTUN"
 """The letters of DNA and RNA, and N for any of them; each is also the letter of an amino acid."""
 
-NUCLEOTIDE_RESIDUES = 10
-"""The fewest residues that tell a gene from a peptide."""
+_NUCLEOTIDE_RESIDUES = 10
+"""The fewest residues of a sequence that may be nucleotides."""
+
+_NUCLEOTIDE_KINDS = 3
+"""The fewest different nucleotides of such a sequence, since proteins have repeats such as GAGAGAGAGA."""
+
+_CERTAIN_RESIDUES = 20
+"""Residues, of all such sequences together, that peptides hardly ever have by chance."""
+
+_NUCLEOTIDE_TEXT = NUCLEOTIDES + NUCLEOTIDES.lower() + GAPS + STOP + string.whitespace
+
+_EXAMPLES = 5
 
 _FOLD = str.maketrans({letter: letter.upper() for letter in "abcdefghijklmnopqrstuvwxyz"} | dict.fromkeys(GAPS))
 
@@ -63,10 +78,60 @@ def count_residues(sequence: str) -> int:
 
 
 def is_nucleotides(sequence: str) -> bool:
-    """Return whether a clean sequence of at least 10 residues consists of the letters of DNA and RNA.
+    """Return whether a sequence of at least 10 residues consists of the letters of DNA and RNA, three or more of them.
 
     Example:
-        >>> is_nucleotides("ACGTACGTACGT"), is_nucleotides("MKTVAYIAKQ")
-        (True, False)
+        >>> is_nucleotides("ACGTACGTACGT"), is_nucleotides("MKTVAYIAKQ"), is_nucleotides("GAGAGAGAGA")
+        (True, False, False)
     """
-    return len(sequence) >= NUCLEOTIDE_RESIDUES and not sequence.strip(NUCLEOTIDES)
+    if sequence.strip(_NUCLEOTIDE_TEXT):
+        return False
+    letters = clean(sequence)
+    return len(letters) >= _NUCLEOTIDE_RESIDUES and len(set(letters) - {"N"}) >= _NUCLEOTIDE_KINDS
+
+
+@dataclass
+class NucleotideCount:
+    """How many of some sequences consist of the letters of DNA and RNA.
+
+    Attributes:
+        sequences: sequences of any kind.
+        found: those that consist of the letters of DNA and RNA.
+        residues: of the latter.
+        examples: names of the first of the latter.
+    """
+
+    sequences: int = 0
+    found: int = 0
+    residues: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, sequences: Sequence[str], names: Sequence[str]) -> None:
+        """Count sequences; `names` says what each is called in a message."""
+        self.sequences += len(sequences)
+        for sequence, name in zip(sequences, names, strict=True):
+            if is_nucleotides(sequence):
+                self.found += 1
+                self.residues += count_residues(sequence)
+                self.examples = [*self.examples, str(name)][:_EXAMPLES]
+
+    def warning(self, source: str) -> str:
+        """Return what to warn of; empty if there is nothing.
+
+        Args:
+            source: where the sequences are from.
+
+        Raises:
+            DataError: most of the sequences are nucleotides.
+        """
+        if not self.found:
+            return ""
+        shown = f": {', '.join(self.examples)}" if self.examples else ""
+        if self.found > len(self.examples) > 0:
+            shown += f" and {self.found - len(self.examples)} more"
+        if 2 * self.found > self.sequences and self.residues >= _CERTAIN_RESIDUES:
+            raise DataError(
+                f"{source}: {self.found} of {self.sequences} sequences consist of the letters A, C, G, T, U and N"
+                f"{shown}. Expected proteins, got nucleotides: translate them first"
+            )
+        return f"{self.found} sequence(s) may be nucleotides, not proteins{shown}"

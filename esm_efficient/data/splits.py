@@ -186,6 +186,12 @@ def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
 
     Raises:
         ConfigurationError: `size` is below 1.
+
+    Example:
+        >>> from datasets import ClassLabel, Dataset
+        >>> rows = Dataset.from_dict({"label": [0] * 60 + [1] * 20}).cast_column("label", ClassLabel(num_classes=2))
+        >>> sorted(stratified_sample(rows, 8)["label"])
+        [0, 0, 0, 0, 0, 0, 1, 1]
     """
     if size < 1:
         raise ConfigurationError(f"size={size}: a sample has at least one row")

@@ -11,7 +11,7 @@ import numpy as np
 
 from esm_efficient.data.encoding import ResidueEncoder, residue_positions, truncation_mask
 from esm_efficient.data.schema import WEIGHT_COLUMN
-from esm_efficient.data.sequences import Keep, count_residues
+from esm_efficient.data.sequences import Keep, NucleotideCount, count_residues, is_nucleotides
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LENGTH_COLUMN = "tokens"
 """The column of the number of tokens of a sequence, special tokens included."""
 
-_COUNT_COLUMNS = ("_cut", "_unknown", "_ambiguous", "_dropped")
+_COUNT_COLUMNS = ("_cut", "_unknown", "_ambiguous", "_dropped", "_nucleotides")
 _COUNT_BATCH_ROWS = 100_000
 
 
@@ -40,6 +40,7 @@ class SplitCounts:
     unknown_residues: int
     ambiguous_residues: int
     characters_dropped: int
+    nucleotides: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class TokenizationReport:
     Attributes:
         splits: counts by the name of the split. ``residues`` were kept, ``residues_cut`` were truncated;
             ``unknown_residues`` were kept as ``<unk>``, ``ambiguous_residues`` were kept as X, B or Z;
-            ``characters_dropped`` were white space, gaps and final stops.
+            ``characters_dropped`` were white space, gaps and final stops; ``nucleotides`` are sequences that consist of
+            the letters of DNA and RNA.
     """
 
     splits: Mapping[str, SplitCounts]
@@ -66,6 +68,7 @@ class TokenizationReport:
             f"cut from {counts.sequences_cut:,} sequences; {counts.unknown_residues:,} unknown and "
             f"{counts.ambiguous_residues:,} ambiguous residues; {counts.characters_dropped:,} characters "
             "dropped (white space, gaps, final stops)"
+            + (f"; {counts.nucleotides:,} sequences may be nucleotides, not proteins" if counts.nucleotides else "")
             for name, counts in self.splits.items()
         )
 
@@ -87,13 +90,13 @@ def tokenize_dataset(
         keep: the part of a longer sequence to keep: its ``"start"``, its ``"end"``, or ``"both"`` ends.
 
     Returns:
-        The tokenised splits, with ``tokens`` (their number) for sampling by length; and the counts of what was cut,
-        dropped and unknown, which are also logged.
+        The tokenised splits, with a column ``tokens`` (their number) for sampling by length.
+        The counts of residues that were cut off, dropped or unknown, which are also logged.
 
     Raises:
         ConfigurationError: `max_tokens` leaves no room for a residue, or the tokenizer is not that of an ESM model.
         DataError: a split is streamed, empty or without ``sequence``; a sequence is empty or missing; a label is
-            invalid; or the splits have different labels.
+            invalid; most sequences are nucleotides; or the splits have different labels.
 
     Example:
         >>> from datasets import Dataset, DatasetDict
@@ -117,7 +120,7 @@ def tokenize_dataset(
             f"the splits have different labels: {'; '.join(f'{n} {t.describe()}' for n, t in tasks.items())}. A "
             "model knows labels by their position: give every split the same labels in the same order"
         )
-    splits, counts = {}, {}
+    splits, counts, nucleotides = {}, {}, NucleotideCount()
     for name, split in dataset.items():
         column, task = label_columns[name], tasks.get(name)
         encoded = split.with_format("arrow").map(
@@ -136,13 +139,29 @@ def tokenize_dataset(
             remove_columns=split.column_names,
             desc=name,
         )
-        counts[name] = _sum_counts(encoded)
+        counts[name] = _sum_counts(encoded, nucleotides)
         splits[name] = encoded.remove_columns(list(_COUNT_COLUMNS)).with_format(None)
+    if problem := nucleotides.warning("the data set"):
+        logger.warning(problem)
     report = TokenizationReport(counts)
-    total = report.total
-    level = logging.WARNING if total.unknown_residues or total.residues_cut else logging.INFO
-    logger.log(level, "tokenised\n%s", report)
+    logger.info("tokenised\n%s", report)
+    if doubts := _doubts(report.total, max_tokens, keep):
+        logger.warning("; ".join(doubts))
     return DatasetDict(splits), report
+
+
+def _doubts(total: SplitCounts, max_tokens: int, keep: Keep) -> list[str]:
+    """Return what a user should know of the sequences that were read with a loss."""
+    doubts = []
+    if total.residues_cut:
+        kept = "start and end were" if keep == "both" else f"{keep} was"
+        doubts.append(
+            f"{total.sequences_cut:,} of {total.sequences:,} sequences have more than {max_tokens - SPECIAL_TOKENS:,} "
+            f"residues: their {kept} kept, and {total.residues_cut:,} residues were cut"
+        )
+    if total.unknown_residues:
+        doubts.append(f"{total.unknown_residues:,} letters are no amino acid: the model reads them as <unk>")
+    return doubts
 
 
 def _check_split(name: str, split: Any) -> str | None:
@@ -159,15 +178,18 @@ def _check_split(name: str, split: Any) -> str | None:
     return next((column for column in ("label", "labels") if column in split.features), None)
 
 
-def _sum_counts(encoded: Dataset) -> SplitCounts:
-    """Sum the counts of a split, some rows at a time."""
+def _sum_counts(encoded: Dataset, nucleotides: NucleotideCount) -> SplitCounts:
+    """Sum the counts of a split, some rows at a time; also in `nucleotides`, over all splits."""
     totals = np.zeros(len(SplitCounts.__dataclass_fields__), dtype=np.int64)
     batches = encoded.select_columns([LENGTH_COLUMN, *_COUNT_COLUMNS]).with_format("numpy").iter(_COUNT_BATCH_ROWS)
     for batch in batches:
-        tokens, cut, unknown, ambiguous, dropped = (batch[name] for name in (LENGTH_COLUMN, *_COUNT_COLUMNS))
+        tokens, cut, unknown, ambiguous, dropped, genes = (batch[name] for name in (LENGTH_COLUMN, *_COUNT_COLUMNS))
         residues = tokens.sum() - SPECIAL_TOKENS * len(tokens)
-        sums = (len(tokens), residues, np.count_nonzero(cut), cut.sum(), unknown.sum(), ambiguous.sum(), dropped.sum())
-        totals += np.array(sums)
+        nucleotides.sequences += len(tokens)
+        nucleotides.found += int(np.count_nonzero(genes))
+        nucleotides.residues += int(genes.sum())
+        sums = [counted.sum() for counted in (cut, unknown, ambiguous, dropped)]
+        totals += np.array([len(tokens), residues, np.count_nonzero(cut), *sums, np.count_nonzero(genes)])
     return SplitCounts(*totals.tolist())
 
 
@@ -222,7 +244,8 @@ def _encode_table(
     marks = (ids == encoder.unknown, np.isin(ids, encoder.ambiguous))
     unknown, ambiguous = (np.add.reduceat(mark, offsets[:-1], dtype=np.int64) for mark in marks)
     dropped = np.fromiter(map(count_residues, sequences), dtype=np.int64, count=len(sequences)) - residues
-    counts = (lengths, residues + SPECIAL_TOKENS - lengths, unknown, ambiguous, dropped)
+    genes = np.where([is_nucleotides(sequence) for sequence in sequences], residues, 0)
+    counts = (lengths, residues + SPECIAL_TOKENS - lengths, unknown, ambiguous, dropped, genes)
     return pa.table(columns | dict(zip((LENGTH_COLUMN, *_COUNT_COLUMNS), counts, strict=True)))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from esm_efficient.demo.table import write_demo_table
+from esm_efficient.published import hub_name
 
 __all__ = ["demo_model_path", "write_demo_table"]
 
@@ -19,4 +18,4 @@ def demo_model_path() -> str:
         >>> AutoConfig.from_pretrained(demo_model_path()).model_type
         'esm'
     """
-    return str(Path(__file__).parent / "model")
+    return hub_name("demo")

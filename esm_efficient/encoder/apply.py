@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 from torch import nn
@@ -24,7 +25,9 @@ from esm_efficient.encoder.forward import (
 from esm_efficient.encoder.layer import RECOMPUTES, Recompute
 from esm_efficient.encoder.structure import esm_layers
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.tasks import base_model_of
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -39,10 +42,11 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
 
     Parameters, state dict and `save_pretrained` do not change, and neither do peft's adapters: they can be added,
     merged and removed before and after. Gradient checkpointing, however it is enabled, becomes ``recompute="layer"``.
-    Adapters other than LoRA's original form, and quantised layers, run through their own forward on packed tokens, and
-    the log names them. A call that requests hidden states or attentions, and a model with hooks inside its layers, run
-    as in transformers. So does a model that computes something else than transformers' ESM-2, for example by a subclass
-    of a layer or a registered attention function. Every call checks that, also for changes after this function.
+    Adapters other than LoRA's original form, and layers in 8 bits, run through their own forward on packed tokens, and
+    the log names them. Layers that bitsandbytes holds in 4 bits are restored one at a time. A call that requests hidden
+    states or attentions, and a model with hooks inside its layers, run as in transformers. So does a model that
+    computes something else than transformers' ESM-2, for example by a subclass of a layer or a registered attention
+    function. Every call checks that, also for changes after this function.
 
     Args:
         model: a transformers ESM-2 model with any head, with or without peft adapters. It is changed in place, and may
@@ -73,7 +77,10 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         raise ConfigurationError(f"attention={attention!r}: expected one of {', '.join(BACKENDS)}")
     models = list(esm_models(model))
     if not models:
-        raise ConfigurationError(f"{type(model).__name__} has no EsmModel of transformers: expected an ESM-2 model")
+        raise ConfigurationError(
+            f"{_unsupported(model)}. Without apply_lean_encoder the model runs as it is; a recipe with encoder='lean' "
+            "does this by itself"
+        )
     for esm in models:
         if esm.config.is_decoder or esm.config.add_cross_attention:
             raise ConfigurationError("the lean encoder does not support a decoder or a model with cross-attention")
@@ -86,11 +93,44 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
     return model
 
 
+def apply_lean_encoder_if_supported(model: Model, *, attention: str = "auto") -> Model:
+    """Apply the lean encoder, or leave a model that it does not support as it is and say so in the log.
+
+    Args:
+        model: a model with any encoder. It is changed in place.
+        attention: as `apply_lean_encoder`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigurationError: as `apply_lean_encoder`, for a model with an ``EsmModel``.
+    """
+    if any(True for _ in esm_models(model)):
+        return apply_lean_encoder(model, attention=attention)
+    logger.info("%s. The model runs with its own encoder", _unsupported(model))
+    return model
+
+
+def _unsupported(model: nn.Module) -> str:
+    return (
+        f"{type(base_model_of(model)).__name__} has no EsmModel of transformers: the lean encoder supports ESM-1b, "
+        "ESM-1v and ESM-2 of transformers alone"
+    )
+
+
 def remove_lean_encoder(model: Model) -> Model:
     """Undo `apply_lean_encoder`; a model without the lean encoder stays as it is.
 
     Returns:
         The model, changed in place.
+
+    Example:
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from esm_efficient import apply_lean_encoder, demo_model_path, has_lean_encoder, remove_lean_encoder
+        >>> model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+        >>> has_lean_encoder(remove_lean_encoder(apply_lean_encoder(model)))
+        False
     """
     for module in model.modules():
         for handle in vars(module).pop("_lean_hooks", ()):
@@ -107,7 +147,15 @@ def remove_lean_encoder(model: Model) -> Model:
 
 
 def has_lean_encoder(model: nn.Module) -> bool:
-    """Whether `apply_lean_encoder` is in effect."""
+    """Whether `apply_lean_encoder` is in effect.
+
+    Example:
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from esm_efficient import apply_lean_encoder, demo_model_path, has_lean_encoder
+        >>> model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+        >>> has_lean_encoder(model), has_lean_encoder(apply_lean_encoder(model))
+        (False, True)
+    """
     return any("_lean_state" in esm.__dict__ for esm in esm_models(model))
 
 

@@ -6,9 +6,10 @@ A backend is a name in `BACKENDS`, a condition in `choose_backend`, and a kernel
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -19,22 +20,27 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from esm_efficient import _torch
-from esm_efficient.encoder.functions import MAX_CHUNKS, refuse_double_backward
+from esm_efficient.encoder.flash import flash_attention, hub_attention
+from esm_efficient.encoder.functions import refuse_double_backward
 from esm_efficient.encoder.packing import Packing, Run, runs_of
+from esm_efficient.encoder.plan import MAX_CHUNKS
 from esm_efficient.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "CuSeqlens", float], Tensor]
 
-BACKENDS = ("auto", "flash", "varlen", "flex", "sequences")
+BACKENDS = ("auto", "flash", "varlen", "efficient", "flex", "sequences", "hub")
 """Ways to compute attention.
 
-- ``"flash"``: ``flash_attn_varlen_func`` of the package flash-attn (Dao 2023), on CUDA in half precision.
+- ``"flash"``: ``flash_attn_varlen_func`` of the packages flash-attn (Dao 2023), version 2, 3 or 4, on CUDA in half
+  precision (`esm_efficient.encoder.flash`).
 - ``"varlen"``: torch's own ``torch.nn.attention.varlen``, on CUDA in half precision.
+- ``"efficient"``: torch's memory-efficient kernel, on CUDA in any precision; also on GPUs before Ampere, such as a T4.
 - ``"flex"``: torch's ``flex_attention`` with a block mask per sequence, compiled, on CUDA in any precision.
 - ``"sequences"``: torch's fused attention, called once per distinct length in the batch; on any device.
-- ``"auto"``: the first of these that is available.
+- ``"hub"``: flash attention that the package kernels downloads from the Hub. It is never chosen unasked.
+- ``"auto"``: the first of the others that is available.
 """
 
 
@@ -49,12 +55,15 @@ class CuSeqlens:
     Attributes:
         query_lengths: queries per sequence.
         key_lengths: keys per sequence.
+        cu_seqlens_k: int32 of shape (sequences + 1,): the index of each sequence's first key, and the number of keys.
     """
 
     def __init__(self, packing: Packing, first_only: bool, device: torch.device) -> None:
         self.key_lengths = packing.lengths
         self.query_lengths = tuple(min(n, 1) for n in packing.lengths) if first_only else packing.lengths
         self.device = device
+        # Not the packing itself: it keeps this object, and both would stay until the garbage is collected.
+        self.cu_seqlens_k = packing.cu_seqlens(device)
 
     @classmethod
     def cached(cls, packing: Packing, first_only: bool, device: torch.device) -> CuSeqlens:
@@ -67,12 +76,11 @@ class CuSeqlens:
     @cached_property
     def cu_seqlens_q(self) -> Tensor:
         """int32 of shape (sequences + 1,): the index of each sequence's first query, and the number of queries."""
-        return self._cumulative(self.query_lengths)
-
-    @cached_property
-    def cu_seqlens_k(self) -> Tensor:
-        """int32 of shape (sequences + 1,): the index of each sequence's first key, and the number of keys."""
-        return self._cumulative(self.key_lengths)
+        if self.query_lengths == self.key_lengths:
+            return self.cu_seqlens_k
+        if all(self.key_lengths):
+            return torch.arange(len(self.key_lengths) + 1, dtype=torch.int32, device=self.device)
+        return F.pad(self.cu_seqlens_k.diff().clamp(max=1).cumsum(0, dtype=torch.int32), (1, 0))
 
     @property
     def max_seqlen_q(self) -> int:
@@ -84,21 +92,23 @@ class CuSeqlens:
         """The largest number of keys of a sequence."""
         return max(self.key_lengths)
 
+    @property
+    def boundaries(self) -> tuple[Tensor, Tensor, int, int]:
+        """The four arguments that variable-length kernels take after queries, keys and values."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k
+
     @cached_property
     def block_mask(self) -> Any:
         """Flex attention's mask of blocks, which lets queries see only the keys of their own sequence."""
         sequence_of_query, sequence_of_key = (
-            torch.repeat_interleave(torch.tensor(lengths, device=self.device))
-            for lengths in (self.query_lengths, self.key_lengths)
+            torch.repeat_interleave(bounds.diff(), output_size=sum(lengths))
+            for bounds, lengths in ((self.cu_seqlens_q, self.query_lengths), (self.cu_seqlens_k, self.key_lengths))
         )
 
         def same_sequence(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return sequence_of_query[q] == sequence_of_key[k]
 
         return _torch.create_block_mask(same_sequence, len(sequence_of_query), len(sequence_of_key), self.device)
-
-    def _cumulative(self, lengths: tuple[int, ...]) -> Tensor:
-        return F.pad(torch.tensor(lengths, dtype=torch.int32), (1, 0)).cumsum(0, dtype=torch.int32).to(self.device)
 
 
 class _AttentionOverride(threading.local):
@@ -128,7 +138,7 @@ def use_attention(kernel: Kernel | None) -> Iterator[None]:
 
 
 def attend(
-    states: Tensor,
+    states: Tensor | Sequence[Tensor],
     query: Tensor | None,
     packing: Packing,
     *,
@@ -140,7 +150,7 @@ def attend(
 
     Args:
         states: (tokens, 3, heads, head width): queries, keys and values; or (tokens, 2, heads, head width): keys and
-            values.
+            values. Or a sequence of these, each (tokens, heads, head width).
         query: (sequences, 1, heads, head width): the query of each sequence's first token, if `states` has no queries.
         packing: the packed batch.
         backend: one of `BACKENDS`.
@@ -148,20 +158,23 @@ def attend(
         scale: factor of the scores; by default ``head width ** -0.5``.
 
     Returns:
-        (queries, width): one row per token, or one per first token.
+        One row per token, or one per first token, of shape (queries, width).
     """
-    scale = states.shape[-1] ** -0.5 if scale is None else scale
-    device, override = states.device, attention_override.kernel
-    chosen = "sequences" if dropout else choose_backend(backend, device, states.dtype, states.shape[-1])
-    if chosen == "sequences" and device.type == "cpu" and not dropout and override is None:
+    value = states[:, -1] if isinstance(states, Tensor) else states[-1]
+    scale = value.shape[-1] ** -0.5 if scale is None else scale
+    device, override = value.device, attention_override.kernel
+    chosen = "sequences" if dropout else choose_backend(backend, device, value.dtype, value.shape[-1])
+    on_cpu = chosen == "sequences" and device.type == "cpu" and not dropout and override is None
+    if on_cpu and isinstance(states, Tensor):
         return SequenceAttention.apply(states, query, packing.lengths, scale).flatten(1)
     cu_seqlens = CuSeqlens.cached(packing, query is not None, device)
-    inputs = states[:, 0] if query is None else query[:, 0], states[:, -2], states[:, -1]
+    parts = states.unbind(1) if isinstance(states, Tensor) else states
+    inputs = parts[0] if query is None else query[:, 0], parts[-2], parts[-1]
     if override is not None:
         return override(*inputs, cu_seqlens, scale).flatten(1)
     if chosen == "sequences":
         return attend_by_length(*inputs, cu_seqlens, scale, dropout).flatten(1)
-    return _kernel_of(chosen)(*inputs, cu_seqlens, scale).flatten(1)
+    return _kernel_of(chosen, device, value.shape[-1])(*inputs, cu_seqlens, scale).flatten(1)
 
 
 @lru_cache
@@ -175,19 +188,25 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, width
         raise ConfigurationError(f"attention={backend!r}: expected one of {', '.join(BACKENDS)}")
     cuda = device.type == "cuda"
     # FlashAttention-2 needs half precision, a head width that is a multiple of 8 and at most 256, and an Ampere GPU.
-    half = dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
-    flash = cuda and half and torch.cuda.get_device_capability(device) >= (8, 0)
-    # Flex attention needs a head width that is a power of two and at least 16.
-    flex = cuda and width >= 16 and width & (width - 1) == 0 and _torch.has_flex_attention()
+    half = dtype in (torch.float16, torch.bfloat16)
+    capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
+    ampere = capability >= (8, 0)
+    flash = ampere and half and width % 8 == 0 and width <= 256
+    package = flash_attention(capability, width) if flash and backend in ("auto", "flash") else None
     available = {
-        "flash": flash and importlib.util.find_spec("flash_attn") is not None,
+        "flash": package is not None,
         "varlen": flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "flex": flex and importlib.util.find_spec("triton") is not None,
+        # The kernel reads 16 bytes at once.
+        "efficient": cuda and width % (8 if half else 4) == 0,
+        # On older GPUs inductor does not compile flex attention, and a matrix of all queries and keys would be made.
+        "flex": ampere and _torch.has_flex_attention() and importlib.util.find_spec("triton") is not None,
         "sequences": True,
+        "hub": flash,
     }
     if backend == "auto":
         chosen = next(name for name, can_run in available.items() if can_run)
-        logger.info("padding-free attention on %s in %s: %s", device.type, dtype, chosen)
+        detail = f"{chosen} ({package[0]})" if package is not None else chosen
+        logger.info("padding-free attention on %s in %s: %s", device.type, dtype, detail)
         return chosen
     if backend == "flex" and device.type == "cpu":
         return backend  # uncompiled and slow, but correct: tests run it
@@ -278,31 +297,41 @@ def attend_by_length(
 
 
 @lru_cache
-def _kernel_of(backend: str) -> Kernel:
-    """Return the variable-length kernel of a backend."""
-    if backend == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        def flash(query: Tensor, key: Tensor, value: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
-            sequences = cu.cu_seqlens_q, cu.cu_seqlens_k, cu.max_seqlen_q, cu.max_seqlen_k
-            return flash_attn_varlen_func(query, key, value, *sequences, softmax_scale=scale)
-
-        return flash
+def _kernel_of(backend: str, device: torch.device, width: int) -> Kernel:
+    """Return the variable-length kernel of a backend for heads of a given width."""
+    if backend in ("flash", "hub"):
+        capability = torch.cuda.get_device_capability(device)
+        found = flash_attention(capability, width) if backend == "flash" else ("", hub_attention(capability[0]))
+        assert found is not None, "the backend was not chosen for this device"
+        compute = found[1]
+        return lambda query, key, value, cu, scale: compute(query, key, value, cu.boundaries, scale)
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
+        takes_scale = "scale" in inspect.signature(varlen_attn).parameters  # that of torch 2.10 does not
+
         def varlen(query: Tensor, key: Tensor, value: Tensor, cu: CuSeqlens, scale: float) -> Tensor:
-            sequences = cu.cu_seqlens_q, cu.cu_seqlens_k, cu.max_seqlen_q, cu.max_seqlen_k
-            return cast(Tensor, varlen_attn(query, key, value, *sequences, scale=scale))
+            usual = query.shape[-1] ** -0.5
+            if not takes_scale and scale != usual:
+                query = query * (scale / usual)
+            options: Any = {"scale": scale} if takes_scale else {}
+            return cast(Tensor, varlen_attn(query, key, value, *cu.boundaries, **options))
 
         return varlen
-    return _flex
+    return _efficient if backend == "efficient" else _flex
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: CuSeqlens, scale: float) -> Tensor:
+    return _torch.varlen_efficient_attention(query, key, value, *cu_seqlens.boundaries, scale=scale)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: CuSeqlens, scale: float) -> Tensor:
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    width = query.shape[-1]
+    # Flex attention needs a head width that is a power of two; columns of zeros change nothing.
+    padding = max(16, 1 << (width - 1).bit_length()) - width
+    q, k, v = (F.pad(tensor, (0, padding)).transpose(0, 1)[None] for tensor in (query, key, value))
     attention = _flex_attention(query.device.type == "cuda")
-    return attention(q, k, v, block_mask=cu_seqlens.block_mask, scale=scale)[0].transpose(0, 1)
+    return attention(q, k, v, block_mask=cu_seqlens.block_mask, scale=scale)[0].transpose(0, 1)[..., :width]
 
 
 @lru_cache

@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from esm_efficient import _torch, compat
 from esm_efficient.encoder.layer import Recompute, run_layer
 from esm_efficient.encoder.origins import is_known_embedding, reads_first_token, undecorated
-from esm_efficient.encoder.packing import Packing, make_packing
-from esm_efficient.encoder.reading import trainable_tensors
+from esm_efficient.encoder.packing import Packing, attached_packing, make_packing
+from esm_efficient.encoder.reading import CONVERSION_ADVICE, frozen_conversion, trainable_tensors
 from esm_efficient.encoder.structure import (
     Structure,
     check_structure,
@@ -173,6 +174,19 @@ def after_classifier(model: Any, inputs: Any, output: Any) -> None:
     _thread.first_only_esm = None
 
 
+@contextmanager
+def first_tokens_alone(esm: Any) -> Iterator[None]:
+    """Let the next forward pass of an ``EsmModel`` compute the last layer for the first token of each sequence alone.
+
+    All other tokens of its result are zero if it has the lean encoder.
+    """
+    _thread.first_only_esm = esm
+    try:
+        yield
+    finally:
+        _thread.first_only_esm = None
+
+
 @_torch.uncompiled
 def model_forward(
     esm: Any,
@@ -234,6 +248,9 @@ def encoder_forward(encoder: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
     packing = call.packing.with_rotation(table, exact)
     states = packing.pack(hidden_states)
     del hidden_states
+    dtype = frozen_conversion(call.layers[0]) if call.esm.training and call.layers else None
+    if dtype is not None:
+        call.esm._lean_state.log_once(CONVERSION_ADVICE, dtype, dtype)
     last = len(encoder.layer) - 1
     compat.bypass_checkpointing(call.layers)
     for number, layer in enumerate(encoder.layer):
@@ -290,7 +307,7 @@ def _lean_call(esm: Any, layers: list[Any], arguments: dict[str, Any], first_onl
     for layer in layers:
         bind(layer, layer_forward)
     state = esm._lean_state
-    reason, level = _reason_in_arguments(esm, arguments, first_only), logging.INFO
+    reason, level = _reason_in_arguments(esm, arguments), logging.INFO
     if not reason:
         tree, changed = _torch.tree_of(esm.encoder)
         reason = _reason_in_hooks(esm.encoder, changed)
@@ -299,16 +316,21 @@ def _lean_call(esm: Any, layers: list[Any], arguments: dict[str, Any], first_onl
         reason, level = state.structure.reason, logging.WARNING
     if not reason:
         tokens = arguments["input_ids"] if arguments["inputs_embeds"] is None else arguments["inputs_embeds"]
-        packing = make_packing(arguments["attention_mask"], tuple(tokens.shape[:2]))
-        if any(packing.lengths):
+        mask, shape = arguments["attention_mask"], tuple(tokens.shape[:2])
+        packing = attached_packing(mask, shape) or make_packing(mask, shape)
+        if (first_only or esm.pooler is not None) and not packing.begins:
+            reason = "a sequence does not begin at the first column"
+        elif not any(packing.lengths):
+            reason = "the batch has no tokens"
+        else:
             detach = arguments["inputs_embeds"] is None and not _embeddings_need_gradient(esm.embeddings)
             return _LeanCall(esm, layers, packing, arguments["position_ids"], detach, first_only)
-        reason, level = "the batch has no tokens", logging.INFO
+        level = logging.INFO
     state.log_once("the lean encoder is not used in this call: %s", reason, level=level)
     return None
 
 
-def _reason_in_arguments(esm: Any, arguments: dict[str, Any], first_only: bool) -> str:
+def _reason_in_arguments(esm: Any, arguments: dict[str, Any]) -> str:
     for name in ("output_hidden_states", "output_attentions"):
         wanted = arguments.get(name)
         if getattr(esm.config, name, False) if wanted is None else wanted is not False:
@@ -326,8 +348,6 @@ def _reason_in_arguments(esm: Any, arguments: dict[str, Any], first_only: bool) 
         return ""
     if mask.shape not in (shape, (1, shape[1])):
         return f"the attention mask has the shape {tuple(mask.shape)} instead of {shape}"
-    if (first_only or esm.pooler is not None) and shape[1] and not bool(mask[:, 0].all()):
-        return "a sequence does not begin at the first column"
     return ""
 
 

@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from esm_efficient.encoder.linear import Group, PreparedWeights, accumulate
+from esm_efficient.encoder.linear import Group, PreparedWeights, accumulate, prepare_all
+from esm_efficient.encoder.low_rank import convert
+from esm_efficient.encoder.plan import autocast_as, plan_for
 from esm_efficient.errors import ConfigurationError
 
-MIN_CHUNK_TOKENS = 512
-"""The MLP runs in chunks of the batch, each of at least this many tokens (the last may have fewer)."""
-MAX_CHUNKS = 8
-"""The largest number of chunks."""
 _NORM_ARGUMENTS = 3
 """`NormLinears.forward` and `NormMLP.forward` begin with the states, and the layer norm's weight and bias."""
 
@@ -39,8 +37,8 @@ class Norm(NamedTuple):
         return cls(module.weight, module.bias, module.eps)
 
 
-def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None = None) -> Tensor:
-    """Compute a layer norm, several linear layers in one matrix product, and rotary positions.
+def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+    """Compute a layer norm, several linear layers, and rotary positions.
 
     Args:
         x: shape (tokens, width).
@@ -49,7 +47,7 @@ def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None
         rotation: complex of shape (tokens, 1, head width / 2).
 
     Returns:
-        Shape (tokens, layers, heads, head width).
+        Shape (tokens, layers, heads, head width); of layers that are apart, each (tokens, heads, head width).
     """
     return NormLinears.apply(x, norm.weight, norm.bias, norm.eps, rotation, True, group, *group.tensors)
 
@@ -94,30 +92,43 @@ class NormLinears(Function):
         owns_gradient: bool,
         group: Group,
         *tensors: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Return the outputs; with `owns_gradient` the backward pass may overwrite their gradient."""
         ctx.save_for_backward(x, weight, bias, rotation, *tensors)
         ctx.eps, ctx.owns_gradient, ctx.group = eps, owns_gradient, group
         with _without_autocast(x):
             states = group.forward(_norm(x, weight, bias, eps)[0])
+            group.end_forward()
+            if group.apart:
+                states = states.unflatten(-1, (group.heads, -1))
+                _rotate_halves(states[: group.rotated], rotation)
+                return states.unbind()
             states = states.view(x.shape[0], len(group.linears), group.heads, -1)
             return _rotate(states, rotation, group.rotated)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Recompute the layer norm and return the gradients."""
         refuse_double_backward()
         x, weight, bias, rotation, *tensors = ctx.saved_tensors
         group = ctx.group.with_tensors(tensors)
         needs_norm, needs_tensors = _split_needs(ctx, tensors)
-        if rotation is not None and not (ctx.owns_gradient and gradient.is_contiguous()):
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        gradient = _rotate(gradient, None if rotation is None else rotation.conj(), group.rotated)
+        turned = list(gradients)
+        if rotation is not None:
+            back = rotation.conj().resolve_conj()  # once, because each product would do it
+            for layer, gradient in enumerate(turned[: group.rotated] if group.apart else turned):
+                if not (ctx.owns_gradient and gradient.is_contiguous()):
+                    turned[layer] = gradient.clone(memory_format=torch.contiguous_format)
+                if group.apart:
+                    _rotate_halves(turned[layer], back)
+                else:
+                    _rotate(turned[layer], back, group.rotated)
         normed, mean, deviation = _norm(x, weight, bias, ctx.eps)
         grads: list[Tensor | None] = [None] * len(tensors)
         to_norm = any(needs_norm)
-        d_normed = group.backward(gradient.reshape(x.shape[0], -1), normed, needs_tensors, grads, to_inputs=to_norm)
-        del normed
+        flat = [gradient.reshape(x.shape[0], -1) for gradient in turned]
+        d_normed = group.backward(flat, normed, needs_tensors, grads, to_inputs=to_norm)
+        del normed, turned, flat
         norm_grads: tuple[Tensor | None, ...] = (None,) * _NORM_ARGUMENTS
         if d_normed is not None:
             norm_grads = _norm_backward(d_normed, x, mean, deviation, weight, bias, needs_norm)
@@ -135,7 +146,9 @@ class LinearResidual(Function):
         ctx.group = group
         ctx.dtypes = inputs.dtype, residual.dtype
         with _without_autocast(inputs):
-            return _add(group.forward(inputs), residual)
+            result = _add(group.forward(inputs), residual)
+            group.end_forward()
+            return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -146,7 +159,7 @@ class LinearResidual(Function):
         _, needs_tensors = _split_needs(ctx, tensors)
         grads: list[Tensor | None] = [None] * len(tensors)
         group = ctx.group.with_tensors(tensors)
-        d_inputs = group.backward(gradient, inputs, needs_tensors, grads, to_inputs=needs_inputs)
+        d_inputs = group.backward([gradient], inputs, needs_tensors, grads, to_inputs=needs_inputs)
         d_inputs = None if d_inputs is None else d_inputs.to(ctx.dtypes[0])
         d_residual = gradient.to(ctx.dtypes[1]) if needs_residual else None
         return _all_gradients(ctx, (d_inputs, d_residual), grads, tensors)
@@ -170,20 +183,23 @@ class NormMLP(Function):
     ) -> Tensor:
         """Return the sum; `mode` says whether the pre-activation is kept, recomputed or unneeded."""
         ctx.eps, ctx.up, ctx.down = eps, up, down
+        token_bytes = up.linears[0].shape[0] * up.dtype.itemsize
+        ctx.chunks = plan_for(x.device.type).chunks(x.shape[0], token_bytes)
         kept: list[Tensor] = []
         result = x.new_empty(()).expand_as(x) if without_output else torch.empty_like(x, dtype=_sum_dtype(x, down))
         with _without_autocast(x):
             computes = not without_output or mode == "kept"
-            weights_up, weights_down = (group.prepare(x.shape[0]) if computes else None for group in (up, down))
-            for rows in _chunks(x) if computes else ():
-                chunk_up, chunk_down = up.for_chunk(rows.start), down.for_chunk(rows.start)
-                inner = chunk_up.forward(_norm(x[rows], weight, bias, eps)[0], weights=weights_up)
+            weights_up, weights_down = prepare_all([up, down], x.shape[0]) if computes else (None, None)
+            for rows in ctx.chunks if computes else ():
+                inner = up.forward(_norm(x[rows], weight, bias, eps)[0], weights=weights_up, start=rows.start)
                 if mode == "kept":
                     kept.append(inner)
                 if not without_output:
                     inner = F.gelu(inner) if mode == "kept" else torch.ops.aten.gelu_(inner)
-                    _add_into(result[rows], chunk_down, weights_down, inner.to(down.dtype), x[rows])
+                    _add_into(result, rows, down, weights_down, inner.to(down.dtype), x)
                 del inner
+        up.end_forward()
+        down.end_forward()
         ctx.kept = len(kept)
         ctx.save_for_backward(x, weight, bias, *tensors, *kept)
         return result
@@ -204,24 +220,29 @@ class NormMLP(Function):
         to_norm = any(needs_norm)
         to_up = to_norm or any(needs_up)
         dx = torch.empty_like(x) if needs_norm[0] else None
-        weights_up = up.prepare(x.shape[0]) if to_norm or not kept else None
-        weights_down = down.prepare(x.shape[0]) if to_up else None
-        for number, rows in enumerate(_chunks(x)):
+        weights_up = weights_down = None
+        if to_norm or to_up or not kept:
+            weights_up, weights_down = prepare_all([up, down], x.shape[0])
+        for number, rows in enumerate(ctx.chunks):
             normed = mean = deviation = None
             if to_norm or any(needs_up) or not kept:
                 normed, mean, deviation = _norm(x[rows], weight, bias, ctx.eps)
-            chunk_up, chunk_down = up.for_chunk(rows.start), down.for_chunk(rows.start)
-            inner = kept[number] if kept else chunk_up.forward(normed, weights=weights_up)
-            outer = gradient[rows].to(down.dtype)
+            first = rows.start
+            inner = kept[number] if kept else up.forward(normed, weights=weights_up, start=first)
+            outer = [gradient[rows].to(down.dtype)]
             active = F.gelu(inner) if any(needs_down) else None
-            d_inner = chunk_down.backward(outer, active, needs_down, grads_down, to_inputs=to_up, weights=weights_down)
-            del active
+            d_inner = down.backward(
+                outer, active, needs_down, grads_down, to_inputs=to_up, weights=weights_down, start=first
+            )
+            del active, outer
             if d_inner is None:
                 continue
             d_inner = d_inner.to(inner.dtype)
             torch.ops.aten.gelu_backward.grad_input(d_inner, inner, grad_input=d_inner)
             del inner
-            d_normed = chunk_up.backward(d_inner, normed, needs_up, grads_up, to_inputs=to_norm, weights=weights_up)
+            d_normed = up.backward(
+                [d_inner], normed, needs_up, grads_up, to_inputs=to_norm, weights=weights_up, start=first
+            )
             del d_inner, normed
             if d_normed is None:
                 continue
@@ -257,11 +278,11 @@ def _all_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments: of the first ones, None for the options, of the parameters in their dtypes."""
     options = (None,) * (len(ctx.needs_input_grad) - len(first) - len(tensors))
-    return *first, *options, *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
+    return *first, *options, *convert(grads, [tensor.dtype for tensor in tensors])
 
 
 def _without_autocast(tensor: Tensor) -> Any:
-    return torch.autocast(tensor.device.type, enabled=False)
+    return autocast_as(tensor.device.type, None)
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,6 +320,17 @@ def _one_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[T
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _rotate_halves(states: Tensor, rotation: Tensor | None) -> None:
+    """Rotate in place numbers i and i + width / 2 of each head; states have (..., tokens, heads, head width)."""
+    if rotation is None:
+        return
+    pairs = states.unflatten(-1, (2, -1)).transpose(-1, -2)
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    exact = pairs.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    torch.view_as_complex(exact).mul_(rotation)
+    pairs.copy_(exact)
+
+
 def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
     """Rotate the outputs of the first `rotated` layers in place; states have (tokens, layers, heads, head width)."""
     if rotation is None or not rotated:
@@ -312,12 +344,6 @@ def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
     return states
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    """Slices of the tokens, so that the MLP's inner states need memory for one chunk only, apart from those kept."""
-    size = max(MIN_CHUNK_TOKENS, -(-x.shape[0] // MAX_CHUNKS))
-    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
-
-
 def _sum_dtype(residual: Tensor, group: Group) -> torch.dtype:
     return torch.promote_types(residual.dtype, group.dtype)
 
@@ -328,9 +354,12 @@ def _add(states: Tensor, residual: Tensor) -> Tensor:
     return states + residual
 
 
-def _add_into(result: Tensor, group: Group, weights: PreparedWeights | None, inputs: Tensor, residual: Tensor) -> None:
-    """Write ``residual + group(inputs)`` to `result`, without temporary memory if the dtypes are equal."""
+def _add_into(
+    result: Tensor, rows: slice, group: Group, weights: PreparedWeights | None, inputs: Tensor, residual: Tensor
+) -> None:
+    """Write ``residual + group(inputs)`` to some rows of `result`, without a copy if the dtypes are equal."""
+    target, residual = result[rows], residual[rows]
     if result.dtype == group.dtype:
-        group.forward(inputs, weights=weights, out=result).add_(residual)
+        group.forward(inputs, weights=weights, out=target, start=rows.start).add_(residual)
     else:
-        torch.add(group.forward(inputs, weights=weights), residual, out=result)
+        torch.add(group.forward(inputs, weights=weights, start=rows.start), residual, out=target)

@@ -12,9 +12,10 @@ from torch.autograd import Function
 
 from esm_efficient.encoder.attention import attend, attention_override, use_attention
 from esm_efficient.encoder.functions import Norm, linear_residual, mlp_residual, norm_linears, refuse_double_backward
-from esm_efficient.encoder.linear import Group
+from esm_efficient.encoder.linear import Group, convert_adapters
 from esm_efficient.encoder.packing import Packing
-from esm_efficient.encoder.reading import autocast_dtype, is_norm, read_group, trainable_tensors
+from esm_efficient.encoder.plan import Plan, autocast_as, autocast_dtype, plan_for
+from esm_efficient.encoder.reading import is_norm, read_group, trainable_tensors
 
 Recompute = Literal["none", "mlp", "layer"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "layer")
@@ -46,12 +47,13 @@ class Parts:
     draws: bool
 
 
-def read_parts(layer: Any, rotates: bool) -> tuple[Parts, list[str]]:
+def read_parts(layer: Any, rotates: bool, plan: Plan) -> tuple[Parts, list[str]]:
     """Return the parts of a transformers ``EsmLayer``, and why some must run through their own forward.
 
     Args:
         layer: the layer.
         rotates: whether rotary positions rotate queries and keys.
+        plan: how the device computes.
     """
     attention = layer.attention
     inner = attention.self
@@ -76,7 +78,8 @@ def read_parts(layer: Any, rotates: bool) -> tuple[Parts, list[str]]:
         return group
 
     heads, rotated = inner.num_attention_heads, 2 if rotates else 0
-    qkv = read([inner.query, inner.key, inner.value], attention.LayerNorm, None, heads=heads, rotated=rotated)
+    projections = {"heads": heads, "rotated": rotated, "apart": plan.apart}
+    qkv = read([inner.query, inner.key, inner.value], attention.LayerNorm, None, **projections)
     attention_output = read([attention.output.dense], None, attention.output.dropout)
     up = read([layer.intermediate.dense], layer.LayerNorm, None)
     down = read([layer.output.dense], None, layer.output.dropout)
@@ -111,7 +114,11 @@ def run_layer(
         The new states, (tokens, width), or (sequences, width) if only the first token of each sequence is needed; and
         the names of what ran through its own forward.
     """
-    parts, reasons = read_parts(layer, packing.rotation is not None)
+    plan = plan_for(x.device.type)
+    parts, reasons = read_parts(layer, packing.rotation is not None, plan)
+    if plan.apart:
+        groups = parts.qkv, parts.attention_output, parts.up, parts.down
+        convert_adapters(group for group in groups if group is not None)
 
     def compute(states: Tensor, keep: bool, without_output: bool) -> Tensor:
         return _compute_layer(parts, states, packing, backend, first_only, keep=keep, without_output=without_output)
@@ -151,8 +158,7 @@ class RecomputedLayer(Function):
             if ctx.random_state is not None:
                 _set_random_state(ctx.random_state, x.device)
             inputs = x.detach().requires_grad_(needs_input)
-            autocast = torch.autocast(device, ctx.autocast, enabled=ctx.autocast is not None)
-            with autocast, use_attention(ctx.attention):
+            with autocast_as(device, ctx.autocast), use_attention(ctx.attention):
                 states = ctx.compute(inputs, False, True)
         if not states.requires_grad:  # the trainable tensors are not used, for example merged adapters
             return (None,) * len(ctx.needs_input_grad)
@@ -177,9 +183,10 @@ def _compute_layer(
     attention, inner = layer.attention, layer.attention.self
     dropout = inner.dropout if inner.training else 0.0
     scale = inner.attention_head_size**-0.5 * inner.scaling
-    first = torch.tensor(packing.first_tokens, device=x.device) if first_only else None
+    first = packing.first_tokens(x.device) if first_only else None
     residual = x if first is None else x.index_select(0, first)
-    query = None
+    states: Tensor | tuple[Tensor, ...]
+    query: Tensor | None = None
     norm, norm_mlp = parts.norms
     if parts.qkv is None or norm is None:
         states = _qkv_by_modules(attention, x, packing)
@@ -190,8 +197,9 @@ def _compute_layer(
         rotation = None if packing.rotation is None else packing.rotation.index_select(0, first)
         rotated = min(parts.qkv.rotated, 1)
         states = norm_linears(x, norm, parts.qkv.with_linears(key_value, rotated=rotated), rotation=packing.rotation)
-        query = norm_linears(residual, norm, parts.qkv.with_linears([query_linear], rotated=rotated), rotation=rotation)
-    if first is not None and query is None:
+        only = norm_linears(residual, norm, parts.qkv.with_linears([query_linear], rotated=rotated), rotation=rotation)
+        query = only if isinstance(only, Tensor) else only[0].unsqueeze(1)
+    if first is not None and query is None and isinstance(states, Tensor):
         query, states = states[:, :1].index_select(0, first), states[:, 1:]
     attended = attend(states, query, packing, backend=backend, dropout=dropout, scale=scale)
     del states, query

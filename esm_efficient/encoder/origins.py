@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,9 @@ PER_TOKEN_ADAPTERS = (
     "vblora",
 )
 """Packages of peft's tuners whose layers compute each token by itself."""
-QUANTISERS = ("bitsandbytes.",)
+FIRST_TOKEN_MODELS = ("Esm", "Esmc")
+"""How the names of transformers' classes begin for models whose sequence classifier reads only the first token."""
+QUANTISERS = ("bitsandbytes.", "esm_efficient.estimation.quantized")
 """Prefixes of modules that define quantised linear layers, which compute each token by itself."""
 
 
@@ -149,15 +152,17 @@ def is_known_embedding(embeddings: Any) -> bool:
 
 def reads_first_token(model: nn.Module) -> bool:
     """Whether a model is a sequence classifier with transformers' own head, which reads only the first token."""
-    from transformers import EsmForSequenceClassification
-    from transformers.models.esm.modeling_esm import EsmClassificationHead
-
-    if not isinstance(model, EsmForSequenceClassification):
+    suffix, parents = "ForSequenceClassification", type(model).__mro__
+    names = [prefix + suffix for prefix in FIRST_TOKEN_MODELS]
+    known = next((p for p in parents if p.__name__ in names and p.__module__.startswith("transformers.")), None)
+    if known is None:
         return False
-    copies = getattr(model.classifier, "modules_to_save", None)
-    heads = [model.classifier] if copies is None else list(copies.values())
+    head_class = getattr(sys.modules[known.__module__], known.__name__.replace(suffix, "ClassificationHead"))
+    classifier: Any = model.classifier
+    copies = getattr(classifier, "modules_to_save", None)
+    heads = [classifier] if copies is None else list(copies.values())
     if "forward" in vars(model) and undecorated(vars(model)["forward"]) is not undecorated(type(model).forward):
         return False
     if any("forward" in vars(head) for head in heads):
         return False
-    return is_own(model, EsmForSequenceClassification) and all(is_own(head, EsmClassificationHead) for head in heads)
+    return is_own(model, known) and all(is_own(head, head_class) for head in heads)

@@ -9,7 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from esm_efficient import _torch, compat
-from esm_efficient.encoder.linear import Adapter, Group, Linear
+from esm_efficient.encoder.linear import Group
+from esm_efficient.encoder.low_rank import Adapter
+from esm_efficient.encoder.plan import autocast_dtype
+from esm_efficient.encoder.quantized import is_lora_of_quantized, read_quantized
+from esm_efficient.encoder.weights import Linear
+
+CONVERSION_ADVICE = (
+    "the frozen weights are float32, and every pass converts them: held in half precision they need no conversion and "
+    "half the memory. Use prepare_model(dtype=%s), or from_pretrained(dtype=%s) before adapters are added"
+)
+"""What the log says once of a training run whose frozen weights are converted."""
+
+
+def frozen_conversion(layer: Any) -> torch.dtype | None:
+    """Return the dtype to which each pass converts the frozen float32 weights of an ``EsmLayer``; None if none does.
+
+    The converted weights are not kept from pass to pass. peft merges adapters through ``weight.data``, which no version
+    counter shows, so a kept copy could be stale unnoticed.
+    """
+    weight = getattr(_torch.child_of(layer, "output", "dense"), "weight", None)
+    if not isinstance(weight, Tensor) or weight.requires_grad or weight.dtype != torch.float32:
+        return None
+    return autocast_dtype(weight.device.type)
 
 
 def read_group(modules: Iterable[nn.Module], **options: Any) -> Group | str:
@@ -25,16 +47,26 @@ def read_group(modules: Iterable[nn.Module], **options: Any) -> Group | str:
 
 def read_linear(module: nn.Module) -> Linear | str:
     """Return a linear layer with its active LoRA adapters, or the reason why its forward may compute more."""
-    if type(module) is nn.Linear:
-        return _read_plain(module)
+    plain = _read_base(module)
+    if not isinstance(plain, str):
+        return plain
     try:
         from peft.tuners.lora.layer import Linear as LoraLinear
     except ImportError:  # pragma: no cover
         return type(module).__name__
-    if type(module) is not LoraLinear:
-        return _name_of(module)
-    base = module.get_base_layer()
-    plain = _read_plain(base) if type(base) is nn.Linear else _name_of(base)
+    if type(module) is not LoraLinear and not is_lora_of_quantized(module):
+        return plain
+    layer: Any = module
+    return _read_lora(layer)
+
+
+def _read_base(module: nn.Module) -> Linear | str:
+    """Return a linear layer of torch, or one in 4 bits."""
+    return _read_plain(module) if type(module) is nn.Linear else read_quantized(module) or _name_of(module)
+
+
+def _read_lora(module: Any) -> Linear | str:
+    plain = _read_base(module.get_base_layer())
     if isinstance(plain, str):
         return plain
     if module.disable_adapters and module.merged:
@@ -89,11 +121,6 @@ def trainable_tensors(module: nn.Module) -> list[Tensor]:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is exactly torch's layer norm, over one axis."""
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype of matrix products under torch.autocast on a device type; None without autocast."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _name_of(module: nn.Module) -> str:

@@ -7,6 +7,7 @@ other part, the whole call runs as in transformers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -104,7 +105,15 @@ def check_structure(esm: Any, layers: list[Any], tree: list[Any], known: Structu
 
 def has_foreign_hooks(module: Any) -> bool:
     """Whether a module has hooks that do not work on packed tokens."""
-    return any(not getattr(hook, "__module__", "").startswith(HARMLESS_HOOKS) for hook in _torch.hooks_of(module))
+    functions = map(_function_of, _torch.hooks_of(module))
+    return any(not getattr(function, "__module__", "").startswith(HARMLESS_HOOKS) for function in functions)
+
+
+def _function_of(hook: Any) -> Any:
+    """Return the function of a hook that `functools.partial` made."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return hook
 
 
 def path_of(root: nn.Module, module: Any) -> str:
@@ -196,6 +205,9 @@ def _wrappers(module: nn.Module) -> Iterable[nn.Module]:
 
 
 def _is_known_wrapper(module: nn.Module) -> bool:
+    """Whether a module around or in the place of a layer works on packed tokens."""
+    if getattr(type(module), "takes_packed_tokens", False):
+        return True
     return type(module).__module__.startswith("torch.distributed.") and len(list(module.children())) == 1
 
 

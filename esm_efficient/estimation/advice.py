@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from esm_efficient import compat
-from esm_efficient.adapters.registry import PRESETS, find_architecture
+from esm_efficient.adapters.registry import PRESETS, encoder_layers, find_architecture
 from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import CATEGORIES, Memory, OutOfMemoryError
 from esm_efficient.encoder import has_lean_encoder
@@ -156,10 +156,11 @@ def _recipe_of(model: Any, base: Any) -> tuple[Recipe, dict[str, Any] | None]:
         options: dict[str, Any] = {"lora_dropout": getattr(config, "lora_dropout", 0.0)}
         preset = "all-linear"
         if not isinstance(targets, str):
-            roles = find_architecture(base).roles
-            presets = {frozenset(roles[role] for role in members): name for name, members in PRESETS.items()}
+            suffixes = find_architecture(base).suffixes
+            presets = {frozenset(suffixes(*roles)): name for name, roles in PRESETS.items()}
             preset = presets.get(frozenset(targets), ", ".join(sorted(targets)))
             options["target_modules"] = sorted(targets)
         return Recipe("this run", "adapters", 1e-3, preset=preset, r=getattr(config, "r", 8), **settings), options
-    trains: Trains = "full" if all(p.requires_grad for n, p in base.named_parameters() if ".layer.0." in n) else "head"
+    layers = encoder_layers(base)
+    trains: Trains = "full" if layers and all(p.requires_grad for p in layers[0].parameters()) else "head"
     return Recipe("this run", trains, 1e-4, **settings), None

@@ -14,13 +14,15 @@ import numpy as np
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device, get_device
 from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.estimation.caching import CacheCost, cache_cost
 from esm_efficient.estimation.extrapolate import simulate_model
-from esm_efficient.estimation.inputs import batch_lengths, resolve_config, token_lengths
-from esm_efficient.estimation.segments import Simulation
+from esm_efficient.estimation.inputs import batch_lengths, data_lengths, resolve_config
+from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
 from esm_efficient.estimation.step import Attention, Padding, Step
 from esm_efficient.recipes import Precision, Recipe, get_recipe
-from esm_efficient.reporting import format_bytes, format_number, format_table
+from esm_efficient.reporting import format_bytes, format_seconds, format_table
 from esm_efficient.tasks import Head
+from esm_efficient.trunk.split import encoder_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,12 +39,14 @@ class PhaseCost:
         peak: bytes in use at the highest moment of the phase.
         flops: floating-point operations of all micro-batches, recomputation included.
         bytes_moved: bytes that the operations of all micro-batches read and write.
+        kernels: kernels that all micro-batches launch, counted as operations.
         seconds: time by the roofline; NaN if the device's rates are unknown.
     """
 
     peak: Memory
     flops: float
     bytes_moved: float
+    kernels: float
     seconds: float
 
 
@@ -58,7 +62,7 @@ class TimelinePoint:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted costs of one optimizer step.
+    """The predicted costs of one optimizer step, and of a cache of the trunk's states.
 
     Attributes:
         model: name of the model.
@@ -70,13 +74,16 @@ class Estimate:
         padding: layout of the batches.
         tokens: tokens of the longest sequence, which decides the memory.
         peak: bytes in use at the highest moment, by category.
-        peak_phase: phase of that moment.
-        phases: costs by phase.
+        peak_phase: phase of that moment; ``"caching"`` if the pass that computes the cache needs more than a step.
+        phases: costs by phase of a step.
         timeline: memory over one micro-batch and the optimizer's step.
         seconds: time of one optimizer step by the roofline; NaN if the device's rates are unknown.
+        is_host_bound: whether the host, which launches kernels, limits a step, and not the device.
         residues: residues per optimizer step, without padding and special tokens.
+        sequences: training sequences of an epoch.
         trainable_parameters: parameters that the optimizer updates.
         total_parameters: parameters of the whole model with its adapters.
+        cache: costs of the cache of the trunk's states; None without a cache.
     """
 
     model: str
@@ -92,9 +99,21 @@ class Estimate:
     phases: Mapping[str, PhaseCost]
     timeline: tuple[TimelinePoint, ...]
     seconds: float
+    is_host_bound: bool
     residues: float
+    sequences: int
     trainable_parameters: int
     total_parameters: int
+    cache: CacheCost | None = None
+
+    @property
+    def kernels(self) -> float:
+        """Kernels of an optimizer step, counted as operations."""
+        return sum(cost.kernels for cost in self.phases.values())
+
+    def run_seconds(self, steps: int) -> float:
+        """Return the time of some optimizer steps and of caching; NaN if the device's rates are unknown."""
+        return self.seconds * steps + (0.0 if self.cache is None else self.cache.seconds)
 
     @property
     def residues_per_second(self) -> float:
@@ -123,6 +142,9 @@ class Estimate:
             "accumulation": self.recipe.accumulation,
             "gradient_checkpointing": self.recipe.gradient_checkpointing,
             "preset": self.recipe.preset,
+            "layers": self.recipe.layers,
+            "pooling": self.recipe.pooling,
+            "quantization": self.recipe.quantization,
             "tokens": self.tokens,
             "device": self.device.name,
             "device_memory_bytes": self.device.memory or None,
@@ -139,12 +161,15 @@ class Estimate:
                     "peak": cost.peak.to_dict(),
                     "flops": cost.flops,
                     "bytes_moved": cost.bytes_moved,
+                    "kernels": cost.kernels,
                     "seconds": _none_if_nan(cost.seconds),
                 }
                 for name, cost in self.phases.items()
             },
             "seconds": _none_if_nan(self.seconds),
+            "host_bound": self.is_host_bound,
             "residues_per_second": _none_if_nan(self.residues_per_second),
+            "cache": None if self.cache is None else self.cache.to_dict(),
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": self.total_parameters,
         }
@@ -152,9 +177,12 @@ class Estimate:
     def __str__(self) -> str:
         recipe, device = self.recipe, self.device
         rows = [
-            (name, *map(format_bytes, cost.peak.to_dict().values()), format_number(cost.seconds, "{:.3g} s"))
+            (name, *map(format_bytes, cost.peak.to_dict().values()), format_seconds(cost.seconds))
             for name, cost in self.phases.items()
         ]
+        if self.cache is not None:
+            caching = map(format_bytes, self.cache.peak.to_dict().values())
+            rows.insert(0, ("caching", *caching, format_seconds(self.cache.seconds)))
         verdict = speed = ""
         if device.memory:
             verdict = (
@@ -162,14 +190,17 @@ class Estimate:
                 f"{MARGIN:.0%} of it kept free)"
             )
         if not math.isnan(self.seconds):
+            limit = f"launching {self.kernels:,.0f} kernels limits it" if self.is_host_bound else "the device limits it"
             speed = (
-                f"\noptimizer step: {self.seconds:.3g} s or more, {self.residues_per_second:,.0f} residues/s or less "
-                f"(roofline of {device.name})"
+                f"\noptimizer step: {format_seconds(self.seconds)} or more, {self.residues_per_second:,.0f} residues/s "
+                f"or less (roofline of {device.name}; {limit})"
             )
+        if self.cache is not None:
+            speed += f"\n{self.cache}"
         return (
             f"{self.model}, recipe {recipe.name}: micro-batch {recipe.micro_batch} x {recipe.accumulation}, "
             f"{self.tokens:,} tokens, {self.precision}, {self.optimizer}, {self.attention} attention, padding: "
-            f"{self.padding}\n"
+            f"{self.padding}{f', base in {quantization[0]} bits' if (quantization := recipe.quantization) else ''}\n"
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train\n\n"
             f"{format_table(rows, ('peak of phase', *CATEGORIES, 'total', 'time at least'))}\n\n"
             f"peak: {format_bytes(self.peak.total)} in {self.peak_phase}{verdict}{speed}"
@@ -192,16 +223,20 @@ def estimate(
     head: Head = "sequence-classification",
     num_labels: int = 2,
     adapter_options: Mapping[str, Any] | None = None,
+    sequences: int | None = None,
     extrapolate: bool = True,
 ) -> Estimate:
     """Predict peak memory and time of one optimizer step, without a GPU and without weights.
 
     The real model class takes a real step under fake tensors, and every allocation is counted. The encoder's layers are
-    extrapolated from models of two and three layers. Time is a roofline of the same operations: for each operation the
-    larger of its FLOPs at the device's rate and its bytes at the device's bandwidth. A real step takes longer.
+    extrapolated from models of two and three layers. Time is a roofline of the same operations. The device is busy, for
+    each operation, for the larger of its FLOPs at the device's rate and its bytes at the device's bandwidth. The host
+    needs `Device.launch_seconds` per kernel meanwhile. A step takes as long as the slower of the two. A real step takes
+    longer.
 
-    A recipe with ``cache=True`` is estimated as without a cache, which is an upper bound of its memory and time. A
-    recipe that trains some of the layers is not extrapolated, which takes up to a minute.
+    For a recipe with ``cache=True`` the step is one on cached states, and `Estimate.cache` says what the cache costs.
+    The peak is then that of the step or of the pass that computes the states. A model with dropout is estimated without
+    the cache, as it is trained.
 
     Not counted: memory outside torch's allocator (the CUDA context, several hundred MB), workspaces of kernels, and
     fragmentation.
@@ -217,14 +252,18 @@ def estimate(
             dataset that `token_lengths` reads. The longest sequences then decide the memory, and the average batch
             decides the time.
         preset: layers with adapters; None for the recipe's.
-        precision: number format; ``"auto"`` does what `finetune` does: bf16 on a CUDA device that supports it.
+        precision: number format; ``"auto"`` does what `finetune` does: bf16 on a CUDA device that multiplies it
+            in hardware, fp16 on an older one.
         optimizer: ``"adamw_fused"`` (Trainer's default), ``"adamw_foreach"``, ``"adamw"``, ``"adamw_8bit"``.
         attention: ``"sdpa"`` or ``"eager"``.
         padding: ``"padded"``, or ``"equal-length"`` for batches of one length, with transformers' own encoder;
-            ``"padding-free"`` with the lean encoder. None for the layout of the recipe's encoder.
+            ``"padding-free"`` with the lean encoder. None for the layout of the recipe's encoder, or ``"padded"`` if
+            the lean encoder does not support the model.
         head: ``"sequence-classification"``, ``"token-classification"`` or ``"masked-lm"``.
         num_labels: labels of a classification head.
         adapter_options: options of `lora_config` that override the recipe's.
+        sequences: training sequences of an epoch; by default those of `tokens`, or 15,876 if `tokens` is one number. If
+            `tokens` is a dataset with a split ``validation``, the cache has that split too.
         extrapolate: False runs every layer, which gives the same figures and takes longer.
 
     Returns:
@@ -244,12 +283,16 @@ def estimate(
     recipe = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})
     device = get_device(device)
     if precision == "auto":
-        precision = "bf16" if device.backend == "cuda" and device.has_bf16 else "float32"
+        precision = device.precision
     if padding is None:
-        padding = "padding-free" if recipe.encoder == "lean" and attention == "sdpa" else "padded"
-    lengths = token_lengths(tokens)
-    batch = batch_lengths([lengths] if isinstance(lengths, int) else lengths, recipe.micro_batch, padding)
+        is_lean = recipe.encoder == "lean" and attention == "sdpa" and config.model_type == "esm"
+        padding = "padding-free" if is_lean else "padded"
+    lengths = data_lengths(tokens, sequences)
+    train = [lengths.train] if isinstance(lengths.train, int) else lengths.train
+    batch = batch_lengths(train, recipe.micro_batch, padding)
     options = {k: tuple(sorted(v)) if isinstance(v, (list, set)) else v for k, v in (adapter_options or {}).items()}
+    if encoder_dropout(config):
+        recipe = recipe.replace(cache=False)
     # Simulations are cached. A step depends on these fields of recipe and device only, so that others share its entry.
     step = Step(
         recipe=dataclasses.replace(recipe, name="", learning_rate=0.0, description=""),
@@ -265,8 +308,25 @@ def estimate(
     )
     largest = simulate_model(config, step, extrapolate=extrapolate)
     average = simulate_model(config, dataclasses.replace(step, tokens=batch.average), extrapolate=extrapolate)
-    phases = {phase: _phase_cost(phase, largest, average, device) for phase in ("forward", "backward", "optimizer")}
-    peak_phase = max(phases, key=lambda phase: phases[phase].peak.total)
+    phases, is_host_bound = _phase_costs(largest, average, device)
+    seconds = sum(cost.seconds for cost in phases.values())
+    peaks = {phase: cost.peak for phase, cost in phases.items()}
+    cache = None
+    if recipe.cache:
+        uncached = dataclasses.replace(step, tokens=batch.average, recipe=step.recipe.replace(cache=False))
+        without = simulate_model(config, uncached, extrapolate=extrapolate)
+        steps = math.ceil(lengths.sequences / recipe.batch_size)
+        cache = cache_cost(
+            config,
+            step,
+            lengths,
+            device,
+            epoch_seconds=steps * seconds,
+            epoch_seconds_without=steps * float(seconds_of(without.costs, device).sum()),
+            extrapolate=extrapolate,
+        )
+        peaks["caching"] = cache.peak
+    peak_phase = max(peaks, key=lambda phase: peaks[phase].total)
     return Estimate(
         model=name,
         recipe=recipe,
@@ -276,39 +336,45 @@ def estimate(
         attention=attention,
         padding=padding,
         tokens=batch.longest,
-        peak=phases[peak_phase].peak,
+        peak=peaks[peak_phase],
         peak_phase=peak_phase,
         phases=phases,
-        timeline=_timeline(largest, recipe.accumulation),
-        seconds=sum(cost.seconds for cost in phases.values()),
+        timeline=_timeline(largest, device, recipe.accumulation),
+        seconds=seconds,
+        is_host_bound=is_host_bound,
         residues=batch.residues * recipe.batch_size,
+        sequences=lengths.sequences,
         trainable_parameters=largest.trainable_parameters,
         total_parameters=largest.total_parameters,
+        cache=cache,
     )
 
 
-def _phase_cost(phase: str, largest: Simulation, average: Simulation, device: Device) -> PhaseCost:
-    """Return the costs of a phase: memory of the largest micro-batch, work and time of the average one."""
-    peaks = [_memory(segment.peak) for segment in largest.segments if segment.phase == phase]
-    flops, moved, seconds = sum((s.cost for s in average.segments if s.phase == phase), np.zeros(3))
-    return PhaseCost(
-        max(peaks, key=lambda peak: peak.total), flops, moved, seconds if device.flops_per_second else math.nan
-    )
+def _phase_costs(largest: Simulation, average: Simulation, device: Device) -> tuple[dict[str, PhaseCost], bool]:
+    """Return the costs of each phase, and whether the host limits the step.
+
+    Memory is that of the largest micro-batch, work and time are those of the average one.
+    """
+    names = ("forward", "backward", "optimizer")
+    totals = np.array([sum(s.cost for s in average.segments if s.phase == name) for name in names])
+    costs = {}
+    for name, (flops, moved, _, kernels), seconds in zip(names, totals, seconds_of(totals, device), strict=True):
+        peaks = [memory_of(segment.peak) for segment in largest.segments if segment.phase == name]
+        costs[name] = PhaseCost(max(peaks, key=lambda peak: peak.total), flops, moved, kernels, float(seconds))
+    busy, kernels = totals[:, 2:].sum(axis=0)
+    return costs, bool(device.flops_per_second and kernels * device.launch_seconds > busy)
 
 
-def _timeline(simulation: Simulation, accumulation: int) -> tuple[TimelinePoint, ...]:
+def _timeline(simulation: Simulation, device: Device, accumulation: int) -> tuple[TimelinePoint, ...]:
     points, seconds = [], 0.0
-    for segment in simulation.segments:
-        duration = segment.cost[2] / (accumulation if segment.phase != "optimizer" else 1)
-        points.append(TimelinePoint(segment.phase, segment.part, seconds, _memory(segment.start)))
-        points.append(TimelinePoint(segment.phase, segment.part, seconds + duration / 2, _memory(segment.peak)))
+    durations = np.nan_to_num(seconds_of(simulation.costs, device))
+    for segment, total in zip(simulation.segments, durations.tolist(), strict=True):
+        duration = total / (accumulation if segment.phase != "optimizer" else 1)
+        points.append(TimelinePoint(segment.phase, segment.part, seconds, memory_of(segment.start)))
+        points.append(TimelinePoint(segment.phase, segment.part, seconds + duration / 2, memory_of(segment.peak)))
         seconds += duration
-    points.append(TimelinePoint(segment.phase, segment.part, seconds, _memory(segment.end)))
+    points.append(TimelinePoint(segment.phase, segment.part, seconds, memory_of(segment.end)))
     return tuple(points)
-
-
-def _memory(vector: np.ndarray) -> Memory:
-    return Memory(*map(int, vector))
 
 
 def _none_if_nan(value: float) -> float | None:

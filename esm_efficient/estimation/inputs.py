@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,20 +14,11 @@ import numpy as np
 
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.published import ESM2_SIZES, hub_name, size_of
 from esm_efficient.tasks import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-ESM2_SIZES: dict[str, tuple[int, int, int]] = {
-    "8M": (6, 320, 20),
-    "35M": (12, 480, 20),
-    "150M": (30, 640, 20),
-    "650M": (33, 1280, 20),
-    "3B": (36, 2560, 40),
-    "15B": (48, 5120, 40),
-}
-"""The published ESM-2 models: layers, width, attention heads (Lin et al. 2023, "Evolutionary-scale prediction...")."""
 
 
 def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
@@ -49,20 +41,27 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
         return type(model).__name__, model.config
     if isinstance(model, PreTrainedConfig):
         return type(model).__name__, model
+    if not isinstance(model, str | Path):
+        raise ConfigurationError(
+            f"model is a {type(model).__name__}, which has no config of transformers: expected a size, a folder, a "
+            "model id, or a config or a model of transformers"
+        )
+    if model == "demo":
+        model = hub_name(model)
     if (Path(model) / "config.json").is_file():
         return Path(model).resolve().name, AutoConfig.from_pretrained(model)
-    published = re.fullmatch(r"(?:(?:facebook/)?esm2_t\d+_)?(\d+[MB])(?:_UR50D)?", str(model))
-    if published is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    size = size_of(str(model))
+    if size is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         try:
             return str(model), AutoConfig.from_pretrained(model)
         except OSError as error:
             raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {error}") from error
-    if published is None or published[1] not in ESM2_SIZES:
+    if size is None:
         raise ConfigurationError(
             f"model={str(model)!r}: expected a folder with a config.json, a model id, or one of the ESM-2 sizes "
             f"{', '.join(ESM2_SIZES)}"
         )
-    return f"ESM-2 {published[1]}", _esm2_config(*ESM2_SIZES[published[1]])
+    return f"ESM-2 {size}", _esm2_config(*ESM2_SIZES[size])
 
 
 def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
@@ -83,6 +82,56 @@ def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
         position_embedding_type="rotary",
         emb_layer_norm_before=False,
         token_dropout=True,
+    )
+
+
+DEFAULT_SEQUENCES = 15_876
+"""Sequences of a data set that is known only by the tokens of a sequence: the proteins of DeepLoc-2.0 with 100 to 512
+residues."""
+
+
+@dataclass(frozen=True)
+class DataLengths:
+    """The lengths of the sequences of a run.
+
+    Attributes:
+        train: tokens of one training sequence, or of many.
+        sequences: number of training sequences.
+        validation: tokens of each validation sequence.
+    """
+
+    train: int | list[int]
+    sequences: int
+    validation: tuple[int, ...] = ()
+
+    def total(self, figure: Callable[[np.ndarray], np.ndarray]) -> float:
+        """Sum a figure that depends on a sequence's tokens over the sequences of both splits."""
+        trained = np.atleast_1d(self.train)
+        total = figure(trained).sum() * (self.sequences / len(trained))
+        return float(total + figure(np.array(self.validation, dtype=np.int64)).sum())
+
+
+def data_lengths(tokens: Any, sequences: int | None = None) -> DataLengths:
+    """Return the lengths of a run's sequences.
+
+    Args:
+        tokens: as in `token_lengths`. Of a DatasetDict the split ``validation`` is read too.
+        sequences: number of training sequences. None for that of `tokens`, or `DEFAULT_SEQUENCES` if `tokens` is one
+            number.
+
+    Raises:
+        ConfigurationError: as `token_lengths`, or `sequences` is below 1.
+    """
+    if isinstance(tokens, DataLengths):
+        return tokens
+    if sequences is not None and sequences < 1:
+        raise ConfigurationError(f"sequences={sequences}: expected at least 1 training sequence")
+    train = token_lengths(tokens)
+    validation: Any = ()
+    if isinstance(tokens, dict) and "validation" in tokens:
+        validation = token_lengths(tokens["validation"])
+    return DataLengths(
+        train, sequences or (DEFAULT_SEQUENCES if isinstance(train, int) else len(train)), tuple(validation)
     )
 
 

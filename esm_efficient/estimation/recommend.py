@@ -1,7 +1,9 @@
-"""recommend(): choose the recipe and the sizes that fit a device and give the shortest step."""
+"""recommend(): choose the recipe and the sizes that fit a device and give the shortest run."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device, get_device
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.estimate import MARGIN, Estimate, estimate
-from esm_efficient.estimation.inputs import token_lengths
+from esm_efficient.estimation.inputs import data_lengths
 from esm_efficient.recipes import Precision, Recipe, get_recipe
-from esm_efficient.reporting import format_bytes, format_table
+from esm_efficient.reporting import count_of, format_bytes, format_seconds, format_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,11 +41,15 @@ class Recommendation:
         chosen: the costs of the recommended setting; `Estimate.recipe` is the recipe with its sizes.
         attempts: every setting tried, the chosen one included.
         margin: share of the device's memory to leave free.
+        epochs: passes over the training sequences of a run.
+        disk: bytes for a cache; None if unknown.
     """
 
     chosen: Estimate
     attempts: tuple[Attempt, ...]
     margin: float
+    epochs: float
+    disk: int | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -53,13 +59,20 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
         chosen = self.chosen.to_dict()
-        setting = ("recipe", "micro_batch", "accumulation", "gradient_checkpointing", "preset")
+        setting = ("recipe", "micro_batch", "accumulation", "gradient_checkpointing", "preset", "layers", "pooling")
         return {
             **{name: chosen[name] for name in setting},
+            "cached": self.chosen.cache is not None,
             "learning_rate": self.recipe.learning_rate,
             "margin": self.margin,
+            "epochs": self.epochs,
+            "disk_bytes": self.disk,
+            "run_seconds": run_seconds(self.chosen, self.epochs),
             "chosen": chosen,
-            "attempts": [{"refused": a.refused, **a.estimate.to_dict()} for a in self.attempts],
+            "attempts": [
+                {"refused": a.refused, "run_seconds": run_seconds(a.estimate, self.epochs), **a.estimate.to_dict()}
+                for a in self.attempts
+            ],
         }
 
     def __str__(self) -> str:
@@ -67,9 +80,18 @@ class Recommendation:
         return (
             f"{self.chosen.model} on {device.name} ({format_bytes(device.memory)}, {self.margin:.0%} kept free): "
             f"recipe {self.recipe.name}, {describe_setting(self.recipe)}\n"
-            f"peak {format_bytes(self.chosen.peak.total)}, {self.chosen.seconds:.3g} s or more per optimizer step of "
-            f"{self.recipe.batch_size} sequences\n\n{_table(self.attempts)}"
+            f"peak {format_bytes(self.chosen.peak.total)}, {format_seconds(self.chosen.seconds)} or more per optimizer "
+            f"step of {self.recipe.batch_size} sequences, {format_seconds(run_seconds(self.chosen, self.epochs))} or "
+            f"more for {count_of(self.epochs, 'epoch')} of {self.chosen.sequences:,} sequences"
+            f"{self._describe_cache()}\n\n"
+            f"{_table(self.attempts, self.epochs)}"
         )
+
+    def _describe_cache(self) -> str:
+        if self.chosen.cache is None:
+            return ""
+        fits = "" if self.disk is None else f" and fits the disk with {format_bytes(self.disk)}"
+        return f", caching included\nthe cache takes {format_bytes(self.chosen.cache.bytes)} on disk{fits}"
 
 
 def recommend(
@@ -82,14 +104,19 @@ def recommend(
     presets: Sequence[str] = ("all-linear",),
     precision: Precision = "auto",
     margin: float = MARGIN,
+    epochs: float = 3.0,
+    sequences: int | None = None,
+    cache: bool | None = None,
+    disk: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Recommendation:
-    """Recommend the recipe, micro-batch, accumulation and preset that fit a device and give the shortest step.
+    """Recommend the recipe, micro-batch, accumulation and preset that fit a device and give the shortest run.
 
-    Every recipe is tried with every micro-batch that divides the batch size. A setting that does not fit by its own
-    estimate is never taken. Among the others, the settings within one percent of the shortest optimizer step by the
-    roofline are compared, and the one with the lowest peak is taken.
+    Every recipe is tried with every micro-batch that divides the batch size. If it leaves the lowest layers unchanged,
+    it is tried with and without a cache of their states. A setting that does not fit by its own estimate is never
+    taken. Among the others, the settings within one percent of the shortest run by the roofline, the time of caching
+    included, are compared, and the one with the lowest peak is taken.
 
     Args:
         model: as in `estimate`.
@@ -100,6 +127,10 @@ def recommend(
         presets: adapters to try, with the recipes that have adapters.
         precision: as in `estimate`.
         margin: share of the device's memory to leave free.
+        epochs: passes over the training sequences; the more there are, the sooner a cache pays.
+        sequences: as in `estimate`.
+        cache: True or False to try every recipe with or without a cache only.
+        disk: bytes for a cache; a setting whose cache is larger is refused. None refuses none.
         progress: show a progress bar.
         **options: further options of `estimate`.
 
@@ -118,38 +149,44 @@ def recommend(
     target = get_device(device)
     if not target.memory or not target.flops_per_second:
         raise ConfigurationError(f"memory and rates of device {target.name!r} are unknown: name a GPU")
-    if batch_size < 1 or not 0 <= margin < 1:
+    if batch_size < 1 or not 0 <= margin < 1 or epochs <= 0:
         raise ConfigurationError(
-            f"batch_size={batch_size}, margin={margin}: expected a batch size of at least 1 and a margin from 0 to "
-            "below 1"
+            f"batch_size={batch_size}, margin={margin}, epochs={epochs}: expected a batch size of at least 1, a margin "
+            "from 0 to below 1, and more than 0 epochs"
         )
-    lengths = token_lengths(tokens)
-    candidates = list(_candidates(recipes, presets, batch_size))
+    lengths = data_lengths(tokens, sequences)
+    candidates = list(_candidates(recipes, presets, batch_size, cache))
     estimates = [
         estimate(model, recipe=recipe, device=target, tokens=lengths, precision=precision, **options)
         for recipe in tqdm(candidates, desc="settings", disable=None if progress else True)
     ]
-    fitting = [e for e in estimates if e.fits(margin=margin)]
+    too_large = [_too_large(e, margin, disk) for e in estimates]
+    fitting = [e for e, reason in zip(estimates, too_large, strict=True) if not reason]
     if not fitting:
-        attempts = tuple(Attempt(e, _too_large(e, margin)) for e in estimates)
+        attempts = tuple(Attempt(e, reason) for e, reason in zip(estimates, too_large, strict=True))
         raise ConfigurationError(
             f"no setting that was tried fits {target.name} with {margin:.0%} of its {format_bytes(target.memory)} kept "
             f"free; the smallest needs {format_bytes(min(e.peak.total for e in estimates))}. Use a larger device, a "
-            f"smaller model or shorter sequences.\n{_table(attempts)}"
+            f"smaller model or shorter sequences.\n{_table(attempts, epochs)}"
         )
-    limit = 1.01 * min(e.seconds for e in fitting)
-    chosen = min((e for e in fitting if e.seconds <= limit), key=lambda e: e.peak.total)
+    times = [run_seconds(e, epochs) for e in estimates]
+    limit = 1.01 * min(time for time, reason in zip(times, too_large, strict=True) if not reason)
+    chosen = min((e for e in fitting if run_seconds(e, epochs) <= limit), key=lambda e: e.peak.total)
 
-    def refusal(e: Estimate) -> str:
-        if e is chosen:
-            return ""
-        if e not in fitting:
-            return _too_large(e, margin)
-        if e.seconds <= limit:
-            return "as fast, more memory"
-        return f"{e.seconds / chosen.seconds:.2f} times the time"
+    def refusal(e: Estimate, time: float, reason: str) -> str:
+        if e is chosen or reason:
+            return reason
+        return "as fast, more memory" if time <= limit else f"{time / run_seconds(chosen, epochs):.2f} times the time"
 
-    return Recommendation(chosen, tuple(Attempt(e, refusal(e)) for e in estimates), margin)
+    attempts = tuple(
+        Attempt(e, refusal(e, time, reason)) for e, time, reason in zip(estimates, times, too_large, strict=True)
+    )
+    return Recommendation(chosen, attempts, margin, epochs, disk)
+
+
+def run_seconds(e: Estimate, epochs: float) -> float:
+    """Return the time of a run by the roofline, the time of caching included."""
+    return e.run_seconds(math.ceil(epochs * e.sequences / e.recipe.batch_size))
 
 
 def describe_setting(recipe: Recipe) -> str:
@@ -160,36 +197,61 @@ def describe_setting(recipe: Recipe) -> str:
         'LoRA on all-linear, micro-batch 2 x accumulation 4, gradient checkpointing'
     """
     part = {"full": "all parameters", "head": "the head alone", "adapters": f"LoRA on {recipe.preset}"}[recipe.trains]
+    if recipe.layers != "all" and recipe.trains != "head":
+        layers = recipe.layers if isinstance(recipe.layers, str) else ", ".join(map(str, recipe.layers))
+        part += f" of layers {layers}"
     checkpointing = ", gradient checkpointing" if recipe.gradient_checkpointing else ""
-    return f"{part}, micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}{checkpointing}"
+    cached = ", cached states" if recipe.cache else ""
+    base = f", base in {recipe.quantization[0]} bits" if recipe.quantization else ""
+    return f"{part}, micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}{checkpointing}{cached}{base}"
 
 
-def _candidates(recipes: Sequence[str | Recipe], presets: Sequence[str], batch_size: int) -> Iterator[Recipe]:
+def _candidates(
+    recipes: Sequence[str | Recipe], presets: Sequence[str], batch_size: int, cache: bool | None
+) -> Iterator[Recipe]:
     """Yield every setting to try, once."""
     seen = set()
     for recipe in map(get_recipe, recipes):
+        is_partial = recipe.trains == "head" or recipe.layers != "all"
+        caches = [cache] if cache is not None else [False, True] if is_partial else [recipe.cache]
+        if recipe.quantization:
+            caches = [False]
         for preset in presets if recipe.preset is not None else (None,):
             for micro_batch in (n for n in range(batch_size, 0, -1) if batch_size % n == 0):
-                changed = recipe.replace(micro_batch=micro_batch, accumulation=batch_size // micro_batch, preset=preset)
-                key = (changed.trains, changed.micro_batch, changed.gradient_checkpointing, changed.preset, changed.r)
-                if key not in seen:
-                    seen.add(key)
-                    yield changed
+                for cached in caches:
+                    sizes = {"micro_batch": micro_batch, "accumulation": batch_size // micro_batch}
+                    changed = recipe.replace(**sizes, preset=preset, cache=cached)
+                    key = dataclasses.replace(changed, name="", learning_rate=0.0, description="")
+                    if key not in seen:
+                        seen.add(key)
+                        yield changed
 
 
-def _too_large(e: Estimate, margin: float) -> str:
+def _too_large(e: Estimate, margin: float, disk: int | None) -> str:
+    """Return why a setting does not fit; empty if it does."""
     excess = e.peak.total - (1 - margin) * e.device.memory
-    return f"does not fit: {format_bytes(round(excess))} too much"
+    if excess > 0:
+        return f"does not fit: {format_bytes(math.ceil(excess))} too much"
+    if disk is not None and e.cache is not None and e.cache.bytes > disk:
+        return f"the cache does not fit the disk: {format_bytes(e.cache.bytes - disk)} too much"
+    return ""
 
 
-def _table(attempts: Sequence[Attempt]) -> str:
-    rows = [
-        (
-            describe_setting(a.estimate.recipe),
-            format_bytes(a.estimate.peak.total),
-            f"{a.estimate.seconds:.3g} s",
-            a.refused or "taken",
+def _table(attempts: Sequence[Attempt], epochs: float) -> str:
+    has_cache = any(a.estimate.cache is not None for a in attempts)
+    rows: list[list[object]] = []
+    for attempt in attempts:
+        e = attempt.estimate
+        cache = ["-", "-"] if e.cache is None else [format_bytes(e.cache.bytes), format_seconds(e.cache.seconds)]
+        rows.append(
+            [
+                describe_setting(e.recipe),
+                format_bytes(e.peak.total),
+                format_seconds(e.seconds),
+                *(cache if has_cache else ()),
+                format_seconds(run_seconds(e, epochs)),
+                attempt.refused or "taken",
+            ]
         )
-        for a in attempts
-    ]
-    return format_table(rows, ("tried", "peak", "step at least", "verdict"))
+    header = ["tried", "peak", "step at least", *(["cache", "caching"] if has_cache else ()), "run at least", "verdict"]
+    return format_table(rows, header)

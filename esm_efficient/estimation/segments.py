@@ -14,11 +14,12 @@ from esm_efficient.costs.allocations import AllocationTracker, tensors_in
 from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import Memory
 from esm_efficient.costs.throughput import flops_of
+from esm_efficient.trunk.split import SkippedLayer
 
 _CUDA_BLOCK = 512
 """Bytes that torch's CUDA allocator rounds up to."""
-_LAUNCH = 5e-6
-"""Seconds that eager PyTorch needs to start an operation on a GPU, which is the least that one takes."""
+_FIGURES = 4
+"""Number of figures in a segment's cost."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Segment:
         start: bytes in use at its beginning, int64 of shape (categories,).
         peak: bytes in use at its highest moment, likewise.
         end: bytes in use at its end, likewise.
-        cost: float64 of shape (3,): FLOPs, bytes moved, seconds.
+        cost: float64 of shape (4,): FLOPs, bytes moved, seconds that the device is busy, kernels.
     """
 
     phase: str
@@ -49,6 +50,29 @@ class Simulation:
     segments: tuple[Segment, ...]
     trainable_parameters: int
     total_parameters: int
+
+    @property
+    def costs(self) -> np.ndarray:
+        """The costs of the segments, of shape (segments, 4)."""
+        return np.array([segment.cost for segment in self.segments])
+
+
+def seconds_of(costs: np.ndarray, device: Device) -> np.ndarray:
+    """Return the time of each part of a step; NaN if the device's rates are unknown.
+
+    A GPU works while the host launches the next kernels, so that a step takes as long as the slower of the two. On a
+    CPU there is nothing to overlap, and the times are added.
+
+    Args:
+        costs: costs of the parts, of shape (parts, 4), as in `Segment`.
+        device: the device.
+    """
+    busy, launching = costs[:, 2], costs[:, 3] * device.launch_seconds
+    if not device.flops_per_second:
+        return np.full(len(costs), np.nan)
+    if device.backend == "cpu":
+        return busy + launching
+    return launching if launching.sum() > busy.sum() else busy
 
 
 class Recorder:
@@ -68,8 +92,7 @@ class Recorder:
         )
         self.segments: list[Segment] = []
         self._device = device
-        self._launch = 0.0 if device.backend == "cpu" else _LAUNCH
-        self._cost = np.zeros(3)
+        self._cost = np.zeros(_FIGURES)
         self._open: tuple[str, str, np.ndarray] | None = None
 
     def begin(self, phase: str, part: str) -> None:
@@ -78,7 +101,7 @@ class Recorder:
         self.tracker.reset_peak()
         self.tracker.category = "activations" if phase == "forward" else "other"
         self.tracker.recomputes = phase == "backward"
-        self._open, self._cost = (phase, part, _vector(self.tracker.current)), np.zeros(3)
+        self._open, self._cost = (phase, part, _vector(self.tracker.current)), np.zeros(_FIGURES)
 
     def end(self) -> None:
         """End the current segment, if there is one."""
@@ -90,25 +113,27 @@ class Recorder:
     def watch(self, model: nn.Module) -> None:
         """Begin a segment whenever a layer of the model begins its forward or its backward pass."""
         layers = encoder_layers(model)
-        for index, layer in enumerate(layers):
-            self._watch_layer(layer, index)
-        layers[-1].register_forward_hook(lambda *_: self.begin("forward", "head") if self._is_forward else None)
+        computed = [number for number, layer in enumerate(layers) if not isinstance(layer, SkippedLayer)]
+        for number in computed:
+            self._watch_layer(layers[number], number, is_first=number == computed[0])
+        for layer in layers[-1:]:
+            layer.register_forward_hook(lambda *_: self.begin("forward", "head") if self._is_forward else None)
 
     @property
     def _is_forward(self) -> bool:
         """Whether the forward pass runs; in the backward pass layers run again to be recomputed."""
         return self._open is not None and self._open[0] == "forward"
 
-    def _watch_layer(self, layer: nn.Module, index: int) -> None:
+    def _watch_layer(self, layer: nn.Module, number: int, *, is_first: bool) -> None:
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self._is_forward:
-                if index == 0:
+                if is_first:
                     self._begin_at_gradient(inputs[0], "embeddings")
-                self.begin("forward", f"layer {index}")
+                self.begin("forward", f"layer {number}")
 
         def after(layer: nn.Module, inputs: Any, output: Any) -> None:
             if self._is_forward:
-                self._begin_at_gradient(next(tensors_in(output)), f"layer {index}")
+                self._begin_at_gradient(next(tensors_in(output)), f"layer {number}")
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
@@ -119,8 +144,11 @@ class Recorder:
             tensor.grad_fn.register_prehook(lambda _: self.begin("backward", part))
 
     def _add_operation(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
-        """Add an operation to the costs of the segment: a roofline of its FLOPs and of the bytes that it moves."""
-        if _torch.is_view(func):
+        """Add an operation to the costs of the segment: a roofline of its FLOPs and of the bytes that it moves.
+
+        Each operation counts as one kernel. Some have two or three, such as the backward pass of a layer norm.
+        """
+        if not _torch.is_kernel(func):
             return
         flops = flops_of(func, args, kwargs, result)
         moved = sum(map(_size, tensors_in((args, kwargs, result))))
@@ -130,8 +158,13 @@ class Recorder:
             first = next(tensors_in(result), None)
             dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
             rate = rates.get(dtype, rates["float32"])
-            seconds = max(flops / rate, moved / self._device.bandwidth, self._launch)
-        self._cost += (flops, moved, seconds)
+            seconds = max(flops / rate, moved / self._device.bandwidth)
+        self._cost += (flops, moved, seconds, 1)
+
+
+def memory_of(vector: np.ndarray) -> Memory:
+    """Return bytes by category from the numbers of a segment."""
+    return Memory(*map(int, vector))
 
 
 def _vector(memory: Memory) -> np.ndarray:

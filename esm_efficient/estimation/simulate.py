@@ -25,19 +25,20 @@ from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.costs.allocations import AllocationTracker, model_tensors, tensors_in
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.attention import attend_by_length, use_attention
+from esm_efficient.encoder.plan import plan_as
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.kernels import Kernels, packed_attention
 from esm_efficient.estimation.optimizers import OPTIMIZERS
+from esm_efficient.estimation.quantized import QuantizedLinear, quantize
 from esm_efficient.estimation.segments import Recorder, Simulation
 from esm_efficient.estimation.step import Attention, Padding, Step
+from esm_efficient.heads import model_class
 from esm_efficient.recipes import Precision
-from esm_efficient.tasks import Head, auto_class
+from esm_efficient.tasks import SPECIAL_TOKENS, Head, set_pooling
+from esm_efficient.trunk.split import split_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "pure-bf16": torch.bfloat16}
-"""The dtype of autocast by precision; no autocast in float32."""
 
 
 def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation:
@@ -54,28 +55,73 @@ def simulate(config: PreTrainedConfig, step: Step, *, layers: int) -> Simulation
     _check(step)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        model = _build(config, step, layers)
+        model, skipped = _build(config, step, layers)
         stack.enter_context(_torch.fake_tensor_mode())
         _make_fake(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = _optimizer_in_mid_run(trainable, step)
         recorder = Recorder(step.device)
-        tracker = recorder.tracker
-        _assign_categories(tracker, model, trainable, optimizer)
+        _assign_categories(recorder.tracker, model, trainable, optimizer)
         recorder.watch(model)
-
-        stack.enter_context(compat.attention_masks(step.padding == "padded"))
-        stack.enter_context(Kernels(step.device.backend))
-        if step.device.backend != "cpu":
-            stack.enter_context(use_attention(packed_attention if step.device.backend == "cuda" else attend_by_length))
-        with tracker:
+        _use_kernels(stack, step)
+        with recorder.tracker:
             _train(model, trainable, optimizer, step, recorder)
         times = {"forward": step.recipe.accumulation, "backward": step.recipe.accumulation, "optimizer": 1}
         return Simulation(
             tuple(replace(segment, cost=segment.cost * times[segment.phase]) for segment in recorder.segments),
             sum(p.numel() for p in trainable),
-            sum(p.numel() for p in model.parameters()),
+            _count(model) + skipped,
         )
+
+
+def simulate_trunk(config: PreTrainedConfig, step: Step, *, layers: int, whole: bool) -> Simulation:
+    """Simulate one forward pass of a trunk, as `cache_states` computes states.
+
+    The batch has `micro_batch` sequences of `Step.recipe`, and `Step.tokens` tokens in each.
+
+    Args:
+        config: the model's config.
+        step: batch, precision and device.
+        layers: layers of the trunk.
+        whole: whether no layer is above the trunk, which then has the last layer norm.
+    """
+    _check(step)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        with torch.device("meta"):
+            above = 0 if whole else 1
+            trunk, _ = split_model(_make_model(config, step, layers + above), above)
+            trunk.to(step.frozen_dtype)
+        stack.enter_context(_torch.fake_tensor_mode())
+        _make_fake(trunk)
+        recorder = Recorder(step.device)
+        recorder.tracker.hold(model_tensors(trunk), "weights")
+        recorder.watch(trunk.esm)
+        _use_kernels(stack, step)
+        with recorder.tracker, _autocast(step):
+            ids = torch.zeros((step.recipe.micro_batch, step.tokens), dtype=torch.int64)
+            mask = None if step.padding == "padding-free" else torch.ones_like(ids)
+            recorder.begin("forward", "embeddings")
+            trunk(ids, mask).to(step.frozen_dtype)
+            recorder.end()
+        return Simulation(tuple(recorder.segments), 0, _count(trunk))
+
+
+def _count(model: nn.Module) -> int:
+    """Count parameters; a quantised weight counts as what it stands for."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    hidden = sum(layer.shape.numel() - layer.weight.numel() for layer in layers)
+    return hidden + sum(parameter.numel() for parameter in model.parameters())
+
+
+def _use_kernels(stack: ExitStack, step: Step) -> None:
+    """Run the kernels of the step's device."""
+    backend = step.device.backend
+    stack.enter_context(compat.attention_masks(step.padding == "padded"))
+    stack.enter_context(Kernels(backend))
+    stack.enter_context(plan_as(backend))
+    if backend != "cpu":
+        stack.enter_context(use_attention(packed_attention if backend == "cuda" else attend_by_length))
 
 
 def _check(step: Step) -> None:
@@ -106,29 +152,45 @@ def _check(step: Step) -> None:
         )
 
 
-def _build(config: PreTrainedConfig, step: Step, layers: int) -> nn.Module:
-    """Return the model, prepared to train, on the meta device: modules cannot change the dtype of fake parameters."""
+def _make_model(config: PreTrainedConfig, step: Step, layers: int) -> Any:
+    """Return the model with its lowest layers."""
     changed = type(config).from_dict(config.to_dict() | {"num_labels": step.num_labels})
-    recipe = step.recipe
-    frozen_dtype = None if step.precision in ("float32", "pure-bf16") else _HALF[step.precision]
+    set_pooling(changed, step.recipe.pooling)
+    kind = model_class(step.head, step.recipe.pooling)
+    model = kind.from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
+    # Only layers are deleted: the size of other parts, such as the contact head, may depend on their number.
+    suffix = find_architecture(model).layers
+    for path, module in model.named_modules():
+        if ends_with(path, suffix):
+            del cast(nn.ModuleList, module)[layers:]
+    return model
+
+
+def _build(config: PreTrainedConfig, step: Step, layers: int) -> tuple[nn.Module, int]:
+    """Return the model, prepared to train, and the parameters that it lacks because their results are cached.
+
+    The model is on the meta device: modules cannot change the dtype of fake parameters.
+    """
+    recipe, skipped = step.recipe, 0
     with torch.device("meta"):
-        model = auto_class(step.head).from_config(changed, attn_implementation=step.attention, dtype=torch.float32)
-        # Only layers are deleted: the size of other parts, such as the contact head, may depend on their number.
-        suffix = find_architecture(model).layers
-        for path, module in model.named_modules():
-            if ends_with(path, suffix):
-                del cast(nn.ModuleList, module)[layers:]
+        model = _make_model(config, step, layers)
+        if recipe.cache:
+            whole = _count(model)
+            _, model = split_model(model, layers - min(recipe.trained_layers(layers), default=layers))
+            skipped = whole - _count(model)
+        if recipe.quantization:
+            quantize(model, recipe.quantization, step.frozen_dtype)
         model = prepare_model(
             model,
             adapters=recipe_adapters(recipe, model, **dict(step.adapter_options)),
             head_only=recipe.trains == "head",
             layers=recipe.layers,
             gradient_checkpointing=recipe.gradient_checkpointing,
-            dtype=frozen_dtype,
+            dtype=None if step.precision == "pure-bf16" else step.frozen_dtype,
         )
         if step.padding == "padding-free":
             apply_lean_encoder(model)
-    return (model.bfloat16() if step.precision == "pure-bf16" else model).train()
+    return (model.bfloat16() if step.precision == "pure-bf16" else model).train(), skipped
 
 
 def _make_fake(model: nn.Module) -> None:
@@ -168,10 +230,9 @@ def _assign_categories(
 
 def _train(model: nn.Module, trainable: list[nn.Parameter], optimizer: Any, step: Step, recorder: Recorder) -> None:
     """Run one micro-batch and the optimizer's step, as Trainer does."""
-    batch = _batch(step)
+    batch = _batch(step, model)
     recorder.begin("forward", "embeddings")
-    dtype = _HALF.get(step.precision)
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    with _autocast(step):
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     loss = F.cross_entropy(logits.float().flatten(0, -2), batch["labels"].flatten())
     del logits
@@ -184,13 +245,26 @@ def _train(model: nn.Module, trainable: list[nn.Parameter], optimizer: Any, step
     recorder.end()
 
 
-def _batch(step: Step) -> dict[str, Tensor]:
+def _autocast(step: Step) -> torch.autocast:
+    half = step.precision != "float32"
+    return torch.autocast("cpu", step.frozen_dtype if half else None, enabled=half)
+
+
+def _batch(step: Step, model: Any) -> dict[str, Tensor]:
     shape = step.recipe.micro_batch, step.tokens
-    batch = {"input_ids": torch.zeros(shape, dtype=torch.int64)}
-    if step.padding != "padding-free":  # a padding-free batch is simulated with sequences of equal length
-        batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
-    labels = shape[:1] if step.head == "sequence-classification" else shape
-    return batch | {"labels": torch.zeros(labels, dtype=torch.int64)}
+    labels = torch.zeros(shape[:1] if step.head == "sequence-classification" else shape, dtype=torch.int64)
+    mask = {"attention_mask": torch.ones(shape, dtype=torch.int64)}
+    if step.padding == "padding-free":  # it is simulated with sequences of equal length
+        mask = {}
+    if not step.recipe.cache:
+        return {"input_ids": torch.zeros(shape, dtype=torch.int64), **mask, "labels": labels}
+    pooling = step.cached_states(model.config)
+    if pooling != "tokens":
+        # The mean stands between two special tokens, as if the protein had one residue (`StatesCollator`).
+        shape = shape[0], 1 if pooling == "first" else SPECIAL_TOKENS + 1
+        mask = {} if pooling == "first" or not mask else {"attention_mask": torch.ones(shape, dtype=torch.int64)}
+    states = torch.zeros(*shape, model.config.hidden_size, dtype=step.frozen_dtype)
+    return {"inputs_embeds": states, **mask, "labels": labels}
 
 
 @contextmanager

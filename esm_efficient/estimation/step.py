@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from esm_efficient.costs.devices import Device
 from esm_efficient.recipes import Precision, Recipe
 from esm_efficient.tasks import Head
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
 
 Padding = Literal["padded", "equal-length", "padding-free"]
 """Three ways to lay out a batch.
@@ -42,3 +46,17 @@ class Step:
     head: Head = "sequence-classification"
     num_labels: int = 2
     adapter_options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """The dtype of parameters that do not train, and of cached states."""
+        import torch
+
+        return {"float32": torch.float32, "fp16": torch.float16}.get(self.precision, torch.bfloat16)
+
+    def cached_states(self, config: PreTrainedConfig) -> Literal["tokens", "first", "mean"]:
+        """Return which states `finetune` caches: if no layer trains, what the head reads, and else all tokens."""
+        pools = self.head == "sequence-classification" and config.model_type in ("esm", "esmc")
+        if self.recipe.trains != "head" or not pools or self.recipe.pooling == "attention":
+            return "tokens"
+        return self.recipe.pooling

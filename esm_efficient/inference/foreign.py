@@ -14,14 +14,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from esm_efficient.errors import ConfigurationError, listing
+from esm_efficient.tasks import pooling_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MODEL_TYPES = ("esm", "esmc")
+"""The ``model_type`` of the configs that are read: ESM-2 with its elder relatives, and ESM C."""
 _PREFIX = "base_model.model."
+_DEFAULT_THRESHOLD = 0.5
+"""The probability from which a label is positive, if the model has no tuned threshold for it."""
 
 _KEPT = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "bias", "modules_to_save")
 """Options of an adapter's config that determine what its weights compute."""
@@ -35,7 +42,7 @@ _IGNORED = (
     # They are parts of options that are refused.
     *("qalora_group_size", "megatron_core", "runtime_config"),
 )
-_KEPT_INITIALISATIONS = ("olora", "pissa")
+KEPT_INITIALISATIONS = ("olora", "pissa")
 """Initialisations that also change the base model's weights, so that peft must repeat them."""
 
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -78,10 +85,11 @@ def weight_shapes(*paths: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the config of a model's folder, which must be that of an ESM model.
+    """Return the config of a model's folder, which must be that of an ESM model: ESM-2 or ESM C.
 
     Raises:
-        ConfigurationError: there is none, it is of another kind of model, or it asks for code or for quantized weights.
+        ConfigurationError: there is none, it is of another kind of model, it asks for code, for quantized weights or
+            for an unknown head.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -92,8 +100,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{folder.parent} has no {folder.name}/config.json: expected the folder of a saved model"
         )
     record = read_json(path)
-    if record.get("model_type") != "esm":
-        raise ConfigurationError(f"{path} is for a model of type {str(record.get('model_type'))[:80]!r}: expected esm")
+    if record.get("model_type") not in _MODEL_TYPES:
+        raise ConfigurationError(
+            f"{path} is for a model of type {str(record.get('model_type'))[:80]!r}: expected "
+            f"{' or '.join(_MODEL_TYPES)}"
+        )
     if record.get("quantization_config"):
         raise ConfigurationError(f"{path} is for quantized weights, which are not read: save the model in float32")
     try:
@@ -101,6 +112,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         names = {int(index): str(name) for index, name in config.id2label.items()}
     except (AttributeError, KeyError, OSError, StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigurationError(f"{path} is not the config of an ESM model: {str(error)[:200]}") from error
+    pooling_of(config)
     if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
         raise ConfigurationError(
             f"{path} does not name each label once: id2label has the ids {listing([str(i) for i in names])} and the "
@@ -128,11 +140,12 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]],
     if wrong := [f"{name}={value!r:.40}" for name, value in sizes.items() if type(value) is not int or value < 1]:
         raise ConfigurationError(f"the config in {source} has {', '.join(wrong)}: expected positive whole numbers")
     width, inner, layers, heads, vocabulary, labels, positions = sizes.values()
-    needed = layers * width * (4 * width + 2 * inner) + width * (vocabulary + labels)
-    if getattr(config, "position_embedding_type", "") != "rotary":
+    is_gated = config.model_type == "esmc"
+    needed = layers * width * (4 * width + (3 if is_gated else 2) * inner) + width * (vocabulary + labels)
+    if not is_gated and getattr(config, "position_embedding_type", "") != "rotary":
         needed += positions * width
     there = sum(map(math.prod, shapes.values()))
-    if needed > there or width % heads:
+    if needed > there or width % heads or getattr(config, "head_dim", width // heads) != width // heads:
         raise ConfigurationError(
             f"the config in {source} describes {layers:,} layers of width {width:,} with {heads:,} heads, a vocabulary "
             f"of {vocabulary:,} and {labels:,} labels, which is at least {needed:,} weights, but the files have "
@@ -170,13 +183,13 @@ def adapter_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> LoraC
     initialisation = record.get("init_lora_weights")
     if not isinstance(initialisation, str | bool | None) or initialisation not in (
         *_PLAIN_INITIALISATIONS,
-        *_KEPT_INITIALISATIONS,
+        *KEPT_INITIALISATIONS,
     ):
         raise ConfigurationError(
             f"{path} has init_lora_weights={initialisation!r:.40}, which changes the base model's weights at random. "
             "Merge the adapter with merge_and_unload() of peft, and save the merged model with export_model"
         )
-    if initialisation in _KEPT_INITIALISATIONS:
+    if initialisation in KEPT_INITIALISATIONS:
         kept["init_lora_weights"] = initialisation
     layers = _adapted_layers(shapes)
     if not layers:
@@ -256,3 +269,18 @@ def missing_weights(missing: list[str], shapes: Mapping[str, tuple[int, ...]]) -
     """Return the weights that neither a base model nor its adapter has; the unused contact head does not count."""
     given = {name.removeprefix(_PREFIX) for name in shapes}
     return [name for name in missing if name not in given and "contact_head." not in name]
+
+
+def label_thresholds(config: PreTrainedConfig, names: tuple[str, ...]) -> np.ndarray:
+    """Return the threshold of each label from a model's config, float64 of shape (labels,).
+
+    Raises:
+        ConfigurationError: one of them is not a probability.
+    """
+    tuned = getattr(config, "label_thresholds", None) or {}
+    values = [tuned.get(name, _DEFAULT_THRESHOLD) if isinstance(tuned, dict) else None for name in names]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 for value in values):
+        raise ConfigurationError(
+            f"the model's config has label_thresholds {str(tuned)!r:.200}: expected a probability by label name"
+        )
+    return np.array(values, dtype=np.float64)

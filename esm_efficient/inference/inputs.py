@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from esm_efficient.data.schema import non_letters
-from esm_efficient.data.sequences import STANDARD_RESIDUES, clean
+from esm_efficient.data.sequences import STANDARD_RESIDUES, NucleotideCount, clean
 from esm_efficient.errors import DataError, listing
+
+logger = logging.getLogger(__name__)
 
 _FILE = re.compile(r"\.(fa|faa|fas|fasta|csv|tsv|txt|parquet|json|jsonl|pdb|cif)(\.(gz|xz|bz2|zip))?$", re.IGNORECASE)
 _WORDS = 0.05
@@ -22,8 +25,8 @@ def sequences_from(given: Any) -> list[str]:
         given: texts, or rows with a column ``sequence``.
 
     Raises:
-        DataError: one text, all splits of a data set, or another mapping was given; or an item is not a text, is empty,
-            or is not a protein sequence.
+        DataError: one text, all splits of a data set, or another mapping was given; an item is not a text, is empty, or
+            is not a protein sequence; or most sequences are nucleotides. Fewer, or a short one, are a warning.
 
     Example:
         >>> import numpy as np
@@ -55,6 +58,10 @@ def sequences_from(given: Any) -> list[str]:
     problems = [(number, problem_of(text)) for number, text in enumerate(sequences, 1)]
     if bad := [f"sequence {number} {problem}" for number, problem in problems if problem]:
         raise DataError(f"{len(bad)} of {len(sequences)} texts are not protein sequences: {listing(bad, 3)}")
+    nucleotides = NucleotideCount()
+    nucleotides.add(sequences, [f"sequence {number}" for number in range(1, len(sequences) + 1)])
+    if warning := nucleotides.warning("the given sequences"):
+        logger.warning("%s", warning)
     return [str(text) for text in sequences]
 
 

@@ -4,35 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.errors import ConfigurationError, listing
+from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
 from esm_efficient.saving import load_pretrained
-from esm_efficient.tasks import Task, auto_class, head_of_config
+from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt")
 """The files to download from the Hub: weights, configs and vocabulary, and never a pickle."""
 
-_LOAD_ERRORS = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+LOAD_ERRORS = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 """What transformers and peft raise for files that do not fit together."""
 
 
 def load_model(
-    name_or_path: str | Path, *, revision: str | None, cache_dir: str | Path | None, task: Task | None
+    name_or_path: str | Path,
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    task: Task | None,
+    merge: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fine-tuned model, merged with its adapter if it has one, and its tokenizer; see `Predictor.load`.
+
+    With ``merge=False`` an adapter is not merged: the model is one of peft.
 
     Raises:
         ConfigurationError: the files are missing, do not fit together, or lack the head or the label names.
     """
     folder = find_folder(name_or_path, revision, cache_dir)
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, cache_dir, task)
+        saved = _read_adapter(folder, cache_dir, task)
+        adapted = build_adapted(saved)
+        return adapted.merge_and_unload() if merge else adapted, load_tokenizer(saved)
     config = foreign.read_config(folder)
     shapes = _shapes_of(folder)
     _set_task(config, task, folder)
@@ -40,12 +50,42 @@ def load_model(
     return _load_whole(folder, config, {}), _load_tokenizer(folder)
 
 
-def _load_adapter(
-    folder: Path, cache_dir: str | Path | None, task: Task | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an adapter and its base model, which is merged with it."""
-    from peft import PeftModel
+class SavedAdapter(NamedTuple):
+    """An adapter in a folder, checked and not loaded.
 
+    Attributes:
+        folder: its folder.
+        base: the folder of its base model.
+        config: the config of the base model with the head that the adapter has.
+        adapter: the config of the adapter.
+        shapes: name of each of its weights to the shape.
+    """
+
+    folder: Path
+    base: Path
+    config: Any
+    adapter: Any
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def read_adapter(
+    name_or_path: str | Path, *, revision: str | None, cache_dir: str | Path | None, task: Task | None
+) -> SavedAdapter:
+    """Read and check an adapter; the arguments are as in `load_model`.
+
+    Raises:
+        ConfigurationError: it is not an adapter, or as `load_model`.
+    """
+    folder = find_folder(name_or_path, revision, cache_dir)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            f"{folder} has no adapter_config.json: expected the folder of an adapter, because the members of an "
+            "ensemble share one base model"
+        )
+    return _read_adapter(folder, cache_dir, task)
+
+
+def _read_adapter(folder: Path, cache_dir: str | Path | None, task: Task | None) -> SavedAdapter:
     weights = folder / foreign.ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ConfigurationError(f"{folder} has no {weights.name}, and pickled weights are not read")
@@ -63,18 +103,36 @@ def _load_adapter(
     base = _base_folder(record, folder, cache_dir)
     if config is None:
         config = foreign.read_config(base)
+        set_pooling(config, pooling_of_weights(shapes))
     _set_task(config, task, folder)
     foreign.check_sizes(config, _shapes_of(base) | {f"adapter {name}": shape for name, shape in shapes.items()}, folder)
+    return SavedAdapter(folder, base, config, adapter, shapes)
+
+
+def build_adapted(saved: SavedAdapter, *, name: str = "default") -> Any:
+    """Load the base model of an adapter, and the adapter under a name; it is not merged.
+
+    Raises:
+        ConfigurationError: the weights do not fit together.
+    """
+    from peft import PeftModel
+
+    folder, base, config, adapter, shapes = saved
     model = _load_whole(base, config, shapes, adapter_folder=folder)
     modules = dict(model.named_modules())
     if unknown := [path for path in adapter.target_modules or () if path not in modules]:
         raise ConfigurationError(f"the adapter {folder} is for layers that {base} does not have: {listing(unknown)}")
+    whole: Any = model
     try:
-        adapted: Any = PeftModel.from_pretrained(model, str(folder), config=adapter)
-    except _LOAD_ERRORS as error:
+        return PeftModel.from_pretrained(whole, str(folder), adapter_name=name, config=adapter)
+    except LOAD_ERRORS as error:
         raise ConfigurationError(f"the adapter {folder} does not fit its base model {base}: {error}") from error
-    has_vocabulary = (folder / "tokenizer_config.json").is_file() or (folder / "vocab.txt").is_file()
-    return adapted.merge_and_unload(), _load_tokenizer(folder if has_vocabulary else base)
+
+
+def load_tokenizer(saved: SavedAdapter) -> PreTrainedTokenizerBase:
+    """Return the tokenizer beside an adapter, or else that of its base model."""
+    files = ("tokenizer_config.json", "vocab.txt")
+    return _load_tokenizer(saved.folder if any((saved.folder / name).is_file() for name in files) else saved.base)
 
 
 def _base_folder(record: Mapping[str, Any], folder: Path, cache_dir: str | Path | None) -> Path:
@@ -119,10 +177,12 @@ def _load_whole(
     """Load the weights of a classifier in float32; a head that neither the files nor the adapter have is refused."""
     # The base config of an adapter may still name the head of the pretrained base model.
     of_tokens = head_of_config(config) == "token-classification"
-    auto = auto_class("token-classification" if of_tokens else "sequence-classification")
+    kind = (
+        model_class("token-classification") if of_tokens else model_class("sequence-classification", pooling_of(config))
+    )
     try:
         model, missing, _ = load_pretrained(
-            auto,
+            kind,
             folder,
             config=config,
             dtype=torch.float32,
@@ -131,7 +191,7 @@ def _load_whole(
             # A config may name attention code on the Hub.
             attn_implementation="sdpa",
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         what = f"the model {folder}" if adapter_folder is None else f"the base model {folder} of {adapter_folder}"
         raise ConfigurationError(f"the safetensors of {what} cannot be loaded: {str(error)[:500]}") from error
     if lost := foreign.missing_weights(missing, adapter):
@@ -147,7 +207,7 @@ def _load_whole(
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ConfigurationError(f"{folder} has no tokenizer that can be loaded: {str(error)[:500]}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from esm_efficient.data.readers import read_fasta, read_table
 from esm_efficient.data.schema import find_column, non_letters
-from esm_efficient.data.sequences import clean, count_residues
+from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
 from esm_efficient.errors import DataError, RequestError, listing
 from esm_efficient.inference.inputs import problem_of
 
@@ -93,6 +93,9 @@ def read_request(body: bytes | str, content_type: str | None, limits: RequestLim
             if total > limits.total_residues:
                 raise RequestError(f"more than {limits.total_residues:,} residues in one request", status=413)
             queries.append(query)
+        nucleotides = NucleotideCount()
+        nucleotides.add([query.sequence for query in queries], [query.name[:_MAX_SHOWN] for query in queries])
+        nucleotides.warning("the request")
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except DataError as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from esm_efficient._torch import storage_key
 from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes, tensors_in
 from esm_efficient.costs.memory import Memory, Phase
@@ -31,7 +32,8 @@ class Backend(ABC):
         self.detailed = True
         self.peaks: dict[Phase, Memory] = {}
         self.reserved: dict[Phase, int] = {}
-        self._model = model
+        # Kept, because a walk through the modules of a large model takes milliseconds.
+        self._parameters = list(model.parameters())
         self._device = device
         self._phases = phases
         self._handles: list[Any] = []
@@ -94,7 +96,7 @@ class CpuBackend(Backend):
         self._tracker.hold(model_tensors(model), "weights")
         self._counts = False
         self._largest: dict[PassStage, int] = {"forward": 0, "evaluation": 0}
-        for parameter in model.parameters():
+        for parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_gradient))
 
@@ -106,7 +108,7 @@ class CpuBackend(Backend):
         if (stage == "forward" and self.detailed) or size > self._largest[stage]:
             self._largest[stage] = max(size, self._largest[stage])
             self._tracker.hold(inputs, "other")
-            self._tracker.hold((p.grad for p in self._model.parameters()), "gradients")
+            self._tracker.hold((p.grad for p in self._parameters), "gradients")
             self._tracker.reset_peak()
             self._tracker.__enter__()
             self._counts = True
@@ -160,6 +162,41 @@ class CpuBackend(Backend):
             self._tracker.__exit__(None, None, None)
 
 
+class GradientBytes:
+    """The bytes of gradients, followed through a step without looking at every parameter at every change.
+
+    Gradients appear in a backward pass, and disappear only before the next forward pass.
+
+    Args:
+        parameters: all parameters of the model.
+        device: gradients elsewhere do not count.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._parameters = parameters
+        self._device = device
+        self.recount()
+
+    def recount(self) -> int:
+        """Look at all parameters; return the bytes."""
+        self._sizes: dict[int, int] = {}
+        self._waiting = self._parameters
+        return self.update()
+
+    def update(self) -> int:
+        """Look at the parameters that had no gradient the last time; return the bytes."""
+        waiting = []
+        for parameter in self._waiting:
+            gradient = parameter.grad
+            if gradient is None:
+                waiting.append(parameter)
+            elif gradient.device == self._device:
+                storage = gradient.untyped_storage()
+                self._sizes[storage_key(storage)] = storage.nbytes()  # once, if several gradients share it
+        self._waiting = waiting
+        return sum(self._sizes.values())
+
+
 class TotalsBackend(Backend):
     """Splits the totals that a GPU's allocator counts.
 
@@ -171,6 +208,7 @@ class TotalsBackend(Backend):
         super().__init__(model, device, phases)
         self._weights = storage_bytes(model_tensors(model), device)
         self._optimizer = self._gradients = self._held = self._before = 0
+        self._gradient_bytes = GradientBytes(self._parameters, device)
         for layer in encoder_layers(model):
             self._handles += [
                 layer.register_forward_pre_hook(lambda *_: self._begin_layer("forward")),
@@ -200,6 +238,8 @@ class TotalsBackend(Backend):
     def switch(self, ended: Phase, stage: Stage) -> None:
         """Record the peak of the phase that ended."""
         self._close(ended)
+        if stage == "forward":
+            self._gradients = self._gradient_bytes.recount()
 
     def set_optimizer_state(self, tensors: Sequence[Tensor]) -> None:
         """Count tensors as optimizer state."""
@@ -208,7 +248,7 @@ class TotalsBackend(Backend):
     def held(self) -> Memory:
         """Return the memory in use now, split by category."""
         now = self._current()
-        return self._split(now, now, self._gradient_bytes())
+        return self._split(now, now, self._gradient_bytes.recount())
 
     def discard_peak(self) -> None:
         """Reset the allocator's peak."""
@@ -235,15 +275,13 @@ class TotalsBackend(Backend):
         held = peak if recomputed or phase in ("forward", "evaluation") else self._held
         self.record_peak(phase, self._split(peak, held, self._gradients), reserved)
         self._held = now
-        self._gradients = self._gradient_bytes()
+        if phase == "backward" and not recomputed:
+            self._gradients = self._gradient_bytes.update()
 
     def _split(self, peak: int, held: int, gradients: int) -> Memory:
         return split(
             peak, held, weights=self._weights, gradients=gradients, optimizer=self._optimizer, before=self._before
         )
-
-    def _gradient_bytes(self) -> int:
-        return storage_bytes((p.grad for p in self._model.parameters()), self._device)
 
 
 class CudaBackend(TotalsBackend):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+_BLOCK = 10
+_NARROW = 400
+"""Points; a plot of this width can still be read on a telephone."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,63 @@ class Plot:
     svg: str
     caption: str
 
+    @property
+    def wide(self) -> bool:
+        """Whether the letters of the plot would be too small to read if it were as narrow as a telephone."""
+        width = re.search(r'<svg[^>]*?\bwidth="([\d.]+)pt"', self.svg)
+        return width is not None and float(width[1]) > _NARROW
+
+
+@dataclass(frozen=True)
+class Residue:
+    """A residue of a `ResidueStrip`.
+
+    Attributes:
+        letter: its amino acid.
+        true: one letter for its true class.
+        predicted: one letter for its predicted class.
+        state: ``"right"``, ``"wrong"`` or ``"unknown"``.
+        probability: that of the predicted class.
+        title: all of this in words.
+    """
+
+    letter: str
+    true: str
+    predicted: str
+    state: str
+    probability: float
+    title: str
+
+
+@dataclass(frozen=True)
+class ResidueStrip:
+    """A sequence whose residues have a true and a predicted class below them; it is wrapped in blocks of ten.
+
+    Attributes:
+        heading: a line above it.
+        start: number of the first residue.
+        residues: the residues.
+    """
+
+    heading: str
+    start: int
+    residues: Sequence[Residue]
+
+    @property
+    def blocks(self) -> list[tuple[int, Sequence[Residue]]]:
+        """The number of the first residue of each block, and its residues."""
+        return [(self.start + i, self.residues[i : i + _BLOCK]) for i in range(0, len(self.residues), _BLOCK)]
+
+
+Part = str | Table | Plot | ResidueStrip
+
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with paragraphs, tables and plots."""
+    """A heading with paragraphs, tables, plots and sequences."""
 
     heading: str
-    parts: Sequence[str | Table | Plot]
+    parts: Sequence[Part]
 
 
 def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str:

@@ -1,9 +1,10 @@
-"""Plots as SVG text: memory by category, memory over one step, time against memory."""
+"""Plots as SVG text: memory by category, memory over one step, time against memory, a metric by layer."""
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -52,7 +53,7 @@ class Method:
     high: float | None = None
 
 
-def _plain_text(plot: _Plot) -> _Plot:
+def plain_text(plot: _Plot) -> _Plot:
     """Show every text of a plot as it is. matplotlib would set a name with two dollar signs as a formula."""
 
     @functools.wraps(plot)
@@ -69,7 +70,7 @@ def _plain_text(plot: _Plot) -> _Plot:
     return cast("_Plot", plotted)
 
 
-@_plain_text
+@plain_text
 def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -> str:
     """Plot peak memory by category, one stacked bar per method.
 
@@ -83,33 +84,40 @@ def memory_plot(stacks: Mapping[str, Mapping[str, int]], *, capacity: int = 0) -
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    figure, [[axes]] = _figure(8, 0.45 * len(stacks) + 1.6)
+    figure, [[axes]] = new_figure(8, 0.45 * len(stacks) + 1.6)
     names = [one_line(name) for name in stacks]
     left = np.zeros(len(stacks))
+    divisor, unit = _binary_unit(max(sum(stack.get(name, 0) for name in CATEGORY_COLOURS) for stack in stacks.values()))
     for category, colour in CATEGORY_COLOURS.items():
-        sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / GIB
+        sizes = np.array([stack.get(category, 0) for stack in stacks.values()]) / divisor
         axes.barh(names, sizes, left=left, color=colour, label=category, height=0.65)
         left = left + sizes
     for position, total in enumerate(left):
-        axes.text(total, position, f" {total:.3g}", va="center", fontsize=9)
+        axes.annotate(f"{total:.3g}", (total, position), (4, 0), textcoords="offset points", va="center", fontsize=9)
     widest = left.max()
-    if capacity and capacity / GIB < 3 * widest:
-        axes.axvline(capacity / GIB, color="black", linestyle="--", linewidth=1, label="memory of the device")
-        widest = max(widest, capacity / GIB)
+    if capacity and capacity / divisor < 3 * widest:
+        axes.axvline(capacity / divisor, color="black", linestyle="--", linewidth=1, label="memory of the device")
+        widest = max(widest, capacity / divisor)
     axes.set_xlim(0, 1.12 * widest)
     axes.invert_yaxis()
-    axes.set_xlabel("peak memory, GiB")
+    axes.set_xlabel(f"peak memory, {unit}")
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg_of(figure)
 
 
-@_plain_text
-def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, unit: str = "seconds") -> str:
+@plain_text
+def timeline_plot(
+    timelines: Mapping[str, Sequence[tuple[str, float, int]]],
+    *,
+    unit: str = "seconds",
+    peaks: Mapping[str, int] | None = None,
+) -> str:
     """Plot memory over one step, one small plot per method, coloured by phase.
 
     Args:
         timelines: points by method: phase, time, bytes.
         unit: unit of the times.
+        peaks: bytes by phase, drawn as a dashed line over the phase.
 
     Returns:
         SVG.
@@ -117,32 +125,38 @@ def timeline_plot(timelines: Mapping[str, Sequence[tuple[str, float, int]]], *, 
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(3, len(timelines))
     lines = -(-len(timelines) // columns)
-    figure, grid = _figure(9, 2.3 * lines + 0.6, lines, columns)
-    highest = max(size for points in timelines.values() for _, _, size in points) / GIB
+    figure, grid = new_figure(9, 2.3 * lines + 0.6, lines, columns)
+    highest = max([*(size for points in timelines.values() for _, _, size in points), *(peaks or {}).values()])
+    divisor, name_of_unit = _binary_unit(highest)
     for axes, (name, points) in zip(grid.flat, timelines.items(), strict=False):
         for phase, colour in PHASE_COLOURS.items():
             indices = [i for i, point in enumerate(points) if point[0] == phase]
             if indices:
                 shown = points[indices[0] : indices[-1] + 2]  # with the first point of the next phase, to leave no gap
                 axes.fill_between(
-                    [x for _, x, _ in shown], [y / GIB for _, _, y in shown], color=colour, label=phase, linewidth=0
+                    [x for _, x, _ in shown], [y / divisor for _, _, y in shown], color=colour, label=phase, linewidth=0
                 )
+                if peaks and phase in peaks:
+                    axes.hlines(peaks[phase] / divisor, shown[0][1], shown[-1][1], color="black", linestyle="--")
         axes.set_title(one_line(name), fontsize=10)
-        axes.set_ylim(0, 1.05 * highest)
+        axes.set_ylim(0, 1.05 * highest / divisor)
         axes.set_xlim(points[0][1], max(points[-1][1], 1e-9))
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3 if columns > 1 else 6, steps=[1, 2, 5, 10]))
     for axes in list(grid.flat)[len(timelines) :]:
         axes.set_axis_off()
     figure.supxlabel(unit, fontsize=9)
-    figure.supylabel("GiB", fontsize=9)
+    figure.supylabel(name_of_unit, fontsize=9)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    return _svg(figure)
+    return svg_of(figure)
 
 
-@_plain_text
+@plain_text
 def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
     """Plot time against peak memory, and beside it the metric if there is one.
 
@@ -159,26 +173,65 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
         ConfigurationError: matplotlib is not installed.
     """
     measured = [method for method in methods if method.metric is not None]
-    figure, [panels] = _figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
+    figure, [panels] = new_figure(9 if measured else 6.5, 4.2, 1, 2 if measured else 1)
     axes = panels[0]
     front = sorted((m for m in methods if not any(_beats(other, m) for other in methods)), key=lambda m: m.seconds)
-    axes.plot([m.seconds for m in front], [m.memory / GIB for m in front], color="#999999", linewidth=1, zorder=1)
-    _points(axes, [(m.name, m.seconds, m.memory / GIB) for m in methods])
-    axes.set_ylabel("peak memory, GiB")
+    divisor, unit = _binary_unit(max(m.memory for m in methods))
+    axes.plot([m.seconds for m in front], [m.memory / divisor for m in front], color="#999999", linewidth=1, zorder=1)
+    _points(axes, [(m.name, m.seconds, m.memory / divisor) for m in methods])
+    axes.set_ylabel(f"peak memory, {unit}")
     axes.set_xlabel("time of the run, s")
     axes.set_ylim(bottom=0)
     if measured:
         axes = panels[1]
         for m in measured:
             if m.low is not None:
-                axes.plot([m.memory / GIB] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
-        _points(axes, [(m.name, m.memory / GIB, m.metric or 0.0) for m in measured])
-        axes.set_xlabel("peak memory, GiB")
+                axes.plot([m.memory / divisor] * 2, [m.low, m.high], color="#999999", linewidth=1, zorder=1)
+        _points(axes, [(m.name, m.memory / divisor, m.metric or 0.0) for m in measured])
+        axes.set_xlabel(f"peak memory, {unit}")
         axes.set_ylabel(one_line(metric))
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.15)
-    return _svg(figure)
+    return svg_of(figure)
+
+
+@plain_text
+def layers_plot(
+    lines: Mapping[str, Sequence[float]], *, metric: str, chosen: int, band: tuple[float, float] | None = None
+) -> str:
+    """Plot a metric by the number of layers, one line per name.
+
+    Args:
+        lines: values by name, for 0, 1, ... layers; NaN leaves a gap.
+        metric: name of the metric.
+        chosen: number of layers to mark.
+        band: range of values to shade, such as one standard error below the best.
+
+    Returns:
+        SVG.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, [[axes]] = new_figure(7, 4)
+    if band is not None:
+        axes.axhspan(*band, color="#999999", alpha=0.3, linewidth=0, label="within one standard error of the best")
+    for (name, values), colour in zip(lines.items(), itertools.cycle(CATEGORY_COLOURS.values())):
+        axes.plot(range(len(values)), values, marker="o", markersize=4, color=colour, label=one_line(name))
+    axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=f"recommended: {chosen} layers")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layers (0: embeddings)")
+    axes.set_ylabel(one_line(metric))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return svg_of(figure)
+
+
+def _binary_unit(highest: int) -> tuple[int, str]:
+    """Return the bytes and the name of the unit for an axis up to some bytes."""
+    return (GIB, "GiB") if highest >= GIB // 2 else (1024**2, "MiB")
 
 
 def _beats(one: Method, other: Method) -> bool:
@@ -187,7 +240,7 @@ def _beats(one: Method, other: Method) -> bool:
 
 
 def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    axes.scatter([x for _, x, _ in points], [y for _, _, y in points], color="#0072b2", zorder=2)
+    axes.scatter([x for _, x, _ in points], [y for _, _, y in points], color="#0072b2", zorder=2, clip_on=False)
     labelled: list[tuple[float, float]] = []
     spread = max((y for _, _, y in points), default=1.0) or 1.0
     for name, x, y in sorted(points, key=lambda point: point[2]):
@@ -197,7 +250,8 @@ def _points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
         labelled.append((x, y))
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """Return a figure of a size in inches, and its axes as an array of shape (rows, columns)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -207,7 +261,8 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     return figure, grid
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
+    """Return a figure as SVG, the same text for the same figure."""
     import matplotlib
 
     buffer = io.StringIO()

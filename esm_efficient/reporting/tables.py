@@ -11,7 +11,8 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from esm_efficient.errors import DataError
 
@@ -128,6 +129,18 @@ def format_number(value: float | None, pattern: str) -> str:
     return "-" if value is None or math.isnan(value) else pattern.format(value)
 
 
+def finite_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record for JSON, in which a number that is not finite is None.
+
+    Example:
+        >>> finite_values({"mcc": float("nan"), "steps": 4})
+        {'mcc': None, 'steps': 4}
+    """
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
 def format_bytes(count: int) -> str:
     """Format a number of bytes in binary units, with three significant digits.
 
@@ -142,6 +155,31 @@ def format_bytes(count: int) -> str:
     if units[0] == "B":
         return f"{count} B"
     return f"{f'{size:,.0f}' if size >= 99.95 else f'{size:#.3g}'} {units[0]}"
+
+
+def count_of(number: float, noun: str) -> str:
+    """Format a number of things in words; the plural of the noun ends with s.
+
+    Example:
+        >>> count_of(1, "epoch"), count_of(2.5, "epoch")
+        ('1 epoch', '2.5 epochs')
+    """
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Format a time in the unit that suits it, with three significant digits; ``"-"`` if it is NaN or None.
+
+    Example:
+        >>> [format_seconds(seconds) for seconds in (0.0526, 80.5, 186, 6600, 400_000)]
+        ['52.6 ms', '80.5 s', '3.1 min', '110 min', '4.63 days']
+    """
+    if seconds is None or math.isnan(seconds):
+        return "-"
+    for limit, size, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds / 86_400:,.3g} days"
 
 
 def _without_formula(cell: object) -> object:

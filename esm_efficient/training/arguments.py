@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from esm_efficient import compat
+from esm_efficient.costs.devices import native_precision
 from esm_efficient.data.tokenizing import LENGTH_COLUMN
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Precision, Recipe, get_recipe
@@ -22,18 +23,19 @@ def recipe_arguments(
     Args:
         recipe: a name or a `Recipe`.
         output_dir: folder for checkpoints.
-        precision: ``"auto"``, ``"float32"`` or ``"bf16"``. The other values of `esm_efficient.recipes.Precision` are
-            for estimates.
+        precision: ``"auto"``, ``"float32"``, ``"bf16"`` or ``"fp16"`` (`esm_efficient.recipes.Precision`);
+            ``"pure-bf16"`` is for estimates.
         **overrides: options of `TrainingArguments` that override those of the recipe.
 
     Raises:
-        ConfigurationError: the recipe is unknown, or the precision is not one of the three.
+        ConfigurationError: the recipe is unknown, or the precision is not one of these, or needs a GPU.
 
     Example:
         >>> recipe_arguments("all", "output").gradient_accumulation_steps
         4
     """
     chosen = get_recipe(recipe)
+    half = _half_precision(precision)
     options: dict[str, Any] = {
         "per_device_train_batch_size": chosen.micro_batch,
         "gradient_accumulation_steps": chosen.accumulation,
@@ -47,7 +49,8 @@ def recipe_arguments(
         "logging_steps": 20,
         "save_strategy": "no",
         "report_to": "none",
-        "bf16": _uses_bf16(precision),
+        "bf16": half == "bf16",
+        "fp16": half == "fp16",
         # transformers 5.3 refuses bfloat16 on a CPU without use_cpu.
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -59,15 +62,49 @@ def recipe_arguments(
     return TrainingArguments(output_dir=str(output_dir), **options)
 
 
-def _uses_bf16(precision: Precision) -> bool:
-    if precision in ("fp16", "pure-bf16"):
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Refuse several GPUs in one process, for which Trainer would use torch.nn.DataParallel.
+
+    Raises:
+        ConfigurationError: the process has several GPUs.
+    """
+    if args.n_gpu > 1:
         raise ConfigurationError(
-            f"precision={precision!r} is for estimates of memory only: fp16 needs a loss scale, and pure-bf16 loses "
-            'small updates. Expected "auto", "float32" or "bf16" for training'
+            f"this process has {args.n_gpu} GPUs, for which Trainer uses torch.nn.DataParallel, and the lean encoder "
+            f"does not run under it. Start one process per GPU, with torchrun --nproc-per-node={args.n_gpu} or "
+            "accelerate launch; or set CUDA_VISIBLE_DEVICES=0 before Python starts, to use one GPU"
         )
-    if precision not in ("auto", "float32", "bf16"):
-        raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32" or "bf16"')
-    if precision == "auto":
-        # A T4 supports bfloat16 only by emulation, which is slower than float32.
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16"
+
+
+def refuse_unsaved_weights(args: TrainingArguments) -> None:
+    """Refuse options under which a trained model would not be saved.
+
+    Raises:
+        ConfigurationError: DeepSpeed's stage 3 does not gather the weights, and Trainer would save none.
+    """
+    config: Any = getattr(args, "hf_deepspeed_config", None)
+    option = "stage3_gather_16bit_weights_on_model_save"
+    if config is not None and config.is_zero3() and not config.get_value(f"zero_optimization.{option}"):
+        raise ConfigurationError(
+            "DeepSpeed's stage 3 divides the weights, and this configuration does not gather them when the model is "
+            f'saved, so that the folder would have no weights. Add "{option}": true to "zero_optimization"'
+        )
+
+
+def half_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """Return the half precision in which a run computes, and holds frozen parameters; None for float32."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _half_precision(precision: Precision) -> Precision:
+    """Return the precision of a run on this machine."""
+    if precision == "pure-bf16":
+        raise ConfigurationError(
+            'precision="pure-bf16" is for estimates of memory only, because it loses small updates. Expected "auto", '
+            '"float32", "bf16" or "fp16" for training'
+        )
+    if precision not in ("auto", "float32", "bf16", "fp16"):
+        raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32", "bf16" or "fp16"')
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigurationError('precision="fp16" needs a GPU: expected "float32" or "bf16" on a CPU')
+    return native_precision(torch.device("cuda")) if precision == "auto" else precision

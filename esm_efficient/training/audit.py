@@ -48,7 +48,7 @@ class AuditReport:
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the encoder layers in which a parameter moved."""
-        matches = (re.search(r"\.layer\.(\d+)\.", name) for name in self.moved)
+        matches = map(_LAYER.match, self.moved)
         return tuple(sorted({int(match[1]) for match in matches if match}))
 
     def __str__(self) -> str:
@@ -67,8 +67,8 @@ class AuditCallback(TrainerCallback):
     encoder layer moves, or if nothing moves. Otherwise a warning names it: a pooler that a custom head does not read,
     or parameters that the optimizer was not given, may be meant so.
 
-    The audit works for one process and under DDP. It logs a warning and does nothing if a rank cannot see whole
-    gradients (FSDP, DeepSpeed, optimizers that step within the backward pass).
+    The audit works for one process, under DDP, and under FSDP2, where every rank looks at its shards. It logs a warning
+    and does nothing if a rank cannot see gradients (FSDP1, DeepSpeed, optimizers that step within the backward pass).
 
     Args:
         patience: number of counted optimizer steps after which a parameter must have moved.
@@ -97,6 +97,7 @@ class AuditCallback(TrainerCallback):
         self._moved: list[str] = []
         self._exempt: list[str] = []
         self._first_step = True
+        self._is_sharded = False
 
     @property
     def report(self) -> AuditReport:
@@ -108,10 +109,11 @@ class AuditCallback(TrainerCallback):
     ) -> None:
         """List the trainable parameters."""
         self._reset()
-        if reason := _reason_without_gradients(args):
+        model = kwargs["model"]
+        self._is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
+        if reason := _reason_without_gradients(args, self._is_sharded):
             logger.warning("%s: this run is not audited", reason)
             return
-        model = kwargs["model"]
         try:
             architecture = find_architecture(model)
         except TargetModuleError:
@@ -144,12 +146,12 @@ class AuditCallback(TrainerCallback):
         for name, parameter in self._pending.items():
             if parameter.grad is None:
                 continue
-            gradient = parameter.grad.detach().reshape(-1)
+            gradient = _on_this_rank(parameter.grad).reshape(-1)
             indices = gradient.abs().topk(min(_ELEMENTS, gradient.numel())).indices
             indices = indices[gradient[indices] != 0]
             if indices.numel():
                 self._had_gradient.add(name)
-            self._watched[name] = (indices, parameter.detach().reshape(-1)[indices].clone())
+            self._watched[name] = (indices, _on_this_rank(parameter).reshape(-1)[indices].clone())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,26 +160,64 @@ class AuditCallback(TrainerCallback):
         optimizer = kwargs.get("optimizer")
         if not self._pending or optimizer is None or getattr(optimizer, "step_was_skipped", False):
             return
-        # A batch without any weight moves no parameter: the step does not count.
-        if not any(parameter.grad is not None and parameter.grad.any() for parameter in self._trainable.values()):
+        gradients = [_on_this_rank(p.grad) for p in self._trainable.values() if p.grad is not None]
+        # A batch without any weight moves no parameter, and neither does a step that overflows at its loss scale, which
+        # a fused optimizer leaves out without telling: such steps do not count.
+        is_used = any(bool(grad.any()) for grad in gradients)
+        is_used, is_broken = self._on_any_rank([is_used, not all(grad.isfinite().all() for grad in gradients)])
+        if is_broken or not is_used:
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         if outside := [name for name, parameter in self._pending.items() if id(parameter) not in groups]:
             self._judge("is not in the optimizer", outside, state, unmoved=True)
         overdue = []
-        for name, parameter in list(self._pending.items()):
-            indices, before = self._watched.get(name, (None, None))
-            after = None if indices is None else parameter.detach().reshape(-1)[indices]
-            if after is not None and before is not None and not torch.equal(after, before):
+        seen = self._seen(groups, optimizer)
+        for (name, parameter), (moved, had_gradient, is_watched, can_change) in zip(
+            list(self._pending.items()), seen, strict=True
+        ):
+            if had_gradient:
+                self._had_gradient.add(name)
+            if moved:
                 self._moved.append(name)
                 del self._pending[name]
                 continue
-            if _can_change(groups[id(parameter)], optimizer.state.get(parameter, {}), parameter.grad, before):
+            # Without a gradient to tell how large the step was, only the learning rate can.
+            if can_change if is_watched else _can_change(groups[id(parameter)], {}, None, None):
                 self._steps[name] = self._steps.get(name, 0) + 1
                 if self._steps[name] >= self.patience:
                     overdue.append(name)
         if overdue:
             self._judge_unmoved(overdue, state)
+
+    def _seen(self, groups: Mapping[int, Any], optimizer: Any) -> list[tuple[bool, ...]]:
+        """Return what the ranks have seen of each pending parameter.
+
+        Returns:
+            Per parameter whether elements moved, it had a gradient, elements were watched, and the step was large
+            enough to change these.
+        """
+        flags: list[bool] = []
+        for name, parameter in self._pending.items():
+            indices, before = self._watched.get(name, (None, None))
+            is_watched = indices is not None and indices.numel() > 0
+            moved = can_change = False
+            if is_watched and indices is not None and before is not None:
+                after = _on_this_rank(parameter).reshape(-1)[indices]
+                moved = not torch.equal(after, before)
+                gradient = None if parameter.grad is None else _on_this_rank(parameter.grad)
+                can_change = _can_change(groups[id(parameter)], optimizer.state.get(parameter, {}), gradient, before)
+            flags += [moved, name in self._had_gradient, is_watched, can_change]
+        flags = self._on_any_rank(flags)
+        return list(zip(*(flags[i::4] for i in range(4)), strict=True))
+
+    def _on_any_rank(self, flags: list[bool]) -> list[bool]:
+        """Return which flags are set on some rank, if the parameters are sharded; all ranks call this together."""
+        if not self._is_sharded:
+            return flags
+        (device, *_) = {_on_this_rank(parameter).device for parameter in self._trainable.values()}
+        values = torch.tensor(flags, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return values.bool().tolist()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -234,8 +274,8 @@ class AuditCallback(TrainerCallback):
         return not others or (layer is not None and not any(other.startswith(layer[0]) for other in others))
 
 
-_LAYER = re.compile(r"(?:.*\.)?(?:layer|layers|blocks|block|h)\.\d+\.")
-"""The path of an encoder layer, at the beginning of a parameter's name."""
+_LAYER = re.compile(r"(?:.*\.)?(?:layer|layers|blocks|block|h)\.(\d+)\.")
+"""The path of an encoder layer, at the beginning of a parameter's name, and its number."""
 
 
 def _expected_to_train(model: nn.Module) -> set[str]:
@@ -270,10 +310,16 @@ def _can_change(
     return step > 4 * torch.finfo(torch.float32).eps * float(before.abs().max())
 
 
-def _reason_without_gradients(args: TrainingArguments) -> str:
-    """Return why a rank cannot see whole gradients before an optimizer step; empty if it can."""
+def _on_this_rank(tensor: Tensor) -> Tensor:
+    """Return the shard of this rank, or the whole tensor if it is not sharded."""
+    return getattr(tensor, "to_local", lambda: tensor)().detach()
+
+
+def _reason_without_gradients(args: TrainingArguments, is_sharded: bool) -> str:
+    """Return why a rank cannot see gradients before an optimizer step; empty if it can see whole ones or its shards."""
     kind = AcceleratorState().distributed_type if is_initialized() else DistributedType.NO
-    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    divided = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    if kind in divided and not (is_sharded and kind == DistributedType.FSDP):
         return f"{kind.value} divides gradients among the ranks"
     if "lomo" in args.optim or args.optim.endswith("layerwise"):
         return f"{args.optim} takes its steps within the backward pass"

@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
 from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
 from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
@@ -202,6 +202,65 @@ class EndlessRows(torch.utils.data.IterableDataset):
                 return
 
 
+class EvaluationRows(torch.utils.data.IterableDataset):
+    """One pass of a stream for one of several ranks, which all have equally many batches.
+
+    Rows of the last batches are repeated to fill them; `accelerate.Accelerator.gather_for_metrics` drops the repeated
+    ones by the remainder of the data loader. It must run in the process of the loader, whose remainder it sets.
+    """
+
+    loader: Any = None
+
+    def __init__(self, dataset: Any, *, batch_size: int, ranks: int, rank: int) -> None:
+        self.dataset, self._total = dataset, batch_size * ranks
+        self._own = slice(rank * batch_size, (rank + 1) * batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        rows: list = []
+        for row in self.dataset:
+            rows.append(row)
+            if len(rows) == self._total:
+                yield from rows[self._own]
+                rows = []
+        self.loader.remainder = len(rows)
+        if rows:
+            yield from list(itertools.islice(itertools.cycle(rows), self._total))[self._own]
+
+
+class EvaluationLoader(DataLoaderShard):
+    """A data loader that knows at its last batch how many rows of it count.
+
+    Trainer repeats a batch's loss to the length of a whole batch, and `accelerate.Accelerator.gather_for_metrics` then
+    drops what is too much. Without the number, a short last batch of a stream would count as a whole one.
+    """
+
+    remainder: int
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if self.end_of_dataloader and self.remainder < 0:
+                self.remainder = find_batch_size(batch) or 0
+            yield batch
+
+
+def stream_evaluation_dataloader(trainer: Trainer, dataset: Any) -> DataLoader:
+    """Return a Trainer's data loader for a pass of a stream; of several ranks, every one reads all rows.
+
+    accelerate's own loader for streams fails at an empty stream, and on several ranks at batches that are padded to
+    different lengths.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    ranks, size, loading = accelerator.num_processes, args.eval_batch_size, _loading_options(args, accelerator)
+    rows, collate = compat.without_unused_columns(trainer, dataset, trainer.data_collator)
+    if ranks > 1:
+        rows = EvaluationRows(rows, batch_size=size, ranks=ranks, rank=accelerator.process_index)
+        loading |= {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None}
+    loader = EvaluationLoader(rows, device=accelerator.device, batch_size=size, collate_fn=collate, **loading)
+    if ranks > 1:
+        rows.loader = loader
+    return loader
+
+
 def stream_dataloader(trainer: Trainer) -> DataLoader:
     """Return a Trainer's data loader for a stream; of several ranks, every one reads all rows and keeps its share.
 
@@ -225,7 +284,7 @@ def stream_dataloader(trainer: Trainer) -> DataLoader:
         batch_size=size,
         drop_last=args.dataloader_drop_last,
         collate_fn=collate,
-        **_loading_options(args),
+        **_loading_options(args, accelerator),
     )
 
 
@@ -253,7 +312,7 @@ def budget_dataloader(trainer: Trainer, token_budget: int) -> DataLoader:
         device=accelerator.device,
         batch_sampler=sampler,
         collate_fn=collate,
-        **_loading_options(args),
+        **_loading_options(args, accelerator),
     )
 
 
@@ -303,11 +362,12 @@ def is_stream(dataset: Any) -> bool:
     return dataset is not None and not has_length(dataset)
 
 
-def _loading_options(args: TrainingArguments) -> dict[str, Any]:
+def _loading_options(args: TrainingArguments, accelerator: Accelerator) -> dict[str, Any]:
     workers = args.dataloader_num_workers
     return {
         "num_workers": workers,
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        "_non_blocking": accelerator.non_blocking,
     }

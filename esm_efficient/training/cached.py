@@ -13,10 +13,13 @@ import torch
 
 from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.encoder.origins import reads_first_token
+from esm_efficient.heads import PooledClassificationHead, PooledEsmForSequenceClassification, pooling_of_model
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import SPECIAL_TOKENS
-from esm_efficient.trunk.cache import Pooling, StateDtype, StatesCollator, cache_states, measure_ids
+from esm_efficient.training.arguments import half_dtype
+from esm_efficient.trunk.cache import cache_states, measure_ids
 from esm_efficient.trunk.split import Trunk, join_model, split_model
+from esm_efficient.trunk.states import Pooling, StateDtype, StatesCollator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,14 +83,16 @@ def cache_for_training(
     count = len(encoder_layers(model))
     trained = recipe.trained_layers(count)
     top = count - min(trained) if trained else 0
-    pooling: Pooling = "first" if top == 0 and reads_first_token(model) else "tokens"
-    dtype: StateDtype = "bfloat16" if args.bf16 else "float32"
+    pooling: Pooling = "tokens" if top else _pooling_of_head(model)
+    half = half_dtype(args)
+    dtype: StateDtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     trunk, rest = split_model(model, top)
-    if args.bf16:
-        trunk.to(torch.bfloat16)
+    if half is not None:
+        for parameter in trunk.parameters():  # not the rotary frequencies, which are buffers
+            parameter.data = parameter.data.to(half)
     started = time.perf_counter()
     trunk.to(args.device)
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(args.device.type, half, enabled=half is not None):
         cached = {
             name: cache_states(split, trunk, folder, dtype=dtype, pooling=pooling) for name, split in splits.items()
         }
@@ -103,3 +108,11 @@ def cache_for_training(
         residues_per_epoch=int(tokens.sum() - SPECIAL_TOKENS * len(tokens)),
         seconds=seconds,
     )
+
+
+def _pooling_of_head(model: PreTrainedModel) -> Pooling:
+    """Return the states that the head of a model reads."""
+    if reads_first_token(model):
+        return "first"
+    is_own = type(model) is PooledEsmForSequenceClassification and type(model.classifier) is PooledClassificationHead
+    return "mean" if is_own and pooling_of_model(model) == "mean" else "tokens"

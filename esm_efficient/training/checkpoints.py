@@ -155,6 +155,10 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         The checkpoint's folder, for ``resume_from_checkpoint``; None if there is none. A checkpoint is skipped with a
         warning if it is incomplete, because its run was killed or its copy was interrupted, or if a file has another
         content than was written.
+
+    Example:
+        >>> print(last_checkpoint("a-folder-without-checkpoints"))
+        None
     """
     for path in numbered_checkpoints(folder):
         faults = find_faults(path) if (path / MANIFEST).is_file() else [f"{MANIFEST} is missing"]

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 _EXPLOSION = 1000.0
 """A loss, or a norm of the gradient, that grows by this factor since the first step that was logged, explodes."""
 
+_LEAST_SCALE = 1.0
+"""A loss scale below it does not explain a gradient that is not finite; torch begins with 65,536."""
+
 _EQUAL = 1e-6
 """Logits that differ by less than this fraction of the largest one are equal."""
 
@@ -107,14 +110,17 @@ class DivergenceWatch:
         """Look at the loss and the norm of the gradient that a run logs.
 
         Raises:
-            DivergenceError: the norm is NaN or infinite without a loss scale, or the loss has exploded.
+            DivergenceError: the norm is NaN or infinite, and no loss scale is the cause; or the loss has exploded.
         """
         advice = f"Lower learning_rate (it is {args.learning_rate:g}), or add warmup_steps"
         norm, loss = logs.get("grad_norm"), logs.get("loss")
-        if norm is not None and not math.isfinite(norm) and not args.fp16:
+        scaler = self._accelerator.scaler
+        # A step whose gradient overflows at this loss scale is left out, and the scale is halved.
+        if norm is not None and not math.isfinite(norm) and (scaler is None or scaler.get_scale() < _LEAST_SCALE):
+            scaled = "" if scaler is None else f", although the loss scale fell to {scaler.get_scale():.3g}"
             raise DivergenceError(
-                f"the norm of the gradient is {norm} at step {self._steps}: expected a finite number. {advice}. "
-                f"{_GOOD_CHECKPOINTS}"
+                f"the norm of the gradient is {norm} at step {self._steps}{scaled}: expected a finite number. "
+                f"{advice}. {_GOOD_CHECKPOINTS}"
             )
         for name, value in (("loss", loss), ("grad_norm", norm)):
             if value is None or not math.isfinite(value):

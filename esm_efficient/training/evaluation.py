@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from esm_efficient.data.encoding import truncation_mask
-from esm_efficient.data.sequences import Keep
+from esm_efficient.data.sequences import Keep, count_residues
 from esm_efficient.errors import DataError, listing
 from esm_efficient.inference import Predictor
+from esm_efficient.inference.windows import LongReading
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
+from esm_efficient.training.baselines import majority_metrics
+from esm_efficient.training.evaluation_page import Evaluation
+from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.metrics import compute_metrics_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import EvalPrediction
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +32,7 @@ def evaluate(
     model: Predictor | str | Path,
     dataset: Dataset,
     *,
-    keep: Keep | None = None,
+    keep: LongReading | None = None,
     token_budget: int = 8192,
 ) -> dict[str, float]:
     """Return the metrics of a trained model on the sequences and labels of a data set.
@@ -51,9 +57,74 @@ def evaluate(
     Example:
         >>> evaluate("output/adapter", load_sequences("other.csv")["test"])["mcc"]  # doctest: +SKIP
     """
+    predictor = model if isinstance(model, Predictor) else Predictor.load(model)
+    return _metrics_of(predictor)(_predict(predictor, dataset, keep, token_budget))
+
+
+def evaluate_in_full(
+    model: Predictor | str | Path,
+    dataset: Dataset,
+    *,
+    keep: LongReading | None = None,
+    token_budget: int = 8192,
+) -> Evaluation:
+    """Return the metrics of `evaluate` with their 95 % intervals, and what the model predicts for each sequence.
+
+    Its text is a table. `esm_efficient.training.outcome.evaluation_page` makes a page of it.
+
+    Args:
+        model: as `evaluate`.
+        dataset: as `evaluate`.
+        keep: as `evaluate`.
+        token_budget: as `evaluate`.
+
+    Raises:
+        DataError: as `evaluate`.
+        ConfigurationError: as `evaluate`.
+
+    Example:
+        >>> print(evaluate_in_full("output/adapter", load_sequences("other.csv")["test"]))  # doctest: +SKIP
+    """
+    predictor = model if isinstance(model, Predictor) else Predictor.load(model)
+    prediction, compute = _predict(predictor, dataset, keep, token_budget), _metrics_of(predictor)
+    labels: Any = prediction.label_ids
+    numbered = [str(number) for number in range(1, len(labels) + 1)]
+    return Evaluation(
+        task=predictor.task,
+        scores=np.asarray(prediction.predictions),
+        labels=labels,
+        metrics=compute(prediction),
+        intervals=intervals_of(prediction, compute),
+        names=list(map(str, dataset["accession"])) if "accession" in dataset.column_names else numbered,
+        sequences=_kept(list(dataset["sequence"]), predictor, keep),
+        thresholds=predictor.thresholds,
+        baselines=majority_metrics(predictor.task, np.asarray(labels)),
+    )
+
+
+def _metrics_of(predictor: Predictor) -> Any:
+    return compute_metrics_for(predictor.task, thresholds=predictor.thresholds)
+
+
+def _kept(sequences: list[str], predictor: Predictor, keep: LongReading | None) -> list[str]:
+    """Return what the model reads of sequences."""
+    part = _part(keep)
+    if part is None:
+        return sequences
+    limit = predictor.max_tokens - SPECIAL_TOKENS
+    masks = (truncation_mask(np.array([count_residues(sequence)]), limit, part) for sequence in sequences)
+    return ["".join(itertools.compress(sequence, mask)) for sequence, mask in zip(sequences, masks, strict=True)]
+
+
+def _part(keep: LongReading | None) -> Keep | None:
+    """Return the part of a long sequence that is read; None if all is read, in windows, or if it is refused."""
+    return next((part for part in get_args(Keep) if part == keep), None)
+
+
+def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, token_budget: int) -> EvalPrediction:
+    """Return logits and labels as a Trainer does; those of residues are padded, and have a place for <cls>."""
     from transformers import EvalPrediction
 
-    predictor = model if isinstance(model, Predictor) else Predictor.load(model)
     if isinstance(dataset, Mapping):
         raise DataError(f"got all splits ({', '.join(map(str, dataset))}): expected one of them, such as data['test']")
     if missing := [name for name in ("sequence", "label") if name not in dataset.column_names]:
@@ -66,17 +137,19 @@ def evaluate(
     if not logits:
         raise DataError("the data set has no row: there is nothing to evaluate")
     labels = _labels(dataset["label"], predictor.task, order)
-    if predictor.task.kind == "token_classification":
-        residues = predictor.encoder(list(dataset["sequence"])).residues
-        _check_lengths(labels, residues)
-        if keep is not None:
-            limit = predictor.max_tokens - SPECIAL_TOKENS
-            labels = [row[truncation_mask(np.array([len(row)]), limit, keep)] for row in labels]
-        prediction = EvalPrediction(predictions=np.concatenate(logits), label_ids=np.concatenate(labels))
-    else:
-        prediction = EvalPrediction(predictions=np.stack(logits), label_ids=np.stack(labels))
     logger.info("evaluated on %d sequences", len(logits))
-    return compute_metrics_for(predictor.task, thresholds=predictor.thresholds)(prediction)
+    if predictor.task.kind != "token_classification":
+        return EvalPrediction(predictions=np.stack(logits), label_ids=np.stack(labels))
+    residues = predictor.encoder(list(dataset["sequence"])).residues
+    _check_lengths(labels, residues)
+    if part := _part(keep):
+        limit = predictor.max_tokens - SPECIAL_TOKENS
+        labels = [row[truncation_mask(np.array([len(row)]), limit, part)] for row in labels]
+    shape = len(labels), max(map(len, labels)) + SPECIAL_TOKENS
+    padded = np.full(shape, IGNORE, dtype=np.int64), np.zeros((*shape, len(predictor.task.names)), dtype=np.float32)
+    for index, (row, scores) in enumerate(zip(labels, logits, strict=True)):
+        padded[0][index, 1 : len(row) + 1], padded[1][index, 1 : len(row) + 1] = row, scores
+    return EvalPrediction(predictions=padded[1], label_ids=padded[0])
 
 
 def _matched_names(given: Task, expected: Task) -> dict[str, int]:

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from esm_efficient.reporting import finite_values
+from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
+from esm_efficient.training.baselines import FrozenProbe
+from esm_efficient.training.evaluation_page import Evaluation
+from esm_efficient.training.outcome import result_table, run_page
+from esm_efficient.training.step_memory import StepMemory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,11 +46,22 @@ class FinetuneResult:
         model_dir: folder of the model or the adapter, with the tokenizer. It contains the model's config; the config
             of an adapter's base model is in its folder ``base_config/``.
         result_path: path of this record as JSON.
-        model: the trained model, in evaluation mode.
+        model: the trained model, in evaluation mode; None if the result was read from a folder (`load_result`).
+        base_model: the Hub name or folder of the model that the run began with.
+        dataset: the name of the data; empty if they had none.
         profile: costs per phase; None without profiling.
+        memory: bytes at the highest moment by category; None without profiling.
+        step_memory: memory of a step, as predicted before the run if it was announced or profiled, and as measured.
         thresholds: label name -> probability from which the label is positive, for several labels per sequence. They
             are tuned on the validation split and saved as ``label_thresholds`` in the model's config. None if they
             were not tuned.
+        temperature: what the logits were divided by, so that probabilities come true on validation; None if they were
+            not calibrated.
+        probe: a linear probe on the encoder that the run began with, on the same split; None if it was not measured.
+        evaluation: predictions and labels of the split `evaluated_on`, with the intervals of the metrics.
+        history: what the Trainer logged.
+        data: description of the splits; None if their sequences are not known, and on all ranks but the first.
+        warnings: what the library warned of while the data were read, during training and in the evaluation.
     """
 
     recipe: str
@@ -66,16 +81,62 @@ class FinetuneResult:
     seconds: float
     model_dir: Path
     result_path: Path
-    model: PreTrainedModel | PeftModel = field(repr=False, compare=False)
+    model: PreTrainedModel | PeftModel | None = field(repr=False, compare=False)
+    base_model: str = ""
+    dataset: str = ""
     profile: ProfileReport | None = None
+    memory: Mapping[str, int] | None = None
+    step_memory: StepMemory | None = None
     states_seconds: float = 0.0
     thresholds: Mapping[str, float] | None = None
+    temperature: float | None = None
+    probe: FrozenProbe | None = None
+    evaluation: Evaluation | None = field(default=None, repr=False, compare=False)
+    history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
+    data: DataDescription | None = field(default=None, repr=False, compare=False)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return a table of the metrics with their intervals, and of the costs."""
+        return result_table(self)
+
+    def to_html(self, *, command: str | None = None) -> str:
+        """Return the report of the run as one HTML page that loads nothing.
+
+        Args:
+            command: the line that repeats the run, to be shown.
+        """
+        return run_page(self, command=command)
+
+    def save_page(self, *, command: str | None = None) -> Path:
+        """Write the report to ``report.html`` beside `result_path`, and return its path.
+
+        Args:
+            command: as `to_html`.
+        """
+        self.page.write_text(self.to_html(command=command), encoding="utf-8")
+        return self.page
+
+    @property
+    def page(self) -> Path:
+        """Path of the report."""
+        return self.result_path.with_name("report.html")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields but the model, ready for JSON; an undefined metric (NaN) becomes None."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model"}
-        record["metrics"] = {key: value if np.isfinite(value) else None for key, value in self.metrics.items()}
+        """Return all fields but the model and its predictions, ready for JSON; an undefined number becomes None."""
+        without = ("model", "evaluation", "profile")
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in without}
+        intervals = {} if self.evaluation is None else self.evaluation.intervals
+        baselines = {} if self.evaluation is None else self.evaluation.baselines
         return record | {
+            "metrics": finite_values(self.metrics),
+            "baselines": {name: finite_values(metrics) for name, metrics in baselines.items()},
+            "step_memory": None if self.step_memory is None else self.step_memory.to_dict(),
+            "probe": None if self.probe is None else self.probe.to_dict(),
+            "intervals": {name: list(ends) for name, ends in intervals.items()},
+            "history": [finite_values(entry) for entry in self.history],
+            "data": None if self.data is None else self.data.to_dict(),
+            "warnings": list(self.warnings),
             "task": {"kind": self.task.kind, "names": list(self.task.names)},
             "trained_layers": list(self.trained_layers),
             "model_dir": str(self.model_dir),

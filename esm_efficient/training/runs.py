@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
 from esm_efficient.errors import ConfigurationError, DataError, listing
-from esm_efficient.saving import portable_saving
+from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.batches import (
     EndlessStream,
@@ -23,7 +23,9 @@ from esm_efficient.training.batches import (
     budget_dataloader,
     is_stream,
     stream_dataloader,
+    stream_evaluation_dataloader,
 )
+from esm_efficient.training.collating import attach_packing_of, packing_collator
 from esm_efficient.training.divergence import DivergenceWatch, check_parameters
 from esm_efficient.training.resuming import start_run
 
@@ -82,9 +84,14 @@ class WatchedTrainer(Trainer):
         return self.residues_resumed + int(self.accelerator.reduce(on_this_rank, reduction="sum"))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer."""
+        """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer.
+
+        Batches in pinned memory go to a GPU without a wait.
+        """
         super().create_accelerator_and_postprocess()
         compat.leave_division_to_trainer(self.accelerator)
+        if self.accelerator.device.type == "cuda" and self.args.dataloader_pin_memory:
+            self.accelerator.dataloader_config.non_blocking = True
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, and stop a run whose numbers are broken (`esm_efficient.training.divergence`).
@@ -114,11 +121,15 @@ class WatchedTrainer(Trainer):
                 self._residues_trained += mask.sum() - SPECIAL_TOKENS * len(mask)
         return batches, count
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Do what Trainer does, and count a loss that is NaN or infinite."""
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(model, attach_packing_of(inputs), *args, **kwargs)
         self._watch.observe_loss(loss, self.state.global_step + 1)
         return loss
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Do what Trainer does."""
+        return super().prediction_step(model, attach_packing_of(inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, unless the numbers of the run are broken."""
@@ -131,11 +142,28 @@ class WatchedTrainer(Trainer):
         """Return the training batches: those of Trainer, of the token budget, or of a stream."""
         if self.train_dataset is not None and has_length(self.train_dataset) and not len(self.train_dataset):
             raise DataError("train_dataset has no rows: expected at least one")
-        if self.token_budget is not None:
-            return budget_dataloader(self, self.token_budget)
-        if is_stream(self.train_dataset) and self.accelerator.dispatch_batches is None:
-            return stream_dataloader(self)
-        return super().get_train_dataloader()
+        with packing_collator(self):
+            if self.token_budget is not None:
+                return budget_dataloader(self, self.token_budget)
+            if is_stream(self.train_dataset) and self.accelerator.dispatch_batches is None:
+                return stream_dataloader(self)
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the evaluation batches: those of Trainer, or of a stream."""
+        sets: Any = self.eval_dataset
+        chosen = sets[eval_dataset] if isinstance(eval_dataset, str) else sets if eval_dataset is None else eval_dataset
+        with packing_collator(self):
+            if is_stream(chosen) and self.accelerator.dispatch_batches is None:
+                return stream_evaluation_dataloader(self, chosen)
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return the batches to predict from: those of Trainer, or of a stream."""
+        with packing_collator(self):
+            if is_stream(test_dataset) and self.accelerator.dispatch_batches is None:
+                return stream_evaluation_dataloader(self, test_dataset)
+            return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as Trainer does, unless the set is empty or the numbers of the run are broken."""
@@ -146,6 +174,8 @@ class WatchedTrainer(Trainer):
             self._watch = DivergenceWatch(self.accelerator)
         self._watch.look(self.args)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if not output.num_samples:
+            raise DataError("the evaluation set is a stream without rows: expected at least one")
         self._watch.look(self.args)
         return output
 
@@ -166,8 +196,7 @@ class WatchedTrainer(Trainer):
         with whole, names:
             super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
-            folder = Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG
-            model.get_base_model().config.save_pretrained(folder)
+            save_base_config(model, Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG)
 
     def begin_run(self, state: TrainerState) -> None:
         """Reset what is counted in a run; `EpochCallback` calls this for every attempt of `train`."""

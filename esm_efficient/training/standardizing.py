@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esm_efficient.adapters.registry import find_architecture, is_in_head
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.tasks import Task
+from esm_efficient.tasks import SPECIAL_TOKENS, Task
 from esm_efficient.training.weights import dataset_labels
+from esm_efficient.trunk.split import SkippedEmbeddings
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -130,7 +132,7 @@ class RestoringMetrics:
         return self.compute(type(prediction)(predictions=restored[0], label_ids=restored[1]))
 
 
-def find_output_layer(model: nn.Module, tokenizer: Any) -> nn.Linear | None:
+def find_output_layer(model: Any, tokenizer: Any) -> nn.Linear | None:
     """Return the linear layer with a bias whose output is a model's logits; None if there is none.
 
     Args:
@@ -143,12 +145,18 @@ def find_output_layer(model: nn.Module, tokenizer: Any) -> nn.Linear | None:
         if isinstance(module, nn.Linear):
             outputs.append((module, output))
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is not None]
+    architecture = find_architecture(model)  # the lean encoder does not run while there are hooks in the encoder
+    heads = [module for name, module in model.named_modules() if is_in_head(architecture, name)]
+    layers = [module for module in heads if isinstance(module, nn.Linear) and module.bias is not None]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     device, was_training = next(model.parameters()).device, model.training
+    inputs: dict[str, Tensor] = dict(tokenizer("MKTV", return_tensors="pt"))
+    if any(isinstance(module, SkippedEmbeddings) for module in model.modules()):  # it takes cached states
+        width = model.config.hidden_size
+        inputs = {"inputs_embeds": torch.linspace(-1, 1, SPECIAL_TOKENS * width + width).view(1, -1, width)}
     try:
         with torch.no_grad():
-            logits = model.eval()(**tokenizer("MKTV", return_tensors="pt").to(device)).logits
+            logits = model.eval()(**{name: value.to(device) for name, value in inputs.items()}).logits
     finally:
         model.train(was_training)
         for hook in hooks:

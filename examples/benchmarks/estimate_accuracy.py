@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
+from measured_step import make_recipe_model
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from esm_efficient import (
@@ -34,8 +35,6 @@ from esm_efficient import (
     apply_lean_encoder,
     estimate,
     format_table,
-    prepare_model,
-    recipe_adapters,
     recipe_arguments,
 )
 from esm_efficient.estimation.inputs import resolve_config
@@ -163,13 +162,7 @@ def measure(
         tempfile.TemporaryDirectory() as folder,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
-        model = prepare_model(
-            model,
-            adapters=recipe_adapters(recipe, model),
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            dtype=torch.bfloat16 if precision == "bf16" else None,
-        )
+        model = make_recipe_model(config, recipe, dtype=torch.bfloat16 if precision == "bf16" else None)
         if encoder == "lean":
             apply_lean_encoder(model)
         args = recipe_arguments(

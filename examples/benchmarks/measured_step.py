@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForSequenceClassification, EsmConfig
 
-from esm_efficient import demo_model_path, load_deeploc, lora_config, prepare_model
+from esm_efficient import (
+    RECIPES,
+    Recipe,
+    demo_model_path,
+    load_deeploc,
+    lora_config,
+    prepare_model,
+    recipe_adapters,
+)
 from esm_efficient.estimation.inputs import resolve_config
 
 ROWS, RANK = 8, 8
@@ -51,14 +59,19 @@ def draw_batches(
     for _ in range(number):
         start = rng.integers(len(lengths) - ROWS)
         residues = lengths[start : start + ROWS] if grouped else rng.choice(lengths, ROWS)
-        tokens = torch.from_numpy(residues) + 2
-        mask = (torch.arange(int(tokens.max())) < tokens[:, None]).long()
-        ids = torch.from_numpy(rng.integers(4, 24, mask.shape))
-        ids[:, 0] = 0
-        ids = ids.scatter(1, tokens[:, None] - 1, 2).where(mask.bool(), 1)
-        labels = torch.from_numpy(rng.integers(0, 2, ROWS))
-        batches.append(Batch({"input_ids": ids, "attention_mask": mask}, labels, int(residues.sum())))
+        batches.append(make_batch(residues, rng))
     return batches
+
+
+def make_batch(residues: np.ndarray, rng: np.random.Generator) -> Batch:
+    """Make a batch of random proteins with some numbers of residues."""
+    tokens = torch.from_numpy(residues) + 2
+    mask = (torch.arange(int(tokens.max())) < tokens[:, None]).long()
+    ids = torch.from_numpy(rng.integers(4, 24, mask.shape))
+    ids[:, 0] = 0
+    ids = ids.scatter(1, tokens[:, None] - 1, 2).where(mask.bool(), 1)
+    labels = torch.from_numpy(rng.integers(0, 2, len(residues)))
+    return Batch({"input_ids": ids, "attention_mask": mask}, labels, int(residues.sum()))
 
 
 def make_model(
@@ -79,6 +92,21 @@ def make_model(
         if "lora_B" in path:  # LoRA starts with B = 0, which makes the gradient of A zero
             nn.init.normal_(parameter, std=0.02)
     return model.train()
+
+
+def make_recipe_model(config: EsmConfig, recipe: str | Recipe, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Build a classifier with random weights that trains what a recipe trains, with frozen parameters of a dtype."""
+    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    return prepare_model(
+        model,
+        adapters=recipe_adapters(recipe, model),
+        head_only=recipe.trains == "head",
+        layers=recipe.layers,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        dtype=dtype,
+    ).train()
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:

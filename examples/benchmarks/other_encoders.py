@@ -13,21 +13,21 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-OTHERS = ("fair-esm", "faesm", "esme", "flex")
+OTHERS = ("fair-esm", "faesm", "flex")
 
 
 def build_other(name: str, model: nn.Module) -> nn.Module:
     """Build the encoder of another package with the weights of a model.
 
     Args:
-        name: one of `OTHERS`: ``"fair-esm"`` for its ``ESM2``, ``"faesm"`` for FAESM, ``"esme"`` for esm-efficient
-            from PyPI, or ``"flex"`` for transformers' classes with torch's flex attention, as in FastPLMs.
+        name: one of `OTHERS`: ``"fair-esm"`` for its ``ESM2``, ``"faesm"`` for FAESM, or ``"flex"`` for
+            transformers' classes with torch's flex attention, as in FastPLMs.
         model: a transformers ``EsmModel``.
 
     Raises:
         Exception: the package cannot be imported or built on this machine.
     """
-    builders = {"fair-esm": _fair_esm, "faesm": _faesm, "esme": _esme, "flex": _flex}
+    builders = {"fair-esm": _fair_esm, "faesm": _faesm, "flex": _flex}
     return builders[name](model)
 
 
@@ -84,11 +84,6 @@ def _faesm(model: nn.Module) -> nn.Module:
     built = module.FAEsmModel(config, add_pooling_layer=False)
     built.load_state_dict(model.state_dict(), strict=False)
     return built
-
-
-def _esme(model: nn.Module) -> nn.Module:
-    importlib.import_module("esme")  # esme needs flash-attn and so a GPU
-    raise NotImplementedError("esme is installed, but this script does not map its weight names yet")
 
 
 def _flex(model: nn.Module) -> nn.Module:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification
+from measured_step import make_optimizer, make_recipe_model
 
-from esm_efficient import RECIPES, Profiler, format_table, prepare_model, recipe_adapters
+from esm_efficient import RECIPES, Profiler, format_table
 from esm_efficient.estimation.inputs import resolve_config
 
 LIMIT = 0.02
@@ -42,10 +42,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_side(config, recipe: str, device: str):
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
-    model = prepare_model(model, adapters=recipe_adapters(recipe, model)).train().to(device)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    model = make_recipe_model(config, recipe).to(device)
+    return model, make_optimizer(model)
 
 
 def make_batches(number: int, rows: int, shortest: int, longest: int, device: str) -> list:

@@ -17,6 +17,7 @@ PROTEIN = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEV
 TRAINING = {
     "recipe": "lora",
     "max_steps": 8,
+    "probe": False,
     "save_strategy": "steps",
     "save_steps": 2,
     "save_total_limit": 1,
@@ -115,7 +116,7 @@ def train_long(folder: str, steps: int, answers: Any) -> None:
     quiet()
     data = load_deeploc(Path(folder).parent / "demo.csv", max_residues=150)
     options = {"recipe": "lora", "max_steps": steps, "logging_steps": 50, "disable_tqdm": True, "use_cpu": True}
-    finetune(demo_model_path(), data, output_dir=folder, callbacks=[Memory()], **options)
+    finetune(demo_model_path(), data, output_dir=folder, callbacks=[Memory()], probe=False, **options)
 
 
 def predict_long(folder: str, predictions: int, answers: Any) -> None:

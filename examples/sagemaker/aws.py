@@ -59,8 +59,7 @@ def run(main: Callable[[], object]) -> None:
         main()
     except (EsmEfficientError, BotoCoreError, ClientError) as error:
         sys.exit(f"error: {error}")
-    except Exception as error:
-        # The SDK has its own error classes for failed jobs, refused roles and the like. Their messages are clear.
+    except Exception as error:  # the SDK has error classes of its own for failed jobs, refused roles and the like
         if not type(error).__module__.startswith("sagemaker."):
             raise
         sys.exit(f"error: {error}")

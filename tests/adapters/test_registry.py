@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from conftest import make_dataset, make_model
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, EsmForSequenceClassification, EsmModel, Trainer, TrainingArguments
@@ -49,7 +51,7 @@ def test_no_role_touches_the_contact_head_or_the_classifier(tiny_model):
     architecture = find_architecture(model)
     for path, _ in model.named_modules():
         if "contact_head" in path or path.startswith("classifier"):
-            assert not any(ends_with(path, suffix) for suffix in architecture.roles.values())
+            assert not any(ends_with(path, suffix) for suffix in architecture.suffixes())
 
 
 def test_unread_parts_are_found_by_whole_components():
@@ -77,6 +79,13 @@ def esm_1b():
     return make_model(EsmModel, position_embedding_type="absolute", emb_layer_norm_before=True)
 
 
+def esmc_of_transformers():
+    if not hasattr(transformers, "EsmcModel"):
+        pytest.skip("this version of transformers has no ESM C")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.EsmcModel(transformers.EsmcConfig(**sizes))
+
+
 def fair_esm():
     esm = pytest.importorskip("esm", reason="fair-esm is not installed")
     if not hasattr(esm, "ESM2"):
@@ -101,6 +110,7 @@ def fa_esm():
 
 # Number of layers that each preset adapts in an encoder of two layers.
 ENCODERS = {
+    "esmc": (esmc_of_transformers, {"qkv": 6, "attention": 8, "mlp": 6, "all-linear": 14}),
     "esm-1b": (esm_1b, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
     "fair-esm": (fair_esm, {"qkv": 6, "attention": 8, "mlp": 4, "all-linear": 12}),
     "esm-c": (esm_c, {"qkv": 2, "attention": 4, "mlp": 4, "all-linear": 8}),
@@ -124,6 +134,25 @@ class Classifier(nn.Module):
         else:
             states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return {"logits": self.classifier(states[:, 0])}
+
+
+def adapted(model):
+    """Return the paths of the layers with an adapter."""
+    marker = ".lora_A.default"
+    names = [name.removesuffix(marker) for name, _ in model.named_modules() if name.endswith(marker)]
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("layers", ["all", "top-1", [0]])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_peft_adapts_the_resolved_layers_of_an_encoder_alone_and_inside_a_model(name, inside, preset, layers):
+    encoder = ENCODERS[name][0]()
+    model = nn.ModuleDict({"encoder": encoder}) if inside else encoder
+    paths = resolve_targets(model, preset, layers=layers).modules
+    assert len(paths) == ENCODERS[name][1][preset] / (1 if layers == "all" else 2)
+    assert adapted(get_peft_model(model, lora_config(model, preset=preset, r=2, layers=layers))) == set(paths)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -191,8 +220,25 @@ def test_an_unknown_encoder_is_refused_with_its_layers_and_can_be_registered(mon
     assert len(resolve_targets(Unknown(), "all-linear").modules) == 18
     register_architecture(Architecture(name="mine", encoder="Unknown", layers="blocks", roles=roles | {"output": "up"}))
     assert len(resolve_targets(Unknown(), "all-linear").modules) == 15
-    with pytest.raises(ConfigurationError, match="expected query, key, value"):
-        Architecture(name="mine", encoder="Unknown", layers="blocks", roles={"query": "q"})
+    gated = roles | {"intermediate": ("up", "o")}
+    register_architecture(Architecture(name="mine", encoder="Unknown", layers="blocks", roles=gated))
+    assert resolve_targets(Unknown(), "mlp").modules == tuple(
+        f"blocks.{number}.{suffix}" for suffix in ("up", "o", "down") for number in range(3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"query": "q"}, "expected query, key, value"),
+        (dict.fromkeys(ROLES, "q") | {"output": ()}, "no suffix for output"),
+        (dict.fromkeys(ROLES, "q") | {"output": ("down", "")}, "no suffix for output"),
+        (dict.fromkeys(ROLES, ""), "no suffix for query, key"),
+    ],
+)
+def test_an_architecture_without_all_roles_is_refused(roles, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Architecture(name="mine", encoder="Unknown", layers="blocks", roles=roles)
 
 
 def test_the_entry_of_a_class_wins_over_that_of_its_parent(monkeypatch, tiny_model):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate
+from esm_efficient import estimate
+from esm_efficient.costs.throughput import TokenCounter, WorkCounter, flops_per_token, matmul_rate, measure_device
 
 
 @given(
@@ -46,6 +47,14 @@ def test_flops_are_counted_forward_and_backward_and_not_in_recomputation(phase, 
     with counter, torch.no_grad():
         torch.ones(2, 3) @ torch.ones(3, 5)
     assert counter.flops == {"forward": 120, "backward": 60, "optimizer": 0}[phase]
+
+
+def test_a_measured_device_can_be_estimated():
+    device = measure_device("cpu")
+    assert (device.backend, device.memory, set(device.flops_per_second)) == ("cpu", 0, {"float32"})
+    assert 1e8 < device.bandwidth < 1e13
+    assert 1e-7 < device.launch_seconds < 0.1
+    assert estimate("8M", device=device, tokens=16, precision="float32").seconds > 0
 
 
 def test_the_matmul_rate_is_plausible():

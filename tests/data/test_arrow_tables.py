@@ -79,7 +79,7 @@ def test_sequences_outside_the_bounds_are_logged_and_nucleotides_are_refused(tmp
     assert f"{len(table) - len(kept)} sequence(s) outside" in caplog.text
     rng = np.random.default_rng(0)
     genes = table.assign(sequence=["".join(rng.choice(list("ACGT"), 30)) for _ in range(40)])
-    with pytest.raises(DataError, match=r"40 of 40 sequences consist of the letters A, C, G, T.*Translate them first"):
+    with pytest.raises(DataError, match=r"40 of 40 sequences consist of the letters A, C, G, T.*translate them first"):
         load_sequences(write(genes, tmp_path / "b.csv"))
     load_sequences(write(pd.concat([table.assign(id="Q"), genes[:3]]), tmp_path / "c.csv"))
     assert "3 sequence(s) may be nucleotides, not proteins: P0, P1, P2" in caplog.text

@@ -287,3 +287,11 @@ def test_the_real_table_has_ten_locations(deeploc_csv):
     labels = [row for split in data.values() for row in split["label"]]
     assert len(labels) == 28303
     assert sum(sum(row.values()) > 1 for row in labels) == 6684
+
+
+def test_nucleotides_are_refused(frame, write, caplog):
+    genes = frame["Sequence"].str.translate(str.maketrans({c: "ACGT"[ord(c) % 4] for c in "ACDEFGHIKLMNPQRSTVWYXUB"}))
+    with pytest.raises(DataError, match=r"table\.csv: \d+ of \d+ sequences consist of the letters A, C, G"):
+        load_deeploc(write(frame.assign(Sequence=genes)))
+    load_deeploc(write(frame.assign(Sequence=[genes[0], *frame["Sequence"][1:]])))
+    assert f"1 sequence(s) may be nucleotides, not proteins: {frame['ACC'][0]}" in caplog.text

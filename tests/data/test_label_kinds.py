@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 
 import numpy as np
@@ -138,7 +139,7 @@ def cycle(*words, rows=40):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([f"{i},{i + 9},{i + 17}" for i in range(40)], "several numbers in .*line 2: '0,9,17'.*positions of sites"),
+        ([f"{i},{i + 9},{i + 17}" for i in range(40)], "several numbers in .*line 2: '0,9,17'.*label_kind=.positions"),
         (cycle("12", "12 40", "7"), "several numbers in .*line 3: '12 40'"),
         (cycle("0,37", "12,5"), "two numbers with a comma.*decimal comma as a point"),
         (cycle("[0, 1, 0]", "[1, 1, 0]"), "list in every row.*line 2: 3 labels for.*one column per label"),
@@ -147,8 +148,6 @@ def cycle(*words, rows=40):
         (cycle("Nucleus", "Cell membrane; Multi-pass"), "several labels.*label_kind=.several"),
         (cycle("Cytoplasm", "Nucleus", "Cytoplasm, Nucleus"), "several labels.*line 4: 'Cytoplasm, Nucleus'"),
         (cycle("ER", "ER/Golgi"), "several labels.*line 3: 'ER/Golgi'"),
-        (cycle("yes", "Yes", "no"), "several spellings: .*line 3: 'Yes'.*line 2: 'yes'.*label_kind=.class"),
-        (cycle("non-membrane", "Non membrane", "no"), "several spellings"),
         (cycle("yes", "no", "NA"), r"may be missing in .*line 4: 'NA'. Correct the row.*on_error"),
         (cycle("yes", "no", "-"), "may be missing in .*line 4: '-'"),
         ([f"family {i // 2}" for i in range(40)], "20 different values in 40 rows.*'family 0'.*label_kind=.class"),
@@ -175,6 +174,41 @@ def test_cells_that_are_unlikely_to_be_classes_are_asked_about(tmp_path, labels,
 def test_the_user_may_say_that_they_are_classes(tmp_path, labels):
     data = load_sequences(write(frame().assign(label=labels), tmp_path / "a.csv"), label_kind="class")
     assert data["train"].features["label"].names == sorted(set(labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "note"),
+    [
+        (cycle("yes", "Yes", "yes", "no"), ["no", "yes"], "'Yes' as 'yes'"),
+        (cycle("Yes", "yes ", "YES", "No", "Yes", "no", "no"), ["Yes", "no"], "'No' as 'no', 'YES' as 'Yes', .*"),
+        (cycle("non-membrane", "Non membrane", "non-membrane", "no"), ["no", "non-membrane"], "'Non membrane' as .*"),
+    ],
+)
+def test_spellings_of_a_class_are_one_class_named_by_the_most_frequent(tmp_path, caplog, labels, names, note):
+    table = frame().assign(label=labels)
+    data = load_sequences(write(table, tmp_path / "a.csv"))
+    assert data["train"].features["label"].names == names
+    rows = rows_of(data)
+    read = [names[rows[name]["label"]].casefold() for name in table.id]
+    assert read == [label.strip().casefold().replace("non membrane", "non-membrane") for label in labels]
+    assert re.search(
+        f"several spellings are read as one class: {note}. To keep them apart, pass label_kind", caplog.text
+    )
+
+
+def test_a_class_with_one_row_in_each_of_two_spellings_is_not_rare(tmp_path, caplog):
+    labels = [*cycle("a", "b", rows=36), "c", "C", "d", "d"]
+    load_sequences(write(frame().assign(label=labels), tmp_path / "a.csv"))
+    assert "'C' as 'c'" in caplog.text or "'c' as 'C'" in caplog.text
+    assert "single row" not in caplog.text
+
+
+@pytest.mark.parametrize("labels", [cycle("1", "-1"), cycle("A+", "A-", "A"), cycle("a b", "ab")])
+def test_texts_that_differ_in_signs_are_classes_of_their_own(tmp_path, labels):
+    data = load_sequences(
+        write(frame().assign(label=labels), tmp_path / "a.csv"), label_kind=None if "A" in "".join(labels) else "class"
+    )
+    assert len(data["train"].features["label"].names) == len(set(labels))
 
 
 @pytest.mark.parametrize(
@@ -311,3 +345,49 @@ def test_a_wrong_row_can_be_left_out_and_is_counted(tmp_path, caplog, column, va
 def test_an_unknown_on_error_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="on_error='ignore'"):
         load_sequences(write(frame(), tmp_path / "a.csv"), on_error="ignore")
+
+
+@pytest.mark.parametrize(
+    ("cells", "sites"),
+    [
+        (("1,3", "[]", "[2, 20]", "5;4", "7 8"), ([1, 3], [], [2, 20], [4, 5], [7, 8])),
+        (("1", "3.0", "(2,)", "20", "1|2"), ([1], [3], [2], [20], [1, 2])),
+        (([1, 3], [], [2, 20], [4], [7]), ([1, 3], [], [2, 20], [4], [7])),
+    ],
+)
+def test_positions_become_labels_of_residues(tmp_path, cells, sites):
+    rows = {
+        "accession": list("abcde"),
+        "sequence": [letter + "KTVAYIAKQ" * 2 + "M" for letter in "ACDEF"],
+        "sites": list(cells),
+    }
+    parquet.write_table(pa.table(rows), tmp_path / "a.parquet")
+    data = load_sequences(tmp_path / "a.parquet", label="sites", label_kind="positions", test_size=0.3)
+    assert data["train"].features["label"] == List(ClassLabel(names=["0", "1"]))
+    found = {name: np.flatnonzero(row["label"]) + 1 for name, row in rows_of(data).items()}
+    assert {name: row.tolist() for name, row in found.items()} == dict(zip("abcde", map(list, sites), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("0,5", r"position is outside of the sequence in 1 row\(s\): .*line 3: '0,5'. The first residue is position 1"),
+        ("5,21", "position is outside of the sequence in .*line 3: '5,21'"),
+        ("-1", "position is outside of the sequence in .*line 3"),
+        ("5,7,5", "position is given twice in .*line 3: '5,7,5'"),
+        ("5.5", "position is not a whole number in .*line 3: '5.5'"),
+        ("NA", "position is not a whole number in .*line 3"),
+        ("5-7", "position is not a whole number in .*line 3"),
+        ("", r"positions are missing in .*line 3.* Write \[\] for no site"),
+    ],
+)
+def test_wrong_positions_name_their_row_or_are_left_out(tmp_path, cell, message):
+    table = frame().assign(sites="3,10")
+    table["sequence"] = [sequence[:20] for sequence in table.sequence]
+    table.loc[1, "sites"] = cell
+    path = write(table[["id", "sequence", "sites"]], tmp_path / "a.csv")
+    options = {"label": "sites", "label_kind": "positions"}
+    with pytest.raises(DataError, match=message):
+        load_sequences(path, **options)
+    data = load_sequences(path, on_error="skip", **options)
+    assert set(rows_of(data)) == set(table.id) - {table.id[1]}

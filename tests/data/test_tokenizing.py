@@ -71,7 +71,18 @@ def test_truncation_keeps_the_chosen_part_between_the_special_tokens(keep, expec
 
 def test_unknown_residues_are_logged_as_a_warning(caplog):
     tokenize_dataset(DatasetDict(test=split(["MKTVJ"])), TOKENIZER)
-    assert "1 unknown" in caplog.text
+    assert "1 letters are no amino acid: the model reads them as <unk>" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [("start", "start was kept"), ("end", "end was kept"), ("both", "start and end were kept")],
+)
+def test_residues_that_were_cut_are_one_line_of_warning(caplog, keep, kept):
+    tokenize_dataset(DatasetDict(test=split(["MKTVAYIAKQ", "MKTV"])), TOKENIZER, max_tokens=7, keep=keep)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith(f"1 of 2 sequences have more than 5 residues: their {kept}")
+    assert record.getMessage().endswith("5 residues were cut")
 
 
 def test_invalid_sequences_and_options_are_refused():
@@ -184,3 +195,14 @@ def test_a_written_mask_is_one_residue_of_one_label():
     assert rows["tokens"][0] == 7
     _, report = tokenize_dataset(DatasetDict(test=split(["MK<mask> TV-*"])), TOKENIZER)
     assert (report.total.residues, report.total.characters_dropped, report.total.unknown_residues) == (5, 3, 0)
+
+
+def test_nucleotides_are_counted_and_refused_where_they_are_the_most(caplog):
+    gene = "ATGGCCCTGTGGATGCGCCTC"
+    proteins = split(["MKTVAYIAKQ", "MALWMRLLPL"])
+    with caplog.at_level("WARNING"):
+        _, report = tokenize_dataset(DatasetDict(train=proteins, test=split([gene.lower()])), TOKENIZER)
+    assert [report.splits[name].nucleotides for name in ("train", "test")] == [0, 1]
+    assert "1 sequence(s) may be nucleotides" in caplog.text
+    with pytest.raises(DataError, match="the data set: 3 of 5 sequences consist of the letters A, C, G"):
+        tokenize_dataset(DatasetDict(train=proteins, test=split([gene] * 3)), TOKENIZER)

@@ -22,6 +22,7 @@ from transformers.models.esm import modeling_esm
 from esm_efficient import apply_lean_encoder, remove_lean_encoder
 from esm_efficient.compat import enable_checkpointing
 from esm_efficient.encoder.layer import RECOMPUTES
+from esm_efficient.encoder.plan import plan_as
 
 CALLS = 4
 """Calls per model."""
@@ -215,8 +216,15 @@ def change(fuzz, plain, lean):
 
 
 def run(seed):
-    """Compare a random model with its lean form in several calls; raise AssertionError where they differ."""
-    fuzz = Fuzz(seed)
+    """Compare a random model with its lean form in several calls; raise AssertionError where they differ.
+
+    Half of the models are computed as on a GPU.
+    """
+    with plan_as("cuda" if seed % 2 else None):
+        compare(Fuzz(seed))
+
+
+def compare(fuzz):
     plain = make_model(fuzz)
     lean = apply_lean_encoder(copy.deepcopy(plain), recompute=fuzz.choose("recompute", RECOMPUTES))
     for number in range(CALLS):

@@ -12,9 +12,27 @@ from transformers import (
     EsmModel,
 )
 
-from esm_efficient import lora_config, prepare_model
+from esm_efficient import PooledEsmForSequenceClassification, lora_config, prepare_model
 
-HEADS = (EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel)
+
+class MeanPooling(PooledEsmForSequenceClassification):
+    """A model whose head reads the mean over the residues."""
+
+    def __init__(self, config):
+        super().__init__(config, classifier_pooling="mean")
+
+
+class AttentionPooling(PooledEsmForSequenceClassification):
+    """A model whose head reads a mean over the residues with learned weights."""
+
+    def __init__(self, config):
+        super().__init__(config, classifier_pooling="attention")
+
+
+HEADS = (
+    *(EsmForSequenceClassification, EsmForTokenClassification, EsmForMaskedLM, EsmModel),
+    *(MeanPooling, AttentionPooling),
+)
 RECOMPUTES = ("none", "mlp", "layer")
 
 

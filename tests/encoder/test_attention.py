@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
@@ -12,8 +13,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from esm_efficient import _torch
+from esm_efficient.costs.allocations import AllocationTracker
+from esm_efficient.costs.throughput import WorkCounter
 from esm_efficient.encoder import attention
-from esm_efficient.encoder.attention import attend, choose_backend, use_attention
+from esm_efficient.encoder.attention import CuSeqlens, attend, choose_backend, use_attention
 from esm_efficient.encoder.packing import Packing
 from esm_efficient.errors import ConfigurationError
 
@@ -47,16 +51,18 @@ def varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
 
 @pytest.fixture
 def fake_kernels(monkeypatch):
-    """CPU functions with the documented signatures of flash-attn and of torch's varlen_attn."""
-    flash = types.ModuleType("flash_attn")
-    flash.flash_attn_varlen_func = lambda q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale: varlen_attention(
-        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale
+    """CPU functions with the documented signature of torch's varlen_attn, and in place of flash-attn."""
+    monkeypatch.setattr(
+        attention,
+        "flash_attention",
+        lambda capability, width: ("played", lambda q, k, v, bounds, scale: varlen_attention(q, k, v, *bounds, scale)),
     )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(attention._torch, "varlen_efficient_attention", varlen_attention)
     varlen = types.ModuleType("torch.nn.attention.varlen")
     varlen.varlen_attn = lambda q, k, v, cu_q, cu_k, max_q, max_k, *, scale: varlen_attention(
         q, k, v, cu_q, cu_k, max_q, max_k, scale
     )
-    monkeypatch.setitem(sys.modules, "flash_attn", flash)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
     monkeypatch.setattr(attention, "choose_backend", lambda backend, device, dtype, width: backend)
     attention._kernel_of.cache_clear()
@@ -64,13 +70,14 @@ def fake_kernels(monkeypatch):
     attention._kernel_of.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["sequences", "flash", "varlen", "flex"])
+@pytest.mark.parametrize("backend", ["sequences", "flash", "varlen", "efficient", "flex"])
 @pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("width", [WIDTH, 24])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_backend_attends_only_within_sequences(backend, first_only, fake_kernels):
+def test_every_backend_attends_only_within_sequences(backend, first_only, width, fake_kernels):
     torch.manual_seed(0)
-    states = torch.randn(sum(LENGTHS), 2 if first_only else 3, HEADS, WIDTH, requires_grad=backend != "flex")
-    query = torch.randn(len(LENGTHS), 1, HEADS, WIDTH).requires_grad_(backend != "flex") if first_only else None
+    states = torch.randn(sum(LENGTHS), 2 if first_only else 3, HEADS, width, requires_grad=backend != "flex")
+    query = torch.randn(len(LENGTHS), 1, HEADS, width).requires_grad_(backend != "flex") if first_only else None
     inputs = [states] if query is None else [states, query]
     expected = reference(states, query)
     trains = backend != "flex"  # flex attention has no backward pass on a CPU
@@ -95,7 +102,7 @@ def test_all_layers_share_the_cu_seqlens_of_a_batch(backend, fake_kernels):
         assert torch.allclose(attend(states, None, packing, backend=backend), reference(states), atol=1e-6)
     last = attend(states[:, 1:], query, packing, backend=backend)
     assert torch.allclose(last, reference(states[:, 1:], query), atol=1e-6)
-    assert len(packing.cache) == 2
+    assert len(packing.cache) == 3  # of all queries, of first tokens, and the boundaries that both use
 
 
 def test_an_override_computes_attention_in_its_thread_only():
@@ -130,11 +137,14 @@ def test_attention_with_dropout_has_the_right_mean():
         ("mps", torch.float32, 64, None, ALL, "sequences"),
         ("cuda", torch.bfloat16, 64, (8, 0), ALL, "flash"),
         ("cuda", torch.float16, 24, (9, 0), ALL - {"flash_attn"}, "varlen"),
-        ("cuda", torch.float16, 64, (7, 5), ALL, "flex"),
-        ("cuda", torch.float16, 24, (7, 5), ALL, "sequences"),
-        ("cuda", torch.float32, 64, (8, 0), ALL, "flex"),
-        ("cuda", torch.float32, 24, (8, 0), ALL, "sequences"),
-        ("cuda", torch.float32, 64, (8, 0), ALL - {"triton"}, "sequences"),
+        ("cuda", torch.float16, 24, (9, 0), {"triton"}, "efficient"),
+        ("cuda", torch.float16, 64, (7, 5), ALL, "efficient"),
+        ("cuda", torch.float16, 24, (7, 5), ALL, "efficient"),
+        ("cuda", torch.float32, 64, (8, 0), ALL, "efficient"),
+        ("cuda", torch.float32, 24, (8, 0), ALL, "efficient"),
+        ("cuda", torch.float16, 20, (8, 0), ALL, "flex"),
+        ("cuda", torch.float16, 20, (7, 5), ALL, "sequences"),
+        ("cuda", torch.float16, 20, (8, 0), ALL - {"triton"}, "sequences"),
     ],
 )
 def test_auto_chooses_the_best_backend_and_logs_it_once(
@@ -143,6 +153,8 @@ def test_auto_chooses_the_best_backend_and_logs_it_once(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention._torch, "has_flex_attention", lambda: True)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in present else None)
+    found = ("flash-attn", print) if "flash_attn" in present else None
+    monkeypatch.setattr(attention, "flash_attention", lambda capability, width: found)
     choose_backend.cache_clear()
     with caplog.at_level(logging.INFO, "esm_efficient"):
         assert [choose_backend("auto", torch.device(device), dtype, width) for _ in range(3)] == [expected] * 3
@@ -158,8 +170,49 @@ def test_a_backend_that_is_not_available_is_an_error():
         choose_backend("fast", torch.device("cpu"), torch.float32, 64)
 
 
+@pytest.mark.parametrize("takes_scale", [False, True])
+@pytest.mark.parametrize("scale", [WIDTH**-0.5, 0.7])
+def test_torch_varlen_attention_gets_any_scale(takes_scale, scale, monkeypatch):
+    """varlen_attn of torch 2.10 takes no scale."""
+    varlen = types.ModuleType("torch.nn.attention.varlen")
+    if takes_scale:
+        varlen.varlen_attn = varlen_attention
+    else:
+        varlen.varlen_attn = lambda q, *rest: varlen_attention(q, *rest, scale=WIDTH**-0.5)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    attention._kernel_of.cache_clear()
+    q, k, v = torch.randn(3, sum(LENGTHS), HEADS, WIDTH)
+    cu_seqlens = CuSeqlens(Packing((4, 7), LENGTHS), False, q.device)
+    found = attention._kernel_of("varlen", q.device, WIDTH)(q, k, v, cu_seqlens, scale)
+    attention._kernel_of.cache_clear()
+    assert torch.allclose(found, varlen_attention(q, k, v, *cu_seqlens.boundaries, scale), atol=1e-6)
+
+
+def test_torch_has_the_memory_efficient_kernel_with_a_gradient():
+    """There are no numbers on the device "meta": this holds the private operation's arguments and shapes."""
+    states = torch.empty(sum(LENGTHS), 3, HEADS, 24, device="meta", requires_grad=True)
+    query = torch.empty(len(LENGTHS), HEADS, 24, device="meta", requires_grad=True)
+    cu_seqlens = CuSeqlens(Packing((4, 7), LENGTHS), True, states.device)
+    found = _torch.varlen_efficient_attention(query, states[:, 1], states[:, 2], *cu_seqlens.boundaries, scale=0.5)
+    assert found.shape == query.shape
+    operation = found.grad_fn.next_functions[0][0]  # below the selection of the only batch
+    assert operation.name() == "EfficientAttentionBackward0"
+    assert sum(function is not None for function, _ in operation.next_functions) == 3  # query, key and value
+
+
+@pytest.mark.parametrize("mode", [AllocationTracker, functools.partial(WorkCounter, lambda: "forward")])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flex_attention_runs_while_a_step_is_profiled(mode):
+    states = torch.randn(sum(LENGTHS), 3, HEADS, WIDTH)
+    with torch.no_grad(), mode() as counted:
+        found = attend(states, None, Packing((4, 7), LENGTHS), backend="flex")
+    assert torch.allclose(found, reference(states), atol=1e-6)
+    assert type(counted).ignore_compile_internals()
+    assert counted.peak.total >= 4 * found.numel() if isinstance(counted, AllocationTracker) else counted.flops > 0
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("backend", ["auto", "flash", "varlen", "flex", "sequences"])
+@pytest.mark.parametrize("backend", ["auto", "flash", "varlen", "efficient", "flex", "sequences"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [16, 24, 64])
 @pytest.mark.parametrize("first_only", [False, True])

@@ -10,7 +10,7 @@ import statistics
 import pytest
 import torch
 from conftest import make_model
-from lean_models import HEADS, RECOMPUTES, build, distance, gradient_of, loss_of, make_batch, nodes_of
+from lean_models import HEADS, RECOMPUTES, AttentionPooling, build, distance, gradient_of, loss_of, make_batch, nodes_of
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +22,8 @@ from transformers import (
 from transformers.models.esm import modeling_esm
 
 from esm_efficient import apply_lean_encoder, lora_config, prepare_model, remove_lean_encoder
-from esm_efficient.encoder.linear import Adapter, dropout_mask
+from esm_efficient.encoder.low_rank import Adapter, dropout_mask
+from esm_efficient.encoder.plan import plan_as
 
 TRAINS = ("full", "qkv", "attention", "mlp", "all-linear", "head")
 BATCHES = {"padded": [9, 5, 2, 9, 30], "of one length": [7, 7, 7], "of one": [11], "of special tokens": [2, 2, 6]}
@@ -48,9 +49,17 @@ def exact_rotary(monkeypatch, dtype):
         yield
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def plan(request):
+    """Compute as on a CPU, or as on a GPU."""
+    with plan_as(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("trains", TRAINS)
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.usefixtures("plan")
 def test_loss_and_gradient_equal_those_of_the_plain_model(head, trains, dtype, monkeypatch):
     if head is EsmModel and trains == "head":
         pytest.skip("a bare model has no head")
@@ -65,7 +74,8 @@ def test_loss_and_gradient_equal_those_of_the_plain_model(head, trains, dtype, m
             loss, gradient = gradient_of(remove_lean_encoder(model), batch)
         for recompute in RECOMPUTES:
             found, found_gradient = gradient_of(apply_lean_encoder(model, recompute=recompute), batch)
-            assert found == pytest.approx(loss, rel=LIMITS[dtype])
+            # A loss near 0 is a small difference between large numbers.
+            assert found == pytest.approx(loss, rel=LIMITS[dtype], abs=1e-3 * LIMITS[dtype])
             assert distance(found_gradient, gradient) < LIMITS[dtype], (lengths, recompute)
 
 
@@ -83,8 +93,9 @@ def test_sequences_of_one_token_up_to_the_maximum_have_the_gradient_of_the_plain
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("trains", ["full", "all-linear"])
-def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(trains, autocast):
-    head = EsmForTokenClassification
+@pytest.mark.parametrize("head", [EsmForTokenClassification, AttentionPooling])
+@pytest.mark.usefixtures("plan")
+def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(head, trains, autocast):
     ratios = []
     for seed in range(SEEDS):
         batch = make_batch([40, 9, 33, 17], seed=seed)
@@ -101,6 +112,7 @@ def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(trains,
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.usefixtures("plan")
 def test_a_bfloat16_base_with_float32_adapters_is_as_exact_as_the_plain_model(recompute):
     ratios = []
     for seed in range(SEEDS):
@@ -133,6 +145,7 @@ def test_two_hundred_training_steps_give_the_weights_of_the_plain_model():
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.usefixtures("plan")
 def test_lora_dropout_uses_the_masks_of_its_seeds_in_forward_and_backward(recompute, monkeypatch):
     model = build(adapters=None, trains="all-linear", dtype=torch.float64)  # float64, because the loss may be near zero
     for module in model.modules():

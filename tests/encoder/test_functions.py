@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from esm_efficient.encoder import functions
+from esm_efficient.encoder import functions, plan
 from esm_efficient.encoder.attention import SequenceAttention, attention_override, use_attention
 from esm_efficient.encoder.functions import LinearResidual, Norm, NormLinears, NormMLP, mlp_residual
 from esm_efficient.encoder.layer import RecomputedLayer
-from esm_efficient.encoder.linear import Adapter, Group, Linear
+from esm_efficient.encoder.linear import Group
+from esm_efficient.encoder.low_rank import Adapter
+from esm_efficient.encoder.weights import Linear
 from esm_efficient.errors import ConfigurationError
 
 TOKENS, WIDTH, HEADS = 5, 4, 1
@@ -24,7 +26,7 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def make_group(shapes, *, adapters=1, rotated=0, dropout=0.0):
+def make_group(shapes, *, adapters=1, rotated=0, dropout=0.0, apart=False):
     linears = [
         Linear(
             draw(outputs, inputs),
@@ -33,7 +35,7 @@ def make_group(shapes, *, adapters=1, rotated=0, dropout=0.0):
         )
         for outputs, inputs in shapes
     ]
-    return Group(linears, heads=HEADS, rotated=rotated)
+    return Group(linears, heads=HEADS, rotated=rotated, apart=apart)
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +45,14 @@ def seed():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("rotates", [True, False])
-def test_the_gradient_of_norm_linears(dropout, rotates):
-    group = make_group([(WIDTH, WIDTH)] * 3, rotated=2, dropout=dropout)
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_gradient_of_norm_linears(dropout, rotates, apart):
+    group = make_group([(WIDTH, WIDTH)] * 3, rotated=2, dropout=dropout, apart=apart)
     rotation = torch.polar(torch.ones(TOKENS, 1, 2), torch.randn(TOKENS, 1, 2)).to(torch.complex128)
 
     def run(x, weight, bias, *tensors):
         turned = rotation if rotates else None
-        return NormLinears.apply(x, weight, bias, 1e-5, turned, False, group, *tensors)
+        return NormLinears.apply(x, weight, bias, 1e-5, turned, False, group.with_tensors(tensors), *tensors)
 
     assert gradcheck(run, (draw(TOKENS, WIDTH), draw(WIDTH), draw(WIDTH), *group.tensors))
 
@@ -57,18 +60,21 @@ def test_the_gradient_of_norm_linears(dropout, rotates):
 def test_the_gradient_of_linear_residual():
     group = make_group([(WIDTH, WIDTH)])
     assert gradcheck(
-        lambda inputs, residual, *tensors: LinearResidual.apply(inputs, residual, group, *tensors),
+        lambda inputs, residual, *tensors: LinearResidual.apply(
+            inputs, residual, group.with_tensors(tensors), *tensors
+        ),
         (draw(TOKENS, WIDTH), draw(TOKENS, WIDTH), *group.tensors),
     )
 
 
 @pytest.mark.parametrize("mode", ["kept", "recomputed"])
 def test_the_gradient_of_norm_mlp_in_chunks(mode, monkeypatch):
-    monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)  # two tokens per chunk
+    monkeypatch.setattr(plan, "MIN_CHUNK_TOKENS", 2)  # two tokens per chunk
     up, down = make_group([(6, WIDTH)]), make_group([(WIDTH, 6)])
 
     def run(x, weight, bias, *tensors):
-        return NormMLP.apply(x, weight, bias, 1e-5, mode, False, up, down, *tensors)
+        groups = up.with_tensors(tensors[: len(up.tensors)]), down.with_tensors(tensors[len(up.tensors) :])
+        return NormMLP.apply(x, weight, bias, 1e-5, mode, False, *groups, *tensors)
 
     assert gradcheck(run, (draw(TOKENS, WIDTH), draw(WIDTH), draw(WIDTH), *up.tensors, *down.tensors))
 
@@ -130,7 +136,7 @@ def test_an_mlp_without_output_has_the_same_gradient():
 
 
 def test_dropout_differs_between_the_chunks_of_a_batch(monkeypatch):
-    monkeypatch.setattr(functions, "MIN_CHUNK_TOKENS", 2)
+    monkeypatch.setattr(plan, "MIN_CHUNK_TOKENS", 2)
     up, down, norm = make_group([(6, WIDTH)], dropout=0.5), make_group([(WIDTH, 6)], dropout=0.5), nn.LayerNorm(WIDTH)
     x = torch.randn(1, WIDTH, dtype=torch.float64).expand(16, WIDTH)
     chunks = mlp_residual(x, Norm.of(norm.double()), up, down).view(8, 2, WIDTH)

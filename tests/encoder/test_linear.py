@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from esm_efficient.encoder.linear import Adapter, Group, Linear, dropout_mask
+from esm_efficient.encoder.linear import Group
+from esm_efficient.encoder.low_rank import Adapter, dropout_mask
+from esm_efficient.encoder.weights import Linear
 
 HEADS, WIDTH = 2, 8
 
@@ -42,25 +44,29 @@ def in_group_order(states, rotated):
 @pytest.mark.parametrize("tokens", [2, 60])
 @pytest.mark.parametrize(("adapters", "dropout"), [(0, 0.0), (1, 0.0), (2, 0.0), (1, 0.5)])
 @pytest.mark.parametrize(("layers", "rotated", "bias"), [(1, 0, True), (3, 2, True), (2, 1, False)])
-def test_a_group_has_the_outputs_and_gradients_of_its_layers(tokens, adapters, dropout, layers, rotated, bias):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_group_has_the_outputs_and_gradients_of_its_layers(tokens, adapters, dropout, layers, rotated, bias, apart):
     linears = [make_linear(adapters=adapters, dropout=dropout, bias=bias, seed=10 * n) for n in range(layers)]
-    group = Group(linears, heads=HEADS, rotated=rotated)
+    group = Group(linears, heads=HEADS, rotated=rotated, apart=apart)
     inputs = torch.randn(tokens, WIDTH, dtype=torch.float64, requires_grad=True)
-    expected = torch.cat([in_group_order(reference(lin, inputs), n < rotated) for n, lin in enumerate(linears)], 1)
+    interleaved = 0 if apart else rotated
+    expected = torch.cat([in_group_order(reference(lin, inputs), n < interleaved) for n, lin in enumerate(linears)], 1)
     with torch.no_grad():
         found = group.forward(inputs)
+        found = torch.cat(found.unbind(), 1) if apart else found
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
     gradient = torch.randn_like(expected)
     tensors = group.tensors
     wanted = torch.autograd.grad(expected, [inputs, *tensors], gradient)
+    gradients = gradient.split(WIDTH, 1) if apart else [gradient]
     grads = [None] * len(tensors)
     with torch.no_grad():
-        to_inputs = group.backward(gradient, inputs, [True] * len(tensors), grads)
+        to_inputs = group.backward(gradients, inputs, [True] * len(tensors), grads)
     for name, a, b in zip(itertools.count(), [to_inputs, *grads], wanted, strict=False):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-11), name
     with torch.no_grad():  # as for a second chunk of the batch, whose gradient is added
-        group.backward(gradient, inputs, [True] * len(tensors), grads)
+        group.backward(gradients, inputs, [True] * len(tensors), grads)
     for a, b in zip(grads, wanted[1:], strict=True):
         assert torch.allclose(a, 2 * b, rtol=1e-11, atol=1e-11)
 
@@ -89,5 +95,5 @@ def test_only_the_needed_gradients_are_computed():
     grads = [None] * 4
     inputs, gradient = torch.randn(4, WIDTH, dtype=torch.float64), torch.randn(4, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        assert group.backward(gradient, inputs, [False, True, False, True], grads, to_inputs=False) is None
+        assert group.backward([gradient], inputs, [False, True, False, True], grads, to_inputs=False) is None
     assert [grad is not None for grad in grads] == [False, True, False, True]

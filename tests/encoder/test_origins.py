@@ -7,12 +7,16 @@ import types
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import make_model
 from torch import nn
 from transformers import EsmForMaskedLM, EsmModel
 from transformers.models.esm import modeling_esm
 from transformers.models.esm.modeling_esm import EsmEncoder, EsmIntermediate, EsmLayer
 
+from esm_efficient import PooledEsmForSequenceClassification, apply_lean_encoder
+from esm_efficient.encoder import layer
 from esm_efficient.encoder.origins import is_own, is_per_token, reads_first_token, source_of, undecorated
 
 
@@ -20,6 +24,7 @@ def test_only_transformers_own_classifier_reads_the_first_token():
     model = make_model()
     assert reads_first_token(model)
     assert not reads_first_token(make_model(EsmForMaskedLM))
+    assert not reads_first_token(make_model(PooledEsmForSequenceClassification, classifier_pooling="mean"))
     model.classifier.forward = lambda features, **kwargs: features.mean(1)
     assert not reads_first_token(model)
 
@@ -35,6 +40,24 @@ def test_a_model_that_accelerate_prepared_for_autocast_still_reads_the_first_tok
     assert reads_first_token(model)
     model.forward = types.MethodType(lambda self, **kwargs: type(self).forward(self, **kwargs), model)
     assert not reads_first_token(model)
+
+
+def test_a_classifier_under_accelerates_autocast_computes_first_tokens_only_in_its_last_layer(monkeypatch):
+    AcceleratorState._reset_state()  # that of another test may have another precision
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(apply_lean_encoder(make_model()))
+    assert "forward" in vars(model)
+    queries, attend = [], layer.attend
+    monkeypatch.setattr(
+        layer, "attend", lambda states, query, *a, **kw: queries.append(query) or attend(states, query, *a, **kw)
+    )
+    batch = {
+        "input_ids": torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]]),
+        "attention_mask": torch.tensor([[1] * 4, [1, 1, 1, 0]]),
+    }
+    loss = model(**batch, labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert [None if query is None else len(query) for query in queries] == [*[None] * (len(queries) - 1), 2]
+    AcceleratorState._reset_state()
 
 
 def test_a_users_decorator_is_not_taken_off():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esm_efficient.encoder.packing import make_packing, runs_of
+from esm_efficient.encoder.attention import CuSeqlens
+from esm_efficient.encoder.packing import Packing, make_packing, runs_of
 
 masks = st.integers(1, 6).flatmap(
     lambda columns: st.lists(st.lists(st.integers(0, 1), min_size=columns, max_size=columns), min_size=1, max_size=5)
@@ -53,7 +56,7 @@ def test_unpacking_puts_first_tokens_into_their_rows():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     packing = make_packing(mask, (3, 3))
     states = torch.arange(1.0, 10.0).view(3, 3, 1)
-    padded = packing.unpack(packing.pack(states)[packing.first_tokens], first_only=True)
+    padded = packing.unpack(packing.pack(states)[packing.first_tokens(mask.device)], first_only=True)
     assert padded[..., 0].tolist() == [[1, 0, 0], [4, 0, 0], [7, 0, 0]]
 
 
@@ -64,3 +67,16 @@ def test_packing_a_batch_without_padding_copies_nothing(mask):
     assert packing.lengths == (3, 3)
     states = torch.randn(2, 3, 4)
     assert packing.pack(states).data_ptr() == states.data_ptr()
+
+
+def test_a_packing_is_freed_as_soon_as_its_step_ends():
+    """Otherwise the tensors of each batch would stay on the GPU until Python collects garbage."""
+    packing = Packing((2, 4), (4, 3))
+    gc.disable()
+    try:
+        assert CuSeqlens.cached(packing, False, torch.device("cpu")).cu_seqlens_k.tolist() == [0, 4, 7]
+        freed = weakref.ref(packing)
+        del packing
+        assert freed() is None
+    finally:
+        gc.enable()

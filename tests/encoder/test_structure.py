@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from transformers.models.esm.modeling_esm import (
 )
 
 from esm_efficient import apply_lean_encoder, compat, remove_lean_encoder
+from esm_efficient.encoder.structure import has_foreign_hooks
 
 
 @pytest.mark.parametrize("first", ["change", "apply"])
@@ -188,3 +190,18 @@ def test_parts_that_compute_each_token_by_itself_run_without_padding(change, cap
         expected = model(**batch).logits[tokens]
         assert torch.allclose(apply_lean_encoder(model)(**batch).logits[tokens], expected, atol=1e-5)
     assert "not used in this call" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("hook", "is_foreign"),
+    [
+        (print, True),
+        (partial(print), True),
+        (torch.distributed.barrier, False),
+        (partial(partial(torch.distributed.barrier), 1), False),
+    ],
+)
+def test_a_partial_hook_is_known_by_its_function(hook, is_foreign):
+    module = nn.Linear(1, 1)
+    module.register_forward_hook(hook)
+    assert has_foreign_hooks(module) is is_foreign

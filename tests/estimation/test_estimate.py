@@ -22,7 +22,8 @@ from esm_efficient import (
     recipe_adapters,
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
-from esm_efficient.estimation.inputs import ESM2_SIZES, batch_lengths, resolve_config, token_lengths
+from esm_efficient.estimation.inputs import batch_lengths, resolve_config, token_lengths
+from esm_efficient.published import ESM2_SIZES
 
 
 def test_parameters_are_those_of_the_real_model():
@@ -37,7 +38,7 @@ def test_parameters_are_those_of_the_real_model():
 
 @pytest.mark.parametrize("size", ["8M", "650M", "15B"])
 def test_known_sizes_have_about_the_parameters_in_their_names(size):
-    result = estimate(size, recipe="frozen", tokens=8, micro_batch=1)
+    result = estimate(size, recipe=RECIPES["frozen"].replace(cache=False), tokens=8, micro_batch=1)
     expected = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
     assert result.total_parameters == pytest.approx(expected, rel=0.07)
     layers, width, heads = ESM2_SIZES[size]
@@ -66,7 +67,9 @@ def test_size_hub_name_and_config_give_the_same_estimate(tmp_path):
 def test_the_peak_is_the_highest_point_of_the_timeline():
     for recipe in RECIPES:
         result = estimate("8M", recipe=recipe, tokens=40)
-        assert result.peak.total == max(point.memory.total for point in result.timeline)
+        highest = max(point.memory.total for point in result.timeline)
+        assert highest == max(cost.peak.total for cost in result.phases.values())
+        assert result.peak.total == max(highest, 0 if result.cache is None else result.cache.peak.total)
 
 
 def test_memory_savings_are_predicted():
@@ -97,10 +100,11 @@ def test_time_follows_the_roofline_of_the_device():
     slow = Device("slow", "cuda", 2**34, {"float32": 1e12}, 1e11)
     fast = Device("fast", "cuda", 2**34, {"float32": 2e12}, 2e11)
     one, two = (estimate("150M", device=device, **options) for device in (slow, fast))
-    assert one.seconds == pytest.approx(2 * two.seconds, rel=0.02)  # the launch time of small operations is equal
+    assert one.seconds == pytest.approx(2 * two.seconds)
     flops = sum(cost.flops for cost in one.phases.values())
     moved = sum(cost.bytes_moved for cost in one.phases.values())
-    assert max(flops / 1e12, moved / 1e11) <= one.seconds <= flops / 1e12 + moved / 1e11 + 0.1
+    assert not one.is_host_bound
+    assert max(flops / 1e12, moved / 1e11) <= one.seconds <= flops / 1e12 + moved / 1e11
     assert one.residues_per_second == pytest.approx(8 * 254 / one.seconds)
     assert math.isnan(estimate("8M", device="cpu", **options).seconds)
 

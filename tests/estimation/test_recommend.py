@@ -58,9 +58,52 @@ def test_every_setting_has_the_batch_size_and_its_learning_rate():
     assert "taken" in str(result)
 
 
+TOP = RECIPES["lora"].replace(layers="top-1/3")
+
+
+def cached(result):
+    return [a for a in result.attempts if a.estimate.cache is not None]
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0.2, False), (10, True)])
+def test_a_cache_is_recommended_if_it_pays_within_the_epochs(epochs, expected):
+    options = {"batch_size": 2, "progress": False, "sequences": 500}
+    result = recommend("150M", "A100-80", 200, recipes=[TOP], epochs=epochs, **options)
+    assert (result.chosen.cache is not None) is expected
+    assert len(cached(result)) == len(result.attempts) / 2 == 2
+    pays_after = cached(result)[0].estimate.cache.pays_after
+    assert (pays_after < epochs) is expected
+    steps = round(epochs * 250)
+    times = [a.estimate.run_seconds(steps) for a in result.attempts]
+    assert result.chosen.run_seconds(steps) <= 1.01 * min(times)
+    record = json.loads(json.dumps(result.to_dict()))
+    assert (record["cached"], record["run_seconds"]) == (expected, result.chosen.run_seconds(steps))
+    assert ("caching included" in str(result)) is expected
+
+
+def test_a_cache_that_is_larger_than_the_disk_is_refused():
+    options = {"batch_size": 1, "progress": False, "sequences": 500, "epochs": 50, "recipes": [TOP]}
+    free = recommend("8M", "A10G", 100, **options)
+    size = free.chosen.cache.bytes
+    assert size == 500 * 100 * 320 * 2
+    enough, too_small = (recommend("8M", "A10G", 100, disk=size - lack, **options) for lack in (0, 1))
+    assert "fits the disk with 30.5 MiB" in str(enough)
+    assert too_small.chosen.cache is None
+    assert [a.refused for a in cached(too_small)] == ["the cache does not fit the disk: 1 B too much"]
+
+
+def test_settings_without_a_cache_can_be_asked_for():
+    options = {"batch_size": 1, "progress": False, "recipes": ["frozen", TOP, "lora"]}
+    assert not cached(recommend("8M", "A10G", 50, cache=False, **options))
+    both = recommend("8M", "A10G", 50, **options)
+    assert [a.estimate.recipe.cache for a in both.attempts] == [False, True, False, True, False]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"epochs": 0}, "more than 0 epochs"),
+        ({"cache": True}, "nothing can be computed once"),
         ({"device": "cpu"}, "name a GPU"),
         ({"batch_size": 0}, "at least 1"),
         ({"margin": 1.0}, "below 1"),

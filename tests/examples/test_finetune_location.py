@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_it_prints_the_baselines_and_saves_the_thresholds(tmp_path, demo_table):
     options = ["--data", demo_table, "--limit", "60", "--recipe", "lora", "--token-budget", "2000", "--json", "r.json"]
     done = subprocess.run(

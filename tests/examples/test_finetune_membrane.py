@@ -52,8 +52,8 @@ def test_a_small_run_writes_every_figure_and_an_adapter(tmp_path, demo_table):
     ("options", "message"),
     [
         (["--data", "absent.csv"], "error: no file at absent.csv"),
-        (["--recipe", "everything"], "invalid choice"),
-        (["--no-class-weight=1"], "--no-class-weights"),
+        pytest.param(["--recipe", "everything"], "invalid choice", marks=pytest.mark.slow),
+        pytest.param(["--no-class-weight=1"], "--no-class-weights", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_options_give_one_line_and_no_traceback(tmp_path, options, message):

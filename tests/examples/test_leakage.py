@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_leakage_is_the_difference_between_two_runs_of_the_same_size(tmp_path, demo_table):
     options = ["--data", demo_table, "--limit", "48", "--recipe", "frozen", "--json", "r.json"]
     done = subprocess.run(

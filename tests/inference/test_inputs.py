@@ -59,6 +59,7 @@ def test_an_empty_container_has_no_sequences(given):
             ["MKT", "proteins.fasta"],
             r"sequence 2 is the name of a file \(proteins.fasta\): read it with load_sequences",
         ),
+        (["ATGGCCCTGTGGATGCGCCTCCTG"], "1 of 1 sequences consist of the letters A, C, G, T, U and N: sequence 1"),
     ],
 )
 def test_other_values_are_refused_with_advice(given, message):
@@ -106,3 +107,17 @@ def test_what_may_be_a_protein_is_taken(text):
 )
 def test_other_texts_are_refused_with_the_reason(text, message):
     assert re.search(message, problem_of(text))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "warned"),
+    [
+        (["ACGT"], ""),
+        (["GAGAGAGAGAGAGAGAGAGAGAGA"], ""),
+        (["ACGTACGTACGT"], "sequence 1"),
+        ([*PROTEINS, "ACGT" * 9], "3"),
+    ],
+)
+def test_peptides_of_the_letters_of_nucleotides_are_taken(sequences, warned, caplog):
+    assert sequences_from(sequences) == sequences
+    assert (warned in caplog.text) if warned else not caplog.text

@@ -14,27 +14,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from huggingface_hub.errors import RepositoryNotFoundError
 from scipy.special import expit, softmax
+from sequence_texts import sequences
 from transformers import AutoTokenizer, EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification
 
-from esm_efficient import Predictor, demo_model_path, finetune, load_deeploc
+from esm_efficient import Predictor, demo_model_path, export_model, finetune, load_deeploc
+from esm_efficient.costs.devices import native_precision
+from esm_efficient.encoder import forward
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference import Prediction
 from esm_efficient.tasks import Task
 
-RESIDUES = list("ACDEFGHIKLMNPQRSTVWY")
 HEADS = {
     "single_label_classification": EsmForSequenceClassification,
     "multi_label_classification": EsmForSequenceClassification,
     "regression": EsmForSequenceClassification,
     "token_classification": EsmForTokenClassification,
 }
-
-
-def sequences(count=30, *, longest=60, seed=0):
-    rng = np.random.default_rng(seed)
-    return ["".join(rng.choice(RESIDUES, int(n))) for n in rng.integers(1, longest, count)]
 
 
 def model_for(kind, names=("a", "b", "c")):
@@ -76,6 +74,12 @@ def test_predictions_are_those_of_one_sequence_at_a_time(tokenizer, kind, budget
         np.testing.assert_allclose(prediction.values, values, atol=1e-6)
         assert prediction.labels == labels
         assert json.loads(json.dumps(prediction.to_dict())) == prediction.to_dict()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(tokenizer, kind, monkeypatch):
+    monkeypatch.setattr(forward, "make_packing", None)
+    assert len(Predictor(model_for(kind), tokenizer).predict(sequences(), token_budget=200)) == len(sequences())
 
 
 def test_the_dict_of_a_prediction_fits_its_task():
@@ -171,6 +175,21 @@ def test_an_adapter_and_a_whole_model_load_from_their_folders(tmp_path, demo_tab
     predictor = Predictor.load(result.model_dir, device="cpu")
     assert predictor.task.names == ("non-membrane", "membrane")
     np.testing.assert_allclose([p.values for p in predictor.predict(given)], expected, atol=1e-5)
+
+
+def test_an_adapter_for_residues_loads_although_the_pretrained_config_names_another_head(tmp_path):
+    given = sequences(12)
+    rows = {"sequence": given, "label": [[int(letter == "K") for letter in sequence] for sequence in given]}
+    split = Dataset.from_dict(
+        rows, Features({"sequence": Value("string"), "label": List(ClassLabel(names=["no", "yes"]))})
+    )
+    data = DatasetDict(train=split, test=split)
+    result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, max_steps=2, disable_tqdm=True)
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    exported = export_model(result, tmp_path / "exported", base_model=demo_model_path())
+    for folder in (result.model_dir, exported, exported / "adapter"):
+        for sequence, logits in zip(given, Predictor.load(folder, device="cpu").logits(given), strict=True):
+            np.testing.assert_allclose(logits, logits_of(result.model, tokenizer, sequence), atol=1e-5)
 
 
 def put_into_cache(cache: Path, name: str, folder: Path, revision: str = "main") -> None:
@@ -269,3 +288,35 @@ def test_the_error_of_the_hub_is_passed_on(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ConfigurationError, match=r"does not give the model 'someone/absent': 404.*hf auth login"):
         Predictor.load("someone/absent")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_predicts_almost_the_numbers_of_float32(tokenizer, precision, dtype):
+    model, given = model_for("single_label_classification"), sequences(8)
+    exact = Predictor(model, tokenizer).logits(given)
+    predictor = Predictor(model, tokenizer, precision=precision)
+    half = predictor.logits(given)
+    assert predictor.half is dtype
+    error = np.abs(np.stack(half) - np.stack(exact)).max()
+    assert 0 < error < 0.02 * np.abs(np.stack(exact)).max()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), None)],
+)
+def test_the_device_decides_the_precision_of_predictions(monkeypatch, capability, dtype):
+    """torch reports support for bfloat16 on a T4 (7.5) too: it emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
+    )
+    expected = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
+    assert native_precision(torch.device("cuda")) == expected
+    assert native_precision(torch.device("cpu")) == "float32"
+
+
+def test_an_unknown_precision_is_refused(tokenizer):
+    with pytest.raises(ConfigurationError, match="precision='pure-bf16': expected"):
+        Predictor(model_for("regression"), tokenizer, precision="pure-bf16")

@@ -47,6 +47,12 @@ def test_sequences_are_read_with_their_names(content_type, body, expected):
         (JSON, b"\xff\xfe", 400, "not UTF-8"),
         (JSON, b'"MKT"', 400, "expected .*inputs"),
         (JSON, b'{"inputs": []}', 400, "contains no sequence"),
+        (
+            JSON,
+            b'{"inputs": ["ACGTACGTAC", "ACGTACGTAC"]}',
+            400,
+            "the request: 2 of 2 sequences consist of the letters",
+        ),
         (JSON, b'{"inputs": [1]}', 400, "sequence 1 is int"),
         (JSON, b'{"inputs": null}', 400, "sequence 1 is NoneType"),
         (JSON, b'{"inputs": ["MK", " "]}', 400, "sequence 2 is empty"),

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_model
 
 from esm_efficient.costs.memory import Memory
-from esm_efficient.profiling.backends import CpuBackend, CudaBackend, MpsBackend, make_backend, split
+from esm_efficient.profiling.backends import (
+    CpuBackend,
+    CudaBackend,
+    GradientBytes,
+    MpsBackend,
+    TotalsBackend,
+    make_backend,
+    split,
+)
 from esm_efficient.profiling.phases import PhaseTracker
 
 
@@ -29,6 +38,55 @@ def test_each_kind_of_device_has_a_backend(kind, backend):
     made = make_backend(torch.nn.Linear(1, 1), torch.device(kind), PhaseTracker())
     assert type(made) is backend
     made.stop()
+
+
+def test_gradients_are_counted_when_they_appear_and_after_they_are_gone():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 2, 4, 8)]
+    shared = torch.zeros(12)
+    counted = GradientBytes(parameters, torch.device("cpu"))
+    assert counted.update() == 0
+    parameters[3].grad = torch.zeros(8)
+    assert (counted.update(), counted.update()) == (32, 32)
+    parameters[0].grad, parameters[1].grad = shared[:1], shared[1:3]  # as in the buckets of DistributedDataParallel
+    assert counted.update() == 32 + 48
+    parameters[3].grad = None
+    assert counted.recount() == 48
+
+
+@pytest.mark.parametrize(("detailed", "updates"), [(False, 1), (True, 5)])
+def test_a_step_looks_at_all_parameters_only_twice(monkeypatch, detailed, updates):
+    seen = []
+    for name in ("recount", "update"):
+        method = getattr(GradientBytes, name)
+        monkeypatch.setattr(GradientBytes, name, lambda self, n=name, m=method: (seen.append(n), m(self))[1])
+    monkeypatch.setattr(TotalsBackend, "_current", lambda self: 0)
+    monkeypatch.setattr(TotalsBackend, "_take_peak", lambda self: (0, 0))
+    monkeypatch.setattr(TotalsBackend, "__abstractmethods__", frozenset())
+    model = make_model(num_hidden_layers=4)
+    phases = PhaseTracker()
+    backend = TotalsBackend(model, torch.device("cpu"), phases)
+    backend.start([])
+    backend.detailed = detailed
+    walks = []
+    walk = torch.nn.Module.parameters
+    monkeypatch.setattr(torch.nn.Module, "parameters", lambda *args, **kw: (walks.append(1), walk(*args, **kw))[1])
+    seen.clear()
+
+    def begin(stage):
+        backend.switch(phases.switch(stage), stage)
+
+    begin("forward")
+    logits = model(input_ids=torch.full((1, 5), 4)).logits
+    begin("backward")
+    logits.sum().backward()
+    begin("between")
+    begin("optimizer")
+    begin("between")
+    backend.end_step()
+    backend.stop()
+    # Each of the two recounts contains one update.
+    assert (seen.count("recount"), seen.count("update") - seen.count("recount")) == (2, updates)
+    assert not walks
 
 
 def test_on_mps_the_peak_is_the_highest_figure_that_was_read(monkeypatch):

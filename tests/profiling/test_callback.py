@@ -133,6 +133,7 @@ def test_an_evaluation_before_the_first_step_is_profiled(tokenizer, tmp_path):
     assert profiler.report.phases["evaluation"].peak.activations > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_again_with_a_smaller_batch_is_profiled_anew(tokenizer, tmp_path):
     profiler = ProfilerCallback()
     options = {"auto_find_batch_size": True, "per_device_train_batch_size": 8}
@@ -166,6 +167,7 @@ def test_using_the_callback_without_a_trainer_is_an_error(tmp_path):
         ProfilerCallback().on_train_begin(args, None, None, model=make_model(), optimizer=None)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_reported_one_by_one_and_summed(tmp_path):
     script = Path(__file__).with_name("profiled_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]

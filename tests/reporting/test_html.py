@@ -11,7 +11,7 @@ def test_text_is_escaped_everywhere_and_svg_is_not():
     page = html_page(bad, [Section(bad, parts)], note=bad)
     assert "<b>" not in page
     assert page.count("&lt;b&gt;&amp;") == 8  # title, heading, note, section, paragraph, header, cell, caption
-    assert "<figure><svg><g/></svg><figcaption>" in page
+    assert '<div class="plot"><svg><g/></svg></div><figcaption>' in page
     assert "<td>1</td>" in page
 
 
@@ -21,3 +21,16 @@ def test_parts_keep_their_order():
     assert order == sorted(order)
     assert page.startswith("<!doctype html>\n")
     assert page.endswith("</html>\n")
+
+
+def test_a_wide_plot_scrolls_on_a_telephone_and_a_small_one_does_not():
+    page = html_page("t", [Section("one", [Plot(f'<svg height="9pt" width="{w}pt"/>', "") for w in (648, 316.8)])])
+    assert page.count('class="plot wide"') == page.count('class="plot"') == 1
+    assert page.index('class="plot wide"') < page.index('class="plot"')
+
+
+def test_a_table_without_a_header_has_no_head_and_a_sequence_begins_on_the_left():
+    page = html_page("t", [Section("one", [Table(("", ""), [("steps", "4"), ("sequence", "M" * 60)])])])
+    assert "<thead>" not in page
+    assert f'<td class="long">{"M" * 60}</td>' in page
+    assert "<td>4</td>" in page

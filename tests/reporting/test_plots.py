@@ -8,7 +8,7 @@ import pytest
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import one_line
-from esm_efficient.reporting.plots import CATEGORY_COLOURS, Method, memory_plot, pareto_plot, timeline_plot
+from esm_efficient.reporting.plots import CATEGORY_COLOURS, Method, layers_plot, memory_plot, pareto_plot, timeline_plot
 
 GIB = 2**30
 
@@ -33,6 +33,11 @@ def test_timelines_have_a_plot_per_method_and_a_colour_per_phase():
     shown = texts(timeline_plot({"one": points, "two": points, "three": points, "four": points}))
     assert {"one", "two", "three", "four", "forward", "backward", "optimizer", "seconds"} <= set(shown)
     assert {"one", "forward", "seconds"} <= set(texts(timeline_plot({"one": points})))
+
+
+def test_the_layers_plot_names_lines_axes_and_the_chosen_layer():
+    shown = texts(layers_plot({"first": [0.1, 0.5, 0.4], "mean": [0.2, 0.6, 0.5]}, metric="MCC", chosen=1))
+    assert {"first", "mean", "MCC", "layers (0: embeddings)", "recommended: 1 layers"} <= set(shown)
 
 
 def test_the_pareto_plot_names_methods_and_axes():

@@ -54,11 +54,12 @@ def run(folder: Path, case: dict) -> dict:
 
     Args:
         folder: has the model and the data; the result is written to a subfolder.
-        case: ``name``, ``recipe``, ``rows`` and ``options`` of `finetune`; ``sharded`` for FSDP2; ``resume`` for the
-            checkpoint to resume from.
+        case: ``name``, ``recipe``, ``rows`` and ``options`` of `finetune`; ``pooling`` of the head; ``sharded`` for
+            FSDP2; ``resume`` for the checkpoint to resume from.
     """
     forget_sharding()
     recipe, options = RECIPES[case["recipe"]], dict(case.get("options", {}))
+    recipe = recipe.replace(pooling=case.get("pooling", recipe.pooling))
     if "token_budget" in options:
         # The ranks' micro-batches of one round are those that one process accumulates.
         options["gradient_accumulation_steps"] = 4 // RANKS
@@ -79,7 +80,12 @@ def run(folder: Path, case: dict) -> dict:
         use_cpu=True,
         **options,
     )
-    return {"steps": result.steps, "metrics": dict(result.metrics), "share": local_share(result.model)}
+    return {
+        "steps": result.steps,
+        "metrics": dict(result.metrics),
+        "share": local_share(result.model),
+        "layers": list(result.trained_layers),
+    }
 
 
 def main() -> None:

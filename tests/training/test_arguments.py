@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from conftest import make_dataset, make_model
+from datasets import DatasetDict
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
-from esm_efficient import compat, recipe_arguments
-from esm_efficient.errors import ConfigurationError
-from esm_efficient.training.arguments import _uses_bf16
+from esm_efficient import compat, demo_model_path, finetune, recipe_arguments
+from esm_efficient.errors import ConfigurationError, DivergenceError
+from esm_efficient.training.arguments import half_dtype, refuse_unsaved_weights
+from esm_efficient.training.divergence import DivergenceWatch
 
 
 def test_options_override_those_of_the_recipe(tmp_path):
@@ -19,19 +28,143 @@ def test_options_override_those_of_the_recipe(tmp_path):
         assert not compat.asks_for_checkpointing(recipe_arguments("all", tmp_path, **{name: False}))
 
 
-def test_a_precision_for_estimates_or_an_unknown_one_is_refused(tmp_path):
-    for precision in ("fp16", "pure-bf16"):
-        with pytest.raises(ConfigurationError, match=f"precision='{precision}' is for estimates"):
-            recipe_arguments("all", tmp_path, precision=precision)
-    with pytest.raises(ConfigurationError, match="precision='fp8': expected"):
-        recipe_arguments("all", tmp_path, precision="fp8")
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("pure-bf16", "precision=.pure-bf16. is for estimates of memory only"),
+        ("fp8", "precision='fp8': expected"),
+        ("fp16", 'precision="fp16" needs a GPU: expected "float32" or "bf16" on a CPU'),
+    ],
+)
+def test_a_precision_that_cannot_train_is_refused(tmp_path, monkeypatch, precision, message):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match=message):
+        recipe_arguments("all", tmp_path, precision=precision)
 
 
-@pytest.mark.parametrize("in_hardware", [True, False])
-def test_auto_precision_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch, in_hardware):
-    """A T4 reports support for bfloat16, by emulation."""
+@pytest.mark.parametrize(
+    ("capability", "precision", "dtype"),
+    [
+        ((8, 6), "auto", torch.bfloat16),
+        ((7, 5), "auto", torch.float16),
+        ((6, 1), "auto", None),
+        ((8, 6), "fp16", torch.float16),
+        ((7, 5), "float32", None),
+        ((7, 5), "bf16", torch.bfloat16),
+    ],
+)
+def test_auto_precision_is_what_the_hardware_multiplies(tmp_path, monkeypatch, capability, precision, dtype):
+    """torch reports support for bfloat16 on a T4 (7.5) too: it emulates it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or in_hardware
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
     )
-    assert _uses_bf16("auto") is in_hardware
+    assert half_dtype(recipe_arguments("all", tmp_path, precision=precision, use_cpu=True)) == dtype
+
+
+def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    data = DatasetDict(train=make_dataset(2), test=make_dataset(2))
+    with pytest.raises(ConfigurationError, match=r"has 2 GPUs.*torchrun --nproc-per-node=2.*CUDA_VISIBLE_DEVICES=0"):
+        finetune(tmp_path / "no model", data, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("zero", "refused"),
+    [
+        ({"stage": 2}, False),
+        ({"stage": 3}, True),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}, True),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, False),
+    ],
+)
+def test_deepspeed_options_that_save_no_weights_are_refused(tmp_path, zero, refused):
+    args = recipe_arguments("all", tmp_path)
+    refuse_unsaved_weights(args)  # without DeepSpeed
+    args.hf_deepspeed_config = HfDeepSpeedConfig({"zero_optimization": zero})
+    with (
+        pytest.raises(ConfigurationError, match='"stage3_gather_16bit_weights_on_model_save": true')
+        if refused
+        else nullcontext()
+    ):
+        refuse_unsaved_weights(args)
+
+
+def test_attention_reaches_the_lean_encoder(tmp_path):
+    data = DatasetDict(train=make_dataset(2), test=make_dataset(2))
+    with pytest.raises(ConfigurationError, match="attention='fast': expected one of auto, flash"):
+        finetune(demo_model_path(), data, output_dir=tmp_path, attention="fast")
+
+
+class Steps(TrainerCallback):
+    """Notes the dtypes of the parameters, and after each optimizer step the loss scale."""
+
+    def __init__(self, scaler):
+        self.scaler, self.scales, self.dtypes = scaler, [], set()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.scales.append(self.scaler.get_scale())
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """Let accelerate train in float16 with a loss scale on a CPU, as on a GPU; by itself it refuses. Returns the scale.
+
+    The scale is far too large at first, so that the gradients of the first steps overflow.
+    """
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    original = Accelerator.__init__
+
+    def init(self, *args, mixed_precision=None, **kwargs):
+        original(self, *args, mixed_precision="no", **kwargs)
+        if mixed_precision == "fp16":
+            self.native_amp, self.scaler = True, scaler
+            self.state._mixed_precision = "fp16"
+
+    monkeypatch.setattr(Accelerator, "__init__", init)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    yield scaler
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("recipe", ["lora", "frozen"])
+def test_fp16_trains_with_a_loss_scale_and_frozen_parameters_in_float16(tmp_path, fp16_on_a_cpu, recipe):
+    data = DatasetDict(train=make_dataset(32), test=make_dataset(8, seed=1))
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    options = {"disable_tqdm": True, "use_cpu": True, "num_train_epochs": 6, "logging_steps": 1}
+    steps = Steps(fp16_on_a_cpu)
+    results = {}
+    for precision, callbacks in (("fp16", [steps]), ("float32", [])):
+        results[precision] = finetune(
+            tmp_path / "model",
+            data,
+            recipe=recipe,
+            tokenizer=tokenizer,
+            output_dir=tmp_path / precision,
+            precision=precision,
+            callbacks=callbacks,
+            **options,
+        )
+    assert steps.dtypes == {(True, torch.float32), (False, torch.float16)}
+    # A step that overflows halves the scale and is left out; the others train.
+    assert steps.scales[:4] == [2.0**29, 2.0**28, 2.0**27, 2.0**26]
+    assert steps.scales[-1] == steps.scales[-2]
+    half, whole = results.values()
+    assert half.trained_layers == whole.trained_layers
+    assert half.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=0.05)
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(tmp_path, fp16_on_a_cpu):
+    watch = DivergenceWatch(Accelerator(mixed_precision="fp16"))
+    fp16_on_a_cpu.scale(torch.ones(()))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    watch.look_at_logs({"loss": 0.7, "grad_norm": float("inf")}, args)
+    fp16_on_a_cpu.update(new_scale=0.5)
+    with pytest.raises(DivergenceError, match=r"gradient is nan at step 0, although the loss scale fell to 0\.5"):
+        watch.look_at_logs({"loss": 0.7, "grad_norm": float("nan")}, args)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from trainer_runs import arguments, weighted
-from transformers import BertConfig, BertModel, EsmForSequenceClassification, EsmModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    EsmForSequenceClassification,
+    EsmModel,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from esm_efficient import AuditCallback, AuditError, compat, lora_config, prepare_model
 from esm_efficient.adapters.prepare import EXPECTATION
+from esm_efficient.training import audit as audit_module
 
 
 def run(model, folder, tokenizer, data, *, audit=None, class_weights=(0.3, 2.5), **options):
@@ -268,3 +282,76 @@ def test_nothing_that_moves_fails(tmp_path, tiny_model, tiny_dataset, tokenizer)
         model.classifier.out_proj.weight.fill_(0.5)
     with pytest.raises(AuditError, match="did not move"):
         run(model, tmp_path, tokenizer, tiny_dataset(32), learning_rate=1e-4)
+
+
+def test_steps_that_overflow_at_their_loss_scale_do_not_count():
+    model = nn.Linear(2, 2)
+    audit, optimizer = AuditCallback(), torch.optim.AdamW(model.parameters(), lr=0.1)
+    args = TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
+    state, control = TrainerState(), TrainerControl()
+    audit.on_train_begin(args, state, control, model=model)
+    for step in range(6):
+        overflows = step < 4  # clipping by an infinite norm makes the finite gradients 0 and the others NaN
+        model.weight.grad = torch.full((2, 2), float("nan") if overflows else 1.0)
+        model.bias.grad = torch.full((2,), 0.0 if overflows else 1.0)
+        audit.on_pre_optimizer_step(args, state, control, model=model)
+        if not overflows:
+            optimizer.step()
+        audit.on_optimizer_step(args, state, control, optimizer=optimizer)
+    assert audit.report.moved == ("weight", "bias")
+
+
+@pytest.mark.parametrize(
+    ("kind", "optim", "message"),
+    [
+        (DistributedType.FSDP, "adamw_torch", "FSDP divides gradients among the ranks: this run is not audited"),
+        (DistributedType.DEEPSPEED, "adamw_torch", "DEEPSPEED divides gradients among the ranks: this run is not"),
+        (DistributedType.NO, "adalomo", "adalomo takes its steps within the backward pass: this run is not audited"),
+        (DistributedType.MULTI_GPU, "adamw_torch", None),
+    ],
+)
+def test_a_run_that_cannot_be_audited_says_so_in_one_line(kind, optim, message, monkeypatch, caplog):
+    monkeypatch.setattr(audit_module, "is_initialized", lambda: True)
+    monkeypatch.setattr(audit_module, "AcceleratorState", lambda: SimpleNamespace(distributed_type=kind))
+    args = SimpleNamespace(optim=optim)
+    audit, model = AuditCallback(), nn.Linear(2, 2)
+    audit.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+    assert len(caplog.messages) == (message is not None)
+    assert (message or "") in caplog.text
+    assert audit.report.pending == (() if message else ("weight", "bias"))
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of one process, and its mesh."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_shards_are_audited(one_rank, moves):
+    model = nn.Linear(2, 2)
+    for name, parameter in list(model.named_parameters()):
+        setattr(model, name, nn.Parameter(distribute_tensor(parameter.data, one_rank, [Shard(0)])))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    args = TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
+    audit, state, control = AuditCallback(), TrainerState(), TrainerControl()
+    audit.on_train_begin(args, state, control, model=model)
+
+    def step():
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        audit.on_pre_optimizer_step(args, state, control, model=model)
+        if moves:
+            optimizer.step()
+        audit.on_optimizer_step(args, state, control, optimizer=optimizer)
+
+    if moves:
+        step()
+        assert audit.report.moved == ("weight", "bias")
+        return
+    for _ in range(2):
+        step()
+    with pytest.raises(AuditError, match=r"had a gradient and did not move.*weight, bias"):
+        step()

@@ -6,12 +6,14 @@ import logging
 
 import pytest
 import torch
+from conftest import slow_except
 from datasets import DatasetDict, IterableDatasetDict
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from esm_efficient import (
     RECIPES,
+    PooledEsmForSequenceClassification,
     Predictor,
     demo_model_path,
     finetune,
@@ -19,7 +21,8 @@ from esm_efficient import (
     stratified_sample,
     tokenize_dataset,
 )
-from esm_efficient.trunk import cache
+from esm_efficient.heads import pooling_of_model
+from esm_efficient.trunk import shards
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,15 @@ def run(recipe, data, folder, **options):
 
 
 def logits_in_plain_transformers(result, sequences):
-    if result.model_dir.name == "adapter":
+    pooling = pooling_of_model(result.model)
+    if pooling != "first":
+        kind = PooledEsmForSequenceClassification
+        adapted = result.model_dir.name == "adapter"
+        model = kind.from_pretrained(
+            demo_model_path() if adapted else result.model_dir, classifier_pooling=pooling, num_labels=2
+        )
+        model = PeftModel.from_pretrained(model, result.model_dir) if adapted else model
+    elif result.model_dir.name == "adapter":
         model = AutoPeftModelForSequenceClassification.from_pretrained(result.model_dir, num_labels=2)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(result.model_dir)
@@ -44,6 +55,9 @@ def logits_in_plain_transformers(result, sequences):
 
 RECIPES_TO_CACHE = {
     "head": RECIPES["frozen"],
+    "head on the mean": RECIPES["frozen"].replace(pooling="mean"),
+    "head with attention": RECIPES["frozen"].replace(pooling="attention"),
+    "adapters, head on the mean": RECIPES["lora"].replace(layers="top-1", pooling="mean"),
     "adapters": RECIPES["lora"].replace(layers="top-1"),
     "adapters, checkpointing": RECIPES["all"].replace(layers=[1, 3]),
     "all layers": RECIPES["lora"],
@@ -52,7 +66,9 @@ RECIPES_TO_CACHE = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES_TO_CACHE)
+@pytest.mark.parametrize(
+    "name", slow_except(RECIPES_TO_CACHE, "head", "head with attention", "adapters, checkpointing", "full")
+)
 def test_a_cached_run_gives_the_model_and_the_metrics_of_the_same_run_without_a_cache(tmp_path, data, name):
     recipe = RECIPES_TO_CACHE[name]
     options = {"num_train_epochs": 2, "eval_strategy": "epoch"}
@@ -78,10 +94,18 @@ def test_a_cached_run_gives_the_model_and_the_metrics_of_the_same_run_without_a_
     assert files == {path.name for path in plain.model_dir.iterdir()}
 
 
+@pytest.mark.parametrize(("pooling", "states"), [("first", 1), ("mean", 1), ("attention", None)])
+def test_a_frozen_run_keeps_one_state_per_protein_if_the_head_reads_no_more(tmp_path, data, pooling, states):
+    run(RECIPES["frozen"].replace(pooling=pooling), data, tmp_path, max_steps=1)
+    width, rows = 128, sum(len(data[name]) for name in data if name != "test")
+    size = sum(path.stat().st_size for path in (tmp_path / "states").rglob("*.arrow"))
+    assert (size < 2 * rows * width * 4) is (states == 1)
+
+
 def test_runs_that_share_a_folder_compute_the_states_once(tmp_path, data, monkeypatch):
     recipe = RECIPES["lora"].replace(layers="top-1", cache=True)
     first = run(recipe, data, tmp_path / "a", states_dir=tmp_path / "states")
-    monkeypatch.setattr(cache, "_compute", None)  # a second computation would fail
+    monkeypatch.setattr(shards, "compute_states", None)  # a second computation would fail
     again = run(recipe, data, tmp_path / "b", states_dir=tmp_path / "states")
     assert again.metrics == first.metrics
     assert not (tmp_path / "a" / "states").exists()

@@ -77,7 +77,14 @@ def test_no_file_is_pickled_or_contains_a_path_of_the_machine(run):
     adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base_config/config.json"}
     if result.recipe == "base":
         adapter = set()
-    wanted = {"config.json", "model.safetensors", "metrics.json", "README.md", "vocab.txt", "tokenizer_config.json"}
+    wanted = {
+        "config.json",
+        "model.safetensors",
+        "metrics.json",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert wanted | adapter <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
     for name in names:
@@ -199,7 +206,7 @@ def test_names_cannot_change_the_card(tmp_path, tokenizer):
         assert bad not in body
     assert [line for line in body.splitlines() if line.startswith("#")] == [
         next(line for line in body.splitlines() if line.startswith("# ")),
-        *("## Metrics", "## Training", "## Usage"),
+        *("## Metrics", "## Training", "## Usage", "## Licence"),
     ]
     data = ModelCard.load(folder / "README.md").data
     assert len(data.eval_results) == len(BAD_NAMES)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import slow_except
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
 from peft import PeftModel
 from transformers import (
@@ -187,7 +188,7 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", slow_except(TASKS, "one class per residue"))
 def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
     feature, label, auto, metrics = TASKS[name]
     splits = load_deeploc(demo_table, max_residues=220)
@@ -298,9 +299,11 @@ def test_a_stream_trains_as_the_same_rows_in_memory(tmp_path, demo_table):
 
 
 def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monkeypatch):
-    from esm_efficient.training import finetune as module
+    from esm_efficient.training import finishing as module
 
-    monkeypatch.setattr(module, "_evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError("the evaluation failed")))
+    monkeypatch.setattr(
+        module, "evaluate_split", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("the evaluation failed"))
+    )
     with pytest.raises(RuntimeError, match="the evaluation failed"):
         finetune(demo_model_path(), data, recipe="frozen", output_dir=tmp_path, max_steps=2, disable_tqdm=True)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from esm_efficient import RECIPES
 
 # fully_shard of torch 2.6 does not run on a CPU, and transformers before 5.20 has other options for FSDP2.
-needs_fsdp2 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+has_fsdp2 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
+without_fsdp2 = pytest.mark.skipif(not has_fsdp2, reason="FSDP2 of this version of torch does not run on a CPU")
 # With older versions the model that was passed to the Trainer is not the one that is sharded.
 stores_shards = Version(transformers.__version__) >= Version("5.23")
 CHECKPOINTS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
@@ -39,6 +40,12 @@ EVERY = [
     *({"name": f"fsdp {recipe}", "recipe": recipe, "rows": 37, "sharded": True} for recipe in RECIPES),
     {"name": "ddp budget", "recipe": "lora", "rows": 64, "options": BUDGET},
     {"name": "fsdp budget", "recipe": "lora", "rows": 64, "sharded": True, "options": BUDGET},
+    *(
+        {"name": f"{kind} {pooling}", "recipe": "lora", "rows": 37, "pooling": pooling, "options": CHECKPOINTS}
+        | ({"sharded": True} if kind == "fsdp" else {})
+        for pooling in ("mean", "attention")
+        for kind in ("ddp", "fsdp")
+    ),
     {"name": "ddp full budget", "recipe": "base", "rows": 64, "options": BUDGET},
 ]
 
@@ -92,6 +99,7 @@ def assert_as_one_process(folder, case, ranks, results, *, alone):
         assert result[name]["steps"] == alone["steps"]
         assert result[name]["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=10 * tolerance)
         if stores_shards or not case.get("sharded"):
+            assert result[name]["layers"] == alone["layers"]  # the audit has seen these move
             share = 1 / ranks if case.get("sharded") and ranks > 1 else 1
             assert result[name]["share"] == pytest.approx(share, abs=0.02)
 
@@ -102,7 +110,7 @@ def alone(folder, case):
 
 
 def test_two_ranks_train_to_the_weights_of_one_process_which_resumes_their_run(folder):
-    cases = [case for case in QUICK if needs_fsdp2 or not case.get("sharded")]
+    cases = [case for case in QUICK if has_fsdp2 or not case.get("sharded")]
     results = on_ranks(folder, 2, cases)
     for case in cases:
         whole = alone(folder, case)
@@ -114,8 +122,9 @@ def test_two_ranks_train_to_the_weights_of_one_process_which_resumes_their_run(f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_recipe_trains_on_several_ranks_and_resumes_on_other_numbers(folder, ranks):
-    cases = [case for case in EVERY if needs_fsdp2 or not case.get("sharded")]
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=without_fsdp2)], ids=["ddp", "fsdp"])
+def test_every_recipe_trains_on_several_ranks_and_resumes_on_other_numbers(folder, ranks, sharded):
+    cases = [case for case in EVERY if case.get("sharded", False) == sharded]
     wholes = {case["name"]: alone(folder, case) for case in cases}
     results = on_ranks(folder, ranks, cases)
     for case in cases:
@@ -123,7 +132,7 @@ def test_every_recipe_trains_on_several_ranks_and_resumes_on_other_numbers(folde
     saved = [case for case in cases if "save_steps" in case.get("options", {})]
     for other in {1, 2, 4} - {ranks}:
         # A checkpoint of sharded ranks resumes on sharded ranks only.
-        again = [resumed(case, ranks) for case in saved if other > 1 or not case.get("sharded")]
+        again = [resumed(case, ranks) for case in saved if other > 1 or not sharded]
         if other == 1:
             results = [{case["name"]: alone(folder, case) for case in again}]
         else:

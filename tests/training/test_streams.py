@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_model
+from conftest import make_dataset, make_model, slow_except
 from trainer_runs import Gradients, Losses, Passes, Stream, arguments, reference_gradient, relative_error, weighted
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
@@ -98,8 +98,9 @@ def test_epochs_end_in_the_step_that_has_the_last_batch_of_a_pass(tmp_path, toke
     assert (seen.ends, seen.begins) == ([6, 8], [4, 6])
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora with dropout"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("adapters", "accumulation"), slow_except([(False, 1), (False, 2), (True, 1), (True, 2)], (True, 2))
+)
 def test_a_stream_resumes_in_its_second_and_third_pass(tmp_path, tokenizer, adapters, accumulation):
     def run(**train):
         collate = Rows(tokenizer)
@@ -165,3 +166,25 @@ def test_the_ranks_of_a_stream_share_its_rows_without_repeats(ranks):
     expected = [np.random.default_rng(number).permutation(11).tolist() for number in range(2 * ranks)]
     assert seen == np.concatenate(expected)[: 22 * ranks].tolist()
     assert list(EndlessRows(Stream([]), batch_size=2, ranks=ranks, rank=0)) == []
+
+
+def test_a_stream_without_rows_cannot_be_evaluated(tmp_path, tokenizer):
+    trainer = weighted(make_model(), arguments(tmp_path), make_dataset(2), tokenizer)
+    with pytest.raises(DataError, match="the evaluation set is a stream without rows: expected at least one"):
+        trainer.evaluate(Stream([]))
+
+
+@pytest.mark.parametrize("size", [8, 10, 3])
+def test_a_short_last_batch_of_a_stream_counts_by_its_rows_if_the_user_gives_the_loss(tmp_path, tokenizer, size):
+    def own(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+    results = []
+    for rows in (Stream(rows_of(size)), make_dataset(size)):
+        args = arguments(tmp_path, per_device_eval_batch_size=4, include_for_metrics=["loss"])
+        options = {"compute_loss_func": own, "compute_metrics": lambda evaluation: {"count": len(evaluation.losses)}}
+        trainer = WeightedTrainer(make_model(), args, data_collator=DataCollatorWithPadding(tokenizer), **options)
+        metrics = trainer.evaluate(rows)
+        results.append((metrics["eval_loss"], metrics["eval_count"]))
+    assert results[0][1] == results[1][1] == size
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)

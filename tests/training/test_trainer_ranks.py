@@ -25,6 +25,8 @@ TWO_RANKS = [(size, *cut, "full") for size in (32, 37, 17) for cut in ((8, 1), (
 TWO_RANKS += [(37, 4, 2, "lora"), (37, 4, 2, "checkpointing")]
 TWO_RANKS += [(37, 4, 2, kind) for kind in TASK_LOSS] + [(37, 1, 100, "budget")]
 TWO_RANKS += [(1, 4, 1, "one row"), (37, 4, 2, "subclass"), (11, 4, 2, "stream")]
+# 16 rows are evaluated in a batch of both ranks: the last batch is whole, or has rows for one rank, or for both.
+TWO_RANKS += [(size, 4, 1, "evaluation") for size in (1, 7, 16, 29)]
 if Version(transformers.__version__) >= Version("5.23"):
     # Older versions load an optimizer to the device "cpu:0", which torch does not know.
     TWO_RANKS += [(29, 4, 2, f"resumed {order}") for order in ("group_by_length", "random", "stream")]
@@ -34,7 +36,7 @@ if Version(transformers.__version__) >= Version("5.23"):
 def two_ranks(tmp_path_factory, tokenizer):
     """Run every case on two processes under torchrun with gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    for size in {case[0] for case in TWO_RANKS if case[0] > 1}:
+    for size in {case[0] for case in TWO_RANKS if case[0] > 1 and case[3] != "evaluation"}:
         make_dataset(size).save_to_disk(folder / f"data{size}")
     for kind in TASK_LOSS:
         make_task_dataset(kind, 37).save_to_disk(folder / kind)
@@ -113,3 +115,15 @@ def test_a_stream_on_two_ranks_has_the_gradients_of_one_batch(two_ranks, tokeniz
 @pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3].startswith("resumed")], ids=str)
 def test_two_ranks_resume_in_a_later_epoch(two_ranks, case):
     assert torch.equal(two_ranks[case]["resumed"], two_ranks[case]["whole"])
+
+
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] == "evaluation"], ids=str)
+def test_each_row_of_a_stream_is_evaluated_once_on_two_ranks(two_ranks, tokenizer, case):
+    result, data = two_ranks[case], make_dataset(max(case[0], 2)).select(range(case[0]))
+    model = make_model().eval()
+    assert result["loss"] == pytest.approx(reference_loss(model, data, tokenizer).item(), rel=1e-5)
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in data]
+    for logits, labels in zip(result["logits"], result["labels"], strict=True):
+        assert labels == data["labels"][:]
+        torch.testing.assert_close(logits, torch.stack(expected), atol=1e-5, rtol=1e-4)

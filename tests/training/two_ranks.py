@@ -30,6 +30,8 @@ from esm_efficient import WeightedTrainer, compat, lora_config, prepare_model
 
 def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str, weights: list[float]) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    if kind == "evaluation":
+        return evaluation(folder, size, tokenizer)
     if kind.startswith("resumed"):
         return resume(folder / kind, kind.removeprefix("resumed "), tokenizer)
     task = kind in TASK_LOSS
@@ -67,6 +69,22 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
     )
     trainer.train()
     return {"gradients": gradients.steps, "losses": losses.values, "eval_loss": trainer.evaluate()["eval_loss"]}
+
+
+def evaluation(folder: Path, size: int, tokenizer: Any) -> dict:
+    """Return the losses, logits and labels of the rows of a stream: evaluated, and predicted from."""
+    seen = []
+    data = make_dataset(max(size, 2))
+    rows = Stream([data[i] for i in range(size)])
+    args = arguments(folder, 4, ddp_backend="gloo")  # evaluates 8 rows per rank and batch
+    trainer = weighted(make_model(), args, data, tokenizer, compute_metrics=lambda output: seen.append(output) or {})
+    loss = trainer.evaluate(rows)["eval_loss"]
+    predicted = trainer.predict(rows)
+    return {
+        "loss": loss,
+        "logits": [torch.from_numpy(output.predictions) for output in (seen[0], predicted)],
+        "labels": [output.label_ids.tolist() for output in (seen[0], predicted)],
+    }
 
 
 class CallsSuper(WeightedTrainer):

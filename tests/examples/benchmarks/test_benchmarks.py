@@ -19,6 +19,7 @@ def run(script, *options, timeout=240):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
     file = tmp_path / "accuracy.json"
     options = {"sizes": ["8M"], "recipes": RECIPES, "precisions": ["float32"], "tokens": [40], "micro-batches": [2]}
@@ -39,6 +40,7 @@ def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
         assert abs(row["difference"]) <= 0.15 or row["explanation"] in result.stdout
 
 
+@pytest.mark.slow
 def test_the_profiler_overhead_is_printed_and_written(tmp_path):
     file = tmp_path / "overhead.json"
     options = ["--recipes", "lora", "--steps", "11", "--real-steps", "11", "--tokens", "16"]
@@ -51,10 +53,11 @@ def test_the_profiler_overhead_is_printed_and_written(tmp_path):
     assert "lora" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_lean_encoder_is_compared_with_its_baselines(tmp_path):
     file = tmp_path / "step.json"
     baselines = ["tutorial", "checkpointing", "prediction"]
-    options = ["--model", "demo", "--batches", "2", "--max-residues", "150", "--threads", "1", "--others", "esme"]
+    options = ["--model", "demo", "--batches", "2", "--max-residues", "150", "--threads", "1", "--others", "faesm"]
     result = run("training_step.py", *options, "--baselines", *baselines, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
@@ -72,8 +75,37 @@ def test_the_lean_encoder_is_compared_with_its_baselines(tmp_path):
         elif row["baseline"] != "tutorial" or row["trains"] == "full":
             assert row["gradient_error"] < 1e-5
             assert row["matmul_share"] > 0
-    assert [row["package"] for row in record["others"]] == ["esme", "esme"]
+    assert [row["package"] for row in record["others"]] == ["faesm", "faesm"]
     assert all(row.get("reason") or row["residues_per_s_ratio"] > 0 for row in record["others"])
+
+
+@pytest.mark.slow
+def test_cached_states_are_compared_with_training_without_them(tmp_path):
+    file = tmp_path / "trunk.json"
+    options = {"model": "demo", "batches": 2, "frozen-batches": 1, "turns": 2, "max-residues": 120, "threads": 1}
+    arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    result = run("trunk.py", *arguments, "--shares", "0", "1/3", "--json", file)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    record = json.loads(file.read_text())
+    assert [(row["share"], row["top"], row["layers"]) for row in record["rows"]] == [("0", 0, 4), ("1/3", 1, 4)]
+    for row in record["rows"]:
+        assert row["gradient_error"] < 1e-5
+        for name in ("all", "top"):
+            turns = zip(row["seconds"][name], row["seconds"]["cached"], strict=True)
+            assert row[f"{name}_ratio"] == pytest.approx(statistics.median(a / b for a, b in turns))
+            assert row[f"saved_ratio_{name}"] == pytest.approx(
+                row["memory"]["cached"]["saved"] / row["memory"][name]["saved"]
+            )
+        assert 0 < row["memory"]["cached"]["saved"] < row["memory"]["all"]["saved"] < row["memory"]["all"]["peak"]
+        states, epoch = (statistics.median(row["seconds"][name]) for name in ("states", "cached"))
+        assert row["totals"]["3"]["cached"] == pytest.approx(states + 3 * epoch)
+    frozen = record["frozen"]
+    totals = [a + b for a, b in zip(frozen["states_seconds"], frozen["training_seconds"], strict=True)]
+    ratios = [total / seconds for total, seconds in zip(totals, frozen["prediction_seconds"], strict=True)]
+    assert frozen["ratio"] == pytest.approx(statistics.median(ratios))
+    assert len(record["goals"]) == 3
+    for goal in record["goals"]:
+        assert f"{goal['figure']:.2f}, goal {goal['goal']}: {'met' if goal['met'] else 'missed'}" in result.stdout
 
 
 def test_the_encoder_is_compared_with_the_tokenizer_and_gives_equal_ids(tmp_path):
@@ -92,6 +124,7 @@ def test_batches_of_a_token_budget_have_little_padding(tmp_path):
     assert min(record["budgets"]["2048"]["non_padding"]) > 0.97 > max(record["random"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the script reads memory from /proc")
 def test_loading_is_measured_and_loses_no_rows(tmp_path):
     result = run("loading.py", "--sequences", "500", "2000", "--residues", "60", "--json", tmp_path / "l.json")
@@ -99,3 +132,26 @@ def test_loading_is_measured_and_loses_no_rows(tmp_path):
     record = json.loads((tmp_path / "l.json").read_text())
     assert [(row["sequences"], row["rows"]) for row in record] == [(500, 500), (2000, 2000)]
     assert all(row["residues"] > 40 * row["rows"] for row in record)
+
+
+TINY_PARTS = ("machine", "recipes_650m", "launches", "estimates")
+
+
+@pytest.mark.parametrize("parts", [TINY_PARTS, pytest.param((), marks=pytest.mark.slow)])
+def test_the_script_for_a_gpu_runs_on_a_cpu_with_a_tiny_model(tmp_path, parts):
+    result = run(
+        "gpu.py", "--tiny", *(["--parts", *parts] if parts else []), "--json", tmp_path / "g.json", timeout=540
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    record = json.loads((tmp_path / "g.json").read_text())["parts"]
+    assert [part["status"] for part in record.values()] == ["done"] * (len(parts) or 11)
+    assert all(part["rows"] and f"{name}: done" in result.stdout for name, part in record.items())
+    sides = [(row["recipe"], row["what"], row["encoder"]) for row in record["recipes_650m"]["rows"]]
+    assert sides == [("lora", what, encoder) for what in ("mixed", "even") for encoder in ("plain", "lean")]
+    assert all(row["ms"] > 0 and row["peak_bytes"] > 0 for row in record["recipes_650m"]["rows"])
+    assert record["recipes_650m"]["rows"][1]["peak_ratio"] < 0.5
+    for row in record["estimates"]["rows"]:
+        assert row["bytes_ratio"] == pytest.approx(row["predicted_bytes"] / row["measured_bytes"])
+        assert 0.8 < row["bytes_ratio"] < 1.2
+    for row in record.get("gradients", {"rows": []})["rows"]:
+        assert (row["relative_error"] < 1e-5) == (row["precision"] == "float32")

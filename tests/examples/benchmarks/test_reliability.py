@@ -31,6 +31,7 @@ def check(record, *, kills, tables, bodies):
     assert disk["tried"] == disk["kept"] == disk["named"] > 0
 
 
+@pytest.mark.slow
 def test_a_few_killed_runs_damaged_inputs_and_a_full_disk(tmp_path):
     options = ["--kills", 3, "--ranks", 1, "--tables", 60, "--bodies", 200, "--steps", 0, "--predictions", 0]
     record = counted(tmp_path / "r.json", *options, "--seed", 1, timeout=900)

@@ -1,0 +1,303 @@
+"""The commands that read sequences. Each imports torch only after its arguments are checked."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from esm_efficient.cli.commands import app
+from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_model, quiet, show
+from esm_efficient.data.label_kinds import LabelKind
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.recipes import check_layers
+from esm_efficient.reporting.files import written_as
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        help='A CSV, TSV, Excel, Parquet, JSON lines or FASTA file; "demo"; - for standard input.', metavar="FILE"
+    ),
+]
+TrainedArgument = Annotated[
+    str,
+    typer.Argument(callback=known_model, help="A folder of finetune or export, or a Hub name.", metavar="MODEL"),
+]
+
+
+def _known_models(names: Any) -> list[str]:  # with Python 3.10, typer cannot read list[str] here
+    return [known_model(name) for name in names]
+
+
+TrainedArguments = Annotated[
+    list[str],
+    typer.Argument(
+        callback=_known_models,
+        help="A folder of finetune or export, or a Hub name; several adapters are an ensemble.",
+        metavar="MODEL...",
+    ),
+]
+KeepOption = Annotated[
+    Literal["start", "end", "both", "windows"] | None,
+    typer.Option("--keep", help="What to read of sequences that are too long: a part, or all in windows that overlap."),
+]
+OverlapOption = Annotated[
+    int | None,
+    typer.Option("--overlap", min=0, help="Residues that two windows share at least; default: a fourth of a window."),
+]
+BudgetOption = Annotated[int, typer.Option("--token-budget", min=16, help="The most tokens per batch.")]
+SequenceOption = Annotated[str | None, typer.Option("--sequence", help="Column of the sequences.")]
+AccessionOption = Annotated[str | None, typer.Option("--accession", help="Column of the accessions.")]
+LabelOption = Annotated[
+    list[str] | None, typer.Option("--label", help="Column of the labels; repeat it for several columns of 0 and 1.")
+]
+LabelKindOption = Annotated[
+    LabelKind | None, typer.Option("--label-kind", help="What the labels are, where their cells do not tell.")
+]
+MinResiduesOption = Annotated[int | None, typer.Option("--min-residues", min=1, help="Leave shorter sequences out.")]
+MaxResiduesOption = Annotated[int | None, typer.Option("--max-residues", min=1, help="Leave longer sequences out.")]
+OnErrorOption = Annotated[
+    Literal["raise", "skip"], typer.Option("--on-error", help="Stop at a wrong row, or leave it out and count it.")
+]
+ClustersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--clusters", exists=True, dir_okay=False, help="Clusters of MMseqs2 or CD-HIT; each is in one split."
+    ),
+]
+
+
+def choice_of_layers(text: str | None) -> str | None:
+    """Return a choice of layers.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    try:
+        if text is not None:
+            check_layers(text)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+def _shard(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text) or int(text.split("/")[0]) > int(text.split("/")[1]):
+        raise typer.BadParameter(f"{text!r}: expected a part and the number of parts, such as 2/5")
+    return text
+
+
+ShardOption = Annotated[
+    str, typer.Option("--shard", callback=_shard, help="Part of the sequences, such as 2/5 for the second of five.")
+]
+
+
+def _output(path: Path) -> Path:
+    try:
+        written_as(path)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", callback=_output, help="File that ends with .csv, .jsonl or .parquet.")
+]
+
+
+@app.command()
+def predict(
+    models: TrainedArguments,
+    source: SourceArgument,
+    output: OutputOption = Path("predictions.csv"),
+    keep: KeepOption = None,
+    overlap: OverlapOption = None,
+    token_budget: BudgetOption = 8192,
+    shard: ShardOption = "1/1",
+    sequence: SequenceOption = None,
+    accession: AccessionOption = None,
+    on_error: OnErrorOption = "raise",
+    as_json: JsonOption = False,
+) -> None:
+    """Predict from a file of sequences, with one model or with the mean of several adapters of one base model.
+
+    Example: esm-efficient predict output/adapter proteome.fasta -o predictions.parquet
+    """
+    check_overlap(keep, overlap)
+    existing_file(source, ("demo", "-"))
+    with _file(source) as path, quiet():
+        from esm_efficient.inference.predictions import predict_file
+
+        result = predict_file(
+            models,
+            path,
+            output,
+            keep=reading_of(keep, overlap),
+            token_budget=token_budget,
+            shard=_numbers(shard),
+            sequence=sequence,
+            accession=accession,
+            on_error=on_error,
+        )
+    show(result, as_json)
+
+
+@app.command()
+def embed(
+    model: ModelArgument,
+    source: SourceArgument,
+    output: OutputOption = Path("embeddings.parquet"),
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer, from 0 for the token embeddings; default: the last.")
+    ] = None,
+    pooling: Annotated[
+        Literal["mean", "first", "residues"], typer.Option(help="mean over residues, first token, or all residues.")
+    ] = "mean",
+    keep: KeepOption = None,
+    overlap: OverlapOption = None,
+    token_budget: BudgetOption = 8192,
+    shard: ShardOption = "1/1",
+    sequence: SequenceOption = None,
+    accession: AccessionOption = None,
+    on_error: OnErrorOption = "raise",
+    as_json: JsonOption = False,
+) -> None:
+    """Compute embeddings of a file of sequences.
+
+    Example: esm-efficient embed 650M proteome.fasta --layer 20 -o embeddings.parquet
+    """
+    if pooling == "residues" and output.suffix == ".csv":
+        raise typer.BadParameter("--pooling residues does not fit into CSV: give --output with .parquet or .jsonl")
+    check_overlap(keep, overlap)
+    existing_file(source, ("demo", "-"))
+    with _file(source) as path, quiet():
+        from esm_efficient.inference.embedder import embed_file
+        from esm_efficient.published import hub_name
+
+        result = embed_file(
+            hub_name(model),
+            path,
+            output,
+            layer=layer,
+            pooling=pooling,
+            keep=reading_of(keep, overlap),
+            token_budget=token_budget,
+            shard=_numbers(shard),
+            sequence=sequence,
+            accession=accession,
+            on_error=on_error,
+        )
+    show(result, as_json)
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help='A file of sequences; "demo", or "deeploc" to download it.')],
+    sequence: SequenceOption = None,
+    accession: AccessionOption = None,
+    label: LabelOption = None,
+    label_kind: LabelKindOption = None,
+    clusters: ClustersOption = None,
+    min_residues: MinResiduesOption = None,
+    max_residues: MaxResiduesOption = None,
+    on_error: OnErrorOption = "raise",
+    as_json: JsonOption = False,
+) -> None:
+    """Read a table as finetune does, and describe it: columns, labels, lengths, repeats, relatives across splits.
+
+    Example: esm-efficient data proteins.csv --label binds
+    """
+    existing_file(source)
+    columns = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
+    bounds = {"min_residues": min_residues, "max_residues": max_residues}
+    options = data_options(source, **columns, **bounds, clusters=clusters, on_error=on_error)
+    with quiet():
+        from esm_efficient.reporting.description import describe
+        from esm_efficient.training.given import splits_from
+
+        result = describe(splits_from(source, labelled=False, **options))
+    show(result, as_json)
+
+
+@app.command()
+def targets(
+    model: ModelArgument,
+    preset: Annotated[
+        Literal["qkv", "attention", "mlp", "all-linear"], typer.Option(help="Kinds of layers that get adapters.")
+    ] = "all-linear",
+    layers: Annotated[
+        str, typer.Option(callback=choice_of_layers, help='Layers that get adapters: "all", "top-2", "top-1/3".')
+    ] = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the layers of a model that get adapters, without its weights.
+
+    Example: esm-efficient targets 650M --preset qkv --layers top-1/3
+    """
+    with quiet():
+        from esm_efficient.estimation.targets import describe_targets
+
+        result = describe_targets(model, preset=preset, layers=layers)
+    show(result, as_json)
+
+
+def data_options(source: str, **options: Any) -> dict[str, Any]:
+    """Return the options of `load_sequences` that were given; one label column is its name, and several are a list.
+
+    Args:
+        source: a file; or a named table, which has no wrong rows, so that ``on_error`` is left out.
+        **options: the options; None or an empty list if an option was not given.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    if isinstance(given.get("label"), list) and len(given["label"]) == 1:
+        given["label"] = given["label"][0]
+    if source in ("demo", "deeploc"):
+        given.pop("on_error", None)
+    return given
+
+
+def check_overlap(keep: str | None, overlap: int | None) -> None:
+    """Refuse an overlap without windows.
+
+    Raises:
+        BadParameter: there are no windows.
+    """
+    if overlap is not None and keep != "windows":
+        raise typer.BadParameter("--overlap is that of windows: give --keep windows too")
+
+
+def reading_of(keep: Any, overlap: int | None) -> Any:
+    """Return what to read of long sequences, as `Predictor.predict` takes it; this imports torch."""
+    from esm_efficient.inference.windows import Windows
+
+    return Windows(overlap) if keep == "windows" else keep
+
+
+def _numbers(shard: str) -> tuple[int, int]:
+    part, parts = shard.split("/")
+    return int(part), int(parts)
+
+
+@contextmanager
+def _file(source: str) -> Iterator[str | Path]:
+    """Give the path of a source; standard input is written to a file first, because it is read twice."""
+    if source not in ("demo", "-"):
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if source == "demo":
+            from esm_efficient.demo import write_demo_table
+
+            yield write_demo_table(Path(folder) / "demo.csv")
+            return
+        path = Path(folder) / "standard input"
+        with path.open("wb") as handle:
+            shutil.copyfileobj(sys.stdin.buffer, handle)
+        yield path

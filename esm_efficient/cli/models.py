@@ -1,0 +1,133 @@
+"""The commands on layers and on finished runs. Each imports torch only after its arguments are checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from esm_efficient.cli.commands import app
+from esm_efficient.cli.jobs import (
+    AccessionOption,
+    ClustersOption,
+    LabelKindOption,
+    LabelOption,
+    MaxResiduesOption,
+    MinResiduesOption,
+    OnErrorOption,
+    SequenceOption,
+    data_options,
+)
+from esm_efficient.cli.output import (
+    JsonOption,
+    ModelOption,
+    PageOption,
+    VerboseOption,
+    existing_file,
+    quiet,
+    show,
+    writable_folder,
+)
+from esm_efficient.cli.training import RUN_FILE, repeating_line
+
+RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
+
+
+@app.command()
+def probe(
+    data: Annotated[
+        str, typer.Argument(help='A file of sequences and labels; "demo", or "deeploc" to download it.', metavar="DATA")
+    ],
+    model: ModelOption = "35M",
+    max_tokens: Annotated[int, typer.Option(min=3, help="The most tokens per sequence.")] = 1024,
+    token_budget: Annotated[int, typer.Option(min=16, help="The most tokens per batch.")] = 8192,
+    max_labelled_residues: Annotated[
+        int, typer.Option(min=2, help="With labels of residues: residues that are drawn.")
+    ] = 20_000,
+    sequence: SequenceOption = None,
+    label: LabelOption = None,
+    label_kind: LabelKindOption = None,
+    accession: AccessionOption = None,
+    clusters: ClustersOption = None,
+    min_residues: MinResiduesOption = None,
+    max_residues: MaxResiduesOption = None,
+    on_error: OnErrorOption = "raise",
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the draws.")] = 0,
+    report: PageOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Score the states of each layer with a linear probe, and recommend a layer. It is the first thing to try.
+
+    Example: esm-efficient probe proteins.csv --model 35M --report probe.html
+    """
+    existing_file(data)
+    columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
+    bounds = {"min_residues": min_residues, "max_residues": max_residues}
+    options = data_options(data, **columns, clusters=clusters, **bounds, on_error=on_error, seed=seed)
+    with quiet(verbose=verbose):
+        from esm_efficient.published import hub_name
+        from esm_efficient.training.given import splits_from
+        from esm_efficient.training.sweep import sweep_layers
+        from esm_efficient.training.sweep_page import sweep_page
+
+        result = sweep_layers(
+            hub_name(model),
+            splits_from(data, **options),
+            max_tokens=max_tokens,
+            token_budget=token_budget,
+            max_labelled_residues=max_labelled_residues,
+            seed=seed,
+        )
+        if report is not None:
+            report.write_text(sweep_page(result, f"{Path(model).name} on {Path(data).name}"), encoding="utf-8")
+    show(result, as_json)
+
+
+@app.command()
+def export(
+    trained: RunArgument,
+    folder: Annotated[Path, typer.Argument(callback=writable_folder, help="Folder to write to.", metavar="FOLDER")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub name of the model that was fine-tuned; default: that of the run.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Name of the data for the card; default: their file.")] = None,
+    description: Annotated[str, typer.Option(help="A paragraph for the card, in Markdown.")] = "",
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, for onnxruntime.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a trained model as a folder to publish: merged weights, adapter, tokenizer, metrics and a model card.
+
+    Example: esm-efficient export output membrane && hf upload NAME/membrane membrane
+    """
+    if not trained.is_dir():
+        raise typer.BadParameter(f"no folder at {trained}: expected the folder that finetune wrote")
+    with quiet():
+        from esm_efficient.training.export import export_model
+
+        written = export_model(
+            trained, folder, base_model=base_model, dataset=dataset, description=description, onnx=onnx
+        )
+    files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
+    if as_json:
+        show({"folder": written, "files": files}, as_json)
+    else:
+        show(f"{written}: {', '.join(files)}", as_json)
+
+
+@app.command()
+def report(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Write the report of a finished run again, and print its table.
+
+    Example: esm-efficient report output
+    """
+    if not run.is_dir():
+        raise typer.BadParameter(f"no folder at {run}: expected the folder that finetune wrote")
+    with quiet():
+        from esm_efficient.training.records import load_result
+
+        result = load_result(run)
+        file = result.result_path.with_name(RUN_FILE)
+        result.save_page(command=repeating_line(file) if file.is_file() else None)
+    show(result, as_json)

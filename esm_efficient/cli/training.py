@@ -1,0 +1,254 @@
+"""The commands that train and evaluate. Each imports torch only after its arguments are checked."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from esm_efficient.cli.commands import QuantizationOption, RecipeOption, app
+from esm_efficient.cli.jobs import (
+    AccessionOption,
+    BudgetOption,
+    ClustersOption,
+    KeepOption,
+    LabelKindOption,
+    LabelOption,
+    MaxResiduesOption,
+    MinResiduesOption,
+    OnErrorOption,
+    OverlapOption,
+    SequenceOption,
+    TrainedArgument,
+    check_overlap,
+    choice_of_layers,
+    data_options,
+    reading_of,
+)
+from esm_efficient.cli.output import (
+    JsonOption,
+    ModelOption,
+    PageOption,
+    VerboseOption,
+    existing_file,
+    quiet,
+    show,
+    writable_folder,
+)
+from esm_efficient.errors import TrainingInterrupted
+from esm_efficient.recipes import get_recipe
+
+RUN_FILE = "run.yaml"
+"""The file in the output folder with the options of a run."""
+
+Pooling = Literal["first", "mean", "attention"]
+Weights = Literal["balanced", "none"]
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the options of a file as defaults; those of the command line win."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from error
+    known = {parameter.name for parameter in context.command.params}
+    if not isinstance(options, dict) or (unknown := sorted(set(map(str, options)) - known)):
+        wrong = ", ".join(unknown) if isinstance(options, dict) else "no options"
+        raise typer.BadParameter(f"{path} has {wrong}: expected names of options, such as recipe or epochs")
+    context.default_map = {**(context.default_map or {}), **options}
+    return path
+
+
+@app.command()
+def finetune(
+    data: Annotated[
+        str, typer.Argument(help='A file of sequences and labels; "demo", or "deeploc" to download it.', metavar="DATA")
+    ],
+    model: ModelOption = "35M",
+    recipe: RecipeOption = "all",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=writable_folder, help="Folder for the model and the report.")
+    ] = Path("output"),
+    epochs: Annotated[float, typer.Option(help="Passes over the training sequences.")] = 1.0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per optimizer step; default: the recipe's.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(callback=choice_of_layers, help='Layers that train: "all", "top-2", "top-1/3".')
+    ] = None,
+    cache: Annotated[
+        bool | None, typer.Option("--cache/--no-cache", help="Compute the layers that do not train once.")
+    ] = None,
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="What the head reads: first token, mean over residues, or attention.")
+    ] = None,
+    quantization: QuantizationOption = None,
+    class_weights: Annotated[Weights, typer.Option(help="Weigh classes inversely to their frequency.")] = "balanced",
+    sequence: SequenceOption = None,
+    label: LabelOption = None,
+    label_kind: LabelKindOption = None,
+    accession: AccessionOption = None,
+    clusters: ClustersOption = None,
+    min_residues: MinResiduesOption = None,
+    max_residues: MaxResiduesOption = None,
+    on_error: OnErrorOption = "raise",
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Stop after so many epochs without a better result on validation, and keep the best; 0: never. "
+            "Default: 3 if there is a validation split.",
+        ),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Measure a linear probe on the frozen encoder too, to compare.")
+    ] = True,
+    precision: Annotated[
+        Literal["auto", "float32", "bf16", "fp16"], typer.Option(help="Number format of training.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the split, the head and the order of the batches.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(callback=_read_config, is_eager=True, help=f"Options in YAML, such as a former {RUN_FILE}."),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Fine-tune ESM-2 on a table of sequences, and write the model and a report.
+
+    Example: esm-efficient finetune proteins.csv --model 35M
+    """
+    if epochs <= 0:
+        raise typer.BadParameter(f"--epochs {epochs}: expected more than 0")
+    if learning_rate is not None and learning_rate <= 0:
+        raise typer.BadParameter(f"--learning-rate {learning_rate}: expected more than 0")
+    changes = {"layers": layers, "cache": cache, "pooling": pooling, "quantization": quantization}
+    chosen = get_recipe(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
+    existing_file(data)
+    options = {name: value for name, value in locals().items() if name in _WRITTEN and value is not None}
+    output.mkdir(parents=True, exist_ok=True)
+    _write_config(output / RUN_FILE, options)
+    given: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate, "epochs": epochs}
+    with quiet(verbose=verbose), _resumable(output, data):
+        from esm_efficient.training.checkpoints import CheckpointCallback
+        from esm_efficient.training.finetune import finetune
+
+        result = finetune(
+            model,
+            data,
+            recipe=chosen,
+            output_dir=output,
+            class_weights=None if class_weights == "none" else class_weights,
+            data_options=_data_options(data, options),
+            precision=precision,
+            seed=seed,
+            resume_from_checkpoint=True if resume else None,
+            early_stopping="auto" if early_stopping is None else early_stopping or None,
+            probe=probe,
+            announce=lambda plan: typer.echo(f"{plan}\n", err=True),
+            callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM))],
+            save_strategy="epoch",
+            save_total_limit=1,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        result.save_page(command=repeating_line(output / RUN_FILE))
+    show(result, as_json)
+
+
+def repeating_line(file: Path) -> str:
+    """Return the line that repeats a run.
+
+    Args:
+        file: the options of the run, as `finetune` writes them.
+    """
+    import yaml
+
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+    return shlex.join(["esm-efficient", "finetune", "--config", str(file), str(data)])
+
+
+@contextmanager
+def _resumable(output: Path, data: str) -> Iterator[None]:
+    """Say how to go on if a signal ends a run."""
+    try:
+        yield
+    except TrainingInterrupted as error:
+        line = shlex.join(["esm-efficient", "finetune", "--config", str(output / RUN_FILE), data, "-o", str(output)])
+        raise TrainingInterrupted(f"{str(error).split(':')[0]}. It is saved. Go on with: {line} --resume") from error
+
+
+_WRITTEN = (
+    *("data", "model", "recipe", "epochs", "batch_size", "learning_rate", "layers", "cache", "pooling"),
+    "quantization",
+    *("class_weights", "sequence", "label", "label_kind", "accession", "clusters", "min_residues", "max_residues"),
+    *("on_error", "early_stopping", "probe", "precision", "seed"),
+)
+"""The options of a run that its file has."""
+
+
+def _write_config(path: Path, options: dict[str, Any]) -> None:
+    import yaml
+
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+
+def _data_options(data: str, options: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "sequence",
+        "label",
+        "label_kind",
+        "accession",
+        "clusters",
+        "min_residues",
+        "max_residues",
+        "on_error",
+        "seed",
+    )
+    return data_options(data, **{name: options[name] for name in names if name in options})
+
+
+@app.command()
+def evaluate(
+    model: TrainedArgument,
+    data: Annotated[str, typer.Argument(help="A file of sequences and labels.", metavar="DATA")],
+    keep: KeepOption = None,
+    overlap: OverlapOption = None,
+    token_budget: BudgetOption = 8192,
+    sequence: SequenceOption = None,
+    label: LabelOption = None,
+    label_kind: LabelKindOption = None,
+    accession: AccessionOption = None,
+    on_error: OnErrorOption = "raise",
+    report: PageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a trained model on all sequences of another table.
+
+    Example: esm-efficient evaluate output/adapter other.csv --report evaluation.html
+    """
+    existing_file(data, ())
+    check_overlap(keep, overlap)
+    columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
+    given = data_options(data, **columns, on_error=on_error)
+    with quiet():
+        from esm_efficient.training.evaluation import evaluate_in_full
+        from esm_efficient.training.given import splits_from
+        from esm_efficient.training.outcome import evaluation_page
+
+        split = splits_from({"test": data}, split=False, **given)["test"]
+        result = evaluate_in_full(model, split, keep=reading_of(keep, overlap), token_budget=token_budget)
+        if report is not None:
+            report.write_text(evaluation_page(result, model=model, dataset=data), encoding="utf-8")
+    show(result, as_json)

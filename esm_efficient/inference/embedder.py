@@ -1,0 +1,230 @@
+"""Compute embeddings: the states of one layer, per residue or pooled over a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from esm_efficient.data.arrow_tables import OnError
+from esm_efficient.data.encoding import ResidueEncoder
+from esm_efficient.encoder import apply_lean_encoder_if_supported
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.inference.batches import run_in_batches
+from esm_efficient.inference.files import FileResult, map_file
+from esm_efficient.inference.identity import identity_of
+from esm_efficient.inference.inputs import sequences_from
+from esm_efficient.inference.loading import find_folder, load_model
+from esm_efficient.inference.windows import LongReading, describe_reading, windows_for
+from esm_efficient.reporting.files import written_as
+from esm_efficient.saving import load_pretrained
+from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.trunk.split import split_model
+
+EmbeddingPooling = Literal["mean", "first", "residues"]
+"""``"mean"`` over the residues, the ``"first"`` token (``<cls>``), or one embedding for each of the ``"residues"``."""
+
+
+class Embedder:
+    """Computes embeddings of sequences with the lean encoder.
+
+    Args:
+        model: a transformers ESM-2 model, with or without a head. It is put into evaluation mode.
+        tokenizer: its tokenizer.
+        layer: the layer whose states are the embeddings, from 0 (the token embeddings) to the number of layers. None
+            for the last, after the layer norm that follows it, as transformers' ``last_hidden_state``; the others are
+            transformers' ``hidden_states[layer]``. The layers above are not computed.
+        pooling: ``"mean"`` over the residues without the special tokens, ``"first"`` for the first token, or
+            ``"residues"`` for one embedding per residue.
+        max_tokens: the most tokens per sequence, special tokens included.
+
+    Attributes:
+        width: numbers per embedding.
+
+    Raises:
+        ConfigurationError: the layer does not exist, the pooling is unknown, or the model or its tokenizer is not of
+            ESM-2.
+
+    Example:
+        >>> from esm_efficient import demo_model_path
+        >>> embedder = Embedder.load(demo_model_path(), layer=2)
+        >>> embedder.embed(["MKTAYIAKQR", "MALWMR"])[0].shape
+        (128,)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layer: int | None = None,
+        pooling: EmbeddingPooling = "mean",
+        max_tokens: int = 1024,
+    ) -> None:
+        if pooling not in get_args(EmbeddingPooling):
+            raise ConfigurationError(f"pooling={pooling!r}: expected one of {', '.join(get_args(EmbeddingPooling))}")
+        body: Any = model.base_model.eval().requires_grad_(False)
+        layers = body.config.num_hidden_layers
+        if layer is not None and not 0 <= layer <= layers:
+            raise ConfigurationError(f"layer={layer}: expected 0 to {layers}, or None for the last")
+        self.pooling, self.max_tokens = pooling, max_tokens
+        self.encoder, self.padding = ResidueEncoder(tokenizer), tokenizer.pad_token_id
+        self.config: Any = body.config
+        self.width: int = body.config.hidden_size
+        self.model: Any = body
+        self._forward: Any
+        if layer in (None, layers):
+            lean: Any = apply_lean_encoder_if_supported(body)
+            self._forward = lambda ids, mask: lean(ids, attention_mask=mask).last_hidden_state
+        else:
+            self.model = self._forward = split_model(body, layers - layer)[0]
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        layer: int | None = None,
+        pooling: EmbeddingPooling = "mean",
+        device: str | torch.device | None = None,
+        max_tokens: int = 1024,
+    ) -> Embedder:
+        """Load a model from a folder or from the Hub; an adapter that `finetune` saved is merged with its base model.
+
+        Args:
+            name_or_path: the folder or the Hub name of a model or of an adapter.
+            layer: as `Embedder`.
+            pooling: as `Embedder`.
+            device: the device to compute on; None for the accelerator if there is one.
+            max_tokens: as `Embedder`.
+
+        Raises:
+            ConfigurationError: as `Embedder` and `Predictor.load`.
+        """
+        folder = find_folder(name_or_path, None, None)
+        model: Any
+        if (folder / "adapter_config.json").is_file():
+            model, tokenizer = load_model(folder, revision=None, cache_dir=None, task=None)
+        else:
+            model = load_pretrained(
+                AutoModel, folder, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False
+            ).model
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return cls(model.to(device or "cpu"), tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens)
+
+    def embed(
+        self, sequences: Iterable[str], *, keep: LongReading | None = None, token_budget: int = 8192
+    ) -> list[np.ndarray]:
+        """Return the embedding of each sequence.
+
+        Args:
+            sequences: as `Predictor.predict`.
+            keep: as `Predictor.predict`. Of ``"windows"``, the states of a residue are averaged over the windows that
+                have it, and ``"mean"`` is the mean of that; ``"first"`` is the mean of the windows' first tokens.
+            token_budget: as `Predictor.predict`.
+
+        Returns:
+            float32 of shape (width,) per sequence, or of shape (residues, width) with ``pooling="residues"``.
+
+        Raises:
+            DataError: as `Predictor.predict`.
+            ConfigurationError: a result is not finite.
+        """
+        texts = sequences_from(sequences)
+        if not texts:
+            return []
+        found = run_in_batches(
+            self._states,
+            self.encoder,
+            texts,
+            result="sequence" if self.pooling == "first" else self.pooling,
+            padding=self.padding,
+            device=next(self.model.parameters()).device,
+            max_tokens=self.max_tokens,
+            keep=keep,
+            token_budget=token_budget,
+        )
+        return [embedding.astype(np.float32) for embedding in found]
+
+    def _states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the states of the tokens, of shape (sequences, tokens, width), or those of the first tokens."""
+        states = self._forward(input_ids, attention_mask)
+        return states[:, 0] if self.pooling == "first" else states
+
+
+def embed_file(
+    model: str | Path | Embedder,
+    source: str | Path,
+    output: str | Path,
+    *,
+    layer: int | None = None,
+    pooling: EmbeddingPooling = "mean",
+    keep: LongReading | None = None,
+    token_budget: int = 8192,
+    shard: tuple[int, int] = (1, 1),
+    sequence: str | None = None,
+    accession: str | None = None,
+    on_error: OnError = "raise",
+) -> FileResult:
+    """Embed every sequence of a file, in constant memory, and write the embeddings in the order of the file.
+
+    A run that was stopped goes on, and ranks share the work, as with `predict_file`. The output has the columns
+    ``accession`` and ``embedding``, a list of float32; with ``pooling="residues"`` a list of such lists.
+
+    Args:
+        model: an `Embedder`, or what `Embedder.load` loads.
+        source: as `predict_file`.
+        output: as `predict_file`. Parquet is the smallest.
+        layer: as `Embedder`; of a model that is loaded.
+        pooling: as `Embedder`; of a model that is loaded.
+        keep: as `Predictor.predict`.
+        token_budget: as `Predictor.predict`.
+        shard: as `predict_file`.
+        sequence: as `predict_file`.
+        accession: as `predict_file`.
+        on_error: as `predict_file`.
+
+    Returns:
+        The numbers of rows and residues, and the time.
+
+    Raises:
+        DataError: as `predict_file`.
+        ConfigurationError: as `predict_file` and `Embedder.load`; or embeddings per residue are to be written as CSV.
+
+    Example:
+        >>> embed_file("facebook/esm2_t6_8M_UR50D", "proteome.fasta", "embeddings.parquet")  # doctest: +SKIP
+    """
+    if written_as(output) == "csv" and pooling == "residues":
+        raise ConfigurationError(f"{output}: embeddings per residue do not fit into CSV. Write .parquet or .jsonl")
+    embedder = model if isinstance(model, Embedder) else Embedder.load(model, layer=layer, pooling=pooling)
+
+    def compute(sequences: list[str]) -> Mapping[str, Any]:
+        import pyarrow as pa
+
+        found = embedder.embed(sequences, keep=keep, token_budget=token_budget)
+        kind: Any = pa.list_(pa.float32(), embedder.width)
+        if embedder.pooling == "residues":
+            return {"embedding": pa.array([list(rows) for rows in found], pa.list_(kind))}
+        return {"embedding": pa.array(found, kind)}
+
+    longest = embedder.max_tokens - SPECIAL_TOKENS
+    reading = windows_for(keep, longest) or keep
+    return map_file(
+        compute,
+        source,
+        output,
+        identity=identity_of(embedder.model, embedder.config, "embeddings", embedder.pooling, longest, reading),
+        longest=longest if keep is None else None,
+        long_sequences=describe_reading(keep, longest),
+        shard=shard,
+        sequence=sequence,
+        accession=accession,
+        on_error=on_error,
+        description="embeddings",
+    )

@@ -1,0 +1,288 @@
+"""Map a file of sequences to a file of results, in constant memory; a run that was stopped goes on where it was.
+
+The source is read twice: first every row is checked and counted, so that a wrong row is an error before hours of work
+and not after; then the rows are computed in blocks. Each block becomes a file of its own in a folder beside the output,
+under a temporary name until it is whole. At the end the blocks are joined in the order of the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from tqdm.auto import tqdm
+
+from esm_efficient.data.arrow_tables import OnError
+from esm_efficient.data.download import sha256_of
+from esm_efficient.data.readers import read_blocks
+from esm_efficient.data.schema import find_column
+from esm_efficient.data.sequences import clean, count_residues
+from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.inference.inputs import problem_of
+from esm_efficient.reporting.files import write_tables, written_as
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+BLOCK_ROWS = 2048
+"""Sequences per block: the most that are computed again after a stop."""
+
+Compute = Callable[[list[str]], Mapping[str, Any]]
+"""Returns the columns of results, as Arrow arrays, of some sequences."""
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What a run over a file did.
+
+    Attributes:
+        output: the file of results.
+        rows: rows in it.
+        computed: rows that this process computed; with several ranks, each computes its share.
+        reused: rows that were there from a run that was stopped.
+        residues: residues of the rows that this process computed.
+        seconds: time of this run.
+        long_sequences: what was read of sequences that are longer than the model reads.
+        left_out: rows of the source that cannot be used and were left out, in all of it.
+    """
+
+    output: Path
+    rows: int
+    computed: int
+    reused: int
+    residues: int
+    seconds: float
+    long_sequences: str = "refused"
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        speed = f"{self.residues / self.seconds:,.0f} residues/s"
+        reused = f"; {self.reused:,} rows were there from a run that was stopped" if self.reused else ""
+        long = "" if self.long_sequences == "refused" else f"; of longer sequences {self.long_sequences}"
+        left_out = f"; {self.left_out:,} rows of the file were left out" if self.left_out else ""
+        return f"{self.output}: {self.rows:,} rows, {self.seconds:.1f} s, {speed}{reused}{long}{left_out}"
+
+
+class Row(NamedTuple):
+    """A sequence of a file: its accession, its text as it is in the file, and its place for messages."""
+
+    accession: str
+    sequence: str
+    place: str
+
+
+def map_file(
+    compute: Compute,
+    source: str | Path,
+    output: str | Path,
+    *,
+    identity: str,
+    longest: int | None = None,
+    long_sequences: str = "refused",
+    shard: tuple[int, int] = (1, 1),
+    sequence: str | None = None,
+    accession: str | None = None,
+    on_error: OnError = "raise",
+    description: str = "sequences",
+) -> FileResult:
+    """Compute results for every sequence of a file, and write them in the order of the file.
+
+    Several ranks of one run (``accelerate launch``, ``torchrun``) share the blocks, and the first writes the output.
+
+    Args:
+        compute: computes a block.
+        source: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file.
+        output: a file that ends with .csv, .jsonl or .parquet. It exists only when it is whole.
+        identity: a text that differs for other results, such as those of another model. A run goes on with the blocks
+            of a run with the same identity, source and shard, and computes all others again.
+        longest: the most residues of a sequence; None for any.
+        long_sequences: what is read of longer ones, in words.
+        shard: the part of the rows to compute, such as ``(2, 5)`` for the second of five equal parts.
+        sequence: the column of the sequences; None to find it by a usual name.
+        accession: the column of the accessions, likewise; without one, the number of a row is its accession.
+        on_error: ``"skip"`` leaves out rows that cannot be used, and logs how many and which are the first.
+        description: what the progress bar counts.
+
+    Raises:
+        DataError: a row is not a protein sequence or is too long, with its place; or the file cannot be read.
+        ConfigurationError: the output has another suffix, the shard does not exist or has no rows, or `on_error` is
+            unknown.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    written_as(output)
+    part, parts = shard
+    if not 1 <= part <= parts:
+        raise ConfigurationError(f"shard={part}/{parts}: expected a number from 1 to the number of shards")
+    columns = {"sequence": sequence, "accession": accession}
+    total, wrong = check_rows(source, longest=longest, on_error=on_error, **columns)
+    rows = range(total * (part - 1) // parts, total * part // parts)
+    if not rows:
+        raise ConfigurationError(f"shard={part}/{parts}: {source} has only {total} rows to use, so this part is empty")
+    digest = hashlib.sha256(repr((identity, sha256_of(source), rows, sequence, accession)).encode()).hexdigest()
+    folder = output.with_name(f"{output.name}.parts")
+    rank, ranks = rank_and_ranks()
+    if rank == 0:
+        _open_folder(folder, digest)
+    _wait_for_all()
+    finished = set(folder.glob("block-*.arrow"))
+    _wait_for_all()  # before any rank adds a block
+    computed = residues = reused = 0
+    bar = tqdm(total=len(rows), desc=description, unit="seq", disable=rank > 0 or None)
+    usable = (row for index, row in enumerate(read_sequences(source, **columns)) if index not in wrong)
+    for number, block in enumerate(_blocks(usable, rows)):
+        file = folder / f"block-{number:06d}.arrow"
+        if file in finished:
+            reused += len(block)
+        elif number % ranks == rank:
+            _write_block(file, block, compute([row.sequence for row in block]))
+            computed += len(block)
+            residues += sum(count_residues(clean(row.sequence)) for row in block)
+        bar.update(len(block))
+    bar.close()
+    _wait_for_all()
+    if rank == 0:
+        write_tables(_tables(folder), output)
+        shutil.rmtree(folder)
+    _wait_for_all()
+    seconds = time.perf_counter() - started
+    return FileResult(output, len(rows), computed, reused, residues, seconds, long_sequences, len(wrong))
+
+
+def read_sequences(source: str | Path, *, sequence: str | None = None, accession: str | None = None) -> Iterator[Row]:
+    """Yield the rows of a file, in its order; the arguments are as in `map_file`.
+
+    Raises:
+        DataError: the file cannot be read, or has no column of sequences.
+    """
+    number = 0
+    for block in read_blocks(source):
+        column = find_column("sequence", block.columns, sequence, source, taken=(accession,))
+        if column is None:
+            raise DataError(
+                f"{source} has the columns {listing(list(block.columns))}, and none has a usual name of sequences. "
+                "Name the one that holds them with sequence="
+            )
+        names = find_column("accession", block.columns, accession, source, taken=(column,))
+        for index, (text, place) in enumerate(zip(block.columns[column], block.places, strict=True)):
+            number += 1
+            name = number if names is None else block.columns[names][index]
+            yield Row(str(name), text, place)
+
+
+class CheckedRows(NamedTuple):
+    """How many rows of a file can be used, and the numbers of those that cannot, from 0."""
+
+    usable: int
+    wrong: frozenset[int]
+
+
+def check_rows(
+    source: str | Path,
+    *,
+    longest: int | None = None,
+    on_error: OnError = "raise",
+    sequence: str | None = None,
+    accession: str | None = None,
+) -> CheckedRows:
+    """Check every row of a file; the arguments are as in `map_file`.
+
+    Raises:
+        DataError: a row cannot be used, and `on_error` is not ``"skip"``; or no row can be used.
+        ConfigurationError: `on_error` is unknown.
+    """
+    if on_error not in get_args(OnError):
+        raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
+    wrong: dict[int, str] = {}
+    rows = 0
+    for row in read_sequences(source, sequence=sequence, accession=accession):
+        rows += 1
+        problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
+        if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
+            problem = (
+                f'has {size:,} residues, more than {longest:,}: read a part with keep="start", or all with '
+                'keep="windows"'
+            )
+        if problem:
+            wrong[rows - 1] = f"{row.place} {problem}"
+    problems = f"{len(wrong):,} of {rows:,} rows cannot be used: {listing(list(wrong.values()), 3)}"
+    if wrong and (on_error == "raise" or len(wrong) == rows):
+        cure = "" if len(wrong) == rows else '. Correct them, or leave such rows out with on_error="skip"'
+        raise DataError(f"{source}: {problems}{cure}")
+    if wrong:
+        logger.warning("left out of %s: %s", source, problems)
+    return CheckedRows(rows - len(wrong), frozenset(wrong))
+
+
+def _blocks(rows: Iterator[Row], wanted: range) -> Iterator[list[Row]]:
+    """Yield the wanted rows, counted from 0, in blocks."""
+    block: list[Row] = []
+    for index, row in enumerate(rows):
+        if index in wanted:
+            block.append(row)
+        if len(block) == BLOCK_ROWS:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _open_folder(folder: Path, digest: str) -> None:
+    """Make the folder of the blocks, and remove what is in it from another run."""
+    key = folder / "key.json"
+    if folder.exists() and not (key.is_file() and key.read_text() == json.dumps(digest)):
+        if any(file.suffix not in (".arrow", ".part", ".json") for file in folder.iterdir()):
+            raise ConfigurationError(f"{folder} has other files in it: move them, or give another output")
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    for left_over in folder.glob("*.part"):
+        left_over.unlink()
+    key.write_text(json.dumps(digest))
+
+
+def _write_block(file: Path, rows: list[Row], columns: Mapping[str, Any]) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"accession": [row.accession for row in rows], **columns})
+    partial = file.with_suffix(".part")
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(partial, file)
+
+
+def _tables(folder: Path) -> Iterator[pa.Table]:
+    """Yield the blocks in their order."""
+    import pyarrow as pa
+
+    for file in sorted(folder.glob("block-*.arrow")):
+        with pa.memory_map(str(file)) as source:
+            yield pa.ipc.open_file(source).read_all()
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Return the number of this process and of all processes of a distributed run, which is joined if there is one."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    import torch
+    from accelerate import PartialState
+
+    # Without cpu=True, the processes of a machine without an accelerator do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    return state.process_index, state.num_processes
+
+
+def _wait_for_all() -> None:
+    if rank_and_ranks()[1] > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()

@@ -1,0 +1,74 @@
+"""The published ESM-2 models, and their names as people type them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from esm_efficient.errors import ConfigurationError
+
+ESM2_SIZES: dict[str, tuple[int, int, int]] = {
+    "8M": (6, 320, 20),
+    "35M": (12, 480, 20),
+    "150M": (30, 640, 20),
+    "650M": (33, 1280, 20),
+    "3B": (36, 2560, 40),
+    "15B": (48, 5120, 40),
+}
+"""Layers, width and attention heads by size (Lin et al. 2023, "Evolutionary-scale prediction...")."""
+
+_NAME = re.compile(r"(?:facebook/)?(?:esm-?2[ _-]?)?(?:t\d+_)?(\d+[mb])(?:_ur50d)?", re.IGNORECASE)
+
+
+def size_of(name: str) -> str | None:
+    """Return the size of a published ESM-2 model from its name; None for any other name.
+
+    Example:
+        >>> size_of("650m"), size_of("facebook/esm2_t33_650M_UR50D"), size_of("esm2_t6_8M"), size_of("my-model")
+        ('650M', '650M', '8M', None)
+    """
+    match = _NAME.fullmatch(name.strip())
+    size = match[1].upper() if match else None
+    return size if size in ESM2_SIZES else None
+
+
+def hub_name(name: str) -> str:
+    """Return the Hub name of a published ESM-2 model, or the folder of the demo model; any other name as it is.
+
+    A folder with a model comes before a published model of the same name.
+
+    Raises:
+        ConfigurationError: it is a folder without a model.
+
+    Example:
+        >>> hub_name("8M"), hub_name("output/model")
+        ('facebook/esm2_t6_8M_UR50D', 'output/model')
+    """
+    if any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        return name
+    if name == "demo":
+        return str(Path(__file__).parent / "demo" / "model")
+    if (size := size_of(name)) is not None:
+        return f"facebook/esm2_t{ESM2_SIZES[size][0]}_{size}_UR50D"
+    if Path(name).is_dir():
+        raise ConfigurationError(f"the folder {name} has no config.json: expected the folder of a saved model")
+    return name
+
+
+def check_name(name: str) -> str:
+    """Return the name of a model, unless it can be seen without the Hub that there is no such model.
+
+    Raises:
+        ConfigurationError: it is the size of no ESM-2 model, or the path of a folder that does not exist.
+
+    Example:
+        >>> check_name("650m"), check_name("someone/model")
+        ('650m', 'someone/model')
+    """
+    if Path(name).is_dir() or size_of(name) is not None:
+        return name
+    if _NAME.fullmatch(name.strip()) or not name.strip():
+        raise ConfigurationError(f"no ESM-2 model has the size {name!r}: expected one of {', '.join(ESM2_SIZES)}")
+    if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise ConfigurationError(f"no folder at {name}: expected a folder, an ESM-2 size such as 650M, or a Hub name")
+    return name

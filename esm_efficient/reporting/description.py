@@ -1,0 +1,155 @@
+"""Describe labelled splits: sizes, lengths, labels, and relatives across the splits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esm_efficient.data.relatives import CLOSE, WORD, close_relatives
+from esm_efficient.data.sequences import STANDARD_RESIDUES, count_residues
+from esm_efficient.data.splits import sequence_hashes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+MOST_QUERIES = 2_000
+"""The most sequences of a split, drawn at random, whose relatives are looked for."""
+
+MOST_REFERENCES = 100_000
+"""The most training sequences that are compared; with more, relatives are not counted."""
+
+
+@dataclass(frozen=True)
+class SplitDescription:
+    """One split.
+
+    Attributes:
+        sequences: number of sequences.
+        residues: shortest, median and longest sequence.
+        repeated: sequences that equal an earlier one of the split.
+        unusual: sequences with a letter that is not one of the 20 amino acids.
+        labels: label name to the number of sequences, or of residues, that have it; empty for numbers.
+        labelled: number of sequences, or of residues, of which the labels are counted; their shares are of these.
+        numbers: mean and standard deviation of numbers; None for other labels.
+        relatives: share of the sequences with a close relative in ``train`` (`esm_efficient.data.relatives`), from at
+            most `MOST_QUERIES` of them; None for ``train`` itself, and if it has more than `MOST_REFERENCES` sequences.
+    """
+
+    sequences: int
+    residues: tuple[int, int, int]
+    repeated: int
+    unusual: int
+    labels: Mapping[str, int]
+    labelled: int
+    numbers: tuple[float, float] | None
+    relatives: float | None
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """What `describe` found.
+
+    Attributes:
+        columns: the columns of the splits.
+        splits: the splits by name.
+    """
+
+    columns: tuple[str, ...]
+    splits: Mapping[str, SplitDescription]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the rows of a table with a column per split, each with its name first."""
+        found = list(self.splits.values())
+        labels = list(dict.fromkeys(label for split in found for label in split.labels))
+        lines: list[tuple[str, ...]] = [
+            ("sequences", *(f"{split.sequences:,}" for split in found)),
+            ("residues: shortest, median, longest", *("{:,}, {:,}, {:,}".format(*split.residues) for split in found)),
+            ("repeated sequences", *(f"{split.repeated:,}" for split in found)),
+            ("with unusual letters", *(f"{split.unusual:,}" for split in found)),
+            *((f"label {label}", *(self._label(split, label) for split in found)) for label in labels),
+        ]
+        if any(split.numbers for split in found):
+            shown = ("-" if split.numbers is None else "{:.4g} ± {:.3g}".format(*split.numbers) for split in found)
+            lines.append(("label, mean ± standard deviation", *shown))
+        relatives = ("-" if s.relatives is None else f"{100 * s.relatives:.1f} %" for s in found)
+        return [*lines, ("with a close relative in train", *relatives)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as a dict for JSON; an undefined number becomes None."""
+        splits = {}
+        for name, split in self.splits.items():
+            numbers = None if split.numbers is None else [x if np.isfinite(x) else None for x in split.numbers]
+            splits[name] = dataclasses.asdict(split) | {"residues": list(split.residues), "numbers": numbers}
+        return {"columns": list(self.columns), "splits": splits}
+
+    @staticmethod
+    def _label(split: SplitDescription, label: str) -> str:
+        count = split.labels.get(label, 0)
+        return f"{count:,} ({100 * count / split.labelled:.1f} %)" if split.labelled else "0"
+
+    def __str__(self) -> str:
+        from esm_efficient.reporting.tables import format_table
+
+        table = format_table(self.rows(), ("", *self.splits))
+        return (
+            f"columns: {', '.join(self.columns)}\n\n{table}\n\nA close relative shares at least {100 * CLOSE:.0f} % of "
+            f"its words of {WORD} residues: about 60 % identity."
+        )
+
+
+def describe(splits: Mapping[str, Dataset]) -> DataDescription:
+    """Describe labelled splits, such as those of `load_sequences`.
+
+    Args:
+        splits: splits with the column ``sequence``, and ``label`` if they are labelled.
+
+    Example:
+        >>> print(describe(load_sequences("proteins.csv")))  # doctest: +SKIP
+    """
+    train = splits["train"]["sequence"][:] if "train" in splits else []
+    described = {}
+    for name, split in splits.items():
+        sequences = split["sequence"][:]
+        lengths = np.sort([count_residues(sequence) for sequence in sequences])
+        labels, labelled, numbers = _count_labels(split)
+        described[name] = SplitDescription(
+            sequences=len(split),
+            residues=(int(lengths[0]), int(lengths[len(lengths) // 2]), int(lengths[-1])),
+            repeated=len(split) - len(np.unique(sequence_hashes(split))),
+            unusual=sum(not set(sequence) <= set(STANDARD_RESIDUES) for sequence in sequences),
+            labels=labels,
+            labelled=labelled,
+            numbers=numbers,
+            relatives=None if name == "train" else _relatives(sequences, train),
+        )
+    return DataDescription(tuple(next(iter(splits.values())).column_names), described)
+
+
+def _relatives(sequences: Sequence[str], train: Sequence[str]) -> float | None:
+    """Return the share of the sequences with a close relative; None if there are too many to compare with, or none."""
+    if not 0 < len(train) <= MOST_REFERENCES or not len(sequences):
+        return None
+    chosen = np.random.default_rng(0).permutation(len(sequences))[:MOST_QUERIES]
+    return close_relatives([sequences[index] for index in chosen], train)
+
+
+def _count_labels(split: Dataset) -> tuple[dict[str, int], int, tuple[float, float] | None]:
+    """Return the count of each label, of what it is a share, and mean and standard deviation of numbers."""
+    if "label" not in split.column_names:
+        return {}, 0, None
+    feature, cells = split.features["label"], split["label"][:]
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    if isinstance(feature, Mapping):
+        return {name: sum(bool(cell[name]) for cell in cells) for name in feature}, len(cells), None
+    if names is None:
+        values = np.array(cells, dtype=np.float64)
+        return {}, 0, (float(np.nanmean(values)), float(np.nanstd(values)))
+    counts = Counter(label for cell in cells for label in (cell if isinstance(cell, list) else [cell]))
+    labels = {name: counts[index] for index, name in enumerate(names)}
+    return labels, sum(labels.values()), None

@@ -1,0 +1,263 @@
+"""Sections of an HTML page that show how well a model predicts: tables with intervals, plots, the worst mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting import finite_values, format_number, format_table
+from esm_efficient.reporting.html import Part, Plot, Section, Table
+from esm_efficient.reporting.score_plots import (
+    confusion_plot,
+    ranking_plot,
+    reliability,
+    reliability_plot,
+    scatter_plot,
+)
+from esm_efficient.tasks import IGNORE, Task
+from esm_efficient.training.residue_page import residue_strips
+
+MISTAKES = 12
+"""The most mistakes that are listed."""
+
+_SHOWN_RESIDUES = 60
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model predicted for a split, and what is true.
+
+    Attributes:
+        task: the task.
+        scores: logits, or numbers for regression, of shape (examples, labels) or (examples, tokens, labels).
+        labels: true labels of the examples, as a Trainer's ``label_ids``.
+        metrics: the metrics.
+        intervals: 95 % interval of metrics (`esm_efficient.training.intervals`).
+        names: accession of each example, or its number.
+        sequences: sequence of each example; empty if they are not known.
+        thresholds: probability from which each label is positive; None for 0.5.
+        baselines: metrics of other predictions of the same examples, by name (`esm_efficient.training.baselines`).
+    """
+
+    task: Task
+    scores: np.ndarray
+    labels: np.ndarray
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    names: Sequence[str] = ()
+    sequences: Sequence[str] = ()
+    thresholds: np.ndarray | None = None
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def metric_rows(self) -> list[tuple[str, ...]]:
+        """Return the name, the value and the interval of each metric, and its values by the baselines, as text."""
+        return [
+            (
+                name,
+                format_number(value, "{:.3f}"),
+                "{:.3f} to {:.3f}".format(*self.intervals[name]) if name in self.intervals else "-",
+                *(format_number(metrics.get(name), "{:.3f}") for metrics in self.baselines.values()),
+            )
+            for name, value in self.metrics.items()
+            if not name.startswith(("f1_", "mcc_")) or name in ("f1_micro", "f1_macro")
+            if name != "majority_accuracy"  # the accuracy of a baseline
+        ]
+
+    def header(self, first: str = "metric") -> tuple[str, ...]:
+        """Return the names of the columns of `metric_rows`."""
+        return (first, "value", "95 % interval", *self.baselines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics with their intervals, ready for JSON; an undefined metric becomes None."""
+        return {
+            "task": {"kind": self.task.kind, "names": list(self.task.names)},
+            "examples": len(self.labels),
+            "metrics": finite_values(self.metrics),
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "baselines": {name: finite_values(metrics) for name, metrics in self.baselines.items()},
+        }
+
+    def __str__(self) -> str:
+        """Return a table of the metrics with their intervals."""
+        table = format_table(self.metric_rows(), self.header())
+        note = verdict(self)
+        return f"{table}\n\n{note}" if note else table
+
+    def class_table(self) -> Table:
+        """Return a table with the examples of each class or label, and its F1 and MCC with their intervals."""
+        shown = [metric for metric in ("f1", "mcc") if f"{metric}_{self.task.names[0]}" in self.metrics]
+        rows = []
+        for index, name in enumerate(self.task.names):
+            cells = [name, f"{self._support(index):,}"]
+            for metric in (f"{metric}_{name}" for metric in shown):
+                cell = format_number(self.metrics.get(metric), "{:.3f}")
+                if metric in self.intervals:
+                    cell += " ({:.3f} to {:.3f})".format(*self.intervals[metric])
+                cells.append(cell)
+            rows.append(tuple(cells))
+        return Table(("class", "examples", *(f"{metric.upper()} (95 % interval)" for metric in shown)), rows)
+
+    def _support(self, index: int) -> int:
+        if self.task.kind == "multi_label_classification":
+            return int((self.labels[:, index] == 1).sum())
+        return int((self.labels == index).sum())
+
+
+def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[str] = ()) -> list[Section]:
+    """Return the sections of a page; without matplotlib they have no plots, and say so.
+
+    Args:
+        evaluation: the evaluation.
+        notes: paragraphs above the table of the metrics.
+    """
+    warning = verdict(evaluation)
+    table = Table(evaluation.header(), evaluation.metric_rows())
+    parts: list[Part] = [*([warning] if warning else []), *notes, table]
+    sections = [Section("Result", parts)]
+    if evaluation.task.kind != "regression":
+        sections.append(Section("By class", [evaluation.class_table()]))
+    kind = evaluation.task.kind
+    if not (np.isfinite(evaluation.labels) & (evaluation.labels != IGNORE)).any():
+        return [*sections, Section("Plots", ["No label is known, so there is nothing to plot."])]
+    if kind == "regression":
+        return [*sections, *_regression_sections(evaluation)]
+    if kind == "multi_label_classification":
+        return [*sections, *_several_sections(evaluation)]
+    return [*sections, *_class_sections(evaluation)]
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """Return a warning if the model does not beat the most frequent class, or the mean; else an empty text."""
+    if (r2 := evaluation.metrics.get("r2")) is not None and r2 <= 0:
+        return (
+            f"The model is not better than always predicting the mean of the labels: its r2 is {r2:.3f}, and that of "
+            "the mean is 0. If only the order matters, compare Spearman's correlation. Train longer, with another "
+            "learning rate, or check the labels."
+        )
+    accuracy, majority = (evaluation.metrics.get(name) for name in ("accuracy", "majority_accuracy"))
+    if accuracy is None or majority is None or not accuracy <= majority:
+        return ""
+    return (
+        f"The model is not better than always predicting the most frequent class: its accuracy is {accuracy:.3f}, and "
+        f"that of the class is {majority:.3f}. With rare classes, compare MCC and AUROC. Train longer, with another "
+        "learning rate, or check the labels."
+    )
+
+
+def _class_sections(evaluation: Evaluation) -> list[Section]:
+    from scipy.special import softmax
+
+    names = evaluation.task.names
+    known = evaluation.labels != IGNORE
+    true, chances = evaluation.labels[known].astype(int), softmax(evaluation.scores[known], axis=-1)
+    predicted, best = chances.argmax(axis=1), chances.max(axis=1)
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (true, predicted), 1)
+    shown = range(1, 2) if len(names) == 2 else range(len(names))
+    ranked = {names[index]: (true == index, chances[:, index]) for index in shown}
+    bins, error = reliability(best, predicted == true)
+    sections = [
+        Section("Confusion", [draw(confusion_plot, counts, names, caption="True classes by predicted ones.")]),
+        _ranking(ranked),
+        Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))]),
+    ]
+    if evaluation.task.kind == "single_label_classification":
+        rows = np.flatnonzero(known)
+        wrong = [
+            (float(best[i]), rows[i], names[true[i]], names[predicted[i]]) for i in np.flatnonzero(predicted != true)
+        ]
+        sections.append(_mistakes(evaluation, wrong))
+    elif evaluation.sequences:
+        sections.append(Section("Worst mistakes", residue_strips(evaluation, MISTAKES)))
+    return sections
+
+
+def _several_sections(evaluation: Evaluation) -> list[Section]:
+    from scipy.special import expit
+
+    names, chances, true = evaluation.task.names, expit(evaluation.scores), evaluation.labels
+    limits = np.full(len(names), 0.5) if evaluation.thresholds is None else evaluation.thresholds
+    predicted, known = chances >= limits, np.isin(true, (0, 1))
+    ranked = {
+        name: (true[known[:, index], index] == 1, chances[known[:, index], index]) for index, name in enumerate(names)
+    }
+    right = np.where(predicted, true == 1, true == 0)[known]
+    sure = np.where(predicted, chances, 1 - chances)[known]
+    bins, error = reliability(sure, right)
+    wrong = [
+        (
+            float(np.where(predicted[row], chances[row], 1 - chances[row])[known[row]].max()),
+            row,
+            _joined(names, true[row] == 1),
+            _joined(names, predicted[row]),
+        )
+        for row in np.flatnonzero(((predicted != (true == 1)) & known).any(axis=1))
+    ]
+    reliable = Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))])
+    return [_ranking(ranked), reliable, _mistakes(evaluation, wrong)]
+
+
+def _joined(names: Sequence[str], chosen: np.ndarray) -> str:
+    return " | ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or "none"
+
+
+def _regression_sections(evaluation: Evaluation) -> list[Section]:
+    names = evaluation.task.names
+    true = evaluation.labels.reshape(len(evaluation.labels), -1).astype(float)
+    predicted = evaluation.scores.reshape(true.shape).astype(float)
+    plots: list[Any] = []
+    for index, name in enumerate(names):
+        known = np.isfinite(true[:, index])
+        caption = f"{name}: predicted against true; the line is a perfect prediction."
+        plots.append(draw(scatter_plot, true[known, index], predicted[known, index], name, caption=caption))
+    errors = np.nan_to_num(np.abs(predicted - true)).max(axis=1)
+    rows = np.argsort(-errors)[:MISTAKES]
+    wrong = [(float(errors[row]), row, _numbers(true[row]), _numbers(predicted[row])) for row in rows]
+    text = f"The {len(rows)} largest errors of {len(errors):,} sequences:"
+    return [Section("Predicted and true", plots), _mistakes(evaluation, wrong, score="error", text=text)]
+
+
+def _numbers(values: np.ndarray) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _ranking(classes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Section:
+    caption = "Left: ROC. Right: precision against recall. Dashed: what chance gives."
+    return Section("Ranking", [draw(ranking_plot, classes, caption=caption)])
+
+
+def _calibration(error: float) -> str:
+    return f"How often a prediction with a probability comes true. Expected calibration error: {error:.3f}."
+
+
+def _mistakes(
+    evaluation: Evaluation, wrong: list[tuple[float, Any, str, str]], *, score: str = "probability", text: str = ""
+) -> Section:
+    """Return the table of the mistakes of which the model was surest."""
+    worst = sorted(wrong, key=lambda mistake: -mistake[0])[:MISTAKES]
+    rows = [(evaluation.names[row], t, p, f"{value:.3g}", _start(evaluation, row)) for value, row, t, p in worst]
+    table = Table(("accession", "true", "predicted", score, "sequence"), rows)
+    if not wrong:
+        return Section("Worst mistakes", ["There is none."])
+    return Section(
+        "Worst mistakes", [text or f"{len(wrong):,} in all; the {len(rows)} of which the model was surest:", table]
+    )
+
+
+def _start(evaluation: Evaluation, row: int) -> str:
+    if not evaluation.sequences:
+        return "-"
+    sequence = evaluation.sequences[row]
+    return sequence[:_SHOWN_RESIDUES] + ("…" if len(sequence) > _SHOWN_RESIDUES else "")
+
+
+def draw(plot: Callable[..., str], *args: Any, caption: str) -> str | Plot:
+    """Return a plot with its caption; without matplotlib, a text that says why there is none."""
+    try:
+        return Plot(plot(*args), caption)
+    except ConfigurationError as error:  # matplotlib is not installed
+        return f"{caption} No plot: {error}"

@@ -1,0 +1,188 @@
+"""Labelled splits of whatever holds sequences: a file, a DataFrame, a data set, or lists."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esm_efficient.data.deeploc import load_deeploc
+from esm_efficient.data.loading import load_sequences
+from esm_efficient.data.readers import read_blocks
+from esm_efficient.data.schema import USUAL_NAMES
+from esm_efficient.data.splits import split_at_random
+from esm_efficient.demo import write_demo_table
+from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.reporting.description import DataDescription, describe
+from esm_efficient.tasks import Task, task_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset, DatasetDict, Features
+
+logger = logging.getLogger(__name__)
+
+NAMED_TABLES = ("demo", "deeploc")
+"""``"demo"`` is the synthetic table of this package, and ``"deeploc"`` the DeepLoc-2.0 table, which is downloaded."""
+
+
+def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetDict:
+    """Return labelled splits of what a user has.
+
+    Args:
+        data: the path of a file, or one path per split; a pandas DataFrame; a Dataset with the columns of
+            `load_sequences`; a pair of lists, sequences and labels; ``"demo"`` or ``"deeploc"``; or a `DatasetDict`,
+            which is returned as it is. What has no splits is split as `load_sequences` does.
+        labelled: whether a file, a DataFrame or lists without labels are an error; otherwise they are a warning.
+        **options: of `load_sequences`; of `load_deeploc` for the named tables.
+
+    Raises:
+        DataError: as `load_sequences`; or there is no column of labels.
+        ConfigurationError: the data are of another type, or there are options for splits that exist already.
+
+    Example:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"sequence": ["MKT", "MAL", "MKK", "MLL"] * 5, "label": ["a", "b"] * 10})
+        >>> splits_from(frame)["train"].features["label"].names  # doctest: +SKIP
+        ['a', 'b']
+    """
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+    if isinstance(data, Mapping) and all(isinstance(split, Dataset | IterableDataset) for split in data.values()):
+        if options:
+            raise ConfigurationError(f"the data have splits already: remove {listing(list(options))}")
+        return data if isinstance(data, dict) and type(data) is not dict else DatasetDict(data)
+    if isinstance(data, str) and data in NAMED_TABLES:
+        return _named_table(data, options)
+    if isinstance(data, str | Path | Mapping):
+        splits = load_sequences(data, **options)
+        if not any("label" in split.features for split in splits.values()):
+            path = next(iter(data.values())) if isinstance(data, Mapping) else data
+            problem = _no_labels(path)
+            if labelled:
+                raise DataError(problem)
+            logger.warning(problem)
+        return splits
+    if isinstance(data, Dataset):
+        return _split_dataset(data, labelled, options)
+    return _load_frame(*_frame_of(data), labelled, options)
+
+
+def name_of(data: Any) -> str:
+    """Return the name of what `splits_from` takes: that of a named table or of its files; empty for anything else.
+
+    Example:
+        >>> name_of("tables/proteins.csv"), name_of([["MKT"], [0]])
+        ('proteins.csv', '')
+    """
+    if isinstance(data, str | Path):
+        return Path(data).name
+    paths = list(data.values()) if isinstance(data, Mapping) else []
+    return ", ".join(Path(path).name for path in paths if isinstance(path, str | Path))
+
+
+def _named_table(name: str, options: Mapping[str, Any]) -> DatasetDict:
+    if unknown := sorted(set(options) - set(signature(load_deeploc).parameters)):
+        raise ConfigurationError(
+            f"{listing([f'{option}=' for option in unknown])}: the table {name!r} has its own columns and splits: "
+            "expected none of these options"
+        )
+    if name == "deeploc":
+        return load_deeploc(**options)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_deeploc(write_demo_table(Path(folder) / "demo.csv"), **options)
+
+
+def _no_labels(path: str | Path) -> str:
+    """Return what to say of a file without a column of labels."""
+    columns = next(read_blocks(path)).columns
+    return (
+        f"{path} has no column with a usual name of labels ({', '.join(USUAL_NAMES['label'])}); it has "
+        f"{listing([name[:40] for name in columns], 20)}. Name the column with label="
+    )
+
+
+def _split_dataset(data: Dataset, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
+    """Split a Dataset whose labels have their feature already; any other is read as a table is."""
+    from datasets import DatasetDict
+
+    is_labelled = {"sequence", "label"} <= set(data.column_names) and not _is_text(data.features["label"])
+    if not is_labelled:
+        return _load_frame(data.to_pandas(), "the Dataset", labelled, options)
+    sizes = {"test_size": 0.2, "validation_size": 0.1, "seed": 0}
+    if unknown := sorted(set(options) - set(sizes)):
+        raise ConfigurationError(
+            f"{listing(unknown)}: the labels of this Dataset have a type already, so it is only split. It takes "
+            f"{listing(list(sizes))}"
+        )
+    return DatasetDict(split_at_random(data, **(sizes | dict(options))))
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _frame_of(data: Any) -> tuple[pd.DataFrame, str]:
+    """Return a DataFrame, and its name in messages."""
+    import pandas as pd
+
+    if isinstance(data, pd.DataFrame):
+        return data, "the DataFrame"
+    if isinstance(data, tuple) and len(data) == 2:
+        sequences, labels = (list(column) for column in data)
+        if len(sequences) != len(labels):
+            raise DataError(f"{len(sequences)} sequences and {len(labels)} labels: expected the same number of both")
+        return pd.DataFrame({"sequence": sequences, "label": labels}), "the lists"
+    raise ConfigurationError(
+        f"got data of the type {type(data).__name__}: expected a path, a DataFrame, a Dataset, a DatasetDict, or a "
+        "pair of lists, (sequences, labels)"
+    )
+
+
+def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
+    """Read a DataFrame as a Parquet file is read, so that every check is the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.parquet"
+        frame.to_parquet(path, index=False)
+        try:
+            return splits_from(path, labelled=labelled, **options)
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), name)) from error
+
+
+def evaluated_split(dataset: DatasetDict) -> str:
+    """Return the name of the split that the metrics are for."""
+    name = next((name for name in ("test", "validation") if name in dataset), None)
+    if "train" not in dataset or name is None:
+        raise DataError(f"the dataset has the splits {', '.join(dataset)}: expected train, and test or validation")
+    return name
+
+
+def describe_if_known(splits: DatasetDict) -> DataDescription | None:
+    """Return a description of splits; None if one has no sequences, or no rows to count."""
+    known = all(hasattr(split, "__len__") and "sequence" in split.column_names for split in splits.values())
+    return describe(splits) if known and all(map(len, splits.values())) else None
+
+
+def task_of_splits(features: Features, label: Any = None) -> Task:
+    """Return the task of raw or of tokenised splits.
+
+    Args:
+        features: the features of the splits.
+        label: the label column of the user's table, if it was named: a number is called by it.
+    """
+    if "input_ids" not in features:
+        task = task_of(features)
+        is_number = task.kind == "regression" and len(task.names) == 1
+        return replace(task, names=(label,)) if is_number and isinstance(label, str) else task
+    labels = features.get("labels")
+    if getattr(labels, "length", -1) > 0:
+        raise ConfigurationError(
+            f"the labels of the tokenised splits are lists of {labels.length} numbers: their names are lost, and they "
+            "may be several labels or numbers to regress. Give task=task_of(features) of the splits before tokenising"
+        )
+    return task_of(features, "labels")

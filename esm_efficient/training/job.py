@@ -1,0 +1,130 @@
+"""What a run is asked to do: its data, task, options and plan, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import TrainingArguments
+
+from esm_efficient.recipes import Precision, Recipe
+from esm_efficient.reporting.description import DataDescription
+from esm_efficient.tasks import Task
+from esm_efficient.training.arguments import recipe_arguments, refuse_data_parallel, refuse_unsaved_weights
+from esm_efficient.training.baselines import reason_against_probe
+from esm_efficient.training.given import describe_if_known, evaluated_split, name_of, splits_from, task_of_splits
+from esm_efficient.training.outcome import WarningList
+from esm_efficient.training.run_plan import RunPlan, plan_run
+from esm_efficient.training.start import name_of_model
+from esm_efficient.training.stopping import EarlyStopping
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before it starts.
+
+    Attributes:
+        recipe: the recipe, with the options that were given.
+        task: what is predicted.
+        args: the options of the Trainer.
+        stopping: when the run ends early.
+        output_dir: the folder of the run.
+        seed: seed of the head, the adapters and the order of the batches.
+        raw: the splits as they were given; they may be tokenised already.
+        evaluated_on: the split that is evaluated in the end.
+        base_model: the Hub name or the folder of the model; empty if it is not known.
+        data_name: the name of the data; empty if it is not known.
+        data: what is in the splits; None for streams and tokenised splits.
+        plan: what the run will do and cost; None if nobody asked.
+        warned: the warnings of the run.
+    """
+
+    recipe: Recipe
+    task: Task
+    args: TrainingArguments
+    stopping: EarlyStopping
+    output_dir: Path
+    seed: int
+    raw: DatasetDict
+    evaluated_on: str
+    base_model: str
+    data_name: str
+    data: DataDescription | None
+    plan: RunPlan | None = None
+    warned: WarningList = field(default_factory=WarningList)
+
+    @property
+    def is_tokenized(self) -> bool:
+        """Whether the splits were given as token ids."""
+        return "input_ids" in next(iter(self.raw.values())).features
+
+    def with_plan(self, *, max_tokens: int, probe: bool) -> Job:
+        """Return the job with its plan, whose estimate takes seconds; without a plan if the data are not known.
+
+        Args:
+            max_tokens: the most tokens per sequence.
+            probe: whether a linear probe was asked for.
+        """
+        if self.data is None:
+            return self
+        plan = plan_run(
+            self.base_model,
+            self.data_name,
+            self.data,
+            self.raw["train"],
+            recipe=self.recipe,
+            task=self.task,
+            args=self.args,
+            max_tokens=max_tokens,
+            probe=probe and not reason_against_probe(self.raw, self.task, self.recipe, self.args),
+        )
+        return replace(self, plan=plan)
+
+
+def begin_job(
+    model: Any,
+    dataset: Any,
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    seed: int,
+    task: Task | None,
+    precision: Precision,
+    data_options: Mapping[str, Any],
+    training_options: Mapping[str, Any],
+    early_stopping: int | Literal["auto"] | None,
+) -> Job:
+    """Read the data and check the options of a run; the arguments are as in `finetune`.
+
+    Raises:
+        DataError: as `finetune`.
+        ConfigurationError: the options contradict each other.
+    """
+    warned, data_name = WarningList(), name_of(dataset)
+    with warned:
+        raw = splits_from(dataset, **data_options)
+    task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
+    evaluated_on = evaluated_split(raw)
+    stopping = EarlyStopping.check(early_stopping, raw, task)
+    args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
+    refuse_data_parallel(args)
+    refuse_unsaved_weights(args)
+    return Job(
+        recipe=recipe,
+        task=task,
+        args=args,
+        stopping=stopping,
+        output_dir=output_dir,
+        seed=seed,
+        raw=raw,
+        evaluated_on=evaluated_on,
+        base_model=name_of_model(model),
+        data_name=data_name,
+        data=describe_if_known(raw),
+        warned=warned,
+    )

@@ -1,0 +1,75 @@
+"""The options of a run as people name them, turned into a recipe and options of `TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from esm_efficient import compat
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.recipes import Recipe
+
+
+def resolve_options(
+    recipe: Recipe, options: Mapping[str, Any], known: Collection[str] = ()
+) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe with the batch size and quantization asked for, and the options of `TrainingArguments`.
+
+    ``epochs`` is another name of ``num_train_epochs``. ``batch_size`` is the number of sequences per optimizer step on
+    one device: the recipe's micro-batch stays as it is where it divides the batch, and the accumulation changes.
+    ``quantization`` is that of the recipe.
+
+    Args:
+        recipe: the recipe.
+        options: what the user gave.
+        known: the names of other options, for the advice on a name that is wrong.
+
+    Raises:
+        ConfigurationError: an option is unknown, given twice under two names, or out of its range.
+
+    Example:
+        >>> from esm_efficient.recipes import RECIPES
+        >>> recipe, options = resolve_options(RECIPES["all"], {"batch_size": 16, "epochs": 3})
+        >>> recipe.micro_batch, recipe.accumulation, options
+        (2, 8, {'num_train_epochs': 3})
+    """
+    options = dict(options)
+    names = {field.name for field in dataclasses.fields(TrainingArguments)} | {
+        "epochs",
+        "batch_size",
+        "quantization",
+        *known,
+    }
+    for name in options:
+        if name not in names and compat.installed_names({name: None}).keys() <= {name}:
+            raise ConfigurationError(f"unknown option {name!r}{_advice(name, names)}")
+    if "epochs" in options:
+        if "num_train_epochs" in options:
+            raise ConfigurationError("epochs and num_train_epochs are the same option: give one of them")
+        options["num_train_epochs"] = options.pop("epochs")
+    if options.get("num_train_epochs", 1) <= 0 and options.get("max_steps", -1) <= 0:
+        raise ConfigurationError(f"epochs={options['num_train_epochs']}: expected more than 0, or nothing is trained")
+    if "quantization" in options:
+        recipe = recipe.replace(quantization=options.pop("quantization"))
+    if "batch_size" in options:
+        recipe = _with_batch_size(recipe, options.pop("batch_size"), options)
+    return recipe, options
+
+
+def _advice(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f": did you mean {near[0]!r}?" if near else ": expected an option of finetune or of TrainingArguments"
+
+
+def _with_batch_size(recipe: Recipe, size: Any, options: Mapping[str, Any]) -> Recipe:
+    both = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options)
+    if both:
+        raise ConfigurationError(f"batch_size and {sorted(both)[0]} contradict each other: give one of them")
+    if not isinstance(size, int) or size < 1:
+        raise ConfigurationError(f"batch_size={size!r}: expected a whole number of sequences, at least 1")
+    micro = max(part for part in range(1, min(recipe.micro_batch, size) + 1) if size % part == 0)
+    return recipe.replace(micro_batch=micro, accumulation=size // micro)

@@ -1,0 +1,207 @@
+"""What a run of `finetune` shows at its end: the evaluation with intervals, a table, and an HTML page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esm_efficient.recipes import RECIPES
+from esm_efficient.reporting import format_bytes, format_number, format_table
+from esm_efficient.reporting.html import Plot, Section, Table, html_page
+from esm_efficient.reporting.score_plots import curves_plot
+from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metrics
+from esm_efficient.training.evaluation_page import Evaluation, draw, evaluation_sections, verdict
+from esm_efficient.training.intervals import intervals_of
+from esm_efficient.training.layer_probes import METRICS
+from esm_efficient.training.step_memory import memory_section
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from esm_efficient.tasks import Task
+    from esm_efficient.training.result import FinetuneResult
+
+_LIBRARY = Path(__file__).parents[1]
+
+_NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
+
+
+def evaluate_split(
+    trainer: Trainer,
+    split: Any,
+    task: Task,
+    *,
+    raw: Any = None,
+    thresholds: Mapping[str, float] | None = None,
+    probe: FrozenProbe | None = None,
+) -> Evaluation:
+    """Predict a tokenised split with a trainer, and return metrics, their intervals and the predictions.
+
+    Args:
+        trainer: the trainer.
+        split: the tokenised split.
+        task: the task.
+        raw: the split with its sequences, in the same order, if they are known.
+        thresholds: label name -> probability from which the label is positive, if they were tuned.
+        probe: a linear probe that was measured on the same split.
+    """
+    from transformers import EvalPrediction
+
+    output = trainer.predict(split, metric_key_prefix="test")
+    metrics = {
+        name.removeprefix("test_"): value
+        for name, value in (output.metrics or {}).items()
+        if not name.endswith(_NO_METRICS)
+    }
+    scores = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    labels: Any = output.label_ids
+    intervals = {}
+    if trainer.compute_metrics is not None:
+        intervals = intervals_of(EvalPrediction(scores, labels), trainer.compute_metrics)
+    columns = [] if raw is None else raw.column_names
+    numbered = [str(number) for number in range(1, len(labels) + 1)]
+    return Evaluation(
+        task=task,
+        scores=np.asarray(scores),
+        labels=np.asarray(labels),
+        metrics=metrics,
+        intervals=intervals,
+        names=list(map(str, raw["accession"])) if "accession" in columns else numbered,
+        sequences=list(raw["sequence"]) if "sequence" in columns else (),
+        thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
+        baselines=majority_metrics(task, np.asarray(labels)) | ({} if probe is None else {PROBE: probe.metrics}),
+    )
+
+
+def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
+    """Return name and value of what a run cost, as text."""
+    share = 100 * result.trainable_parameters / result.total_parameters
+    return [
+        ("optimizer steps", f"{result.steps:,}"),
+        ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"),
+        ("layers that moved", f"{len(result.trained_layers)} of {result.layers}"),
+        ("time", f"{result.seconds:.0f} s ({result.residues_per_second:,.0f} residues/s)"),
+        *([("time of the cached states", f"{result.states_seconds:.0f} s")] if result.states_seconds else []),
+        *([] if result.probe is None else [("time of the linear probe", f"{result.probe.seconds:.0f} s")]),
+        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({result.peak_memory_kind})"),
+        ("model", str(result.model_dir)),
+        ("report", str(result.page)),
+    ]
+
+
+def result_table(result: FinetuneResult) -> str:
+    """Return the tables that a person wants to see at the end of a run."""
+    parts = [format_table(cost_rows(result))]
+    if (evaluation := result.evaluation) is not None:
+        metrics = format_table(evaluation.metric_rows(), evaluation.header(f"on {result.evaluated_on}"))
+        parts = [metrics, *parts, verdict(evaluation)]
+    return "\n\n".join(part for part in [*parts, probe_verdict(result)] if part)
+
+
+def probe_verdict(result: FinetuneResult) -> str:
+    """Return a sentence if a linear probe on the frozen encoder beats the fine-tuned model; else an empty text."""
+    if result.probe is None:
+        return ""
+    metric = METRICS[result.task.kind][0]
+    tuned, probed = (metrics.get(metric, math.nan) for metrics in (result.metrics, result.probe.metrics))
+    if math.isnan(probed) or tuned >= probed:
+        return ""
+    # A table that has no file, or several, has no name that the command could read.
+    data = result.dataset if result.dataset and ", " not in result.dataset else "DATA"
+    command = shlex.join(["esm-efficient", "probe", data, "--model", result.base_model or "MODEL"])
+    return (
+        f"A {PROBE} on the frozen encoder is better than the fine-tuned model ({metric} {probed:.3f} against "
+        f"{format_number(tuned, '{:.3f}')}) and needs no training: {command}"
+    )
+
+
+def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
+    """Return one HTML page of a run.
+
+    Args:
+        result: the run.
+        command: the line that repeats the run, if it was started by a command.
+    """
+    recipe = RECIPES.get(result.recipe)
+    what = f"Recipe {result.recipe}{'' if recipe is None else f' ({recipe.description})'}, seed {result.seed}. "
+    what += f"The task: {result.task.describe()}. " + (f"The data: {result.dataset}." if result.dataset else "")
+    parts: list[str | Table | Plot] = [what, *([] if command is None else [f"Repeat it: {command}"])]
+    parts.append(Table(("", ""), cost_rows(result)))
+    sections = [Section("What ran", parts)]
+    if result.warnings:
+        sections.append(Section("Warnings", list(dict.fromkeys(result.warnings))))
+    if result.evaluation is not None:
+        notes = [probe_verdict(result), "" if result.probe is None else result.probe.describe()]
+        sections += evaluation_sections(result.evaluation, notes=[note for note in notes if note])
+    if curves := curves_of(result.history):
+        sections.append(Section("Training", [draw(curves_plot, curves, caption="Values over the optimizer steps.")]))
+    if result.data is not None:
+        sections.append(Section("Data", [Table(("", *result.data.splits), result.data.rows())]))
+    if result.step_memory is not None:
+        sections.append(memory_section(result.step_memory))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+    name = Path(result.base_model).name or "a model"
+    return html_page(f"{name}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
+
+
+def evaluation_page(evaluation: Evaluation, *, model: str, dataset: str) -> str:
+    """Return one HTML page of the evaluation of a trained model on a table.
+
+    Args:
+        evaluation: the evaluation.
+        model: name of the model.
+        dataset: name of the table.
+    """
+    what = f"{len(evaluation.labels):,} sequences of {dataset}. The task: {evaluation.task.describe()}."
+    return html_page(f"{Path(model).name} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
+
+
+def curves_of(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Return (step, value) of the loss and of the metrics on validation, from the log of a Trainer."""
+    wanted = ("loss", "eval_loss", "eval_mcc", "eval_f1_macro", "eval_spearman")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for entry in history:
+        for name in wanted:
+            if isinstance(entry.get(name), float) and np.isfinite(entry[name]):
+                curves.setdefault(name, []).append((entry["step"], entry[name]))
+    return {name.replace("eval_", "validation: "): curves[name] for name in wanted if name in curves}
+
+
+class WarningList(logging.Handler):
+    """Collects the warnings of the library, logged or warned, while it is attached, as a context manager.
+
+    Attributes:
+        messages: the warnings, in their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+        self._show: Any = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.messages.append(record.getMessage())
+
+    def _warn(self, message: Any, category: Any, filename: str, *place: Any, **options: Any) -> None:
+        # A warning of this library names the line that called it, which is in no other library.
+        if _LIBRARY in Path(filename).parents or "site-packages" not in filename:
+            self.messages.append(str(message))
+        self._show(message, category, filename, *place, **options)
+
+    def __enter__(self) -> WarningList:
+        logging.getLogger("esm_efficient").addHandler(self)
+        self._show, warnings.showwarning = warnings.showwarning, self._warn
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("esm_efficient").removeHandler(self)
+        warnings.showwarning = self._show

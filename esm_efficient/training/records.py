@@ -1,0 +1,146 @@
+"""What the folder of a run keeps of its result, so that its report and its model card can be written again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting.description import DataDescription, SplitDescription
+from esm_efficient.tasks import Task
+from esm_efficient.training.baselines import PROBE, FrozenProbe
+from esm_efficient.training.evaluation_page import Evaluation
+from esm_efficient.training.step_memory import StepMemory
+
+if TYPE_CHECKING:
+    from esm_efficient.training.result import FinetuneResult
+
+RESULT = "result.json"
+PREDICTIONS = "predictions.parquet"
+"""The files of the record of a run, and of its predictions for the split that it was evaluated on."""
+
+_SHAPES = b"esm_efficient"
+"""The key of the Parquet file's metadata with the shape and type of an example's arrays."""
+
+
+def load_result(folder: str | Path) -> FinetuneResult:
+    """Return the result of a run of `finetune` from its folder, without its model and its profile.
+
+    Args:
+        folder: the ``output_dir`` of the run, or the folder of its model or adapter.
+
+    Raises:
+        ConfigurationError: the folder has no ``result.json`` of this version of the library.
+
+    Example:
+        >>> load_result("output").save_page()  # doctest: +SKIP
+    """
+    from esm_efficient.training.result import FinetuneResult
+
+    given = Path(folder)
+    run = next((place for place in (given, given.parent) if (place / RESULT).is_file()), None)
+    if run is None:
+        raise ConfigurationError(f"{given} has no {RESULT}: expected the folder that finetune wrote")
+    try:
+        record = json.loads((run / RESULT).read_text(encoding="utf-8"))
+        task = Task(record["task"]["kind"], tuple(record["task"]["names"]))
+        metrics = _numbers(record["metrics"])
+        baselines = {name: _numbers(values) for name, values in record["baselines"].items()}
+        changed: dict[str, Any] = {
+            "task": task,
+            "metrics": metrics,
+            "step_memory": _step_memory(record["step_memory"]),
+            "probe": record["probe"] and FrozenProbe(metrics=baselines[PROBE], **record["probe"]),
+            "trained_layers": tuple(record["trained_layers"]),
+            "model_dir": run / Path(record["model_dir"]).name,
+            "result_path": run / RESULT,
+            "evaluation": _load_evaluation(run / PREDICTIONS, task, metrics, baselines, record),
+            "history": tuple(record["history"]),
+            "data": _description(record["data"]),
+            "warnings": tuple(record["warnings"]),
+        }
+        names = {field.name for field in dataclasses.fields(FinetuneResult)} - {"model", "profile", *changed}
+        return FinetuneResult(model=None, **{name: record[name] for name in names}, **changed)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{run / RESULT} cannot be read ({type(error).__name__}: {error}): it is damaged, or another version of "
+            "the library wrote it. Train again"
+        ) from error
+
+
+def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write the predictions and labels of a split as a Parquet file, with a row per example.
+
+    Args:
+        evaluation: the evaluation.
+        path: the file; ``accession`` and ``sequence`` are those of the examples, ``label`` and ``score`` the true
+            labels and the logits or numbers of the model, as flat lists.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    arrays = {"label": np.asarray(evaluation.labels), "score": np.asarray(evaluation.scores, dtype=np.float32)}
+    shapes = {name: {"shape": values.shape[1:], "dtype": values.dtype.name} for name, values in arrays.items()}
+    columns: dict[str, Any] = {"accession": list(evaluation.names)}
+    if evaluation.sequences:
+        columns["sequence"] = list(evaluation.sequences)
+    columns |= {name: list(values.reshape(len(values), -1)) for name, values in arrays.items()}
+    table = pa.table(columns).replace_schema_metadata({_SHAPES: json.dumps(shapes)})
+    parquet.write_table(table, path, compression="zstd")
+
+
+def _step_memory(record: Mapping[str, Any] | None) -> StepMemory | None:
+    if record is None:
+        return None
+    return StepMemory(**{**record, "timeline": tuple(tuple(point) for point in record["timeline"])})
+
+
+def _numbers(record: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float("nan") if value is None else value for name, value in record.items()}
+
+
+def _load_evaluation(
+    path: Path,
+    task: Task,
+    metrics: Mapping[str, float],
+    baselines: Mapping[str, Mapping[str, float]],
+    record: Mapping[str, Any],
+) -> Evaluation | None:
+    from pyarrow import parquet
+
+    if not path.is_file():
+        return None
+    table = parquet.read_table(path)
+    shapes = json.loads(table.schema.metadata[_SHAPES])
+    labels, scores = (
+        np.array(table[name].to_pylist(), dtype=shapes[name]["dtype"]).reshape(len(table), *shapes[name]["shape"])
+        for name in ("label", "score")
+    )
+    thresholds = record["thresholds"]
+    return Evaluation(
+        task=task,
+        scores=scores,
+        labels=labels,
+        metrics=metrics,
+        intervals={name: (ends[0], ends[1]) for name, ends in record["intervals"].items()},
+        names=table["accession"].to_pylist(),
+        sequences=table["sequence"].to_pylist() if "sequence" in table.column_names else (),
+        thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
+        baselines=baselines,
+    )
+
+
+def _description(record: Mapping[str, Any] | None) -> DataDescription | None:
+    if record is None:
+        return None
+    splits = {}
+    for name, split in record["splits"].items():
+        numbers = split["numbers"] and tuple(float("nan") if value is None else value for value in split["numbers"])
+        pairs = {"residues": tuple(split["residues"]), "numbers": numbers}
+        splits[name] = SplitDescription(**(split | pairs))
+    return DataDescription(tuple(record["columns"]), splits)

@@ -1,0 +1,176 @@
+"""What a run of `finetune` will do and cost, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from esm_efficient.costs.devices import DEVICES, Device
+from esm_efficient.errors import EsmEfficientError
+from esm_efficient.estimation.estimate import Estimate, estimate
+from esm_efficient.recipes import Recipe
+from esm_efficient.reporting import count_of, format_bytes, one_line
+from esm_efficient.tasks import SPECIAL_TOKENS, Task
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from esm_efficient.reporting.description import DataDescription
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do and cost.
+
+    Attributes:
+        model: Hub name or folder of the model.
+        dataset: the name of the data.
+        data: the description of the splits.
+        recipe: the training method.
+        task: the task.
+        epochs: passes over the training sequences.
+        steps: optimizer steps.
+        batch_size: sequences per optimizer step, over all ranks.
+        estimate: the costs of an optimizer step on this machine; None if they cannot be estimated.
+        reason: why there is no estimate.
+        probe: whether a linear probe is measured too.
+    """
+
+    model: str
+    dataset: str
+    data: DataDescription
+    recipe: Recipe
+    task: Task
+    epochs: float
+    steps: int
+    batch_size: int
+    estimate: Estimate | None
+    reason: str = ""
+    probe: bool = False
+
+    def __str__(self) -> str:
+        splits = self.data.splits
+        total = sum(split.sequences for split in splits.values())
+        shortest = min(split.residues[0] for split in splits.values())
+        longest = max(split.residues[2] for split in splits.values())
+        read = f"{self.dataset or 'data'}: {total:,} sequences of {shortest:,} to {longest:,} residues; "
+        read += one_line(self.task.describe())
+        shares = {name: split.relatives for name, split in splits.items() if split.relatives is not None}
+        related = " and ".join(f"{100 * share:.1f} % of {name}" for name, share in shares.items())
+        parts = ", ".join(f"{split.sequences:,} {name}" for name, split in splits.items())
+        parts += f"; {related} have a close relative in train" if related else ""
+        trains = f"{self.model}, recipe {self.recipe.name}"
+        if self.estimate is not None:
+            trains += f", {self.estimate.trainable_parameters:,} of {self.estimate.total_parameters:,} parameters"
+        trains += f", {self.steps:,} steps of {self.batch_size} sequences ({count_of(self.epochs, 'epoch')})"
+        lines = {"read": read, "split": parts, "train": trains, "cost": self._cost()}
+        if self.probe:
+            lines["probe"] = f"a linear probe to compare with: one forward pass over {', '.join(splits)}"
+        return "\n".join(f"{name:<7}{line}" for name, line in lines.items())
+
+    def _cost(self) -> str:
+        found = self.estimate
+        if found is None:
+            return f"not estimated: {self.reason}"
+        text = f"about {format_bytes(found.peak.total)} of tensors at the peak"
+        if found.device.memory:
+            verdict = "fits" if found.fits() else "DOES NOT FIT"
+            text += f": {verdict} into {format_bytes(found.device.memory)} of {found.device.name}"
+        seconds = found.run_seconds(self.steps)
+        return text if math.isnan(seconds) else f"{text}; {_duration(seconds)} or more"
+
+
+def plan_run(
+    model: str,
+    dataset: str,
+    data: DataDescription,
+    train: Any,
+    *,
+    recipe: Recipe,
+    task: Task,
+    args: TrainingArguments,
+    max_tokens: int = 1024,
+    probe: bool = False,
+) -> RunPlan:
+    """Return what a run will do and cost.
+
+    Args:
+        model: Hub name or folder of the model.
+        dataset: the name of the data.
+        data: the description of the splits.
+        train: the training split, with the column ``sequence``.
+        recipe: the training method.
+        task: the task.
+        args: the options of training.
+        max_tokens: maximal number of tokens of a sequence.
+        probe: whether a linear probe is measured too.
+    """
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch_size = micro * accumulation * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(train) / batch_size * args.num_train_epochs)
+    found, reason = None, ""
+    try:
+        found = estimate(
+            model,
+            recipe=recipe,
+            device=device_here(),
+            micro_batch=micro,
+            accumulation=accumulation,
+            tokens=[min(len(sequence) + SPECIAL_TOKENS, max_tokens) for sequence in train["sequence"]],
+            precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+            head=task.head,
+            num_labels=len(task.names),
+        )
+    except EsmEfficientError as error:  # a model or a recipe that cannot be estimated can be trained all the same
+        reason = str(error)
+    epochs = steps * batch_size / len(train)
+    return RunPlan(model, dataset, data, recipe, task, round(epochs, 2), steps, batch_size, found, reason, probe)
+
+
+def device_here() -> Device:
+    """Return the device of this machine that trains, with the rates of the GPU of this name, if they are known."""
+    if not torch.cuda.is_available():
+        import psutil
+
+        return dataclasses.replace(DEVICES["cpu"], memory=psutil.virtual_memory().available)
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    return gpu_named(name, memory)
+
+
+def gpu_named(name: str, memory: int) -> Device:
+    """Return a GPU with the rates of the device in the table whose name is in its name; without rates if none is.
+
+    Args:
+        name: what torch calls it.
+        memory: its bytes.
+
+    Example:
+        >>> gpu_named("NVIDIA A100-SXM4-80GB", 85 * 10**9).bandwidth, gpu_named("Other 1", 2**34).bandwidth
+        (2039000000000.0, 0.0)
+    """
+    words = re.sub(r"[^a-z0-9]", "", name.lower())
+    stems = {known: re.sub(r"-(40|80)$", "", known).replace("-", "").lower() for known in DEVICES if known != "cpu"}
+    found = [DEVICES[known] for known, stem in stems.items() if stem in words]
+    if not found:
+        return Device(name, "cuda", memory)
+    longest = max(len(stems[device.name]) for device in found)
+    same = [device for device in found if len(stems[device.name]) == longest]
+    nearest = min(same, key=lambda device: abs(device.memory - memory))
+    return dataclasses.replace(nearest, memory=memory)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    Example:
+        >>> _duration(42.3), _duration(150), _duration(9000)
+        ('42 s', '2.5 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

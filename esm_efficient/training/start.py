@@ -1,0 +1,161 @@
+"""The model that a run begins with, with the head of its task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from esm_efficient.adapters.prepare import freeze
+from esm_efficient.adapters.quantization import quantization_config
+from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
+from esm_efficient.errors import ConfigurationError, listing
+from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_pooling
+from esm_efficient.published import hub_name
+from esm_efficient.recipes import Recipe
+from esm_efficient.saving import load_pretrained
+from esm_efficient.tasks import Task, head_of
+from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
+
+logger = logging.getLogger(__name__)
+
+_PLAIN_OPTIONS = {"preset", "r", "layers", "target_modules", "lora_alpha", "lora_dropout", "use_rslora"}
+"""Options of adapters that neither read the model's weights nor train any of them."""
+
+
+def starting_model(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: Task,
+    recipe: Recipe,
+    *,
+    half: torch.dtype | None = None,
+    adapter_options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Return a model with the head of a task, its tokenizer, and whether the head predicts numbers in their unit.
+
+    Args:
+        model: a folder, a Hub name, a size, or a loaded model.
+        tokenizer: required with a loaded model only.
+        task: the task.
+        recipe: the recipe, which says what trains and what the head reads.
+        half: the half precision in which the run holds what does not train. It is loaded in this dtype, so that the
+            host never has it in float32.
+        adapter_options: options that override those of the recipe's adapters.
+        device: where quantised weights go; other weights are loaded into the memory of the host.
+    """
+    pooling = recipe.pooling
+    if isinstance(model, str | Path):
+        name = hub_name(str(model))
+        # Other adapters than LoRA's original form may read the weights, or train some of them.
+        plain = not recipe.preset or (adapter_options or {}).keys() <= _PLAIN_OPTIONS
+        quantized: dict[str, Any] = {}
+        if recipe.quantization:
+            how = quantization_config(recipe.quantization, dtype=half)
+            quantized = {"quantization_config": how, "device_map": {"": device}}
+        return _load_pretrained(name, tokenizer, task, recipe, half if plain else None, quantized)
+    if recipe.quantization and not getattr(model, "is_quantized", False):
+        raise ConfigurationError(
+            f"quantization={recipe.quantization!r} with a loaded model that is not quantised: give the folder or the "
+            "name of the model, or load it with from_pretrained(..., quantization_config=quantization_config(...))"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigurationError(
+            f"model is a {type(model).__name__}: expected a folder, a Hub name, or a model of transformers. Train "
+            "another model with prepare_model and WeightedTrainer"
+        )
+    if tokenizer is None:
+        raise ConfigurationError("model is a loaded model, which has no tokenizer: give tokenizer too")
+    if (head_of(model) == "token-classification") != (task.head == "token-classification"):
+        raise ConfigurationError(f"{type(model).__name__} has no head for {task.describe()}")
+    if pooling not in ("first", found := pooling_of_model(model)):
+        raise ConfigurationError(
+            f"the head of {type(model).__name__} has the pooling {found!r}, and the recipe has {pooling!r}: expected "
+            "the same. Give the folder or the name of the model, so that the head is made, or the recipe's pooling to "
+            "PooledEsmForSequenceClassification.from_pretrained(..., classifier_pooling=...)"
+        )
+    config: Any = model.config
+    set_pooling(config, found)
+    if config.problem_type not in (None, task.problem_type):
+        raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
+    config.problem_type = task.problem_type
+    return model, tokenizer, _forget_labels(config)
+
+
+def name_of_model(model: Any) -> str:
+    """Return the Hub name or the folder of the model that a run begins with; empty if it is not known."""
+    if isinstance(model, str | Path):
+        return hub_name(str(model))
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def _load_pretrained(
+    name: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: Task,
+    recipe: Recipe,
+    half: torch.dtype | None,
+    quantized: Mapping[str, Any],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Load a model with the head of a task, which is new unless the checkpoint has one of this size."""
+    pooling = recipe.pooling
+    config = AutoConfig.from_pretrained(name)
+    was_regressor = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    _forget_labels(config)
+    if (before := pooling_of(config)) not in ("first", pooling):
+        logger.warning(
+            "the head of %s has the pooling %r, and the recipe has %r: a new head is trained", name, before, pooling
+        )
+    set_pooling(config, pooling)
+    # In this order: one label of a single-label problem is refused.
+    config.problem_type = task.problem_type
+    config.num_labels = len(task.names)
+    kind = model_class(task.head, pooling)
+    original, kind = (None, kind) if half is None else _with_trained_parts(kind, config, recipe)
+    loaded, missing, mismatched = load_pretrained(
+        kind, name, config=config, dtype=half or torch.float32, ignore_mismatched_sizes=True, **quantized
+    )
+    if original is not None:
+        loaded.__class__ = original
+        loaded.config.dtype = torch.float32  # that of the checkpoint's values, as before this run held them in half
+    architecture = find_architecture(loaded)
+    new = (*missing, *mismatched)
+    if lost := [key for key in new if not (is_in_head(architecture, key) or is_unread(architecture, key))]:
+        raise ConfigurationError(
+            f"{name} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
+            f"{listing(lost)}. Expected a whole model"
+        )
+    has_head = not any(is_in_head(architecture, key) for key in new)
+    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and has_head
+
+
+def _with_trained_parts(auto: Any, config: Any, recipe: Recipe) -> tuple[Any, Any]:
+    """Return the class of a model, and one that has what a recipe trains in float32, whatever dtype it is loaded in.
+
+    transformers loads a weight in the dtype that the class gives it, and initialises a missing one in it.
+    """
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    freeze(model, head_only=recipe.trains != "full", layers=recipe.layers if recipe.trains == "full" else "all")
+    kind: Any = type(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        kind.__init__(self, *args, **options)
+        for name in trained:
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.to(torch.float32)
+
+    return kind, type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": make})
+
+
+def _forget_labels(config: Any) -> bool:
+    """Remove what a former training has written about its labels; return whether it was the scale of numbers."""
+    scale = vars(config).pop(LABEL_SCALE, None)
+    vars(config).pop("label_thresholds", None)
+    return scale is not None

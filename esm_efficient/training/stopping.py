@@ -1,0 +1,67 @@
+"""Early stopping on the validation split, with the best checkpoint kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.tasks import Task
+
+AUTOMATIC = 3
+"""The patience of ``"auto"`` where there is a validation split."""
+
+_BEST: Mapping[str, tuple[str, bool]] = {
+    "single_label_classification": ("mcc", True),
+    "token_classification": ("mcc", True),
+    "multi_label_classification": ("f1_macro", True),
+    "regression": ("rmse", False),  # a rank correlation is undefined while all predictions are equal
+}
+"""The metric that decides by kind of task, and whether more of it is better."""
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """How a run stops early.
+
+    Attributes:
+        patience: evaluations without a better result after which a run stops; None for no early stopping.
+        task: the task, whose metric decides.
+    """
+
+    patience: int | None
+    task: Task
+
+    @classmethod
+    def check(cls, patience: int | Literal["auto"] | None, splits: Collection[str], task: Task) -> EarlyStopping:
+        """Return how a run stops.
+
+        Raises:
+            ConfigurationError: the patience is below 1, or there is no validation split.
+        """
+        if patience == "auto":
+            return cls(AUTOMATIC if "validation" in splits else None, task)
+        if patience is not None and patience < 1:
+            raise ConfigurationError(f"early_stopping={patience}: expected at least 1 evaluation, or None")
+        if patience is not None and "validation" not in splits:
+            raise ConfigurationError(
+                f"early_stopping={patience} needs a validation split, and the data have {', '.join(splits)}: add one, "
+                "or leave early_stopping out"
+            )
+        return cls(patience, task)
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options of `TrainingArguments`: those given, and what early stopping needs beside them."""
+        if self.patience is None:
+            return dict(given)
+        metric, greater = _BEST[self.task.kind]
+        needed = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
+        chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
+        return needed | chosen | dict(given)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return the callback that stops the run."""
+        return [] if self.patience is None else [EarlyStoppingCallback(early_stopping_patience=self.patience)]

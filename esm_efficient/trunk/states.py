@@ -1,0 +1,189 @@
+"""The states of a frozen trunk: how they are stored, computed, pooled, and given to a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.trunk.split import Trunk, embeddings_of, layers_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+STATES_COLUMN = "states"
+"""The column of the cached states: the bytes of an array of shape (states, width) per sequence."""
+
+StateDtype = Literal["float32", "bfloat16", "float16"]
+Pooling = Literal["tokens", "first", "mean", "both"]
+_PLACES: Mapping[Pooling, tuple[int, ...]] = {"first": (0,), "mean": (1,), "both": (0, 1)}
+"""Where pooled states are in a model's input: it looks like a protein of one residue, the mean, after a first token."""
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """How states are stored.
+
+    Attributes:
+        dtype: number format on disk. float32 is exact; a half precision needs half the space and rounds.
+        pooling: ``"tokens"`` for the states of all tokens. If no layer trains, a head may need less: ``"first"`` for
+            the state of the first token, which transformers' classification head reads; ``"mean"`` for the mean over
+            residues, without the special tokens; ``"both"`` for these two.
+    """
+
+    dtype: StateDtype = "float32"
+    pooling: Pooling = "tokens"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("dtype", self.dtype, ("float32", "bfloat16", "float16")),
+            ("pooling", self.pooling, ("tokens", *_PLACES)),
+        ):
+            if value not in known:
+                raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of torch."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def bytes_for(self, tokens: np.ndarray, width: int) -> np.ndarray:
+        """Return the bytes per sequence.
+
+        Args:
+            tokens: tokens per sequence.
+            width: width of the states.
+        """
+        states = tokens if self.pooling == "tokens" else np.full_like(tokens, len(_PLACES[self.pooling]))
+        return states * width * self.torch_dtype.itemsize
+
+
+class StatesCollator:
+    """A data collator that gives a model the cached states instead of token ids.
+
+    It takes the column ``states`` away, lets another collator make the batch, and replaces ``input_ids`` by
+    ``inputs_embeds`` of shape (rows, columns, width). With pooled states, the columns are those of a protein of one
+    residue: the state of the first token, the mean over residues, and a last token. What is not stored is zero. So a
+    head that reads the first token, or the mean over residues, finds what it reads at the usual place. ``"first"`` has
+    one column and no ``attention_mask``.
+
+    Args:
+        collator: the collator of the other columns.
+        trunk: the trunk that computed the states. The model gets them in the dtype of its weights, so that the numbers
+            are those of a run without a cache.
+        dtype: as in `cache_states`.
+        pooling: as in `cache_states`.
+    """
+
+    def __init__(
+        self, collator: Any, trunk: Trunk, *, dtype: StateDtype = "float32", pooling: Pooling = "tokens"
+    ) -> None:
+        self.collator, self.stored = collator, StateFormat(dtype, pooling)
+        self.width, self.dtype = trunk.width, next(trunk.parameters()).dtype
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a batch with ``inputs_embeds`` and without ``input_ids``."""
+        rest = [{name: value for name, value in row.items() if name != STATES_COLUMN} for row in features]
+        batch = dict(self.collator(rest))
+        ids, pooling = batch.pop("input_ids"), self.stored.pooling
+        columns = {"tokens": ids.shape[1], "first": 1}.get(pooling, SPECIAL_TOKENS + 1)
+        padded = np.zeros((len(ids), columns, self.width * self.stored.torch_dtype.itemsize), dtype=np.uint8)
+        for place, row in zip(padded, features, strict=True):
+            states = np.frombuffer(row[STATES_COLUMN], dtype=np.uint8).reshape(-1, padded.shape[-1])
+            place[list(_PLACES.get(pooling, range(len(states))))] = states
+        batch["inputs_embeds"] = torch.from_numpy(padded).view(self.stored.torch_dtype).to(self.dtype)
+        if pooling == "first":
+            del batch["attention_mask"]  # it is that of all tokens
+        elif pooling != "tokens":
+            batch["attention_mask"] = torch.ones(padded.shape[:2], dtype=torch.long)
+        return batch
+
+
+def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: StateFormat) -> list[bytes]:
+    """Return the states of some rows as bytes.
+
+    Args:
+        split: the tokenised split.
+        trunk: the trunk.
+        rows: indices of the rows; they make one batch.
+        stored: how the states are stored.
+    """
+    ids, offsets = ids_of(split.with_format("arrow")[rows])
+    inputs = pad_batch(ids, offsets, trunk.esm.config.pad_token_id, next(trunk.parameters()).device)
+    states, lengths = trunk(*inputs, first_only=stored.pooling == "first"), np.diff(offsets)
+    if stored.pooling != "tokens":
+        pooled = [] if stored.pooling == "mean" else [states[:, 0].float()]
+        pooled += [] if stored.pooling == "first" else [mean_over_residues(states, lengths)]
+        states, lengths = torch.stack(pooled, dim=1), np.full_like(lengths, len(pooled))
+    states = states.to(stored.torch_dtype).cpu()
+    return [bytes_of(row[:length]).tobytes() for row, length in zip(states, lengths.tolist(), strict=True)]
+
+
+def pad_batch(ids: np.ndarray, offsets: np.ndarray, padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the token ids of sequences and their attention mask, int64 of shape (sequences, longest).
+
+    Args:
+        ids: the token ids of all sequences, joined.
+        offsets: the start of each sequence in `ids`, and the end of the last.
+        padding: the id of padding.
+        device: the device of the result.
+    """
+    lengths = np.diff(offsets)
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(mask.shape, padding, dtype=np.int64)
+    padded[mask] = ids
+    return torch.from_numpy(padded).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
+
+
+def mean_over_residues(states: Tensor, lengths: np.ndarray) -> Tensor:
+    """Return the mean over the residues of each sequence, without its first and its last token, in float32.
+
+    Args:
+        states: shape (sequences, columns, width).
+        lengths: tokens per sequence, special tokens included.
+
+    Raises:
+        DataError: a sequence has no residue.
+    """
+    if (lengths <= SPECIAL_TOKENS).any():
+        raise DataError(
+            f"a sequence has {lengths.min()} tokens: expected {SPECIAL_TOKENS} special tokens and at least one residue "
+            "to take the mean over"
+        )
+    counts = torch.from_numpy(lengths).to(states.device)[:, None] - SPECIAL_TOKENS
+    place = torch.arange(states.shape[1], device=states.device)
+    is_residue = (place >= 1) & (place <= counts)
+    return states.float().masked_fill(~is_residue[..., None], 0).sum(dim=1) / counts
+
+
+def ids_of(table: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the token ids of an Arrow table's rows, joined, and the offsets of the rows."""
+    column = table["input_ids"].combine_chunks()
+    offsets = column.offsets.to_numpy()
+    return column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """Return the bytes of a tensor as uint8."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def hash_weights(encoder: Any, layers: int) -> str:
+    """Return a hash of the weights of an encoder's embeddings and lowest layers.
+
+    They are rounded to bfloat16 for that, so that a model and its copy in half precision have the same hash.
+    """
+    digest = hashlib.sha256()
+    for module in (embeddings_of(encoder), *list(layers_of(encoder))[:layers]):
+        for name, parameter in module.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(bytes_of(parameter.to(torch.bfloat16)).data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""Predict from a proteome with Ray Data, on one machine or on a cluster.
+
+    pip install ".[ray]"
+    python examples/predict_with_ray.py MODEL proteome.fasta predictions
+    python examples/predict_with_ray.py MODEL proteome.parquet /shared/predictions --address auto
+
+The driver checks every row and divides the file into blocks. Each GPU has an actor that holds one `Predictor`, or each
+group of `--cpus` CPU cores if there is no GPU. Ray gives the actors one block after another, and an actor predicts its
+block in batches of similar length, without padding. All machines need the library, and they need a shared file system
+for the output and for a model in a folder.
+
+The output is a folder of Parquet files `block-000000.parquet`, ..., in the order of the input; pandas and pyarrow read
+the folder as one table. Its columns are those of `predict_file`. A file has its name only when it is whole, and it
+records what it was computed from. So a run that was stopped, or an actor that was lost, costs only unfinished blocks:
+start the command again, and it computes the blocks that are missing or that have other sequences, options or weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers.utils import logging as transformers_logging
+
+from esm_efficient import EsmEfficientError, Predictor
+from esm_efficient.inference.files import check_rows, read_sequences
+from esm_efficient.inference.identity import identity_of
+from esm_efficient.inference.predictions import columns_of
+from esm_efficient.tasks import SPECIAL_TOKENS
+
+KEY = b"esm_efficient"
+"""The entry of a Parquet file's metadata that says what the file was computed from."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="what Predictor.load loads: a folder that all machines see, or a Hub name")
+    parser.add_argument("source", type=Path, help="a FASTA, CSV, TSV, Parquet or JSON lines file, plain, gzip or xz")
+    parser.add_argument("output", type=Path, help="a folder that all machines see")
+    parser.add_argument("--address", help='of a cluster, or "auto" (default: RAY_ADDRESS, or Ray on this machine)')
+    parser.add_argument("--actors", type=int, help="predictors (default: as many as GPUs, or as CPU cores / --cpus)")
+    parser.add_argument("--cpus", type=int, default=1, help="CPU cores and threads of an actor")
+    parser.add_argument("--block-rows", type=int, default=2048, help="sequences per file")
+    parser.add_argument("--token-budget", type=int, default=8192, help="the most tokens per batch")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="the most tokens per sequence")
+    parser.add_argument("--keep", choices=("start", "end", "both"), help="part to read of sequences that are too long")
+    parser.add_argument("--sequence", help="column of the sequences")
+    parser.add_argument("--accession", help="column of the accessions")
+    return parser.parse_args()
+
+
+def write_blocks(options: argparse.Namespace, folder: Path) -> list[Path]:
+    """Check every row of the source, and write the rows as Parquet files with a bounded number of rows."""
+    columns = {"sequence": options.sequence, "accession": options.accession}
+    longest = options.max_tokens - SPECIAL_TOKENS if options.keep is None else None
+    rows = check_rows(options.source, longest=longest, **columns).usable
+    reader = read_sequences(options.source, **columns)
+    paths = []
+    for number, start in enumerate(range(0, rows, options.block_rows)):
+        block = [next(reader) for _ in range(start, min(start + options.block_rows, rows))]
+        table = pa.table({"accession": [r.accession for r in block], "sequence": [r.sequence for r in block]})
+        paths.append(folder / f"block-{number:06d}.parquet")
+        pq.write_table(table, paths[-1])
+    return paths
+
+
+class PredictBlocks:
+    """An actor that holds one model, and writes a file of predictions for each block."""
+
+    def __init__(self, model: str, output: Path, keep: Any, token_budget: int, max_tokens: int) -> None:
+        transformers_logging.set_verbosity_error()
+        self.predictor = Predictor.load(model, max_tokens=max_tokens)
+        self.output, self.keep, self.token_budget = output, keep, token_budget
+        options = (max_tokens, self.predictor.half, keep)
+        self.identity = identity_of(self.predictor.model, self.predictor.model.config, *options)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        done = [self.predict(Path(path)) for path in batch["block"]]
+        return {"rows": [rows for rows, _ in done], "computed": [computed for _, computed in done]}
+
+    def predict(self, block: Path) -> tuple[int, bool]:
+        """Predict from a block; return the number of its rows, and whether they were computed."""
+        table = pq.read_table(block)
+        rows = table.to_pydict()
+        key = hashlib.sha256(repr((self.identity, rows)).encode()).hexdigest().encode()
+        file = self.output / block.name
+        if file.is_file() and (pq.read_schema(file).metadata or {}).get(KEY) == key:
+            return table.num_rows, False
+        found = self.predictor.predict(rows["sequence"], keep=self.keep, token_budget=self.token_budget)
+        result = pa.table({"accession": table["accession"], **columns_of(found, self.predictor.task)})
+        partial = file.with_name(f"_{file.name}.{os.getpid()}")
+        pq.write_table(result.replace_schema_metadata({KEY: key}), partial)
+        os.replace(partial, file)
+        return table.num_rows, True
+
+
+def main() -> None:
+    options = parse_arguments()
+    import ray
+
+    started = time.perf_counter()
+    output = options.output.absolute()
+    blocks = output / "_input"  # readers of the folder leave out names that begin with _
+    shutil.rmtree(blocks, ignore_errors=True)
+    blocks.mkdir(parents=True)
+    paths = write_blocks(options, blocks)
+    ray.init(address=options.address)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    actors = options.actors or gpus or max(1, int(ray.cluster_resources()["CPU"]) // options.cpus)
+    done = (
+        ray.data.from_items([{"block": str(path)} for path in paths], override_num_blocks=len(paths))
+        .map_batches(
+            PredictBlocks,
+            fn_constructor_args=(options.model, output, options.keep, options.token_budget, options.max_tokens),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(paths))),
+            num_cpus=options.cpus,
+            num_gpus=1 if gpus else 0,
+        )
+        .take_all()
+    )
+    ray.shutdown()
+    names = {path.name for path in paths}
+    for left_over in [*output.glob("block-*.parquet"), *output.glob("_block-*")]:
+        if left_over.name not in names:
+            left_over.unlink()  # of a longer file, or of an actor that was lost
+    shutil.rmtree(blocks)
+    rows, reused = sum(row["rows"] for row in done), sum(row["rows"] for row in done if not row["computed"])
+    seconds = time.perf_counter() - started
+    print(f"{output}: {rows:,} rows in {len(paths)} files, {seconds:.1f} s; {reused:,} rows were there already")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EsmEfficientError as error:
+        sys.exit(f"error: {error}")

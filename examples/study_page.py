@@ -1,0 +1,223 @@
+"""Write the tables and the plots of the results page and of the README from a results file of ``compare_methods.py``.
+
+    python examples/study_page.py examples/results/membrane.jsonl docs/pages/results.md README.md
+
+A table or a plot stands between two comments of the page, such as ``<!-- table: depth -->`` and ``<!-- end -->``. The
+script replaces what is between them, and writes the plots as SVG files beside the page. The same results file gives the
+same page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from study_results import cost, read_results
+
+from esm_efficient.reporting.plots import new_figure, plain_text, svg_of
+from esm_efficient.reporting.tables import format_bytes, format_markdown
+from esm_efficient.training.metrics import confidence_interval
+
+AGAINST = "lora-top6-first-e1"
+LAYERS = 6
+TABLES = {
+    "cheap": ["majority", "composition", "probe*-mean", "probe*-first"],
+    "depth": ["lora-top*-first-e1", "lora-top*-first-e3"],
+}
+HEADLINE = {
+    "majority": "the majority class",
+    "composition": "logistic regression on the amino-acid composition",
+    "probe": "linear probe on one layer: the best of all",
+    "lora-top2-first-e1": "LoRA, top 2 of 6 layers on cached states, 1 epoch",
+    "lora-top2-first-e3": "LoRA, top 2 of 6 layers on cached states, 3 epochs",
+    "lora-top2-mean-e1": "the same for 1 epoch, with a head that reads the mean over residues",
+    "lora-top6-first-e1": "LoRA, all layers, 1 epoch",
+    "lora-top6-first-e3": "LoRA, all layers, 3 epochs",
+    "full-first-e1": "full fine-tuning, 1 epoch",
+    "tutorial-base": "full fine-tuning as in the tutorial, 1 epoch",
+    "tutorial-all": 'the tutorial\'s "all": adapters cut off, a quarter of the steps',
+}
+"""The rows of the README's table, in words; ``probe`` is the linear probe with the highest mean."""
+HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - LoRA on all", "CPU s", "activations")
+PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def scores(runs: list[dict], method: str) -> dict[int, float]:
+    """Return the MCC of a method by seed."""
+    return {run["seed"]: run["metrics"]["mcc"] for run in runs if run["method"] == method}
+
+
+def show(values: Sequence[float], pattern: str = "{:.3f}") -> str:
+    """Return the mean, and the 95 % interval if there is more than one value."""
+    if not values:
+        return "-"
+    interval = confidence_interval(list(values))
+    end = "" if interval is None else f" [{pattern.format(interval[0])}, {pattern.format(interval[1])}]"
+    return pattern.format(statistics.fmean(values)) + end
+
+
+def tuned_at(layer: int) -> str:
+    """Return the method that fine-tunes the lowest layers alone; with all of them it is LoRA on the whole model."""
+    return AGAINST if layer == LAYERS else f"truncated{layer}-lora-first-e1"
+
+
+def truncation_table(runs: list[dict]) -> str:
+    """Return the probes of each layer beside fine-tuning of the model that ends there."""
+    whole = scores(runs, AGAINST)
+    costs = {run["seed"]: cost(run, runs) for run in runs if run["method"] == AGAINST}
+    rows = []
+    for layer in range(1, LAYERS + 1):
+        tuned = [run for run in runs if run["method"] == tuned_at(layer)]
+        found = scores(tuned, tuned_at(layer))
+        ratios = [(cost(run, runs) or 0) / (costs[run["seed"]] or 1) for run in tuned if costs.get(run["seed"])]
+        probes = [show(list(scores(runs, f"probe{layer}-{reading}").values())) for reading in ("first", "mean")]
+        differences = [found[seed] - whole[seed] for seed in found if seed in whole]
+        ratio = f"{statistics.fmean(ratios):.2f}" if ratios else "-"
+        rows.append([layer, *probes, show(list(found.values())), show(differences, "{:+.3f}"), ratio])
+    header = ("layers", "probe, first token", "probe, mean", "LoRA", "LoRA - LoRA on all", "time of LoRA on all")
+    return format_markdown(rows, header)
+
+
+@plain_text
+def truncation_plot(runs: list[dict]) -> str:
+    """Plot the MCC of probes and of fine-tuning by the number of layers, with 95 % intervals."""
+    figure, [[axes]] = new_figure(7, 4)
+    lines = {
+        "linear probe, first token": ("#999999", lambda layer: f"probe{layer}-first"),
+        "linear probe, mean over residues": ("#0072b2", lambda layer: f"probe{layer}-mean"),
+        "LoRA on all layers up to here, first token": ("#d55e00", tuned_at),
+    }
+    for name, (colour, method) in lines.items():
+        draw(axes, [(layer, list(scores(runs, method(layer)).values())) for layer in range(LAYERS + 1)], name, colour)
+    axes.set_xlabel("layers (0: embeddings)")
+    axes.set_ylabel("MCC on the test proteins")
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
+    return svg_of(figure)
+
+
+@plain_text
+def depth_plot(runs: list[dict]) -> str:
+    """Plot the MCC of LoRA by its CPU seconds, with 95 % intervals, one line per number of epochs."""
+    figure, [[axes]] = new_figure(7, 4)
+    for epochs, colour in ((1, "#0072b2"), (3, "#d55e00")):
+        points = []
+        for layers in (1, 2, 3, LAYERS):
+            method = f"lora-top{layers}-first-e{epochs}"
+            costs = [seconds for run in runs if run["method"] == method and (seconds := cost(run, runs)) is not None]
+            if costs:
+                points.append((statistics.fmean(costs), list(scores(runs, method).values())))
+                place = points[-1][0], statistics.fmean(points[-1][1])
+                axes.annotate(f"top {layers}", place, (5, 5), fontsize=9, textcoords="offset points")
+        draw(axes, points, f"LoRA, {epochs} epoch{'s' if epochs > 1 else ''}", colour)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("CPU seconds of the run, cached states included")
+    axes.set_ylabel("MCC on the test proteins")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return svg_of(figure)
+
+
+def draw(axes, points: Sequence[tuple[float, list[float]]], name: str, colour: str) -> None:
+    """Draw the means of values over x as a line, with their 95 % intervals; points without values are left out."""
+    shown = [(x, statistics.fmean(values), confidence_interval(values)) for x, values in points if values]
+    axes.plot([x for x, _, _ in shown], [y for _, y, _ in shown], marker="o", color=colour, label=name)
+    for x, _, interval in shown:
+        if interval is not None:
+            axes.plot([x, x], interval, color=colour, linewidth=1, alpha=0.5)
+
+
+PLOTS = {
+    "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
+    "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
+}
+"""The function of a plot, and what it shows in words."""
+
+
+def headline_table(runs: list[dict]) -> str:
+    """Return the README's table: the methods of `HEADLINE` that were run."""
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    probes = {name: statistics.fmean(scores(runs, name).values()) for name in methods if name.startswith("probe")}
+    best = max(probes, key=lambda name: probes[name])
+    titles = {best if name == "probe" else name: title for name, title in HEADLINE.items()}
+    return methods_table(runs, {name: title for name, title in titles.items() if name in methods})
+
+
+def matching(runs: list[dict], patterns: Sequence[str]) -> dict[str, str]:
+    """Return the methods whose name fits a pattern, pattern by pattern, each with its name as title."""
+    methods = dict.fromkeys(run["method"] for run in runs)
+    return {name: name for pattern in patterns for name in methods if fnmatch(name, pattern)}
+
+
+def methods_table(runs: list[dict], titles: Mapping[str, str]) -> str:
+    """Return one row per method.
+
+    Args:
+        runs: all runs.
+        titles: what a method is called in its row.
+    """
+    whole = {run["seed"]: run for run in runs if run["method"] == AGAINST}
+    rows = []
+    for name, title in titles.items():
+        same = [run for run in runs if run["method"] == name]
+        mean = {key: statistics.fmean(run["metrics"][key] for run in same) for key in ("accuracy", "auroc")}
+        found = scores(same, name)
+        differences = [found[seed] - whole[seed]["metrics"]["mcc"] for seed in found if seed in whole]
+        costs = [seconds for run in same if (seconds := cost(run, runs)) is not None]
+        peaks = [run["peak_activation_bytes"] for run in same if "peak_activation_bytes" in run]
+        rows.append(
+            (
+                title,
+                len(same),
+                f"{mean['accuracy']:.3f}",
+                f"{mean['auroc']:.3f}",
+                show(list(found.values())),
+                show(differences, "{:+.3f}"),
+                f"{statistics.fmean(costs):.1f}" if costs else "-",
+                format_bytes(max(peaks)) if peaks else "-",
+            )
+        )
+    return format_markdown(rows, HEADER)
+
+
+WHOLE_TABLES = {"truncation": truncation_table, "headline": headline_table}
+
+
+def table(name: str, runs: list[dict]) -> str:
+    """Return a table as Markdown."""
+    if name in WHOLE_TABLES:
+        return WHOLE_TABLES[name](runs)
+    return methods_table(runs, matching(runs, TABLES[name]))
+
+
+def fill(page: str, runs: list[dict], images: Path) -> str:
+    """Return the page with its tables and plots made anew; the plots are written to the folder."""
+
+    def content(place: re.Match) -> str:
+        name = place["name"]
+        if place["kind"] == "table":
+            text = f"\n{table(name, runs)}\n\n"
+        else:
+            plot, shown = PLOTS[name]
+            images.mkdir(exist_ok=True)
+            (images / f"results_{name}.svg").write_text(plot(runs))
+            text = f"![{shown}]({images.name}/results_{name}.svg)\n"
+        return place[1] + text + place[4]
+
+    return PLACE.sub(content, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="file of compare_methods.py, with runs on one model and split")
+    parser.add_argument("pages", type=Path, nargs="+", help="Markdown files to fill")
+    options = parser.parse_args()
+    runs = read_results(options.results)
+    for page in options.pages:
+        page.write_text(fill(page.read_text(), runs, page.parent / "images"))
+
+
+if __name__ == "__main__":
+    main()

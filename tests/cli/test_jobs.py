@@ -1,0 +1,229 @@
+"""The commands that read sequences, in this process; errors come before torch is imported."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+
+import pandas as pd
+import pytest
+import yaml
+from sequence_files import frame
+from sequence_texts import sequences
+from transformers import pipeline
+
+from esm_efficient import Predictor, demo_model_path
+from esm_efficient.cli import main
+from esm_efficient.errors import TrainingInterrupted
+
+pytestmark = pytest.mark.filterwarnings("ignore:A random split")
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    path = tmp_path / "p.fasta"
+    path.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(sequences(7))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A table, and the folder of a run on it by the command."""
+    folder = tmp_path_factory.mktemp("run")
+    table = frame(60)
+    table["binds"] = table["label"]
+    table[["id", "sequence", "binds"]].to_csv(folder / "proteins.csv", index=False)
+    command = ["finetune", str(folder / "proteins.csv"), "--model", demo_model_path(), "--recipe", "frozen"]
+    options = ["--epochs", "2", "--batch-size", "4", "--label", "binds", "-o", str(folder / "out")]
+    with redirect_stdout(io.StringIO()) as out:
+        assert main([*command, *options, "--json"]) == 0
+    (folder / "r.json").write_text(out.getvalue())
+    return folder
+
+
+def test_one_line_gives_a_model_a_table_and_a_page(run, capsys):
+    record = json.loads((run / "r.json").read_text())
+    assert record["steps"] == 2 * -(-42 // 4)
+    assert set(record["intervals"]) >= {"accuracy", "f1_macro"}
+    page = (run / "out" / "report.html").read_text()
+    assert f"esm-efficient finetune --config {run / 'out' / 'run.yaml'}" in page
+    assert "label membrane" in page
+    assert Predictor.load(run / "out" / "model").task.names == ("membrane", "soluble")
+
+
+def test_the_file_of_a_run_repeats_it(run, capsys):
+    written = yaml.safe_load((run / "out" / "run.yaml").read_text())
+    assert written["epochs"] == 2
+    assert written["label"] == ["binds"]
+    again = ["finetune", "--config", str(run / "out" / "run.yaml"), str(run / "proteins.csv"), "-o", str(run / "again")]
+    assert main([*again, "--json", "--no-probe"]) == 0
+    first, second = json.loads((run / "r.json").read_text()), json.loads(capsys.readouterr().out)
+    assert first["probe"]["picked"]
+    assert second["probe"] is None
+    assert set(first["baselines"]) == {"majority class", "linear probe"}
+    assert yaml.safe_load((run / "again" / "run.yaml").read_text())["probe"] is False
+    assert second["metrics"] == first["metrics"]
+    assert second["train_loss"] == first["train_loss"]
+
+
+def test_a_trained_model_predicts_and_is_evaluated(run, fasta, capsys):
+    assert main(["predict", str(run / "out" / "model"), str(fasta), "-o", str(run / "p.csv")]) == 0
+    assert pd.read_csv(run / "p.csv")["accession"].tolist() == [f"p{i}" for i in range(7)]
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "out" / "model"), str(run / "proteins.csv"), "--label", "binds"]) == 0
+    assert "mcc" in capsys.readouterr().out
+    page = run / "evaluation.html"
+    command = ["evaluate", str(run / "out" / "model"), str(run / "proteins.csv"), "--label", "binds"]
+    assert main([*command, "--json", "--report", str(page)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["examples"] == 60
+    assert set(record["intervals"]) >= {"accuracy"}
+    assert "60 sequences of" in page.read_text()
+
+
+def test_the_demo_names_a_model_and_proteins(run, capsys):
+    assert main(["predict", str(run / "out" / "model"), "demo", "--shard", "1/100", "-o", str(run / "demo.csv")]) == 0
+    assert pd.read_csv(run / "demo.csv")["accession"].str.startswith("SYNTH").all()
+    assert main(["targets", "demo", "--preset", "qkv"]) == 0
+    assert "attention.self.query" in capsys.readouterr().out
+
+
+def test_the_start_says_what_is_read_split_trained_and_needed(run, capsys):
+    again = ["finetune", "--config", str(run / "out" / "run.yaml"), str(run / "proteins.csv"), "-o", str(run / "said")]
+    assert main([*again, "--epochs", "1"]) == 0
+    captured = capsys.readouterr()
+    words = [line.split(maxsplit=1) for line in captured.err.splitlines()]
+    lines = {pair[0]: pair[1] for pair in words if pair and pair[0] in ("read", "split", "train", "cost", "probe")}
+    assert lines["read"].startswith("proteins.csv: 60 sequences of 10 to 29 residues")
+    assert lines["split"].startswith("42 train, 6 validation, 12 test; ")
+    assert "11 steps of 4 sequences (1.05 epochs)" in lines["train"]
+    assert "fits into" in lines["cost"]
+    assert lines["probe"] == "a linear probe to compare with: one forward pass over train, validation, test"
+    assert captured.out.startswith("on test ")
+    assert "LOAD REPORT" not in captured.err
+
+
+def test_a_finished_run_is_reported_again(run, capsys):
+    page = run / "out" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert main(["report", str(run / "out")]) == 0
+    assert page.read_text() == before
+    assert "95 % interval" in capsys.readouterr().out
+
+
+def test_a_run_is_exported_for_plain_transformers(run, capsys):
+    assert main(["export", str(run / "out"), str(run / "hub"), "--base-model", "someone/demo"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    classify = pipeline("text-classification", str(run / "hub"))
+    text = frame(60)["sequence"][0]
+    [expected] = Predictor.load(run / "out" / "model").predict([text])
+    for written in (text, text.lower(), f" {text[:5]}-{text[5:]}* "):
+        [found] = classify(written)
+        assert found["label"] == expected.labels[0]
+        assert found["score"] == pytest.approx(expected.values.max(), abs=1e-5)
+
+
+def test_the_layers_are_probed(run, capsys):
+    command = ["probe", str(run / "proteins.csv"), "--label", "binds", "--model", demo_model_path()]
+    assert main([*command, "--json", "--report", str(run / "probe.html")]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert {score["layer"] for score in record["scores"]} == set(range(5))
+    page = (run / "probe.html").read_text()
+    assert "Recommended: truncate" in page
+    assert "<svg" in page
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(run, tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise TrainingInterrupted("a signal ended the run after optimizer step 3 of 22: resume it from checkpoint-3")
+
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", stop)
+    command = ["finetune", str(run / "proteins.csv"), "--model", demo_model_path(), "-o", str(tmp_path / "o")]
+    assert main(command) == 130
+    error = capsys.readouterr().err
+    assert "after optimizer step 3 of 22. It is saved. Go on with: esm-efficient finetune --config" in error
+    assert error.endswith(f"-o {tmp_path / 'o'} --resume\n")
+
+
+def test_standard_input_is_embedded(fasta, tmp_path):
+    output = tmp_path / "e.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "esm_efficient",
+        "embed",
+        demo_model_path(),
+        "-",
+        "--layer",
+        "2",
+        "-o",
+        str(output),
+    ]
+    subprocess.run(command, input=fasta.read_bytes(), check=True, capture_output=True)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["accession"] for row in rows] == [f"p{i}" for i in range(7)]
+    assert len(rows[0]["embedding"]) == 128
+
+
+def test_a_table_is_described(run, capsys):
+    assert main(["data", str(run / "proteins.csv"), "--label", "binds"]) == 0
+    assert "label soluble" in capsys.readouterr().out
+    assert main(["data", str(run / "proteins.csv"), "--label", "binds", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert sum(split["sequences"] for split in record["splits"].values()) == 60
+
+
+def test_targets_are_counted_without_weights(capsys):
+    assert main(["targets", "650m", "--preset", "qkv", "--layers", "top-1/3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("gets an adapter" in line for line in lines) == 3
+    assert all(line.split()[1] == "11" for line in lines if "gets an adapter" in line)
+
+
+def test_wrong_arguments_are_told_without_torch():
+    code = "import sys; from esm_efficient.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for command in ("predict m p.fasta -o p.txt", "finetune demo --epochs 0", "finetune no.csv"):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "False", command
+        assert time.perf_counter() - started < 10
+
+
+def test_an_error_of_the_data_is_one_line_and_status_1(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("sequence,label\nMKT,a\n,b\n")
+    assert main(["data", str(tmp_path / "t.csv")]) == 1
+    error = capsys.readouterr().err
+    assert "the sequence is empty in 1 row(s)" in error
+    assert error.endswith("Correct them, or leave such rows out with --on-error skip\n")
+    assert os.listdir(tmp_path) == ["t.csv"]
+
+
+UNUSUAL = "Seq,is membrane\nMKT,yes\n,no\n" + "".join(f"MK{'AV' * n},{'no' if n % 3 else 'No'}\n" for n in range(20))
+"""A table with an empty row, a column of labels with a name of its own, and two spellings of a class."""
+
+
+@pytest.mark.parametrize("command", ["finetune TABLE --model demo", "probe TABLE --model demo", "evaluate m TABLE"])
+def test_a_table_whose_labels_have_another_name_is_an_error_that_lists_its_columns(command, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(UNUSUAL)
+    assert main([*command.replace("TABLE", str(tmp_path / "t.csv")).split(), "--on-error", "skip"]) == 1
+    error = capsys.readouterr().err
+    assert "left out 1 row(s), the sequence is empty" in error
+    assert error.endswith("it has Seq, is membrane. Name the column with --label\n")
+
+
+def test_the_description_of_a_table_without_labels_says_so(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(UNUSUAL)
+    assert main(["data", str(tmp_path / "t.csv"), "--on-error", "skip"]) == 0
+    assert "it has Seq, is membrane. Name the column with --label\n" in capsys.readouterr().err
+    assert main(["data", str(tmp_path / "t.csv"), "--on-error", "skip", "--label", "is membrane"]) == 0
+    captured = capsys.readouterr()
+    assert "read as one class: 'No' as 'no'. To keep them apart, pass --label-kind class if each" in captured.err
+    assert "label no " in captured.out

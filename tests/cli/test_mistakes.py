@@ -1,0 +1,159 @@
+"""Plausible mistakes on the command line: each is answered by one line that names what was typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from esm_efficient.cli import main
+from esm_efficient.cli.output import as_typed
+
+USAGE = {
+    "finetun demo": "No such command 'finetun'",
+    "finetune": "Missing argument 'DATA'",
+    "finetune no.csv": "no file at no.csv",
+    "finetune .": ". is a folder: expected a file of sequences",
+    "evaluate demo demo": "no file at demo",
+    "predict demo deeploc": "no file at deeploc",
+    "data -": "no file at -",
+    "finetune demo extra": "unexpected extra argument",
+    "finetune demo --model 36M": "no ESM-2 model has the size '36M': expected one of 8M, 35M",
+    "finetune demo --model ./nowhere": "no folder at ./nowhere",
+    "finetune demo --model": "requires an argument",
+    "finetune demo --recipe loraa": "no recipe is named 'loraa'",
+    "finetune demo --epochs 0": "--epochs 0.0: expected more than 0",
+    "finetune demo --epochs three": "Invalid value for '--epochs'",
+    "finetune demo --epocs 3": "--epocs",
+    "finetune demo --batch-size 0": "greater than or equal to 1",
+    "finetune demo --batch-size 8.5": "Invalid value for '--batch-size'",
+    "finetune demo --learning-rate 0": "--learning-rate 0.0: expected more than 0",
+    "finetune demo --lr 1e-3": "--lr",
+    "finetune demo --layers top": '--layers top: expected "all"',
+    "finetune demo --pooling max": "'max' is not one of 'first', 'mean', 'attention'",
+    "finetune demo --class-weights heavy": "'heavy' is not one of 'balanced', 'none'",
+    "finetune demo --label-kind number2": "'number2' is not one of",
+    "finetune demo --on-error ignore": "'ignore' is not one of 'raise', 'skip'",
+    "finetune demo --clusters no.tsv": "'no.tsv' does not exist",
+    "finetune demo --early-stopping -1": "greater than or equal to 0",
+    "finetune demo --max-residues 0": "greater than or equal to 1",
+    "finetune demo --precision fp8": "'fp8' is not one of",
+    "finetune demo --seed x": "Invalid value for '--seed'",
+    "finetune demo --config no.yaml": "no.yaml cannot be read as YAML",
+    "finetune demo --output FILE": "FILE is a file: expected a folder to write to",
+    "finetune demo --output FILE/run": "FILE is a file: expected a folder to write to",
+    "predict m": "Missing argument 'MODEL...'",
+    "predict ./nowhere FILE": "no folder at ./nowhere",
+    "predict m no.fasta": "no file at no.fasta",
+    "predict m FILE -o p.txt": "expected a file that ends with .csv",
+    "predict m FILE -o /nowhere/p.csv": "its folder does not exist",
+    "predict m FILE --shard 3/2": "expected a part and the number of parts",
+    "predict m FILE --shard x": "'x': expected a part and the number of parts",
+    "predict m FILE --keep middle": "'middle' is not one of 'start', 'end', 'both', 'windows'",
+    "predict m FILE --overlap 9": "--overlap is that of windows: give --keep windows too",
+    "predict m FILE --keep windows --overlap -1": "greater than or equal to 0",
+    "predict m FILE --token-budget 3": "greater than or equal to 16",
+    "embed 9M FILE": "no ESM-2 model has the size '9M'",
+    "embed 8M no.fasta": "no file at no.fasta",
+    "embed 8M FILE --pooling max": "'max' is not one of 'mean', 'first', 'residues'",
+    "embed 8M FILE --pooling residues -o e.csv": "--pooling residues does not fit into CSV",
+    "embed 8M FILE --layer -1": "greater than or equal to 0",
+    "data": "Missing argument",
+    "data no.csv": "no file at no.csv",
+    "evaluate m": "Missing argument 'DATA'",
+    "evaluate m no.csv": "no file at no.csv",
+    "evaluate m FILE --report page.pdf": "page.pdf: expected a file that ends with .html",
+    "probe no.csv": "no file at no.csv",
+    "probe demo --max-tokens 2": "greater than or equal to 3",
+    "probe demo --report /nowhere/p.html": "its folder does not exist",
+    "export nowhere out": "no folder at nowhere: expected the folder that finetune wrote",
+    "export . FILE": "FILE is a file: expected a folder to write to",
+    "report nowhere": "no folder at nowhere",
+    "targets 8M --preset all": "'all' is not one of 'qkv', 'attention', 'mlp', 'all-linear'",
+    "targets 8M --layers 1/3": "--layers 1/3: expected",
+    "estimate --model 9M": "no ESM-2 model has the size '9M'",
+    "estimate --recipe best": "no recipe is named 'best': expected one of base, ga, gc, lora, all, frozen",
+    "estimate --padding none": "'padded', 'equal-length', 'padding-free'",
+    "estimate --precision int4": "'auto', 'float32', 'bf16', 'fp16', 'pure-bf16'",
+    "estimate --micro-batch 0": "--micro-batch",
+    "estimate --layers top": "'top': expected all, a number of top layers such as top-11",
+    "estimate --model 8M --layers top-7": "--layers: 'top-7': 8M has 6 layers",
+    "estimate --recipe base --cache": "--cache: recipe base trains all parameters",
+    "estimate --sequences 0": "--sequences",
+    "estimate --report page.txt": "page.txt: expected a file that ends with .html",
+    "recommend --recipe base --recipe best": "expected one of base, ga, gc, lora, all, frozen",
+    "recommend --batch 3": "--batch",
+    "recommend --model 8M --layers 4,6": "--layers: (4, 6): 8M has 6 layers",
+    "recommend --pooling max": "'first', 'mean', 'attention'",
+    "recommend --recipe base --quantization 4bit": "add one, such as --recipe lora",
+    "recommend --quantization 3bit": "'3bit' is not one of '4bit', '8bit'",
+    "recommend --epochs 0": "--epochs: 0.0: expected more than 0",
+    "recommend --disk -1": "--disk",
+    "compare --limit 3": "--limit needs --data",
+    "compare --model 8M --data /nowhere.csv": "no file at /nowhere.csv",
+    "compare --data demo --precision pure-bf16": "train in float32, bf16 or fp16",
+    "compare --layers 1,x": "'1,x': expected all",
+    "compare --cache": "give --layers, such as --layers top-1/3",
+    "compare --epochs 0": "--epochs: 0.0: expected more than 0",
+    "compare --data demo --sequences 5": "--sequences is for estimates",
+    "compare --output FILE": "FILE is a file: expected a folder to write to",
+}
+"""Mistakes that are seen before torch is imported; FILE is a file that exists."""
+
+LIBRARY = {
+    "estimate --model 8M --device A11": "no device or instance type is named 'A11'",
+    "report .": "has no result.json: expected the folder that finetune wrote",
+    "export . out": "has no result.json: expected the folder that finetune wrote",
+    "targets 8M --layers top-9": "--layers top-9: the encoder has only 6 layers",
+    "data demo --label binds": "--label: the table 'demo' has its own columns",
+    "data FILE": "FILE",
+    "predict m FILE": "there is no folder m",
+}
+"""Mistakes that the library finds."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "message"), [*USAGE.items(), *LIBRARY.items()])
+def test_a_mistake_is_answered_in_one_line(folder, command, message, capsys):
+    assert main(command.split()) == (2 if command in USAGE else 1)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err.replace(str(folder), ".").replace("./FILE", "FILE")
+    assert sorted(path.name for path in folder.iterdir()) == ["FILE"]
+
+
+def test_mistakes_in_arguments_are_seen_without_torch(folder):
+    code = (
+        "import sys; from esm_efficient.cli import main; "
+        "found = [command for command in sys.argv[1:] if main(command.split()) != 2 or 'torch' in sys.modules]; "
+        "print(found)"
+    )
+    wrong = [command for command in USAGE if "8M has 6 layers" not in USAGE[command]]
+    done = subprocess.run([sys.executable, "-c", code, *wrong], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ('3 are too long: keep="start" reads their start', "3 are too long: --keep start reads their start"),
+        ("keep='both', or shorter", "--keep both, or shorter"),
+        ("token_budget=512: too small", "--token-budget 512: too small"),
+        ("Name them with accession= and sequence=", "Name them with --accession and --sequence"),
+        ("the name x_keep=3 stays", "the name x_keep=3 stays"),
+        ("Predictor.load(..., task=3) stays", "Predictor.load(..., task=3) stays"),
+    ],
+)
+def test_messages_name_the_options_that_are_typed(message, expected):
+    from esm_efficient.cli import parameters_of
+
+    assert as_typed(message, parameters_of(["predict", "m", "x"])) == expected

@@ -1,0 +1,149 @@
+"""examples/compare_methods.py survives a stop, and its report is made from the results file alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SPLIT = {"train": [0, 1], "test": [4], "proteins": [20, 10], "data": "table.csv"}
+
+
+@pytest.fixture
+def study_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import study_results
+
+    return study_results
+
+
+def make_run(method, seed, mcc, *, prepared=1.0, trained=2.0, states=None, **changes):
+    return {
+        "method": method,
+        "settings": {},
+        "seed": seed,
+        "split": SPLIT,
+        "model": "tiny",
+        "metrics": {"accuracy": 0.8, "mcc": mcc, "auroc": 0.9},
+        "prepare_cpu_seconds": prepared,
+        "train_cpu_seconds": trained,
+        "states": states,
+        **changes,
+    }
+
+
+def cells_of(report, method):
+    [line] = [line for line in report.splitlines() if line.startswith(f"{method} ")]
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def start(tmp_path, demo_table, *options):
+    command = [sys.executable, str(EXAMPLES / "compare_methods.py"), "--data", str(demo_table), *options]
+    with (tmp_path / "errors.txt").open("a") as errors:
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_repeats_no_finished_run(tmp_path, demo_table):
+    file = tmp_path / "output" / "results.jsonl"
+    rows = ["majority", "composition", "probe2-mean", "lora-top1-first-e1", "truncated1-lora-first-e1"]
+    options = ["--rows", *rows, "--seeds", "0", "1", "--train-size", "64", "--test-size", "16"]
+    killed = start(tmp_path, demo_table, *options)
+    deadline = time.monotonic() + 240
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 5):
+        assert killed.poll() is None, (tmp_path / "errors.txt").read_text()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    finished = file.read_bytes()
+    file.write_bytes(finished + b'{"method": "lora-to')
+
+    resumed = start(tmp_path, demo_table, *options)
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, (tmp_path / "errors.txt").read_text()[-2000:]
+    assert file.read_bytes().startswith(finished)
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted((run["method"], run["seed"]) for run in runs) == sorted(
+        (row, seed) for row in rows for seed in (0, 1)
+    )
+    for run in runs:
+        assert run["split"] == {**SPLIT, "train": [0, 1, 2, 3], "proteins": [64, 16]}
+        assert run["versions"].keys() >= {"torch", "transformers", "peft"}
+        if "lora" in run["method"]:
+            assert run["steps"] == 8
+            assert run["peak_activation_bytes"] > 0
+            assert 0 < run["train_cpu_seconds"] < run["cpu_seconds"]
+        assert f"\n{run['method']} " in output
+    assert all(run["states"]["layers_below"] == 3 for run in runs if run["method"].startswith("lora-top1"))
+
+    again = start(tmp_path, demo_table, *options)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0
+    assert "seed 0" not in output
+    assert [json.loads(line) for line in file.read_text().splitlines()] == runs
+
+
+def test_a_line_that_was_cut_off_is_dropped_when_reading_and_when_appending(tmp_path, study_results):
+    file = tmp_path / "results.jsonl"
+    assert study_results.read_results(file) == []
+    study_results.append_result(file, {"seed": 0})
+    with file.open("a") as out:
+        out.write('{"seed": 1')
+    assert study_results.read_results(file) == [{"seed": 0}]
+    study_results.append_result(file, {"seed": 2})
+    assert file.read_text() == '{"seed": 0}\n{"seed": 2}\n'
+
+
+def test_a_damaged_line_within_the_file_is_named(tmp_path, study_results):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"seed": 0}\n{"seed\n{"seed": 2}\n')
+    with pytest.raises(SystemExit, match="line 2 is not JSON"):
+        study_results.read_results(file)
+
+
+def test_differences_are_paired_by_seed(study_results):
+    runs = [make_run("full", seed, mcc) for seed, mcc in ((0, 0.5), (1, 0.7), (2, 0.6))]
+    runs += [make_run("lora", seed, mcc, trained=0.5) for seed, mcc in ((1, 0.8), (0, 0.62), (2, 0.71), (3, 0.1))]
+    report = study_results.report(runs, "full")
+    assert "tiny on table.csv" in report
+    _, seeds, _, mean, _, _, difference, interval, seconds, ratio, _ = cells_of(report, "lora")
+    assert (seeds, mean, difference) == ("0 1 2 3", "0.557", "+0.110")
+    low, high = (float(end) for end in interval.strip("[]").split(","))
+    # Student's t with two degrees of freedom: 4.303 times the standard error of 0.12, 0.10 and 0.11.
+    assert (low, high) == pytest.approx((0.110 - 0.025, 0.110 + 0.025), abs=6e-4)
+    assert (seconds, ratio) == ("1.5", "0.50")
+
+
+def test_runs_of_other_data_or_models_are_in_tables_of_their_own(study_results):
+    runs = [make_run("full", 0, 0.5), make_run("full", 0, 0.6, model="other"), make_run("lora", 0, 0.7)]
+    runs.append(make_run("lora", 0, 0.8, split={**SPLIT, "proteins": [40, 10]}))
+    report = study_results.report(runs, "full")
+    assert report.count("training proteins of partitions 0, 1") == 3
+    assert "+0.200" in report
+    assert "+0.300" not in report
+
+
+def test_runs_with_other_settings_have_rows_of_their_own(study_results):
+    runs = [make_run("lora", 0, 0.5), make_run("lora", 0, 0.7, settings={"learning_rate": 0.01})]
+    lines = [line for line in study_results.report(runs, "full").splitlines() if line.startswith("lora ")]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("maker", "seconds"),
+    [
+        ({"layers_below": 4, "made": True}, "11.0"),  # 9 s to make the states, 2 s of training
+        ({"layers_below": 5, "made": True}, "-"),  # other states
+        ({"layers_below": 4, "made": False}, "-"),
+    ],
+)
+def test_the_cost_of_states_is_counted_whoever_made_them(maker, seconds, study_results):
+    user = make_run("three epochs", 0, 0.5, states={"layers_below": 4, "made": False})
+    other = make_run("one epoch", 0, 0.5, prepared=9.0, states=maker)
+    assert cells_of(study_results.report([user, other], "full"), "three epochs")[-3] == seconds

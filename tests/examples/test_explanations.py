@@ -1,0 +1,41 @@
+"""The plots of the pages that explain show what the pages say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def explanations(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import explanations
+
+    return explanations
+
+
+def test_the_mean_of_weighted_means_is_wrong_unless_the_batch_is_whole(explanations, monkeypatch):
+    monkeypatch.setattr(explanations, "DRAWS", 20)
+    errors = explanations.accumulation_errors()
+    medians = [np.median(errors[size]) for size in explanations.MICRO_BATCHES]
+    assert medians == sorted(medians, reverse=True)
+    assert medians[-1] < 1e-6
+    assert medians[explanations.MICRO_BATCHES.index(8)] > 0.1
+
+
+def test_adapters_have_no_gradient_unless_the_embeddings_have_one(explanations):
+    found = explanations.adapter_gradients()
+    assert found["embeddings without a gradient"] == [0.0] * 4
+    assert min(found["prepare_model"]) > 0
+
+
+def test_every_plot_is_on_a_page(explanations):
+    pages = "".join(page.read_text() for page in (EXAMPLES.parent / "docs" / "pages").glob("*.md"))
+    assert [name for name in explanations.PLOTS if f"(images/explain_{name}.svg)" not in pages] == []
+    assert [
+        n for n in explanations.PLOTS if not (EXAMPLES.parent / f"docs/pages/images/explain_{n}.svg").is_file()
+    ] == []

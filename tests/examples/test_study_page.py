@@ -1,0 +1,84 @@
+"""The results page and the table of the README are made by a script from the committed results file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = REPOSITORY / "docs" / "pages"
+RESULTS = REPOSITORY / "examples" / "results" / "membrane.jsonl"
+
+
+@pytest.fixture
+def study_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import study_page
+
+    return study_page
+
+
+def test_the_committed_page_and_plots_are_those_of_the_results_file(tmp_path, study_page, monkeypatch):
+    originals = [PAGES / "results.md", REPOSITORY / "README.md"]
+    copies = [tmp_path / original.name for original in originals]
+    for original, copy in zip(originals, copies, strict=True):
+        emptied = re.sub(r"(<!-- table: [\w-]+ -->\n).*?(<!-- end -->)", r"\1\2", original.read_text(), flags=re.DOTALL)
+        assert emptied != original.read_text()
+        copy.write_text(emptied)
+    monkeypatch.setattr("sys.argv", ["study_page.py", str(RESULTS), *map(str, copies)])
+    study_page.main()
+    assert [copy.read_text() for copy in copies] == [original.read_text() for original in originals]
+    plots = sorted((tmp_path / "images").glob("*.svg"))
+    assert [plot.name for plot in plots] == sorted(f"results_{name}.svg" for name in study_page.PLOTS)
+    for plot in plots:
+        committed = (PAGES / "images" / plot.name).read_text()
+        if f"Matplotlib v{matplotlib.__version__}," in committed:  # other versions draw other paths
+            assert plot.read_text() == committed
+        assert re.findall(r"<text[^>]*>([^<]*)", plot.read_text()) == re.findall(r"<text[^>]*>([^<]*)", committed)
+
+
+def test_the_headline_shows_the_best_probe_and_the_methods_that_were_run(study_page):
+    def run(method, mcc, seed=0):
+        metrics = {"mcc": mcc, "accuracy": 0.5, "auroc": 0.5}
+        costs = {"prepare_cpu_seconds": 1.0, "train_cpu_seconds": 2.0}
+        return {"method": method, "seed": seed, "settings": {}, "metrics": metrics} | costs
+
+    runs = [run("majority", 0.0), run("probe1-mean", 0.3), run("probe1-mean", 0.5, 1), run("probe2-first", 0.39)]
+    rows = [line.strip("| ").split(" | ") for line in study_page.headline_table(runs).splitlines()[2:]]
+    assert [(row[0].strip(), row[1].strip(), row[4].split()[0]) for row in rows] == [
+        ("the majority class", "1", "0.000"),
+        ("linear probe on one layer: the best of all", "2", "0.400"),
+    ]
+
+
+def test_every_line_of_the_results_file_is_a_run_of_its_own(study_page):
+    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    assert len({(run["method"], run["seed"]) for run in runs}) == len(runs)
+    assert {run["model"] for run in runs} == {"esm2_t6_8M"}
+    assert all(run["commit"] and "dirty" not in run["commit"] for run in runs)
+
+
+def test_fine_tuning_a_truncated_model_is_compared_with_the_whole_one_seed_by_seed(study_page):
+    def run(method, seed, mcc, seconds):
+        return {
+            "method": method,
+            "seed": seed,
+            "settings": {},
+            "metrics": {"mcc": mcc},
+            "prepare_cpu_seconds": 0.0,
+            "train_cpu_seconds": seconds,
+        }
+
+    runs = [run("lora-top6-first-e1", seed, mcc, 10.0) for seed, mcc in ((0, 0.5), (1, 0.7))]
+    runs += [run("truncated2-lora-first-e1", seed, mcc, 4.0) for seed, mcc in ((1, 0.8), (0, 0.6))]
+    runs += [run("probe2-mean", 0, 0.4, 1.0)]
+    [line] = [line for line in study_page.truncation_table(runs).splitlines() if line.startswith("| 2 ")]
+    layers, first, mean, tuned, difference, ratio = [cell.strip() for cell in line.strip("|").split("|")]
+    assert (layers, first, mean, ratio) == ("2", "-", "0.400", "0.40")
+    # Student's t with one degree of freedom: 12.706 times the standard error of 0.6 and 0.8, which is 0.1.
+    assert tuned.replace("\\", "") == "0.700 [-0.571, 1.971]"
+    assert difference.replace("\\", "") == "+0.100 [+0.100, +0.100]"

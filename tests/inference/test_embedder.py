@@ -1,0 +1,61 @@
+"""Embedder: the states of transformers' own model, of any layer, pooled over residues alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sequence_texts import sequences
+from transformers import AutoModel
+
+from esm_efficient import Embedder, demo_model_path, embed_file
+from esm_efficient.encoder import forward
+from esm_efficient.errors import ConfigurationError
+
+LAYERS = 4
+
+
+@torch.no_grad()
+def reference(tokenizer, sequence, layer, pooling):
+    model = AutoModel.from_pretrained(demo_model_path(), add_pooling_layer=False).eval()
+    output = model(**tokenizer(sequence, return_tensors="pt"), output_hidden_states=True)
+    states = (output.last_hidden_state if layer is None else output.hidden_states[layer])[0]
+    return {"mean": states[1:-1].mean(0), "first": states[0], "residues": states[1:-1]}[pooling].numpy()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "residues"])
+@pytest.mark.parametrize("layer", [None, 0, 2, LAYERS])
+def test_embeddings_are_the_states_of_the_plain_model(tokenizer, layer, pooling):
+    texts = sequences(6)
+    found = Embedder.load(demo_model_path(), layer=layer, pooling=pooling).embed(texts, token_budget=100)
+    for text, embedding in zip(texts, found, strict=True):
+        expected = reference(tokenizer, text, layer, pooling)
+        assert embedding.shape == expected.shape
+        assert np.abs(embedding - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(layer, monkeypatch):
+    monkeypatch.setattr(forward, "make_packing", None)
+    assert len(Embedder.load(demo_model_path(), layer=layer).embed(sequences(6), token_budget=100)) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"layer": 9}, "layer=9: expected 0 to"), ({"layer": -1}, "layer=-1"), ({"pooling": "max"}, "pooling='max'")],
+)
+def test_a_layer_or_a_pooling_that_does_not_exist_is_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Embedder.load(demo_model_path(), **options)
+
+
+def test_a_file_of_embeddings_per_residue_needs_lists(tmp_path):
+    source = tmp_path / "p.fasta"
+    source.write_text(">a\nMKT\n>b\nMALWM\n")
+    with pytest.raises(ConfigurationError, match=r"Write \.parquet or \.jsonl"):
+        embed_file(demo_model_path(), source, tmp_path / "out.csv", pooling="residues")
+    embed_file(demo_model_path(), source, tmp_path / "out.parquet", pooling="residues")
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(tmp_path / "out.parquet")["embedding"].to_pylist()
+    assert [np.shape(row) for row in rows] == [(3, 128), (5, 128)]

@@ -1,0 +1,229 @@
+"""Files of predictions and embeddings: the right rows in the right order, after a kill, in parts and over ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sequence_texts import sequences
+from test_predictor import model_for
+
+from esm_efficient import Predictor, demo_model_path, embed_file, predict_file
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.inference import files
+
+FASTA_ROWS = 23
+
+
+@pytest.fixture
+def fasta(tmp_path) -> Path:
+    path = tmp_path / "proteins.fasta"
+    path.write_text("".join(f">p{i} of a test\n{s}\n" for i, s in enumerate(sequences(FASTA_ROWS))))
+    return path
+
+
+class Stopping(Predictor):
+    """Is stopped in its third block."""
+
+    blocks = 2
+
+    def predict(self, *args, **options):
+        self.blocks -= 1
+        if self.blocks < 0:
+            raise KeyboardInterrupt
+        return super().predict(*args, **options)
+
+
+def read(path: Path) -> pd.DataFrame:
+    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": lambda p: pd.read_json(p, lines=True)}
+    return readers[path.suffix](path)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_ROWS", 5)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["single_label_classification", "multi_label_classification", "token_classification", "regression"]
+)
+def test_a_file_has_the_predictions_of_its_sequences_in_their_order(
+    tokenizer, fasta, tmp_path, kind, suffix, small_blocks
+):
+    predictor = Predictor(model_for(kind), tokenizer)
+    expected = predictor.predict(sequences(FASTA_ROWS))
+    output = tmp_path / f"out.{suffix}"
+    result = predict_file(predictor, fasta, output)
+    found = read(output)
+    assert (result.rows, result.computed, len(found)) == (FASTA_ROWS, FASTA_ROWS, FASTA_ROWS)
+    assert found["accession"].tolist() == [f"p{i}" for i in range(FASTA_ROWS)]
+    if kind == "token_classification":
+        labels = found["labels"].str.split(" ") if suffix == "csv" else found["labels"]
+        assert [list(row) for row in labels] == [list(p.labels) for p in expected]
+        return
+    names = predictor.task.names
+    columns = list(names) if kind == "regression" else [f"probability_{name}" for name in names]
+    assert np.abs(found[columns].to_numpy() - np.stack([p.values for p in expected])).max() < 1e-6
+    if kind == "single_label_classification":
+        assert found["label"].tolist() == [p.labels[0] for p in expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, fasta.name]
+
+
+def test_parts_of_a_file_are_the_whole_file(tokenizer, fasta, tmp_path, small_blocks):
+    predictor = Predictor(model_for("regression"), tokenizer)
+    predict_file(predictor, fasta, tmp_path / "whole.csv")
+    for part in (1, 2, 3):
+        predict_file(predictor, fasta, tmp_path / f"{part}.csv", shard=(part, 3))
+    joined = pd.concat([read(tmp_path / f"{part}.csv") for part in (1, 2, 3)], ignore_index=True)
+    whole = read(tmp_path / "whole.csv")
+    assert joined["accession"].tolist() == whole["accession"].tolist()
+    assert np.abs(joined["a"] - whole["a"]).max() < 1e-6
+
+
+def test_a_run_that_was_stopped_goes_on_and_one_with_another_model_begins_anew(
+    tokenizer, fasta, tmp_path, small_blocks
+):
+    output = tmp_path / "out.jsonl"
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(Stopping(model_for("regression"), tokenizer), fasta, output)
+    assert not output.exists()
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(Stopping(make_other(), tokenizer), fasta, output)
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(Stopping(model_for("regression"), tokenizer), fasta, output)
+    result = predict_file(Predictor(model_for("regression"), tokenizer), fasta, output)
+    assert (result.rows, result.computed, result.reused) == (FASTA_ROWS, FASTA_ROWS - 10, 10)
+    assert read(output)["accession"].tolist() == [f"p{i}" for i in range(FASTA_ROWS)]
+
+
+def make_other():
+    model = model_for("regression")
+    model.classifier.out_proj.bias.data += 1
+    return model
+
+
+def test_kill_9_loses_and_repeats_no_sequence(tmp_path):
+    source, output = tmp_path / "many.fasta", tmp_path / "out.parquet"
+    texts = sequences(400, longest=40)
+    source.write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(texts)))
+    code = (
+        "from esm_efficient.inference import files; files.BLOCK_ROWS = 5\n"
+        "from esm_efficient import demo_model_path, embed_file\n"
+        f"print(embed_file(demo_model_path(), {str(source)!r}, {str(output)!r}))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = output.with_name("out.parquet.parts")
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("block-*.arrow"))) < 5:
+        assert run.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    finished = len(list(parts.glob("block-*.arrow")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"{5 * finished:,} rows were there" in done.stdout
+    embed_file(demo_model_path(), source, tmp_path / "at_once.parquet")
+    found, expected = read(output), read(tmp_path / "at_once.parquet")
+    assert found["accession"].tolist() == expected["accession"].tolist()
+    assert np.abs(np.stack(found["embedding"]) - np.stack(expected["embedding"])).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work(tmp_path, fasta):
+    output = tmp_path / "out.csv"
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from esm_efficient.inference import files; files.BLOCK_ROWS = 5\n"
+        "from esm_efficient import demo_model_path, embed_file\n"
+        f"result = embed_file(demo_model_path(), {str(fasta)!r}, {str(output)!r})\n"
+        "import os, json; counts = [result.computed, result.reused]\n"
+        "open(__file__ + os.environ['RANK'], 'w').write(json.dumps(counts))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, str(script)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    counts = [json.loads(script.with_name(f"run.py{rank}").read_text()) for rank in (0, 1)]
+    computed, reused = zip(*counts, strict=True)
+    assert sum(computed) == FASTA_ROWS
+    assert min(computed) > 0
+    assert reused == (0, 0)
+    assert read(output)["accession"].tolist() == [f"p{i}" for i in range(FASTA_ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "error", "message"),
+    [
+        (">a\nMKT\n>b\nnot a protein 7\n", {}, DataError, "1 of 2 rows cannot be used: .*b"),
+        (f">a\nMKT\n>b\n{'M' * 1100}\n", {}, DataError, "has 1,100 residues, more than 1,022"),
+        ("name,text\na,MKT\n", {}, DataError, "none has a usual name of sequences"),
+        ("name,text\na,MKT\n", {"sequence": "txt"}, DataError, "no column 'txt'"),
+        (">a\nMKT\n", {"shard": (2, 2)}, None, ""),
+        (">a\nMKT\n", {"shard": (1, 2)}, ConfigurationError, "has only 1 rows"),
+        (">a\nMKT\n", {"shard": (3, 2)}, ConfigurationError, "shard=3/2"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_before_anything_is(tokenizer, tmp_path, text, options, error, message):
+    source = tmp_path / "source"
+    source.write_text(text)
+    predictor = Predictor(model_for("regression"), tokenizer)
+    if error is None:
+        assert predict_file(predictor, source, tmp_path / "out.csv", **options).rows == 1
+        return
+    with pytest.raises(error, match=message):
+        predict_file(predictor, source, tmp_path / "out.csv", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("accessions", [True, False])
+def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer, tmp_path, small_blocks, caplog, accessions):
+    predictor = Predictor(model_for("single_label_classification"), tokenizer, max_tokens=40)
+    texts = [*(text[:38] for text in sequences(7)), "", "M" * 60, *(text[:9] for text in sequences(4)), "no protein 7"]
+    names = {"id": [f"p{i}" for i in range(len(texts))]} if accessions else {}
+    pd.DataFrame(names | {"sequence": texts}).to_csv(tmp_path / "in.csv", index=False)
+    with pytest.raises(DataError, match=r'3 of 14 rows cannot be used: .*leave such rows out with on_error="skip"'):
+        predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv")
+    whole = predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
+    assert (whole.rows, whole.computed, whole.left_out) == (11, 11, 3)
+    assert "; 3 rows of the file were left out" in str(whole)
+    assert "3 of 14 rows cannot be used: line 9 is empty, line 10 has 60 residues, more than 38" in caplog.text
+    found = read(tmp_path / "out.csv")
+    kept = [index for index in range(14) if index not in (7, 8, 13)]
+    assert found["accession"].tolist() == [f"p{i}" if accessions else i + 1 for i in kept]
+    expected = [prediction.labels[0] for prediction in predictor.predict([texts[i] for i in kept])]
+    assert found["label"].tolist() == expected
+    for part in (1, 2, 3):
+        predict_file(predictor, tmp_path / "in.csv", tmp_path / f"{part}.csv", on_error="skip", shard=(part, 3))
+    parts = pd.concat([read(tmp_path / f"{part}.csv") for part in (1, 2, 3)], ignore_index=True)
+    pd.testing.assert_frame_equal(parts, found)
+    embeddings = embed_file(
+        demo_model_path(), tmp_path / "in.csv", tmp_path / "e.parquet", keep="start", on_error="skip"
+    )
+    assert (embeddings.rows, embeddings.left_out) == (12, 2)
+
+
+def test_a_file_without_a_row_to_use_is_an_error_also_if_wrong_rows_are_left_out(tokenizer, tmp_path):
+    (tmp_path / "in.csv").write_text("sequence\nnot a protein 7\n1\n")
+    predictor = Predictor(model_for("single_label_classification"), tokenizer)
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used"):
+        predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
+    with pytest.raises(ConfigurationError, match="on_error='drop': expected"):
+        predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="drop")
+
+
+def test_a_folder_with_files_of_the_user_is_not_removed(tokenizer, fasta, tmp_path):
+    folder = tmp_path / "out.csv.parts"
+    folder.mkdir()
+    (folder / "thesis.docx").write_text("years of work")
+    with pytest.raises(ConfigurationError, match="other files"):
+        predict_file(Predictor(model_for("regression"), tokenizer), fasta, tmp_path / "out.csv")
+    assert (folder / "thesis.docx").read_text() == "years of work"

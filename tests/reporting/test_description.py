@@ -1,0 +1,73 @@
+"""The description of splits."""
+
+from __future__ import annotations
+
+import pytest
+from sequence_files import frame
+
+from esm_efficient import load_sequences
+from esm_efficient.reporting.description import describe
+
+
+@pytest.fixture
+def path(tmp_path):
+    table = frame(60)
+    table.loc[0, ["sequence", "structure"]] = "MKXTB", "HHEEH"
+    table.loc[1, ["sequence", "structure"]] = table.loc[2, ["sequence", "structure"]]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    return tmp_path / "table.csv"
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"label": "label"}, {"soluble", "membrane"}),
+        ({"label": "structure"}, {"H", "E"}),
+        ({"label": ["nucleus", "golgi"]}, {"nucleus", "golgi"}),
+        ({"label": "stability"}, set()),
+        ({"label": False}, set()),
+    ],
+)
+def test_every_kind_of_label_is_counted(path, options, names):
+    splits = load_sequences(path, **options)
+    found = describe(splits)
+    total = sum(split.sequences for split in found.splits.values())
+    assert total == 60
+    assert sum(split.repeated for split in found.splits.values()) == 1
+    assert sum(split.unusual for split in found.splits.values()) == 1
+    for name, split in found.splits.items():
+        assert set(split.labels) == names
+        assert (split.numbers is not None) == (options["label"] == "stability")
+        assert (split.relatives is None) == (name == "train")
+    if options["label"] == "label":
+        assert sum(split.labels["membrane"] for split in found.splits.values()) == 20
+    if options["label"] == "structure":
+        residues = sum(len(text) for split in splits.values() for text in split["sequence"])
+        assert sum(sum(split.labels.values()) for split in found.splits.values()) == residues
+
+
+def test_the_share_of_a_label_among_several_is_that_of_the_sequences(path):
+    found = describe(load_sequences(path, label=["nucleus", "golgi"]))
+    split = found.splits["train"]
+    assert split.labelled == split.sequences
+    [row] = [row for row in found.rows() if row[0] == "label nucleus"]
+    assert row[1] == f"{split.labels['nucleus']:,} ({100 * split.labels['nucleus'] / split.sequences:.1f} %)"
+
+
+def test_the_table_names_what_it_shows(path):
+    text = str(describe(load_sequences(path, label="label")))
+    for part in ("residues: shortest, median, longest", "label membrane", "close relative in train", "train"):
+        assert part in text
+
+
+def test_with_too_many_sequences_relatives_are_not_counted_and_queries_are_a_sample(path, monkeypatch):
+    from esm_efficient.reporting import description
+
+    splits = load_sequences(path, label="label")
+    monkeypatch.setattr(description, "MOST_QUERIES", 3)
+    asked = []
+    monkeypatch.setattr(description, "close_relatives", lambda queries, _: asked.append(len(queries)) or 0.5)
+    assert describe(splits).splits["test"].relatives == 0.5
+    assert set(asked) == {3}
+    monkeypatch.setattr(description, "MOST_REFERENCES", len(splits["train"]) - 1)
+    assert describe(splits).splits["test"].relatives is None

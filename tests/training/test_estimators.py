@@ -1,0 +1,153 @@
+"""EsmClassifier and EsmRegressor work as scikit-learn's own estimators."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_model
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import estimator_checks
+
+from esm_efficient import ConfigurationError, DataError, EsmClassifier, EsmRegressor, list_states
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def proteins(number=32, seed=0):
+    """Return sequences of which half are rich in leucine, and whether each is."""
+    rng = np.random.default_rng(seed)
+    rich = np.arange(number) % 2 == 0
+    letters = ["LLLLLLAVIG" if is_rich else "DEKRNQSTPG" for is_rich in rich]
+    return ["".join(rng.choice(list(choice), 20)) for choice in letters], rich
+
+
+def quick(kind, folder, **options):
+    return kind(folder, **({"layers": "top-1", "epochs": 4, "learning_rate": 1e-2} | options))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (np.array(["soluble", "membrane"]), ["membrane", "soluble"]),
+        (np.array([7, 3]), [3, 7]),
+        (np.array([False, True]), [False, True]),
+    ],
+    ids=["texts", "numbers", "truth values"],
+)
+def test_a_classifier_learns_and_answers_with_the_classes_it_was_given(folder, labels, classes):
+    sequences, rich = proteins()
+    y = labels[rich.astype(int)]
+    model = quick(EsmClassifier, folder).fit(sequences, y)
+    assert model.classes_.tolist() == classes
+    others, rich = proteins(seed=1)
+    probabilities = model.predict_proba(others)
+    assert probabilities.shape == (len(others), 2)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    predicted = model.predict(others)
+    assert predicted.dtype == y.dtype
+    assert (predicted == model.classes_[probabilities.argmax(axis=1)]).all()
+    assert model.score(others, labels[rich.astype(int)]) > 0.9
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_regressor_predicts_in_the_unit_and_the_shape_of_its_numbers(folder, several):
+    sequences, rich = proteins()
+    y = 1000 + 100.0 * rich
+    y = np.stack([y, -y], axis=1) if several else y
+    model = quick(EsmRegressor, folder).fit(sequences, y)
+    predicted = model.predict(sequences)
+    assert predicted.shape == y.shape
+    assert model.score(sequences, y) > 0.5
+
+
+def test_a_grid_search_shares_the_states_of_its_folds(folder, tmp_path):
+    sequences, rich = proteins()
+    search = GridSearchCV(
+        quick(EsmClassifier, folder, states_dir=tmp_path, epochs=1), {"learning_rate": [1e-4, 1e-2]}, cv=2, refit=False
+    )
+    search.fit(np.array(sequences), rich)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert len(list_states(tmp_path)) == 2 * 2  # a training and an evaluated split per fold
+
+
+def test_it_works_in_cross_validation_and_in_a_pipeline(folder):
+    sequences, rich = proteins()
+    pipeline = make_pipeline(FunctionTransformer(), quick(EsmClassifier, folder))
+    scores = cross_val_score(pipeline, pd.DataFrame({"sequence": sequences}), rich, cv=2, error_score="raise")
+    assert scores.mean() > 0.8
+
+
+def test_a_pickled_estimator_predicts_the_same(folder):
+    sequences, rich = proteins()
+    model = quick(EsmClassifier, folder, epochs=1).fit(sequences, rich)
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy.predict_proba(sequences), model.predict_proba(sequences))
+
+
+def test_weights_of_sequences_and_of_classes_move_the_prediction(folder):
+    sequences, _ = proteins()
+    y = np.arange(32) < 16  # has nothing to do with the sequences
+    for options, weight in (
+        ({"class_weight": None}, np.where(y, 9.0, 1.0)),
+        ({"class_weight": {True: 9.0, False: 1.0}}, None),
+    ):
+        model = quick(EsmClassifier, folder, **options).fit(sequences, y, sample_weight=weight)
+        assert model.predict_proba(sequences)[:, 1].mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("kind", "X", "y", "message"),
+    [
+        (EsmClassifier, ["MKT"] * 3, [0, 1], "3 sequences and 2 labels"),
+        (EsmClassifier, ["MKT"] * 3, [1, 1, 1], "all sequences have the class"),
+        (EsmClassifier, ["MKT"] * 2, [[0, 1], [1, 0]], "expected one class per sequence"),
+        (EsmClassifier, ["proteins.fasta", "MKT"], [0, 1], "not protein sequences"),
+        (EsmRegressor, ["MKT", "MAL"], [1.0, np.nan], "not finite"),
+    ],
+)
+def test_data_that_cannot_be_fitted_are_refused(folder, kind, X, y, message):
+    with pytest.raises(DataError, match=message):
+        quick(kind, folder).fit(X, y)
+
+
+def test_an_unknown_recipe_and_a_missing_fit_are_named(folder):
+    sequences, rich = proteins(4)
+    with pytest.raises(ConfigurationError, match="no recipe is named 'lor'"):
+        quick(EsmClassifier, folder, recipe="lor").fit(sequences, rich)
+    with pytest.raises(NotFittedError):
+        quick(EsmClassifier, folder).predict(sequences)
+
+
+@pytest.mark.parametrize("kind", [EsmClassifier, EsmRegressor])
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_parameters_default_constructible",
+        "check_no_attributes_set_in_init",
+        "check_get_params_invariance",
+        "check_set_params",
+    ],
+)
+def test_the_checks_of_scikit_learn_that_need_no_numbers_pass(kind, check):
+    getattr(estimator_checks, check)(kind.__name__, kind())
+
+
+def test_a_clone_has_the_options_and_not_the_fit(folder):
+    model = quick(EsmClassifier, folder, pooling="mean")
+    model.predictor_ = object()
+    copy = clone(model)
+    assert copy.get_params() == model.get_params()
+    assert not hasattr(copy, "predictor_")

@@ -1,0 +1,187 @@
+"""The sections of a page about an evaluation, for each task, and the intervals of the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+
+import numpy as np
+import pytest
+from transformers import EvalPrediction
+
+from esm_efficient import Task, compute_metrics_for
+from esm_efficient.reporting.html import html_page
+from esm_efficient.reporting.score_plots import reliability
+from esm_efficient.tasks import IGNORE
+from esm_efficient.training.evaluation_page import Evaluation, evaluation_sections, verdict
+from esm_efficient.training.intervals import bootstrap_intervals
+from esm_efficient.training.residue_page import letters_for
+
+EXAMPLES = 60
+
+
+def evaluation(kind: str, *, skill: float = 1.0, seed: int = 0) -> Evaluation:
+    rng = np.random.default_rng(seed)
+    names = ("<b>a</b>", "b", "c")
+    task = Task(kind, names)
+    if kind == "single_label_classification":
+        labels = rng.choice(3, EXAMPLES, p=[0.6, 0.3, 0.1])
+        scores = rng.normal(size=(EXAMPLES, 3)) + skill * 2 * np.eye(3)[labels]
+    elif kind == "multi_label_classification":
+        labels = rng.integers(0, 2, (EXAMPLES, 3)).astype(float)
+        labels[0, 0] = np.nan
+        scores = rng.normal(size=(EXAMPLES, 3)) + skill * 2 * (np.nan_to_num(labels) - 0.5)
+    elif kind == "token_classification":
+        labels = rng.integers(0, 3, (EXAMPLES, 8))
+        labels[:, [0, 7]] = IGNORE
+        scores = rng.normal(size=(EXAMPLES, 8, 3)) + skill * 2 * np.eye(3)[np.maximum(labels, 0)]
+    else:
+        labels = rng.normal(size=(EXAMPLES, 3)) * [1, 10, 100]
+        scores = labels + rng.normal(size=(EXAMPLES, 3))
+    prediction, compute = EvalPrediction(scores, labels), compute_metrics_for(task)
+    return Evaluation(
+        task=task,
+        scores=scores,
+        labels=labels,
+        metrics=compute(prediction),
+        intervals=bootstrap_intervals(prediction, compute, resamples=20),
+        names=[f"P{i}" for i in range(EXAMPLES)],
+        sequences=["MKTVLA"] * EXAMPLES,
+    )
+
+
+KINDS = {
+    "single_label_classification": ["Result", "By class", "Confusion", "Ranking", "Reliability", "Worst mistakes"],
+    "multi_label_classification": ["Result", "By class", "Ranking", "Reliability", "Worst mistakes"],
+    "token_classification": ["Result", "By class", "Confusion", "Ranking", "Reliability", "Worst mistakes"],
+    "regression": ["Result", "Predicted and true", "Worst mistakes"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_task_has_its_sections_with_plots(kind):
+    sections = evaluation_sections(evaluation(kind))
+    assert [section.heading for section in sections] == KINDS[kind]
+    page = html_page("page", sections)
+    assert page.count("<svg") >= 1
+    assert "<b>a</b>" not in page
+    assert not re.search(r"(src|href)=[\"']?http", page)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_matplotlib_the_tables_are_there_and_the_page_says_why_there_is_no_plot(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = html_page("page", evaluation_sections(evaluation(kind)))
+    assert "No plot: plots need matplotlib" in page
+    assert "<table>" in page
+
+
+def test_the_worst_mistakes_are_those_of_which_the_model_was_surest():
+    names = ("no", "yes")
+    task = Task("single_label_classification", names)
+    labels, margins = np.array([0, 0, 1, 1, 0]), np.array([5.0, 1.0, 3.0, -4.0, -2.0])
+    scores = np.stack([np.zeros(5), margins], axis=1)  # wrong: rows 0, 1 and 3
+    found = Evaluation(task, scores, labels, {}, {}, names=list("abcde"), sequences=["M"] * 5)
+    table = evaluation_sections(found)[-1].parts[1]
+    assert [row[0] for row in table.rows] == ["a", "d", "b"]
+    assert [row[1:3] for row in table.rows] == [("no", "yes"), ("yes", "no"), ("no", "yes")]
+
+
+def residue_evaluation(labels, guess, sequences):
+    """An evaluation of residues with labels and predictions of shape (sequences, residues)."""
+    labels = np.pad(np.array(labels), ((0, 0), (1, 1)), constant_values=IGNORE)
+    guess = np.pad(np.array(guess), ((0, 0), (1, 1)))
+    task = Task("token_classification", ("helix", "strand"))
+    names = [f"P{number}" for number in range(len(sequences))]
+    return Evaluation(task, 3.0 * np.eye(2)[guess], labels, {}, {}, names=names, sequences=sequences)
+
+
+def test_each_residue_shows_its_true_and_its_predicted_class():
+    found = residue_evaluation([[0, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]], ["MKT", "VLA"])
+    section = evaluation_sections(found)[-1]
+    text, strip = section.parts  # the other sequence has no wrong residue
+    assert "H helix, S strand" in text
+    assert "Sequences with a wrong residue: 1; the worst 1" in text
+    assert strip.heading == "P0: 2 of 3 labelled residues are wrong; residues 1 to 3 of 3"
+    assert [(r.letter, r.true, r.predicted, r.state) for r in strip.residues] == [
+        ("M", "H", "H", "right"), ("K", "S", "H", "wrong"), ("T", "H", "S", "wrong")
+    ]  # fmt: skip
+    assert strip.residues[1].title == "K2: true strand, predicted helix, probability 0.95"
+    page = html_page("page", [section])
+    assert '<span class="wrong" style="--p:0.95" title="K2: true strand' in page
+    assert "<b>K</b><i>S</i><i>H</i>" in page
+
+
+def test_of_a_long_sequence_the_part_with_the_most_mistakes_is_shown():
+    labels = np.zeros((1, 1000), dtype=int)
+    labels[0, 3] = labels[0, 600:603] = 1
+    labels[0, 610] = IGNORE
+    found = residue_evaluation(labels, np.zeros_like(labels), ["A" * 1000])
+    strip = evaluation_sections(found)[-1].parts[1]
+    assert strip.start <= 601 <= 603 <= strip.start + len(strip.residues) - 1
+    assert (strip.start - 1) % 10 == 0
+    assert len(strip.residues) == 240
+    assert strip.blocks[1][0] == strip.start + 10
+    unknown = strip.residues[611 - strip.start]
+    assert (unknown.true, unknown.state) == ("·", "unknown")
+    assert "4 of 999 labelled residues are wrong" in strip.heading
+
+
+def test_each_class_has_a_letter_of_its_own():
+    assert letters_for(["helix", "HELIX", "h", "1", "β", ""]) == ["H", "E", "A", "1", "B", "C"]
+    many = letters_for([f"class {number}" for number in range(62)])
+    assert len(set(many)) == 62
+    assert "?" not in many
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_known_label_there_is_nothing_to_plot(kind):
+    known = evaluation(kind)
+    without = np.nan if kind in ("multi_label_classification", "regression") else IGNORE
+    unknown = np.full_like(known.labels, without)
+    sections = evaluation_sections(dataclasses.replace(known, labels=unknown, intervals={}))
+    assert sections[-1].parts == ["No label is known, so there is nothing to plot."]
+
+
+def test_a_model_below_the_majority_class_is_called_so():
+    worse = evaluation("single_label_classification", skill=-0.5)
+    assert "not better than always predicting the most frequent class" in verdict(worse)
+    assert verdict(evaluation("single_label_classification", skill=3)) == ""
+
+
+def test_a_model_of_numbers_below_the_mean_is_called_so():
+    good = evaluation("regression")
+    assert verdict(good) == ""
+    worse = dataclasses.replace(good, metrics={**good.metrics, "r2": -0.2})
+    assert "not better than always predicting the mean of the labels: its r2 is -0.200" in verdict(worse)
+
+
+def test_the_largest_errors_of_numbers_are_said_to_be_those_of_all_sequences():
+    assert evaluation_sections(evaluation("regression"))[-1].parts[0] == "The 12 largest errors of 60 sequences:"
+
+
+def test_a_model_without_a_mistake_has_no_empty_table():
+    perfect = evaluation("single_label_classification", skill=50)
+    assert evaluation_sections(perfect)[-1].parts == ["There is none."]
+
+
+def test_the_interval_of_the_accuracy_has_the_width_of_the_binomial_distribution():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    right = rng.random(400) < 0.8
+    scores = np.eye(2)[np.where(right, labels, 1 - labels)]
+    compute = compute_metrics_for(Task("single_label_classification", ("no", "yes")))
+    low, high = bootstrap_intervals(EvalPrediction(scores, labels), compute, resamples=400)["accuracy"]
+    expected = 2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 400)
+    assert low < right.mean() < high
+    assert high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_the_calibration_error_of_calibrated_predictions_is_small_and_that_of_sure_ones_is_not():
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(0.5, 1, 20_000)
+    right = rng.random(20_000) < probability
+    assert reliability(probability, right)[1] < 0.02
+    assert reliability(np.full(20_000, 0.99), right)[1] == pytest.approx(0.24, abs=0.02)

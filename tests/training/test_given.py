@@ -1,0 +1,94 @@
+"""Data of every kind that users have become the same labelled splits."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+from sequence_files import frame
+
+from esm_efficient import RECIPES, demo_model_path
+from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.training.given import splits_from, task_of_splits
+from esm_efficient.training.job import begin_job
+
+pytestmark = pytest.mark.filterwarnings("ignore:A random split")
+
+
+def table() -> pd.DataFrame:
+    return frame(40)[["id", "sequence", "label"]]
+
+
+@pytest.fixture
+def path(tmp_path):
+    table().to_csv(tmp_path / "table.csv", index=False)
+    return tmp_path / "table.csv"
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda path: path,
+        lambda path: str(path),
+        lambda path: table(),
+        lambda path: Dataset.from_pandas(table()),
+        lambda path: (table()["sequence"].tolist(), table()["label"].tolist()),
+        lambda path: (table()["sequence"], table()["label"].to_numpy()),
+        lambda path: Dataset.from_pandas(table()).class_encode_column("label"),
+    ],
+    ids=["path", "text", "frame", "dataset", "lists", "columns", "encoded"],
+)
+def test_the_same_rows_give_the_same_splits(path, give):
+    splits = splits_from(give(path))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 28, "validation": 4, "test": 8}
+    labels = splits["train"].features["label"]
+    truth = dict(zip(table()["sequence"], table()["label"], strict=True))
+    for split in splits.values():
+        for sequence, label in zip(split["sequence"], split["label"], strict=True):
+            assert labels.int2str(label) == truth[sequence]
+
+
+def test_splits_are_returned_as_they_are():
+    splits = splits_from(table())
+    assert splits_from(splits) is splits
+    assert isinstance(splits_from(dict(splits)), DatasetDict)
+
+
+def test_the_demo_is_a_name():
+    assert splits_from("demo")["train"].features["label"].names == ["non-membrane", "membrane"]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        ((["MKT"], ["a", "b"]), {}, DataError, "1 sequences and 2 labels"),
+        (["MKT", "MAL"], {}, ConfigurationError, "type list: expected a path"),
+        (7, {}, ConfigurationError, "type int"),
+        ("no/such.csv", {}, DataError, "no file at no/such.csv"),
+        (([None, "MKT"], ["a", "b"]), {}, DataError, "the lists, row"),
+    ],
+)
+def test_other_data_are_refused(data, options, error, message):
+    with pytest.raises(error, match=message):
+        splits_from(data, **options)
+
+
+def test_options_for_splits_that_exist_are_refused():
+    splits = splits_from(table())
+    with pytest.raises(ConfigurationError, match="have splits already: remove test_size"):
+        splits_from(splits, test_size=0.5)
+    with pytest.raises(ConfigurationError, match="label: the labels of this Dataset have a type"):
+        splits_from(Dataset.from_pandas(table()).class_encode_column("label"), label="label")
+
+
+def test_a_number_has_the_name_of_the_column_that_the_user_named(tmp_path):
+    features = splits_from(table().assign(Tm=range(40)), label="Tm", label_kind="number")["train"].features
+    assert task_of_splits(features, "Tm").names == ("Tm",)
+    assert task_of_splits(features).names == ("label",)
+    options = {"task": None, "precision": "float32", "training_options": {}, "early_stopping": None, "seed": 0}
+    columns = {"label": "Tm", "label_kind": "number"}
+    data = table().assign(Tm=range(40))
+    job = begin_job(demo_model_path(), data, RECIPES["lora"], tmp_path, data_options=columns, **options)
+    assert job.task.names == ("Tm",)
+    classes = splits_from(table())["train"].features
+    assert task_of_splits(classes, "label").names == tuple(classes["label"].names)

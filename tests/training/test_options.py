@@ -1,0 +1,61 @@
+"""The options of a run: other names, the batch size, and names that are wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from esm_efficient import RECIPES
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.training.options import resolve_options
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "expected"),
+    [
+        ("base", 8, (8, 1)),
+        ("base", 32, (8, 4)),
+        ("base", 4, (4, 1)),
+        ("base", 12, (6, 2)),
+        ("base", 7, (7, 1)),
+        ("base", 1, (1, 1)),
+        ("all", 8, (2, 4)),
+        ("all", 9, (1, 9)),
+    ],
+)
+def test_the_batch_size_is_micro_batch_times_accumulation(recipe, size, expected):
+    chosen, options = resolve_options(RECIPES[recipe], {"batch_size": size})
+    assert (chosen.micro_batch, chosen.accumulation) == expected
+    assert chosen.batch_size == size
+    assert chosen.learning_rate == pytest.approx(RECIPES[recipe].learning_rate * (size / 8) ** 0.5)
+    assert options == {}
+
+
+def test_a_learning_rate_is_taken_as_it_is_given():
+    chosen, options = resolve_options(RECIPES["base"], {"batch_size": 32, "learning_rate": 1e-5, "epochs": 0.5})
+    assert options == {"learning_rate": 1e-5, "num_train_epochs": 0.5}
+    assert chosen.accumulation == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, "unknown option 'epoch': did you mean 'epochs'"),
+        ({"learning_rat": 3}, "did you mean 'learning_rate'"),
+        ({"batchsize": 3}, "did you mean 'batch_size'"),
+        ({"pooing": "mean"}, "did you mean 'pooling'"),
+        ({"frobnicate": 3}, "expected an option of finetune or of TrainingArguments"),
+        ({"epochs": 1, "num_train_epochs": 2}, "the same option"),
+        ({"epochs": 0}, "epochs=0: expected more than 0"),
+        ({"num_train_epochs": -1}, "epochs=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 2.5}, "batch_size=2.5"),
+        ({"batch_size": 8, "gradient_accumulation_steps": 2}, "contradict each other"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_advice(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        resolve_options(RECIPES["all"], options, known=["pooling"])
+
+
+def test_steps_instead_of_epochs_are_allowed():
+    assert resolve_options(RECIPES["all"], {"max_steps": 3, "num_train_epochs": 0})[1]["max_steps"] == 3

@@ -1,0 +1,51 @@
+"""The progress bar of a run: one bar in a terminal, and the lines of the Trainer elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+CODE = (
+    "import sys; from esm_efficient import demo_model_path, finetune, stratified_sample\n"
+    "from esm_efficient.training.given import splits_from\n"
+    "data = {name: stratified_sample(split, 24) for name, split in splits_from('demo').items()}\n"
+    "finetune(demo_model_path(), data, recipe='lora', output_dir=sys.argv[1], logging_steps=1, eval_strategy='epoch')\n"
+)
+
+
+@pytest.mark.slow
+def test_without_a_terminal_the_log_has_the_lines_of_the_trainer(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.count("'loss'") == 3
+    assert "training:" not in done.stderr
+
+
+def test_in_a_terminal_one_bar_shows_steps_loss_and_validation(tmp_path):
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    run = subprocess.Popen([sys.executable, "-c", CODE, str(tmp_path)], stderr=child, stdout=subprocess.DEVNULL)
+    os.close(child)
+    text = ""
+    while True:
+        try:
+            block = os.read(parent, 65536).decode(errors="replace")
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        text += block
+    assert run.wait() == 0
+    last = [part for part in re.split("[\r\n]", text) if part.startswith("training:")][-1]
+    assert "3/3" in last
+    assert re.search(r"loss=\d\.\d+", last)
+    assert re.search(r"residues/s=[\d,]+", last)
+    assert "MCC=" in last
+    assert "{'loss'" not in text

@@ -1,0 +1,56 @@
+"""load_result(): the folder of a run gives the same table and page as the run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from datasets import DatasetDict
+
+from esm_efficient import demo_model_path, finetune, load_deeploc, load_result
+from esm_efficient.errors import ConfigurationError
+
+
+def splits_of(kind, demo_table):
+    data = load_deeploc(demo_table, task="location" if kind == "several labels" else "membrane", max_residues=300)
+    data = DatasetDict({name: data[name].select(range(12)) for name in ("train", "validation", "test")})
+    if kind == "numbers":
+        data = data.remove_columns("label").map(lambda row: {"label": row["residues"] / 10})
+    return data
+
+
+@pytest.mark.parametrize("kind", ["classes", "several labels", "numbers"])
+def test_a_folder_gives_the_result_again(tmp_path, demo_table, kind):
+    result = finetune(
+        demo_model_path(),
+        splits_of(kind, demo_table),
+        recipe="frozen",
+        output_dir=tmp_path,
+        class_weights=None,
+        probe=True,
+        disable_tqdm=True,
+    )
+    loaded = load_result(tmp_path)
+    assert str(loaded) == str(result)
+    assert loaded.to_html() == result.to_html()
+    assert loaded.to_dict() == json.loads(json.dumps(result.to_dict()))
+    np.testing.assert_array_equal(loaded.evaluation.scores, result.evaluation.scores.astype(np.float32))
+    assert loaded.model is None
+    assert loaded.probe == result.probe is not None
+    assert load_result(tmp_path / "model").result_path == loaded.result_path
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, "has no result.json"),
+        ("{", "cannot be read"),
+        ('{"task": {"kind": "regression", "names": ["x"]}}', "another version"),
+    ],
+)
+def test_a_folder_without_a_whole_record_is_refused(tmp_path, record, message):
+    if record is not None:
+        (tmp_path / "result.json").write_text(record)
+    with pytest.raises(ConfigurationError, match=message):
+        load_result(tmp_path)

@@ -1,0 +1,105 @@
+"""The model that a run begins with is loaded in the dtypes that it is held in, with the numbers of float32."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import EsmForSequenceClassification, EsmModel
+
+from esm_efficient import RECIPES, prepare_model, recipe_adapters
+from esm_efficient.recipes import Recipe
+from esm_efficient.tasks import Task
+from esm_efficient.training.start import starting_model
+
+TASK = Task("single_label_classification", ("no", "yes"))
+TOP = Recipe("top", "full", 1e-4, layers="top-1")
+LOWEST = Recipe("lowest", "full", 1e-4, layers=(0,))
+MEAN = RECIPES["lora"].replace(pooling="mean")
+
+
+@pytest.fixture(scope="module", params=["new head", "trained head"])
+def checkpoint(request, tmp_path_factory):
+    """A checkpoint of several shards in float32, with weights that bfloat16 does not have."""
+    folder = tmp_path_factory.mktemp("sharded")
+    kind = EsmForSequenceClassification if request.param == "trained head" else EsmModel
+    model = make_model(kind, num_hidden_layers=6, hidden_size=64, intermediate_size=128)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def load(folder, recipe, half, held, **options):
+    """Load a model with what does not train in a dtype, and prepare it as a run does that holds it in another."""
+    torch.manual_seed(3)
+    model, _, _ = starting_model(folder, "unused", TASK, recipe, half=half, adapter_options=options)
+    dtypes, kind = {parameter.dtype for parameter in model.parameters()}, type(model)
+    model = prepare_model(
+        model,
+        adapters=recipe_adapters(recipe, model, **options),
+        head_only=recipe.trains == "head",
+        layers=recipe.layers,
+        dtype=held,
+    )
+    return model, dtypes, kind
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("recipe", "options", "is_half"),
+    [
+        (RECIPES["lora"], {"r": 4}, True),
+        (RECIPES["lora"], {"use_dora": True}, False),
+        (RECIPES["lora"], {"modules_to_save": ["classifier", "word_embeddings"]}, False),
+        (RECIPES["frozen"], {}, True),
+        (RECIPES["base"], {}, True),  # the contact head alone
+        (TOP, {}, True),
+        (LOWEST, {}, True),
+        (MEAN, {}, True),
+    ],
+)
+def test_a_model_loaded_in_half_precision_has_the_numbers_of_one_loaded_in_float32(
+    checkpoint, recipe, options, is_half, half
+):
+    expected, _, expected_kind = load(checkpoint, recipe, None, half, **options)
+    found, dtypes, kind = load(checkpoint, recipe, half, half, **options)
+    assert kind is expected_kind
+    assert (half in dtypes) == is_half
+    assert found.config.to_dict() == expected.config.to_dict()
+    tensors = found.state_dict()
+    assert tensors.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert tensors[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
+
+
+def own_memory():
+    """Return the bytes of this process that are not pages of a file, such as a checkpoint that is mapped."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_needs_no_more_memory_than_the_model_as_it_is_held(tmp_path):
+    sizes = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    model = make_model(EsmForSequenceClassification, **sizes)
+    in_float32 = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    del model
+    before, seen, ended = own_memory(), [0], threading.Event()
+
+    def watch():
+        while not ended.wait(0.0005):
+            seen.append(own_memory() - before)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    loaded, _, _ = starting_model(tmp_path, "unused", TASK, RECIPES["lora"], half=torch.bfloat16)
+    ended.set()
+    watching.join()
+    held = sum(parameter.untyped_storage().nbytes() for parameter in loaded.parameters())
+    assert held < 0.52 * in_float32
+    assert max(seen) < held + 0.1 * in_float32

@@ -1,0 +1,61 @@
+"""Early stopping: a run ends without a better result on validation, and the best checkpoint is kept."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import DatasetDict
+
+from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.tasks import Task
+from esm_efficient.training.stopping import EarlyStopping
+
+CLASSES = Task("single_label_classification", ("no", "yes"))
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_a_run_ends_and_the_best_checkpoint_is_kept(tmp_path, demo_table, kind):
+    data = load_deeploc(demo_table, max_residues=300)
+    data = DatasetDict({name: data[name].select(range(24)) for name in ("train", "validation", "test")})
+    if kind == "numbers":
+        data = data.remove_columns("label").map(lambda row: {"label": 100.0 + row["residues"]})
+    # Such a rate makes a head worse with every epoch.
+    options = {"learning_rate": 3.0, "epochs": 12, "batch_size": 8, "lr_scheduler_type": "constant"}
+    result = finetune(
+        demo_model_path(), data, recipe="frozen", output_dir=tmp_path, early_stopping=2, disable_tqdm=True, **options
+    )
+    metric, better = ("rmse", min) if kind == "numbers" else ("mcc", max)
+    seen = [entry[f"eval_{metric}"] for entry in result.history if f"eval_{metric}" in entry]
+    best = better(seen)
+    assert len(seen) < 12
+    assert seen.index(best) == len(seen) - 3
+    measured = evaluate(result.model_dir, data["validation"])[metric]
+    assert measured == pytest.approx(best, rel=1e-3, abs=1e-5)
+
+
+def test_options_and_callbacks():
+    assert EarlyStopping.check(None, ["train"], CLASSES).options({"epochs": 3}) == {"epochs": 3}
+    assert EarlyStopping.check(None, ["train"], CLASSES).callbacks() == []
+    stopping = EarlyStopping.check(2, ["train", "validation"], CLASSES)
+    options = stopping.options({"save_total_limit": 5})
+    assert options["metric_for_best_model"] == "mcc"
+    assert options["load_best_model_at_end"]
+    assert options["save_total_limit"] == 5
+    assert stopping.callbacks()[0].early_stopping_patience == 2
+
+
+@pytest.mark.parametrize(("splits", "patience"), [(["train", "validation"], 3), (["train", "test"], None)])
+def test_auto_stops_early_where_there_is_a_validation_split(splits, patience):
+    assert EarlyStopping.check("auto", splits, CLASSES).patience == patience
+
+
+@pytest.mark.parametrize(
+    ("patience", "splits", "message"),
+    [
+        (0, ["train", "validation"], "early_stopping=0: expected at least 1"),
+        (2, ["train", "test"], "needs a validation"),
+    ],
+)
+def test_wrong_options_are_refused(patience, splits, message):
+    with pytest.raises(ConfigurationError, match=message):
+        EarlyStopping.check(patience, splits, CLASSES)
