@@ -20,10 +20,7 @@ of the whole sweep: one pass that gives the states of all layers, and the probes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import itertools
-import json
 import logging
 import platform
 import shutil
@@ -33,7 +30,7 @@ import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import accelerate
 import datasets
@@ -45,6 +42,7 @@ import transformers
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from study_methods import GroupRates, Method, list_methods, quick_rows
 from study_results import append_result, identity, read_results, report
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -52,9 +50,7 @@ from tutorial_methods import train_as_the_tutorial
 
 import esm_efficient
 from esm_efficient import (
-    RECIPES,
     EsmEfficientError,
-    Recipe,
     classification_metrics,
     demo_model_path,
     finetune,
@@ -64,70 +60,12 @@ from esm_efficient import (
     truncate,
     write_demo_table,
 )
-from esm_efficient.recipes import select_layers
-from esm_efficient.tasks import Pooling
 from esm_efficient.trunk.layer_states import Reading
 
 QUICK = {"seeds": [0, 1], "train_size": 480, "test_size": 160}
 """Options of ``--quick``: a fifth of the sample. Its figures are not those of the whole study."""
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 PARTITIONS = range(5)
-SETTING_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.name not in ("name", "description")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A row of the study.
-
-    Attributes:
-        name: name in the results file.
-        recipe: how it trains; None for a method that trains no network.
-        epochs: passes over the training proteins.
-        truncated: number of layers that are kept before training; 0 for all.
-        probed: the layer and the reading of a linear probe; None for another method.
-    """
-
-    name: str
-    recipe: Recipe | None = None
-    epochs: int = 0
-    truncated: int = 0
-    probed: tuple[int, Reading] | None = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What determines the result, besides data, model and seed: what differs from the defaults of `Recipe`."""
-        if self.recipe is None:
-            return {}
-        values = dataclasses.asdict(self.recipe)
-        changed = {name: values[name] for name, usual in SETTING_DEFAULTS.items() if values[name] != usual}
-        return changed | {"epochs": self.epochs, "truncated": self.truncated}
-
-
-def list_methods(layers: int) -> list[Method]:
-    """Return all methods for an encoder with this number of layers."""
-    methods = [Method("majority"), Method("composition")]
-    for reading, layer in itertools.product(get_args(Reading), range(layers + 1)):
-        methods.append(Method(f"probe{layer}-{reading}", probed=(layer, reading)))
-    methods += [Method("tutorial-base"), Method("tutorial-all")]
-    lora, base, frozen = RECIPES["lora"], RECIPES["base"], RECIPES["frozen"]
-    depths = sorted({len(select_layers(share, layers)) for share in ("top-1/6", "top-1/3", "top-1/2", "all")})
-    for pooling, epochs in itertools.product(get_args(Pooling), (1, 3)):
-        end = f"{pooling}-e{epochs}"
-        methods.append(Method(f"frozen-{end}", frozen.replace(pooling=pooling), epochs))
-        for depth in depths:
-            recipe = lora.replace(layers=f"top-{depth}", cache=depth < layers, pooling=pooling)
-            methods.append(Method(f"lora-top{depth}-{end}", recipe, epochs))
-        methods.append(Method(f"full-{end}", base.replace(pooling=pooling), epochs))
-        whole = lora.replace(pooling=pooling)
-        methods += [Method(f"truncated{kept}-lora-{end}", whole, epochs, kept) for kept in range(1, layers)]
-    return methods
-
-
-def quick_rows(layers: int) -> list[str]:
-    """Return the methods of ``--quick`` for an encoder with this number of layers."""
-    third = len(select_layers("top-1/3", layers))
-    deep = [f"lora-top{third}-first-e1", f"lora-top{third}-mean-e1", f"lora-top{layers}-first-e1", "full-first-e1"]
-    return ["majority", "composition", "probe*", "frozen-first-e3", "frozen-mean-e3", *deep]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -229,8 +167,7 @@ class Study:
     def key(self, method: Method, seed: int) -> dict:
         """Return what identifies a run."""
         name = Path(self.options.model).name if self.options.model else "demo"
-        settings = json.loads(json.dumps(method.settings))  # tuples become lists, as in the file
-        return {"method": method.name, "settings": settings, "seed": seed, "split": self.split, "model": name}
+        return {"method": method.name, "settings": method.settings, "seed": seed, "split": self.split, "model": name}
 
     def fine_tune(self, method: Method, seed: int, data: datasets.DatasetDict) -> dict:
         """Train a method's recipe and return its figures."""
@@ -246,7 +183,8 @@ class Study:
             num_train_epochs=method.epochs,
             probe=False,
             profile=True,
-            callbacks=[clock],
+            callbacks=[clock, *([GroupRates(method.rates)] if method.rates else [])],
+            **method.options,
         )
         assert method.recipe is not None
         assert result.profile is not None
