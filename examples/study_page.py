@@ -24,6 +24,8 @@ from esm_efficient.training.metrics import confidence_interval
 
 AGAINST = "lora-top6-first-e1"
 LAYERS = 6
+TUNING_PARTITIONS, TEST_PARTITIONS = [3], [4]
+"""The partitions whose proteins score the settings of a recipe, and those that score everything else."""
 TABLES = {
     "cheap": ["majority", "composition", "probe*-mean", "probe*-first"],
     "depth": ["lora-top*-first-e1", "lora-top*-first-e3"],
@@ -42,7 +44,32 @@ HEADLINE = {
     "tutorial-all": 'the tutorial\'s "all": adapters cut off, a quarter of the steps',
 }
 """The rows of the README's table, in words; ``probe`` is the linear probe with the highest mean."""
-HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - LoRA on all", "CPU s", "activations")
+TUNED = {
+    "lora-top2-first-e1": "the recipe",
+    "tune-rate-third": "learning rate 3e-4, not 1e-3",
+    "tune-rate-triple": "learning rate 3e-3, not 1e-3",
+    "tune-batch-16": "16 sequences per step, not 8, at rate 1.4e-3",
+    "tune-batch-32": "32 sequences per step, not 8, at rate 2e-3",
+    "tune-rank-2": "rank 2, not 8",
+    "tune-rank-32": "rank 32, not 8",
+    "tune-alpha-half": "alpha 8, not 16",
+    "tune-alpha-double": "alpha 32, not 16",
+    "tune-qkv": "adapters on query, key and value alone",
+    "tune-dropout": "dropout of 0.1 on the inputs of the adapters",
+    "tune-rslora": "rsLoRA: alpha over the root of the rank",
+    "tune-dora": "DoRA",
+    "tune-lora-plus": "LoRA+: four times the rate for the matrices B",
+    "tune-head-slow": "a tenth of the rate for the head",
+    "tune-head-fast": "ten times the rate for the head",
+    "tune-warm-up": "warm-up over a tenth of the steps",
+    "tune-cosine": "cosine schedule, not linear",
+    "tune-weights-none": "no class weights",
+    "lora-top2-mean-e1": "a head that reads the mean over residues",
+    "lora-top2-attention-e1": "a head that reads a learned mean over residues",
+    "lora-top2-first-e3": "3 epochs, not 1",
+}
+"""The rows of the table of settings, in words; the first is what the others are compared with."""
+HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -151,14 +178,25 @@ def matching(runs: list[dict], patterns: Sequence[str]) -> dict[str, str]:
     return {name: name for pattern in patterns for name in methods if fnmatch(name, pattern)}
 
 
-def methods_table(runs: list[dict], titles: Mapping[str, str]) -> str:
+def tuning_table(runs: list[dict]) -> str:
+    """Return the table of `TUNED` settings that were run."""
+    methods = {run["method"] for run in runs}
+    against, called = next(iter(TUNED.items()))
+    return methods_table(runs, {name: title for name, title in TUNED.items() if name in methods}, against, called)
+
+
+def methods_table(
+    runs: list[dict], titles: Mapping[str, str], against: str = AGAINST, called: str = "LoRA on all"
+) -> str:
     """Return one row per method.
 
     Args:
         runs: all runs.
         titles: what a method is called in its row.
+        against: the method whose MCC is subtracted, seed by seed.
+        called: its name in the header.
     """
-    whole = {run["seed"]: run for run in runs if run["method"] == AGAINST}
+    whole = {run["seed"]: run for run in runs if run["method"] == against}
     rows = []
     for name, title in titles.items():
         same = [run for run in runs if run["method"] == name]
@@ -179,14 +217,16 @@ def methods_table(runs: list[dict], titles: Mapping[str, str]) -> str:
                 format_bytes(max(peaks)) if peaks else "-",
             )
         )
-    return format_markdown(rows, HEADER)
+    return format_markdown(rows, [title.format(called) for title in HEADER])
 
 
-WHOLE_TABLES = {"truncation": truncation_table, "headline": headline_table}
+WHOLE_TABLES = {"truncation": truncation_table, "headline": headline_table, "tuning": tuning_table}
 
 
 def table(name: str, runs: list[dict]) -> str:
-    """Return a table as Markdown."""
+    """Return a table as Markdown, made of the runs on its split."""
+    tested = TUNING_PARTITIONS if name == "tuning" else TEST_PARTITIONS
+    runs = [run for run in runs if run["split"]["test"] == tested]
     if name in WHOLE_TABLES:
         return WHOLE_TABLES[name](runs)
     return methods_table(runs, matching(runs, TABLES[name]))
@@ -202,7 +242,8 @@ def fill(page: str, runs: list[dict], images: Path) -> str:
         else:
             plot, shown = PLOTS[name]
             images.mkdir(exist_ok=True)
-            (images / f"results_{name}.svg").write_text(plot(runs))
+            tested = [run for run in runs if run["split"]["test"] == TEST_PARTITIONS]
+            (images / f"results_{name}.svg").write_text(plot(tested))
             text = f"![{shown}]({images.name}/results_{name}.svg)\n"
         return place[1] + text + place[4]
 
@@ -211,7 +252,7 @@ def fill(page: str, runs: list[dict], images: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="file of compare_methods.py, with runs on one model and split")
+    parser.add_argument("results", type=Path, help="file of compare_methods.py, with runs on one model")
     parser.add_argument("pages", type=Path, nargs="+", help="Markdown files to fill")
     options = parser.parse_args()
     runs = read_results(options.results)

@@ -57,7 +57,9 @@ def test_the_headline_shows_the_best_probe_and_the_methods_that_were_run(study_p
 
 def test_every_line_of_the_results_file_is_a_run_of_its_own(study_page):
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    assert len({(run["method"], run["seed"]) for run in runs}) == len(runs)
+    assert len({(run["method"], run["seed"], *run["split"]["test"]) for run in runs}) == len(runs)
+    splits = {json.dumps([run["split"]["train"], run["split"]["test"], run["split"]["proteins"]]) for run in runs}
+    assert splits <= {"[[0, 1, 2, 3], [4], [2400, 800]]", "[[0, 1, 2], [3], [2400, 800]]"}
     assert {run["model"] for run in runs} == {"esm2_t6_8M"}
     assert all(run["commit"] and "dirty" not in run["commit"] for run in runs)
 
@@ -82,3 +84,25 @@ def test_fine_tuning_a_truncated_model_is_compared_with_the_whole_one_seed_by_se
     # Student's t with one degree of freedom: 12.706 times the standard error of 0.6 and 0.8, which is 0.1.
     assert tuned.replace("\\", "") == "0.700 [-0.571, 1.971]"
     assert difference.replace("\\", "") == "+0.100 [+0.100, +0.100]"
+
+
+def test_settings_are_compared_with_the_recipe_on_the_partition_that_chooses(study_page):
+    def run(method, seed, mcc, tested):
+        metrics = {"mcc": mcc, "accuracy": 0.5, "auroc": 0.5}
+        costs = {"prepare_cpu_seconds": 1.0, "train_cpu_seconds": 2.0}
+        return {"method": method, "seed": seed, "settings": {}, "metrics": metrics, "split": {"test": tested}} | costs
+
+    runs = [run("lora-top2-first-e1", seed, mcc, [3]) for seed, mcc in ((0, 0.5), (1, 0.7))]
+    runs += [run("tune-rank-2", seed, mcc, [3]) for seed, mcc in ((1, 0.6), (0, 0.4))]
+    runs += [run("tune-rank-2", 2, 0.9, [4]), run("lora-top2-first-e1", 2, 0.1, [4])]
+    header, _, usual, changed = study_page.table("tuning", runs).splitlines()
+    assert "MCC - the recipe" in header
+    assert usual.startswith("| the recipe | 2 |")
+    cells = [cell.strip().replace("\\", "") for cell in changed.strip("|").split("|")]
+    assert (cells[0], cells[1], cells[5]) == ("rank 2, not 8", "2", "-0.100 [-0.100, -0.100]")
+
+
+def test_every_setting_of_the_study_has_its_words(study_page):
+    from study_methods import tuning_methods
+
+    assert {method.name for method in tuning_methods(study_page.LAYERS)} <= study_page.TUNED.keys()
