@@ -59,7 +59,16 @@ class KernelCounter(TorchDispatchMode):
             read = {key: value for key, value in kwargs.items() if key not in ("out", "grad_input")}
             self.moved += bytes_of((args[1:] if name in OVERWRITING else args, read))
             self.moved += bytes_of(args[0] if name == "_foreach_copy_" else result)
+            if func.namespace == "esm_efficient":  # the operations of torch return what they overwrite
+                self.moved += bytes_of(overwritten(func, args, kwargs))
         return result
+
+
+def overwritten(func, args, kwargs):
+    """Return the arguments that an operation overwrites."""
+    parameters = func._schema.arguments
+    values = dict(zip([parameter.name for parameter in parameters], args, strict=False)) | kwargs
+    return [values.get(p.name) for p in parameters if p.alias_info is not None and p.alias_info.is_write]
 
 
 def bytes_of(value):
