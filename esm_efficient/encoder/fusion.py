@@ -7,7 +7,7 @@ estimate and the profiler, sees one operation, and not those of which the functi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,9 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        self.name = function.__name__
         self.can_compile = True
+        self.seen: set[Any] = set()
 
     @cached_property
     def compiled(self) -> Callable[..., Any]:
@@ -37,34 +39,55 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """Call the function; a number of tokens that was not seen before compiles nothing, except for one token."""
-        tokens = list(_token_axes(args))
-        if not self.can_compile or any(tensor.shape[axis] == 1 for tensor, axis in tokens):
+        args, tensors = _detached(args)
+        if not self.can_compile or any(tensor.shape[_token_axis(tensor)] == 1 for tensor in tensors):
             return self.function(*args)
-        for tensor, axis in tokens:
-            _torch.mark_dynamic(tensor, axis)
+        signature = tuple((tensor.dtype, tensor.dim()) for tensor in tensors)
+        if signature not in self.seen:
+            self.seen.add(signature)
+            for tensor in tensors:
+                _torch.mark_dynamic(tensor, _token_axis(tensor))
         try:
             return self.compiled(*args)
         except _torch.compile_errors() as error:
             self.can_compile = False
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            logger.warning("%s runs without fusion, because it cannot be compiled: %s", self.function.__name__, reason)
+            logger.warning("%s runs without fusion, because it cannot be compiled: %s", self.name, reason)
             return self.function(*args)
 
 
-def _token_axes(args: Any) -> Iterator[tuple[Tensor, int]]:
-    """Yield the tensors that have an axis of tokens, and that axis: (tokens, width) or (..., tokens, heads, width)."""
+COMPILED: list[Compiled] = []
+"""The compiled functions, some of which may turn out not to be."""
+
+
+def _detached(args: Any) -> tuple[list[Any], list[Tensor]]:
+    """Return arguments without their gradients, which the compiler would tell apart, and the tensors with tokens."""
+    detached, tensors = [], []
     for value in args:
         if isinstance(value, list):
-            yield from _token_axes(value)
-        elif isinstance(value, Tensor) and value.dim() > 1:
-            yield value, max(value.dim() - 3, 0)
+            part, found = _detached(value)
+            detached.append(part)
+            tensors += found
+            continue
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if value.dim() > 1:
+                tensors.append(value)
+        detached.append(value)
+    return detached, tensors
+
+
+def _token_axis(tensor: Tensor) -> int:
+    """The axis of the tokens in (tokens, width) or (..., tokens, heads, head width)."""
+    return max(tensor.dim() - 3, 0)
 
 
 def _operation(function: Callable[..., Any], name: str, signature: str) -> Any:
     """Register a compiled function as an operation; under fake tensors the function itself gives the shapes."""
     path = f"esm_efficient::{name}"
     torch.library.define(path, signature)
-    torch.library.impl(path, "CompositeExplicitAutograd", Compiled(function))
+    COMPILED.append(Compiled(function))
+    torch.library.impl(path, "CompositeExplicitAutograd", COMPILED[-1])
     torch.library.register_fake(path, function)
     return getattr(torch.ops.esm_efficient, name).default
 

@@ -56,19 +56,26 @@ class KernelCounter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         self.kernels[name] += 1
         if name not in PRODUCTS:
-            read = {key: value for key, value in kwargs.items() if key not in ("out", "grad_input")}
-            self.moved += bytes_of((args[1:] if name in OVERWRITING else args, read))
-            self.moved += bytes_of(args[0] if name == "_foreach_copy_" else result)
-            if func.namespace == "esm_efficient":  # the operations of torch return what they overwrite
-                self.moved += bytes_of(overwritten(func, args, kwargs))
+            self.moved += bytes_of(read_by(func, args, kwargs)) + bytes_of(written_by(func, args, kwargs, result))
         return result
 
 
-def overwritten(func, args, kwargs):
-    """Return the arguments that an operation overwrites."""
-    parameters = func._schema.arguments
-    values = dict(zip([parameter.name for parameter in parameters], args, strict=False)) | kwargs
-    return [values.get(p.name) for p in parameters if p.alias_info is not None and p.alias_info.is_write]
+def read_by(func, args, kwargs):
+    """Return the arguments that an operation reads."""
+    if func._overloadpacket.__name__ in OVERWRITING:
+        args = args[1:]
+    values = list(zip([argument.name for argument in func._schema.arguments], args, strict=False))
+    return [value for name, value in [*values, *kwargs.items()] if name not in ("out", "grad_input")]
+
+
+def written_by(func, args, kwargs, result):
+    """Return what an operation writes: its results, and the arguments that it overwrites and does not return."""
+    if func._overloadpacket.__name__ == "_foreach_copy_":
+        return args[0]
+    arguments = func._schema.arguments
+    values = dict(zip([argument.name for argument in arguments], args, strict=False)) | kwargs
+    changed = [values.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [result, *(value for value in changed if func.namespace == "esm_efficient")]
 
 
 def bytes_of(value):
