@@ -48,6 +48,10 @@ class KernelCounter(TorchDispatchMode):
     def total(self):
         return sum(self.kernels.values())
 
+    @property
+    def elementwise(self):
+        return self.total - sum(self.kernels[name] for name in PRODUCTS)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

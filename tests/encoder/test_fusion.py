@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from conftest import slow_except
+from counting import KernelCounter
 from lean_models import build, distance, gradient_of, make_batch, nothing_runs_without_fusion
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -110,6 +111,21 @@ def test_twenty_batches_have_the_gradient_of_the_plain_model_and_compile_nothing
             assert found == pytest.approx(loss, rel=1e-5)
             assert distance(found_gradient, gradient) < 1e-5
     assert graphs() == before > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_modes_that_see_operations_see_each_compiled_function_as_one():
+    model = apply_lean_encoder(build(EsmModel, "full", num_hidden_layers=2), fused=True)
+    batch = make_batch([9, 5, 17])
+    expected, gradient = gradient_of(model, batch)
+    before = graphs()
+    with KernelCounter() as counter:
+        found, found_gradient = gradient_of(model, batch)
+    assert (found, distance(found_gradient, gradient)) == (expected, 0)
+    assert graphs() > before  # under a mode too they are compiled
+    seen = {name: counter.kernels[name] for name in Elementwise._fields}
+    assert seen == {"norm": 8, "norm_backward": 4, "gelu_backward": 2, "rotate": 0}
 
 
 def test_copies_keep_the_fusion():
