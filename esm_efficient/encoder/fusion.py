@@ -39,21 +39,21 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """Call the function; a number of tokens that was not seen before compiles nothing, except for one token."""
-        args, tensors = _detached(args)
+        values, tensors = _detached(args)
         if not self.can_compile or any(tensor.shape[_token_axis(tensor)] == 1 for tensor in tensors):
-            return self.function(*args)
+            return self.function(*values)
         signature = tuple((tensor.dtype, tensor.dim()) for tensor in tensors)
         if signature not in self.seen:
             self.seen.add(signature)
             for tensor in tensors:
                 _torch.mark_dynamic(tensor, _token_axis(tensor))
         try:
-            return self.compiled(*args)
+            return self.compiled(*values)
         except _torch.compile_errors() as error:
             self.can_compile = False
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             logger.warning("%s runs without fusion, because it cannot be compiled: %s", self.name, reason)
-            return self.function(*args)
+            return self.function(*values)
 
 
 COMPILED: list[Compiled] = []
