@@ -177,6 +177,21 @@ def create_block_mask(mask: Callable[..., Tensor], queries: int, keys: int, devi
     return flex_attention.create_block_mask(mask, None, None, queries, keys, device=str(device), _compile=compiled)
 
 
+def mark_dynamic(tensor: Tensor, axis: int) -> None:
+    """Tell torch.compile that an axis has another length in every call.
+
+    Without it, the first two lengths would be compiled one by one.
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of torch.compile itself; without them, errors of the compiled function would be caught too."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return TorchDynamoException, FailOnRecompileLimitHit
+
+
 # --- costs ---
 
 

@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention: str = "auto") -> Model:
+def apply_lean_encoder(
+    model: Model, *, recompute: Recompute = "none", attention: str = "auto", fused: bool = False
+) -> Model:
     """Make an ESM-2 model compute without padding and keep fewer activations, with the same loss and gradient.
 
     Padding is removed after the embeddings, and added again, as zeros, after the last layer norm. In between, three
@@ -54,6 +56,9 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
         recompute: ``"none"`` keeps the MLP's pre-activation; ``"mlp"`` recomputes it and keeps 6 times the width;
             ``"layer"`` keeps only each layer's input.
         attention: the attention backend, one of `BACKENDS`.
+        fused: whether torch.compile makes one kernel of each layer norm with its conversions, of each sum of gradients
+            with the layer norm's, of GELU with its gradient, and on CUDA of the rotary positions. The kernels are
+            compiled in the first step. Where they cannot be, the log says so, and the layers run without fusion.
 
     Returns:
         The model.
@@ -88,17 +93,18 @@ def apply_lean_encoder(model: Model, *, recompute: Recompute = "none", attention
     for esm in models:
         _refuse_replaced_forward(esm)
     for esm in models:
-        _replace_forward(esm, LeanState(recompute, attention))
+        _replace_forward(esm, LeanState(recompute, attention, fused))
     _register_classifier_hooks(model)
     return model
 
 
-def apply_lean_encoder_if_supported(model: Model, *, attention: str = "auto") -> Model:
+def apply_lean_encoder_if_supported(model: Model, *, attention: str = "auto", fused: bool = False) -> Model:
     """Apply the lean encoder, or leave a model that it does not support as it is and say so in the log.
 
     Args:
         model: a model with any encoder. It is changed in place.
         attention: as `apply_lean_encoder`.
+        fused: as `apply_lean_encoder`.
 
     Returns:
         The model.
@@ -107,7 +113,7 @@ def apply_lean_encoder_if_supported(model: Model, *, attention: str = "auto") ->
         ConfigurationError: as `apply_lean_encoder`, for a model with an ``EsmModel``.
     """
     if any(True for _ in esm_models(model)):
-        return apply_lean_encoder(model, attention=attention)
+        return apply_lean_encoder(model, attention=attention, fused=fused)
     logger.info("%s. The model runs with its own encoder", _unsupported(model))
     return model
 

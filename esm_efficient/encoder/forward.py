@@ -46,12 +46,14 @@ class LeanState:
     Attributes:
         recompute: one of `RECOMPUTES`.
         attention: one of `BACKENDS`.
+        fused: whether torch.compile fuses the elementwise functions.
         structure: what was found about the model's parts; None before the first call.
         logged: messages that were logged.
     """
 
     recompute: Recompute
     attention: str
+    fused: bool = False
     structure: Structure | None = None
     logged: set[str] = field(default_factory=set)
 
@@ -276,6 +278,7 @@ def layer_forward(layer: Any, hidden_states: Tensor, packing: Packing | None = N
         recompute="layer" if checkpointed else state.recompute,
         backend=state.attention,
         first_only=kwargs["first_only"],
+        fused=state.fused,
     )
     for reason in reasons:
         state.log_once("runs through its own forward, without padding: %s", reason)

@@ -8,6 +8,7 @@ and the pre-activation of the MLP. The Functions cannot be differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from esm_efficient.encoder.elementwise import EAGER, Elementwise, rotate_neighbours
 from esm_efficient.encoder.linear import Group, PreparedWeights, accumulate, prepare_all
 from esm_efficient.encoder.low_rank import convert
 from esm_efficient.encoder.plan import autocast_as, plan_for
@@ -37,7 +39,9 @@ class Norm(NamedTuple):
         return cls(module.weight, module.bias, module.eps)
 
 
-def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+def norm_linears(
+    x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None = None, elementwise: Elementwise = EAGER
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """Compute a layer norm, several linear layers, and rotary positions.
 
     Args:
@@ -45,11 +49,15 @@ def norm_linears(x: Tensor, norm: Norm, group: Group, *, rotation: Tensor | None
         norm: the layer norm.
         group: the linear layers; the outputs of the first `Group.rotated` are rotated.
         rotation: complex of shape (tokens, 1, head width / 2).
+        elementwise: the elementwise functions, fused or not.
 
     Returns:
-        Shape (tokens, layers, heads, head width); of layers that are apart, each (tokens, heads, head width).
+        `x`, for the sum after attention: its gradient is then added where that of the layer norm is computed. And the
+        outputs, (tokens, layers, heads, head width); of layers that are apart, each (tokens, heads, head width).
     """
-    return NormLinears.apply(x, norm.weight, norm.bias, norm.eps, rotation, True, group, *group.tensors)
+    options = norm.eps, rotation, True, elementwise, group
+    same, *outputs = NormLinears.apply(x, norm.weight, norm.bias, *options, *group.tensors)
+    return same, tuple(outputs) if group.apart else outputs[0]
 
 
 def linear_residual(inputs: Tensor, residual: Tensor, group: Group) -> Tensor:
@@ -58,7 +66,14 @@ def linear_residual(inputs: Tensor, residual: Tensor, group: Group) -> Tensor:
 
 
 def mlp_residual(
-    x: Tensor, norm: Norm, up: Group, down: Group, *, keep: bool = True, without_output: bool = False
+    x: Tensor,
+    norm: Norm,
+    up: Group,
+    down: Group,
+    *,
+    keep: bool = True,
+    without_output: bool = False,
+    elementwise: Elementwise = EAGER,
 ) -> Tensor:
     """Return ``x + down(gelu(up(norm(x))))`` of shape (tokens, width).
 
@@ -69,13 +84,15 @@ def mlp_residual(
         down: the second linear layer, which narrows.
         keep: whether to save the pre-activation for the backward pass instead of recomputing it there.
         without_output: return meaningless values, for a caller that needs only the gradients.
+        elementwise: the elementwise functions, fused or not.
     """
     tensors = up.tensors + down.tensors
     needs_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, norm.weight, norm.bias, *tensors)
     )
     mode = ("kept" if keep else "recomputed") if needs_gradient else "unneeded"
-    return NormMLP.apply(x, norm.weight, norm.bias, norm.eps, mode, without_output, up, down, *tensors)
+    options = norm.eps, mode, without_output, elementwise, up, down
+    return NormMLP.apply(x, norm.weight, norm.bias, *options, *tensors)
 
 
 class NormLinears(Function):
@@ -90,48 +107,56 @@ class NormLinears(Function):
         eps: float,
         rotation: Tensor | None,
         owns_gradient: bool,
+        elementwise: Elementwise,
         group: Group,
         *tensors: Tensor,
-    ) -> Tensor | tuple[Tensor, ...]:
-        """Return the outputs; with `owns_gradient` the backward pass may overwrite their gradient."""
+    ) -> tuple[Tensor, ...]:
+        """Return `x` and the outputs; with `owns_gradient` the backward pass may overwrite their gradient."""
         ctx.save_for_backward(x, weight, bias, rotation, *tensors)
-        ctx.eps, ctx.owns_gradient, ctx.group = eps, owns_gradient, group
+        ctx.eps, ctx.owns_gradient, ctx.elementwise, ctx.group = eps, owns_gradient, elementwise, group
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(x)
         with _without_autocast(x):
-            states = group.forward(_norm(x, weight, bias, eps)[0])
-            group.end_forward()
+            normed = elementwise.norm(x, weight, bias, eps, group.dtype)[0]
             if group.apart:
-                states = states.unflatten(-1, (group.heads, -1))
-                _rotate_halves(states[: group.rotated], rotation)
-                return states.unbind()
+                # Two tensors, because the rotated one may be replaced by another.
+                counts = group.rotated, len(group.linears) - group.rotated
+                parts = [normed.new_empty(n, x.shape[0], group.linears[0].shape[0]) for n in counts]
+                group.forward(normed, out=[out for part in parts for out in part])
+                group.end_forward()
+                turned, rest = (part.unflatten(-1, (group.heads, -1)) for part in parts)
+                if rotation is not None and group.rotated:
+                    (turned,) = elementwise.rotate([turned], _real(rotation), False)
+                return x, *turned.unbind(), *rest.unbind()
+            states = group.forward(normed)
+            group.end_forward()
             states = states.view(x.shape[0], len(group.linears), group.heads, -1)
-            return _rotate(states, rotation, group.rotated)
+            return x, rotate_neighbours(states, rotation, group.rotated)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Recompute the layer norm and return the gradients."""
+    def backward(ctx: Any, d_same: Tensor | None, *gradients: Tensor) -> tuple[Any, ...]:
+        """Recompute the layer norm and return the gradients; `d_same` reached `x` around the layer norm."""
         refuse_double_backward()
         x, weight, bias, rotation, *tensors = ctx.saved_tensors
-        group = ctx.group.with_tensors(tensors)
+        group, elementwise = ctx.group.with_tensors(tensors), ctx.elementwise
         needs_norm, needs_tensors = _split_needs(ctx, tensors)
         turned = list(gradients)
         if rotation is not None:
-            back = rotation.conj().resolve_conj()  # once, because each product would do it
-            for layer, gradient in enumerate(turned[: group.rotated] if group.apart else turned):
-                if not (ctx.owns_gradient and gradient.is_contiguous()):
-                    turned[layer] = gradient.clone(memory_format=torch.contiguous_format)
-                if group.apart:
-                    _rotate_halves(turned[layer], back)
-                else:
-                    _rotate(turned[layer], back, group.rotated)
-        normed, mean, deviation = _norm(x, weight, bias, ctx.eps)
+            rotated = slice(group.rotated if group.apart else 1)
+            own = [_own(gradient, ctx.owns_gradient) for gradient in turned[rotated]]
+            if not group.apart:
+                rotate_neighbours(own[0], rotation.conj().resolve_conj(), group.rotated)
+            turned[rotated] = elementwise.rotate(own, _real(rotation), True) if group.apart else own
+        normed, *statistics = elementwise.norm(x, weight, bias, ctx.eps, group.dtype)
         grads: list[Tensor | None] = [None] * len(tensors)
-        to_norm = any(needs_norm)
         flat = [gradient.reshape(x.shape[0], -1) for gradient in turned]
-        d_normed = group.backward(flat, normed, needs_tensors, grads, to_inputs=to_norm)
+        d_normed = group.backward(flat, normed, needs_tensors, grads, to_inputs=any(needs_norm))
         del normed, turned, flat
         norm_grads: tuple[Tensor | None, ...] = (None,) * _NORM_ARGUMENTS
         if d_normed is not None:
-            norm_grads = _norm_backward(d_normed, x, mean, deviation, weight, bias, needs_norm)
+            dx = torch.empty_like(x) if needs_norm[0] else None
+            arguments = d_normed, x, *statistics, weight, bias, d_same, dx, *needs_norm[1:]
+            norm_grads = dx, *_placed(elementwise.norm_backward(*arguments), needs_norm[1:])
         return _all_gradients(ctx, norm_grads, grads, tensors)
 
 
@@ -177,12 +202,13 @@ class NormMLP(Function):
         eps: float,
         mode: str,
         without_output: bool,
+        elementwise: Elementwise,
         up: Group,
         down: Group,
         *tensors: Tensor,
     ) -> Tensor:
         """Return the sum; `mode` says whether the pre-activation is kept, recomputed or unneeded."""
-        ctx.eps, ctx.up, ctx.down = eps, up, down
+        ctx.eps, ctx.elementwise, ctx.up, ctx.down = eps, elementwise, up, down
         token_bytes = up.linears[0].shape[0] * up.dtype.itemsize
         ctx.chunks = plan_for(x.device.type).chunks(x.shape[0], token_bytes)
         kept: list[Tensor] = []
@@ -191,7 +217,9 @@ class NormMLP(Function):
             computes = not without_output or mode == "kept"
             weights_up, weights_down = prepare_all([up, down], x.shape[0]) if computes else (None, None)
             for rows in ctx.chunks if computes else ():
-                inner = up.forward(_norm(x[rows], weight, bias, eps)[0], weights=weights_up, start=rows.start)
+                normed = elementwise.norm(x[rows], weight, bias, eps, up.dtype)[0]
+                inner = up.forward(normed, weights=weights_up, start=rows.start)
+                del normed
                 if mode == "kept":
                     kept.append(inner)
                 if not without_output:
@@ -212,7 +240,7 @@ class NormMLP(Function):
         tensors, kept = rest[: len(rest) - ctx.kept], rest[len(rest) - ctx.kept :]
         tensors_up, tensors_down = _split_at(tensors, len(ctx.up.tensors))
         up, down = ctx.up.with_tensors(tensors_up), ctx.down.with_tensors(tensors_down)
-        needs_norm, needs_tensors = _split_needs(ctx, tensors)
+        elementwise, (needs_norm, needs_tensors) = ctx.elementwise, _split_needs(ctx, tensors)
         needs_up, needs_down = _split_at(needs_tensors, len(tensors_up))
         grads_up: list[Tensor | None] = [None] * len(tensors_up)
         grads_down: list[Tensor | None] = [None] * len(tensors_down)
@@ -224,34 +252,36 @@ class NormMLP(Function):
         if to_norm or to_up or not kept:
             weights_up, weights_down = prepare_all([up, down], x.shape[0])
         for number, rows in enumerate(ctx.chunks):
-            normed = mean = deviation = None
+            normed, statistics = None, []
             if to_norm or any(needs_up) or not kept:
-                normed, mean, deviation = _norm(x[rows], weight, bias, ctx.eps)
+                normed, *statistics = elementwise.norm(x[rows], weight, bias, ctx.eps, up.dtype)
             first = rows.start
             inner = kept[number] if kept else up.forward(normed, weights=weights_up, start=first)
             outer = [gradient[rows].to(down.dtype)]
-            active = F.gelu(inner) if any(needs_down) else None
-            d_inner = down.backward(
-                outer, active, needs_down, grads_down, to_inputs=to_up, weights=weights_down, start=first
-            )
+            # GELU's result and its gradient read the same tensor, so that one kernel can compute both.
+            joint = any(needs_down) and to_up and down.dtype == inner.dtype
+            active: Any = F.gelu(inner) if any(needs_down) and not joint else None
+            if joint:
+                active = partial(elementwise.gelu_backward, inner=inner)
+            options = {"weights": weights_down, "start": first}
+            d_inner = down.backward(outer, active, needs_down, grads_down, to_inputs=to_up, **options)
             del active, outer
             if d_inner is None:
                 continue
-            d_inner = d_inner.to(inner.dtype)
-            torch.ops.aten.gelu_backward.grad_input(d_inner, inner, grad_input=d_inner)
+            if not joint:
+                d_inner = d_inner.to(inner.dtype)
+                torch.ops.aten.gelu_backward.grad_input(d_inner, inner, grad_input=d_inner)
             del inner
-            d_normed = up.backward(
-                [d_inner], normed, needs_up, grads_up, to_inputs=to_norm, weights=weights_up, start=first
-            )
+            options = {"weights": weights_up, "start": first}
+            d_normed = up.backward([d_inner], normed, needs_up, grads_up, to_inputs=to_norm, **options)
             del d_inner, normed
             if d_normed is None:
                 continue
-            dx_chunk, *chunk_grads = _norm_backward(d_normed, x[rows], mean, deviation, weight, bias, needs_norm)
-            for index, grad in enumerate(chunk_grads):
+            out = None if dx is None else dx[rows]
+            arguments = d_normed, x[rows], *statistics, weight, bias, gradient[rows], out, *needs_norm[1:]
+            for index, grad in enumerate(_placed(elementwise.norm_backward(*arguments), needs_norm[1:])):
                 if grad is not None:
                     accumulate(grads_norm, index, grad)
-            if dx is not None and dx_chunk is not None:
-                torch.add(gradient[rows], dx_chunk, out=dx[rows])
         return _all_gradients(ctx, (dx, *grads_norm), grads_up + grads_down, tensors)
 
 
@@ -285,63 +315,20 @@ def _without_autocast(tensor: Tensor) -> Any:
     return autocast_as(tensor.device.type, None)
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the layer norm over the last axis, and the mean and reciprocal deviation that its gradient needs."""
-    x, weight, bias = _one_dtype(x, weight, bias)
-    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+def _real(rotation: Tensor) -> Tensor:
+    """View (tokens, 1, half) complex numbers as (tokens, half, 2)."""
+    return torch.view_as_real(rotation.squeeze(1))
 
 
-def _norm_backward(
-    gradient: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    deviation: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    wide, w, b = _one_dtype(x, weight, bias)
-    mask = [bool(needs[0]), bool(needs[1]), bool(needs[2])]
-    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        gradient.to(wide.dtype), wide, wide.shape[-1:], mean, deviation, w, b, mask
-    )
-    return (
-        dx.to(x.dtype) if mask[0] else None,
-        dw.to(weight.dtype) if mask[1] and weight is not None else None,
-        db.to(bias.dtype) if mask[2] and bias is not None else None,
-    )
+def _own(gradient: Tensor, is_owned: bool) -> Tensor:
+    """Return a contiguous gradient that may be overwritten."""
+    return gradient if is_owned and gradient.is_contiguous() else gradient.clone(memory_format=torch.contiguous_format)
 
 
-def _one_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Convert all to the wider dtype, for a float32 norm of states in half precision."""
-    if weight is None or weight.dtype == x.dtype:
-        return x, weight, bias
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _rotate_halves(states: Tensor, rotation: Tensor | None) -> None:
-    """Rotate in place numbers i and i + width / 2 of each head; states have (..., tokens, heads, head width)."""
-    if rotation is None:
-        return
-    pairs = states.unflatten(-1, (2, -1)).transpose(-1, -2)
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    exact = pairs.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    torch.view_as_complex(exact).mul_(rotation)
-    pairs.copy_(exact)
-
-
-def _rotate(states: Tensor, rotation: Tensor | None, rotated: int) -> Tensor:
-    """Rotate the outputs of the first `rotated` layers in place; states have (tokens, layers, heads, head width)."""
-    if rotation is None or not rotated:
-        return states
-    part = states[:, :rotated]
-    exact = part if part.dtype in (torch.float32, torch.float64) else part.float()
-    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
-    pairs.mul_(rotation.unsqueeze(1).to(pairs.dtype))
-    if exact is not part:
-        part.copy_(exact)
-    return states
+def _placed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Put the gradients that are needed at their places, and None at the others."""
+    found = iter(grads)
+    return [next(found, None) if needed else None for needed in needs]
 
 
 def _sum_dtype(residual: Tensor, group: Group) -> torch.dtype:

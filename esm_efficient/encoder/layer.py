@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from esm_efficient.encoder.attention import attend, attention_override, use_attention
+from esm_efficient.encoder.elementwise import Elementwise
 from esm_efficient.encoder.functions import Norm, linear_residual, mlp_residual, norm_linears, refuse_double_backward
 from esm_efficient.encoder.linear import Group, convert_adapters
 from esm_efficient.encoder.packing import Packing
@@ -106,7 +108,14 @@ def read_parts(layer: Any, rotates: bool, plan: Plan) -> tuple[Parts, list[str]]
 
 
 def run_layer(
-    layer: Any, x: Tensor, packing: Packing, *, recompute: Recompute, backend: str, first_only: bool
+    layer: Any,
+    x: Tensor,
+    packing: Packing,
+    *,
+    recompute: Recompute,
+    backend: str,
+    first_only: bool,
+    fused: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """Compute a layer for states of (tokens, width).
 
@@ -114,14 +123,15 @@ def run_layer(
         The new states, (tokens, width), or (sequences, width) if only the first token of each sequence is needed; and
         the names of what ran through its own forward.
     """
-    plan = plan_for(x.device.type)
+    plan = plan_for(x.device.type, fused=fused)
     parts, reasons = read_parts(layer, packing.rotation is not None, plan)
     if plan.apart:
         groups = parts.qkv, parts.attention_output, parts.up, parts.down
         convert_adapters(group for group in groups if group is not None)
 
     def compute(states: Tensor, keep: bool, without_output: bool) -> Tensor:
-        return _compute_layer(parts, states, packing, backend, first_only, keep=keep, without_output=without_output)
+        options = plan.elementwise, backend, first_only
+        return _compute_layer(parts, states, packing, *options, keep=keep, without_output=without_output)
 
     if recompute != "layer" or not torch.is_grad_enabled():
         return compute(x, recompute == "none", False), reasons
@@ -173,6 +183,7 @@ def _compute_layer(
     parts: Parts,
     x: Tensor,
     packing: Packing,
+    elementwise: Elementwise,
     backend: str,
     first_only: bool,
     *,
@@ -184,23 +195,27 @@ def _compute_layer(
     dropout = inner.dropout if inner.training else 0.0
     scale = inner.attention_head_size**-0.5 * inner.scaling
     first = packing.first_tokens(x.device) if first_only else None
-    residual = x if first is None else x.index_select(0, first)
+    residual = x
     states: Tensor | tuple[Tensor, ...]
     query: Tensor | None = None
     norm, norm_mlp = parts.norms
+    compute_linears = partial(norm_linears, elementwise=elementwise)
     if parts.qkv is None or norm is None:
         states = _qkv_by_modules(attention, x, packing)
     elif first is None:
-        states = norm_linears(x, norm, parts.qkv, rotation=packing.rotation)
+        residual, states = compute_linears(x, norm, parts.qkv, rotation=packing.rotation)
     else:
         query_linear, *key_value = parts.qkv.linears
         rotation = None if packing.rotation is None else packing.rotation.index_select(0, first)
         rotated = min(parts.qkv.rotated, 1)
-        states = norm_linears(x, norm, parts.qkv.with_linears(key_value, rotated=rotated), rotation=packing.rotation)
-        only = norm_linears(residual, norm, parts.qkv.with_linears([query_linear], rotated=rotated), rotation=rotation)
+        pair = parts.qkv.with_linears(key_value, rotated=rotated)
+        residual, states = compute_linears(x, norm, pair, rotation=packing.rotation)
+        single = parts.qkv.with_linears([query_linear], rotated=rotated)
+        residual, only = compute_linears(residual.index_select(0, first), norm, single, rotation=rotation)
         query = only if isinstance(only, Tensor) else only[0].unsqueeze(1)
     if first is not None and query is None and isinstance(states, Tensor):
         query, states = states[:, :1].index_select(0, first), states[:, 1:]
+        residual = x.index_select(0, first)
     attended = attend(states, query, packing, backend=backend, dropout=dropout, scale=scale)
     del states, query
     if parts.attention_output is None:
@@ -210,7 +225,8 @@ def _compute_layer(
     del attended, residual
     if parts.up is None or parts.down is None or norm_mlp is None:
         return layer.output(layer.intermediate(layer.LayerNorm(after[None])), after[None])[0]
-    return mlp_residual(after, norm_mlp, parts.up, parts.down, keep=keep, without_output=without_output)
+    options = {"keep": keep, "without_output": without_output}
+    return mlp_residual(after, norm_mlp, parts.up, parts.down, elementwise=elementwise, **options)
 
 
 def _qkv_by_modules(attention: Any, x: Tensor, packing: Packing) -> Tensor:

@@ -113,14 +113,19 @@ class Group:
         return prepare_all([self], tokens)[0]
 
     def forward(
-        self, inputs: Tensor, *, weights: PreparedWeights | None = None, out: Tensor | None = None, start: int = 0
+        self,
+        inputs: Tensor,
+        *,
+        weights: PreparedWeights | None = None,
+        out: Tensor | Sequence[Tensor] | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Return the outputs of all layers.
 
         Args:
             inputs: shape (tokens, inputs).
             weights: the prepared weights, if the caller has them.
-            out: where to write the outputs.
+            out: where to write the outputs; of layers that are apart, one tensor each.
             start: number of the first token in its batch; every chunk of a batch has its own dropout.
 
         Returns:
@@ -131,7 +136,7 @@ class Group:
         weights = weights or self.prepare(inputs.shape[0])
         if self.apart and out is None:
             out = inputs.new_empty(len(self.linears), inputs.shape[0], self.linears[0].shape[0])
-        targets = out.unbind() if out is not None and self.apart else [out]
+        targets: list[Any] = list(out) if out is not None and self.apart else [out]
         products = [
             torch.mm(inputs, _dense(matrix).t(), out=target)
             if bias is None
@@ -148,12 +153,12 @@ class Group:
                     part.addmm_(rows, place.b.t(), alpha=scale)
                 else:
                     part.copy_(part.to(stack.dtype).addmm_(rows, place.b.t(), alpha=scale))
-        return result
+        return cast(Tensor, result)
 
     def backward(
         self,
         gradients: Sequence[Tensor],
-        inputs: Tensor | None,
+        inputs: Tensor | Callable[[Tensor], Tensor] | None,
         needs: Sequence[bool],
         grads: list[Tensor | None],
         *,
@@ -165,7 +170,8 @@ class Group:
 
         Args:
             gradients: gradient of the concatenated outputs, (tokens, outputs); of layers that are apart, one each.
-            inputs: inputs of the forward pass; may be None if no parameter needs a gradient.
+            inputs: inputs of the forward pass; may be None if no parameter needs a gradient. Or a function that
+                computes them from the gradient of the inputs, which it may overwrite with what this method returns.
             needs: whether each of `tensors` needs a gradient.
             grads: gradients of `tensors`, changed in place; None for those that have no gradient yet.
             to_inputs: whether to return the gradient of the inputs.
@@ -179,9 +185,12 @@ class Group:
             result, merged = gradients[0] @ _dense(weights.matrices[0]), weights.merged
             for gradient, matrix in zip(gradients[1:], weights.matrices[1:], strict=True):
                 result.addmm_(gradient, _dense(matrix))
+        parts = self._parts(gradients)
+        lows = [self._project_back(stack, parts, needs, result, merged, start) for stack in self.stacks]
+        if callable(inputs):
+            inputs = inputs(_required(result))
         if inputs is not None:
             inputs = inputs.to(self.dtype)
-        parts = self._parts(gradients)
         index = 0
         for layer, (part, linear) in enumerate(zip(parts, self.linears, strict=True)):
             if needs[index]:
@@ -192,43 +201,58 @@ class Group:
                     self._accumulate_rows(grads, index, part.sum(0, dtype=linear.bias.dtype), layer)
                 index += 1
             index += 2 * len(linear.adapters)
-        for stack in self.stacks:
-            self._adapter_backward(stack, parts, inputs, needs, grads, None if merged else result, start)
+        for stack, d_low in zip(self.stacks, lows, strict=True):
+            self._adapter_backward(stack, d_low, parts, inputs, needs, grads, start)
         return result
+
+    def _project_back(
+        self,
+        stack: AdapterStack,
+        gradients: Sequence[Tensor],
+        needs: Sequence[bool],
+        d_inputs: Tensor | None,
+        merged: bool | None,
+        start: int,
+    ) -> Tensor | None:
+        """Return the gradient of stacked adapters' inner states, and add their part to the gradient of the inputs.
+
+        None if it is needed neither for the matrices ``a`` nor for the inputs, whose gradient has merged adapters.
+        """
+        adds = d_inputs is not None and not merged
+        if not adds and not any(needs[place.a_index] for place in stack.places):
+            return None
+        d_low = gradients[0].new_empty(len(gradients[0]), len(stack.a), dtype=stack.dtype)
+        for place in stack.places:
+            # With beta=0 the product is written and nothing is read.
+            part = gradients[place.layer].to(stack.dtype)
+            d_low[:, place.ranks].addmm_(part, place.b, beta=0, alpha=place.adapter.scale)
+        if adds and d_inputs is not None:
+            stack.add_input_gradient(d_low, d_inputs, start)
+        return d_low
 
     def _adapter_backward(
         self,
         stack: AdapterStack,
+        d_low: Tensor | None,
         gradients: Sequence[Tensor],
         inputs: Tensor | None,
         needs: Sequence[bool],
         grads: list[Tensor | None],
-        d_inputs: Tensor | None,
         start: int,
     ) -> None:
-        """Add the gradients of stacked adapters to `grads`, and that of their inputs to `d_inputs` if it is given."""
-        needs_a, needs_b = any(needs[p.a_index] for p in stack.places), any(needs[p.b_index] for p in stack.places)
-        if not (needs_a or needs_b or d_inputs is not None):
-            return
-        parts = {place.layer: gradients[place.layer].to(stack.dtype) for place in stack.places}
-        if needs_a or d_inputs is not None:
-            d_low = next(iter(parts.values())).new_empty(len(gradients[0]), len(stack.a))
+        """Add the gradients of stacked adapters to `grads`; `d_low` is what `_project_back` returned."""
+        if any(needs[place.a_index] for place in stack.places):
+            product = _required(d_low).t() @ stack.drop_out(_required(inputs), start)
             for place in stack.places:
-                # With beta=0 the product is written and nothing is read.
-                d_low[:, place.ranks].addmm_(parts[place.layer], place.b, beta=0, alpha=place.adapter.scale)
-            if needs_a:
-                product = d_low.t() @ stack.drop_out(_required(inputs), start)
-                for place in stack.places:
-                    accumulate(grads, place.a_index, product[place.ranks])
-            if d_inputs is not None:
-                stack.add_input_gradient(d_low, d_inputs, start)
-            del d_low
-        if needs_b:
+                accumulate(grads, place.a_index, product[place.ranks])
+        del d_low
+        if any(needs[place.b_index] for place in stack.places):
             low = stack.project_down(_required(inputs), start)
             for place in stack.places:
+                part = gradients[place.layer].to(stack.dtype)
                 # Transposed, because a product with few rows is twice as fast as one with few columns.
                 product = low.new_empty(place.b.shape[1], place.b.shape[0])
-                product.addmm_(low[:, place.ranks].t(), parts[place.layer], beta=0, alpha=place.adapter.scale)
+                product.addmm_(low[:, place.ranks].t(), part, beta=0, alpha=place.adapter.scale)
                 self._accumulate_rows(grads, place.b_index, product.t(), place.layer)
 
     def _accumulate_rows(self, grads: list[Tensor | None], index: int, gradient: Tensor, layer: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from esm_efficient.encoder.elementwise import EAGER, Elementwise
+
 MIN_CHUNK_TOKENS = 512
 """Tokens per chunk of the MLP, at least; the last chunk may have fewer."""
 MAX_CHUNKS = 8
@@ -31,9 +33,20 @@ class Plan:
 
     Attributes:
         kind: torch's name of the kind, such as ``"cuda"``.
+        fused: whether torch.compile fuses the elementwise functions.
     """
 
     kind: str
+    fused: bool = False
+
+    @property
+    def elementwise(self) -> Elementwise:
+        """The elementwise functions of a layer."""
+        if not self.fused:
+            return EAGER
+        from esm_efficient.encoder.fusion import FUSED  # registers operations
+
+        return FUSED
 
     @property
     def apart(self) -> bool:
@@ -70,9 +83,9 @@ class _Device(threading.local):
 _device = _Device()
 
 
-def plan_for(kind: str) -> Plan:
+def plan_for(kind: str, *, fused: bool = False) -> Plan:
     """Return the plan for tensors on a kind of device, or for the device that `plan_as` names."""
-    return Plan(_device.kind or kind)
+    return Plan(_device.kind or kind, fused)
 
 
 @contextmanager

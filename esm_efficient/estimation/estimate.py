@@ -224,6 +224,7 @@ def estimate(
     num_labels: int = 2,
     adapter_options: Mapping[str, Any] | None = None,
     sequences: int | None = None,
+    fused: bool = False,
     extrapolate: bool = True,
 ) -> Estimate:
     """Predict peak memory and time of one optimizer step, without a GPU and without weights.
@@ -264,6 +265,7 @@ def estimate(
         adapter_options: options of `lora_config` that override the recipe's.
         sequences: training sequences of an epoch; by default those of `tokens`, or 15,876 if `tokens` is one number. If
             `tokens` is a dataset with a split ``validation``, the cache has that split too.
+        fused: whether torch.compile fuses the lean encoder's small kernels, as `apply_lean_encoder`.
         extrapolate: False runs every layer, which gives the same figures and takes longer.
 
     Returns:
@@ -305,6 +307,7 @@ def estimate(
         head=head,
         num_labels=num_labels,
         adapter_options=tuple(sorted(options.items())),
+        fused=fused,
     )
     largest = simulate_model(config, step, extrapolate=extrapolate)
     average = simulate_model(config, dataclasses.replace(step, tokens=batch.average), extrapolate=extrapolate)

@@ -189,7 +189,7 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> tuple[nn.Module
             dtype=None if step.precision == "pure-bf16" else step.frozen_dtype,
         )
         if step.padding == "padding-free":
-            apply_lean_encoder(model)
+            apply_lean_encoder(model, fused=step.fused)
     return (model.bfloat16() if step.precision == "pure-bf16" else model).train(), skipped
 
 

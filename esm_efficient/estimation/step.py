@@ -34,6 +34,7 @@ class Step:
         tokens: tokens of every sequence in the batch, special tokens included.
         precision: a `Precision` other than ``"auto"``.
         adapter_options: options of `lora_config` that override the recipe's, as pairs.
+        fused: whether the lean encoder's small kernels are fused.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Step:
     head: Head = "sequence-classification"
     num_labels: int = 2
     adapter_options: tuple[tuple[str, Any], ...] = ()
+    fused: bool = False
 
     @property
     def frozen_dtype(self) -> torch.dtype:

@@ -66,6 +66,7 @@ def finetune(
     seed: int = 0,
     precision: Precision = "auto",
     attention: str = "auto",
+    fused: bool = False,
     adapter_options: Mapping[str, Any] | None = None,
     resume_from_checkpoint: str | Path | bool | None = None,
     profile: bool = False,
@@ -105,6 +106,7 @@ def finetune(
         seed: seed of the head, the adapters and the order of the batches.
         precision: ``"auto"``, ``"float32"``, ``"bf16"`` or ``"fp16"`` (`esm_efficient.recipes.Precision`).
         attention: how the lean encoder computes attention, as `apply_lean_encoder`.
+        fused: whether torch.compile fuses the lean encoder's small kernels, as `apply_lean_encoder`.
         adapter_options: options of `lora_config` that override those of the recipe.
         resume_from_checkpoint: the checkpoint of a run with the same data and options; True for the newest whole one in
             `output_dir`. A damaged checkpoint is replaced by the whole one before it, with a warning.
@@ -155,7 +157,7 @@ def finetune(
         early_stopping=early_stopping,
     )
     if announce is not None or profile:
-        job = job.with_plan(max_tokens=max_tokens, probe=probe)
+        job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:
         announce(job.plan)
     set_seed(seed)
@@ -175,7 +177,7 @@ def finetune(
     frozen = None
     if probe:
         frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=seed, states=states)
-    prepared = _prepare(loaded, task, chosen, args, adapter_options or {}, attention)
+    prepared = _prepare(loaded, task, chosen, args, adapter_options or {}, attention=attention, fused=fused)
     audit, profiler = AuditCallback(), ProfilerCallback() if profile else None
     own_callbacks = [audit, *([] if profiler is None else [profiler])]
     trainer = WeightedTrainer(
@@ -228,7 +230,7 @@ def _prepare(
     recipe: Recipe,
     args: TrainingArguments,
     adapter_options: Mapping[str, Any],
-    attention: str,
+    **encoder_options: Any,
 ) -> PreTrainedModel | PeftModel:
     """Return a model that trains what the recipe trains, with the recipe's encoder if the model can have it."""
     prepared = prepare_model(
@@ -240,7 +242,7 @@ def _prepare(
         dtype=half_dtype(args),
         label_names=task.names,
     )
-    return apply_lean_encoder_if_supported(prepared, attention=attention) if recipe.encoder == "lean" else prepared
+    return apply_lean_encoder_if_supported(prepared, **encoder_options) if recipe.encoder == "lean" else prepared
 
 
 def _checkpoints(args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:

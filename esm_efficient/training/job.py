@@ -63,12 +63,13 @@ class Job:
         """Whether the splits were given as token ids."""
         return "input_ids" in next(iter(self.raw.values())).features
 
-    def with_plan(self, *, max_tokens: int, probe: bool) -> Job:
+    def with_plan(self, *, max_tokens: int, probe: bool, fused: bool = False) -> Job:
         """Return the job with its plan, whose estimate takes seconds; without a plan if the data are not known.
 
         Args:
             max_tokens: the most tokens per sequence.
             probe: whether a linear probe was asked for.
+            fused: whether the lean encoder's small kernels are fused.
         """
         if self.data is None:
             return self
@@ -81,6 +82,7 @@ class Job:
             task=self.task,
             args=self.args,
             max_tokens=max_tokens,
+            fused=fused,
             probe=probe and not reason_against_probe(self.raw, self.task, self.recipe, self.args),
         )
         return replace(self, plan=plan)

@@ -95,6 +95,7 @@ def plan_run(
     task: Task,
     args: TrainingArguments,
     max_tokens: int = 1024,
+    fused: bool = False,
     probe: bool = False,
 ) -> RunPlan:
     """Return what a run will do and cost.
@@ -108,6 +109,7 @@ def plan_run(
         task: the task.
         args: the options of training.
         max_tokens: maximal number of tokens of a sequence.
+        fused: whether the lean encoder's small kernels are fused.
         probe: whether a linear probe is measured too.
     """
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -125,6 +127,7 @@ def plan_run(
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
             head=task.head,
             num_labels=len(task.names),
+            fused=fused,
         )
     except EsmEfficientError as error:  # a model or a recipe that cannot be estimated can be trained all the same
         reason = str(error)

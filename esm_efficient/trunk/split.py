@@ -267,7 +267,9 @@ def join_model(rest: Model, trunk: Trunk) -> Model:
         layers_of(esm)[number] = layer.to(device)
     if trunk.whole and (norm := _norm_of(trunk.esm)) is not None:
         _set(esm, parts.norm, norm.to(device))
-    return rest if lean is None else apply_lean_encoder(rest, recompute=lean.recompute, attention=lean.attention)
+    if lean is None:
+        return rest
+    return apply_lean_encoder(rest, recompute=lean.recompute, attention=lean.attention, fused=lean.fused)
 
 
 def truncate(model: Model, layers: int) -> Model:

@@ -4,9 +4,9 @@
     python examples/benchmarks/gpu.py --json tiny.json --tiny  # the same code on a tiny model, also on a CPU
 
 The parts run in the order of their importance (`PARTS`): the machine, the steps of every recipe with ESM-2
-650M, the tests marked ``cuda``, launched kernels, estimates against these measurements, ESM-2 8M, fp16, gradients,
-recomputation, attention backends, and the cost of the profiler. All weights are random. In every comparison, both sides
-alternate in one process with the same weights and batches, and a figure is the median of ``--steps`` steps.
+650M, the tests marked ``cuda``, launched kernels, fusion, estimates against these measurements, ESM-2 8M, fp16,
+gradients, recomputation, attention backends, and the cost of the profiler. All weights are random. In every comparison,
+both sides alternate in one process with the same weights and batches, and a figure is the median of ``--steps`` steps.
 
 The parts run in a process of their own, which is watched. A row that fails is written with its error, and the part goes
 on. A part that takes longer than its limit, or that ends the process, is written with the reason, and a new process
@@ -35,6 +35,7 @@ PARTS = {
     "recipes_650m": 150,
     "cuda_tests": 120,
     "launches": 45,
+    "fusion": 90,
     "estimates": 90,
     "recipes_8m": 60,
     "gradients": 20,

@@ -38,9 +38,12 @@ from torch.profiler import ProfilerActivity, profile
 from esm_efficient import RECIPES, ConfigurationError, Device, estimate, measure_device
 from esm_efficient.costs.devices import native_precision
 from esm_efficient.encoder.attention import BACKENDS, attend, choose_backend
+from esm_efficient.encoder.fusion import COMPILED
 from esm_efficient.encoder.packing import Packing
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAIN_AND_LEAN: dict[str, dict] = {name: {"encoder": name} for name in ENCODERS}
+WITH_AND_WITHOUT_FUSION: dict[str, dict] = {"lean": {"encoder": "lean"}, "fused": {"encoder": "lean", "fused": True}}
 
 
 def machine(rows: Rows, settings: Settings) -> None:
@@ -82,13 +85,19 @@ def compare_recipes(rows: Rows, settings: Settings, size: str, precision: str, r
 
 
 def measure_sides(
-    rows: Rows, trained: Trained, batches: list[Batch], before: int, steps: int, names: dict[str, str]
+    rows: Rows,
+    trained: Trained,
+    batches: list[Batch],
+    before: int,
+    steps: int,
+    names: dict[str, str],
+    sides: dict[str, dict] = PLAIN_AND_LEAN,
 ) -> None:
-    """Measure both encoders in alternating steps; a side that fails leaves the other."""
-    times: dict[str, list[float]] = {name: [] for name in ENCODERS}
+    """Measure two encoders in alternating steps; a side that fails leaves the other."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
     peaks: dict[str, int] = {}
-    for name in ENCODERS:
-        trained.use(name)
+    for name, options in sides.items():
+        trained.use(**options)
         try:
             trained.step(batches)  # creates the optimizer's state and compiles what is compiled
             peaks[name] = trained.peak_bytes(batches, before)
@@ -98,16 +107,17 @@ def measure_sides(
         release_memory()
     for _ in range(steps):
         for name in peaks:
-            trained.use(name)
+            trained.use(**sides[name])
             trained.step(batches)  # so that nothing is left of the other side in the caches
             times[name].append(seconds(lambda: trained.step(batches)))
+    first, second = sides
     for name in peaks:
         with rows.row(**names, encoder=name) as row:
             row |= {"ms": 1e3 * statistics.median(times[name]), "peak_bytes": peaks[name]}
-            if len(peaks) > 1 and name == "lean":
-                pairs = zip(times["plain"], times["lean"], strict=True)
-                row["speedup"] = statistics.median(plain / lean for plain, lean in pairs)
-                row["peak_ratio"] = peaks["lean"] / peaks["plain"]
+            if len(peaks) > 1 and name == second:
+                pairs = zip(times[first], times[second], strict=True)
+                row["speedup"] = statistics.median(slow / fast for slow, fast in pairs)
+                row["peak_ratio"] = peaks[second] / peaks[first]
 
 
 def recipes_650m(rows: Rows, settings: Settings) -> None:
@@ -163,15 +173,39 @@ def launches(rows: Rows, settings: Settings) -> None:
         for encoder in ENCODERS:
             with rows.row(recipe=recipe, encoder=encoder) as row:
                 trained.use(encoder)
-                trained.step(batches)
-                cuda = DEVICE.type == "cuda"
-                with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-                    trained.step(batches)
-                row |= launched(profiler.events())
-                if cuda:
+                row |= profiled(trained, batches)
+                if DEVICE.type == "cuda":
                     row["waits"] = waits(lambda trained=trained, batches=batches: trained.backward(batches))
                     trained.optimizer.zero_grad()
         del trained
+
+
+def fusion(rows: Rows, settings: Settings) -> None:
+    """The lean encoder with its elementwise functions fused and not: steps in turns, and what each side launches."""
+    for recipe in settings.some(("lora", "base")):
+        names = {"size": "650M", "recipe": recipe, "precision": HALF}
+        before = allocated()
+        trained = Trained(settings.config("650M"), recipe, HALF)
+        batches = trained.micro_batches(settings.residues(MIXED))
+        measure_sides(rows, trained, batches, before, settings.steps, names, WITH_AND_WITHOUT_FUSION)
+        for name, options in WITH_AND_WITHOUT_FUSION.items():
+            with rows.row(**names, encoder=name, what="launches") as row:
+                trained.use(**options)
+                row |= profiled(trained, batches)
+        del trained, batches
+    with rows.row(what="compiled") as row:
+        row["functions"] = [function.name for function in COMPILED if function.can_compile]
+        if len(row["functions"]) < len(COMPILED):
+            raise RuntimeError(f"torch.compile compiled only {row['functions']}: the log says why")
+
+
+def profiled(trained: Trained, batches: list[Batch]) -> dict:
+    """Return what a step launches; the step before it compiles what is compiled."""
+    trained.step(batches)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        trained.step(batches)
+    return launched(profiler.events())
 
 
 def launched(events: list) -> dict:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ class Trained:
         self.optimizer = make_optimizer(self.model)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
 
-    def use(self, encoder: str, **options: str) -> None:
+    def use(self, encoder: str, **options: Any) -> None:
         """Run with the lean encoder or with that of transformers."""
         if encoder == "lean":
             apply_lean_encoder(self.model, **options)

@@ -48,6 +48,10 @@ class KernelCounter(TorchDispatchMode):
     def total(self):
         return sum(self.kernels.values())
 
+    @property
+    def elementwise(self):
+        return self.total - sum(self.kernels[name] for name in PRODUCTS)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -56,10 +60,26 @@ class KernelCounter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         self.kernels[name] += 1
         if name not in PRODUCTS:
-            read = {key: value for key, value in kwargs.items() if key not in ("out", "grad_input")}
-            self.moved += bytes_of((args[1:] if name in OVERWRITING else args, read))
-            self.moved += bytes_of(args[0] if name == "_foreach_copy_" else result)
+            self.moved += bytes_of(read_by(func, args, kwargs)) + bytes_of(written_by(func, args, kwargs, result))
         return result
+
+
+def read_by(func, args, kwargs):
+    """Return the arguments that an operation reads."""
+    if func._overloadpacket.__name__ in OVERWRITING:
+        args = args[1:]
+    values = list(zip([argument.name for argument in func._schema.arguments], args, strict=False))
+    return [value for name, value in [*values, *kwargs.items()] if name not in ("out", "grad_input")]
+
+
+def written_by(func, args, kwargs, result):
+    """Return what an operation writes: its results, and the arguments that it overwrites and does not return."""
+    if func._overloadpacket.__name__ == "_foreach_copy_":
+        return args[0]
+    arguments = func._schema.arguments
+    values = dict(zip([argument.name for argument in arguments], args, strict=False)) | kwargs
+    changed = [values.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [result, *(value for value in changed if func.namespace == "esm_efficient")]
 
 
 def bytes_of(value):

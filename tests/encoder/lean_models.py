@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
+
 import torch
 from conftest import make_model
 from torch import nn
@@ -49,6 +52,14 @@ def build(head=EsmForSequenceClassification, trains="all-linear", *, dtype=torch
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2)
     return model.to(dtype).train()
+
+
+@contextmanager
+def nothing_runs_without_fusion(caplog):
+    """Fail if a function cannot be compiled: it would give the right numbers, as it is."""
+    with torch._dynamo.config.patch(cache_size_limit=64), caplog.at_level(logging.WARNING, "esm_efficient"):
+        yield
+    assert "without fusion" not in caplog.text
 
 
 def make_batch(lengths, *, seed=0, masked=True):

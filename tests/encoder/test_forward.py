@@ -9,8 +9,19 @@ import statistics
 
 import pytest
 import torch
-from conftest import make_model
-from lean_models import HEADS, RECOMPUTES, AttentionPooling, build, distance, gradient_of, loss_of, make_batch, nodes_of
+from conftest import make_model, slow_except
+from lean_models import (
+    HEADS,
+    RECOMPUTES,
+    AttentionPooling,
+    build,
+    distance,
+    gradient_of,
+    loss_of,
+    make_batch,
+    nodes_of,
+    nothing_runs_without_fusion,
+)
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,11 +67,18 @@ def plan(request):
         yield request.param
 
 
+@pytest.fixture(params=slow_except([False, True], False), ids=["eager", "fused"])
+def fused(request, caplog):
+    """Compute without and with fusion, of which test_fusion.py has a quick case."""
+    with nothing_runs_without_fusion(caplog):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("trains", TRAINS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.usefixtures("plan")
-def test_loss_and_gradient_equal_those_of_the_plain_model(head, trains, dtype, monkeypatch):
+def test_loss_and_gradient_equal_those_of_the_plain_model(head, trains, dtype, fused, monkeypatch):
     if head is EsmModel and trains == "head":
         pytest.skip("a bare model has no head")
     if head is EsmForMaskedLM and trains == "head":
@@ -73,20 +91,20 @@ def test_loss_and_gradient_equal_those_of_the_plain_model(head, trains, dtype, m
         with exact_rotary(monkeypatch, dtype):
             loss, gradient = gradient_of(remove_lean_encoder(model), batch)
         for recompute in RECOMPUTES:
-            found, found_gradient = gradient_of(apply_lean_encoder(model, recompute=recompute), batch)
+            found, found_gradient = gradient_of(apply_lean_encoder(model, recompute=recompute, fused=fused), batch)
             # A loss near 0 is a small difference between large numbers.
             assert found == pytest.approx(loss, rel=LIMITS[dtype], abs=1e-3 * LIMITS[dtype])
             assert distance(found_gradient, gradient) < LIMITS[dtype], (lengths, recompute)
 
 
 @pytest.mark.parametrize("trains", ["full", "all-linear"])
-def test_sequences_of_one_token_up_to_the_maximum_have_the_gradient_of_the_plain_model(trains):
+def test_sequences_of_one_token_up_to_the_maximum_have_the_gradient_of_the_plain_model(trains, fused):
     model = build(trains=trains, num_hidden_layers=2)
     for lengths in ([1], [1, 2, 3], [1022 + 2, 1, 515], [1024]):
         batch = make_batch(lengths)
         loss, gradient = gradient_of(remove_lean_encoder(model), batch)
         for recompute in RECOMPUTES:
-            found, found_gradient = gradient_of(apply_lean_encoder(model, recompute=recompute), batch)
+            found, found_gradient = gradient_of(apply_lean_encoder(model, recompute=recompute, fused=fused), batch)
             assert found == pytest.approx(loss, rel=1e-5)
             assert distance(found_gradient, gradient) < 1e-5
 
@@ -95,7 +113,7 @@ def test_sequences_of_one_token_up_to_the_maximum_have_the_gradient_of_the_plain
 @pytest.mark.parametrize("trains", ["full", "all-linear"])
 @pytest.mark.parametrize("head", [EsmForTokenClassification, AttentionPooling])
 @pytest.mark.usefixtures("plan")
-def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(head, trains, autocast):
+def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(head, trains, autocast, fused):
     ratios = []
     for seed in range(SEEDS):
         batch = make_batch([40, 9, 33, 17], seed=seed)
@@ -106,14 +124,14 @@ def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(head, t
                 parameter.data = parameter.data.to(autocast or torch.bfloat16)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             plain = distance(gradient_of(model, batch)[1], truth)
-            lean = distance(gradient_of(apply_lean_encoder(model), batch)[1], truth)
+            lean = distance(gradient_of(apply_lean_encoder(model, fused=fused), batch)[1], truth)
         ratios.append(lean / plain)
     assert statistics.geometric_mean(ratios) < LARGEST_RATIO, ratios
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.usefixtures("plan")
-def test_a_bfloat16_base_with_float32_adapters_is_as_exact_as_the_plain_model(recompute):
+def test_a_bfloat16_base_with_float32_adapters_is_as_exact_as_the_plain_model(recompute, fused):
     ratios = []
     for seed in range(SEEDS):
         batch = make_batch([40, 9, 33], seed=seed)
@@ -123,7 +141,7 @@ def test_a_bfloat16_base_with_float32_adapters_is_as_exact_as_the_plain_model(re
             if not parameter.requires_grad or "classifier" in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
         plain = distance(gradient_of(model, batch)[1], truth)
-        lean = distance(gradient_of(apply_lean_encoder(model, recompute=recompute), batch)[1], truth)
+        lean = distance(gradient_of(apply_lean_encoder(model, recompute=recompute, fused=fused), batch)[1], truth)
         ratios.append(lean / plain)
     assert statistics.geometric_mean(ratios) < LARGEST_RATIO, ratios
 

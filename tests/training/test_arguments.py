@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from esm_efficient import compat, demo_model_path, finetune, recipe_arguments
 from esm_efficient.errors import ConfigurationError, DivergenceError
+from esm_efficient.training import run_plan
 from esm_efficient.training.arguments import half_dtype, refuse_unsaved_weights
 from esm_efficient.training.divergence import DivergenceWatch
 
@@ -96,6 +98,25 @@ def test_attention_reaches_the_lean_encoder(tmp_path):
     data = DatasetDict(train=make_dataset(2), test=make_dataset(2))
     with pytest.raises(ConfigurationError, match="attention='fast': expected one of auto, flash"):
         finetune(demo_model_path(), data, output_dir=tmp_path, attention="fast")
+
+
+def test_fusion_reaches_the_estimate_and_the_lean_encoder(tmp_path, monkeypatch):
+    class Stop(Exception):
+        """Raised where the model would be trained."""
+
+    options = []
+
+    def note(*args, **given):
+        options.append(given)
+        raise ConfigurationError("not estimated") if len(options) == 1 else Stop
+
+    monkeypatch.setattr(run_plan, "estimate", note)
+    monkeypatch.setattr(sys.modules["esm_efficient.training.finetune"], "apply_lean_encoder_if_supported", note)
+    data = (["MKTAYIAK", "MKT", "AYIAK", "MAAA"] * 4, ["a", "b", "a", "b"] * 4)
+    with pytest.raises(Stop):
+        finetune(demo_model_path(), data, output_dir=tmp_path, probe=False, fused=True, announce=lambda plan: None)
+    assert options[0]["fused"] is True
+    assert options[1] == {"attention": "auto", "fused": True}
 
 
 class Steps(TrainerCallback):
