@@ -15,6 +15,11 @@ from esm_efficient.cli.commands import app
 from esm_efficient.cli.output import as_typed, typed_parameters
 from esm_efficient.errors import EsmEfficientError, TrainingInterrupted
 
+_ORDER = ("data", "probe", "finetune", "evaluate", "predict", "embed", "report", "export")
+"""The commands in the order in which a user needs them; those that estimate follow."""
+
+app.registered_commands.sort(key=lambda command: [*_ORDER, command.callback.__name__].index(command.callback.__name__))
+
 __all__ = ["app", "main", "parameters_of"]
 
 INTERRUPTED = 130

@@ -78,6 +78,7 @@ def evaluate_split(
         sequences=list(raw["sequence"]) if "sequence" in columns else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=majority_metrics(task, np.asarray(labels)) | ({} if probe is None else {PROBE: probe.metrics}),
+        baseline_intervals={} if probe is None else {PROBE: probe.intervals},
     )
 
 
@@ -114,12 +115,10 @@ def probe_verdict(result: FinetuneResult) -> str:
     tuned, probed = (metrics.get(metric, math.nan) for metrics in (result.metrics, result.probe.metrics))
     if math.isnan(probed) or tuned >= probed:
         return ""
-    # A table that has no file, or several, has no name that the command could read.
-    data = result.dataset if result.dataset and ", " not in result.dataset else "DATA"
-    command = shlex.join(["esm-efficient", "probe", data, "--model", result.base_model or "MODEL"])
+    command = shlex.join(["esm-efficient", "probe", *result.probe_words]) if result.probe_words else "sweep_layers()"
     return (
-        f"A {PROBE} on the frozen encoder is better than the fine-tuned model ({metric} {probed:.3f} against "
-        f"{format_number(tuned, '{:.3f}')}) and needs no training: {command}"
+        f"A {PROBE} on the frozen encoder has a better score than the fine-tuned model ({metric} {probed:.3f} against "
+        f"{format_number(tuned, '{:.3f}')}), and needs no training: {command}"
     )
 
 

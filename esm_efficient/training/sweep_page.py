@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from esm_efficient.training.sweep import LayerSweep
 
 
-def sweep_page(sweep: LayerSweep, what: str) -> str:
+def sweep_page(sweep: LayerSweep, what: str, *, command: str) -> str:
     """Return one HTML page with the plot and the table of a sweep over the layers.
 
     Args:
         sweep: the scores.
         what: model and data, for the title.
+        command: the line that repeats it.
     """
     first, *_, last = str(sweep).split("\n\n")
     metrics = list(next(iter(sweep.scores)).metrics)
@@ -27,5 +28,5 @@ def sweep_page(sweep: LayerSweep, what: str) -> str:
         for score in sorted(sweep.scores, key=lambda score: (score.reading, score.layer))
     ]
     plot: str | Plot = draw(sweep.to_svg, caption=f"{sweep.metric} of the probes by layer.")
-    parts = [last, plot, Table(("layer", "reading", *shown), rows)]
+    parts = [last, f"Repeat it: {command}", plot, Table(("layer", "reading", *shown), rows)]
     return html_page(f"Probes: {what}", [Section("Scores by layer", parts)], note=first)
