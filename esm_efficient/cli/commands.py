@@ -309,7 +309,7 @@ def compare(
 ) -> None:
     """Compare the recipes; with --data they are trained.
 
-    Example: esm-efficient compare --model 8M --data proteins.csv --recipe lora --recipe frozen --output comparison
+    Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
     """
     if data is None and limit is not None:
         raise typer.BadParameter("--limit needs --data: without a table nothing is trained")

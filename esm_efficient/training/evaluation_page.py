@@ -114,12 +114,12 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None) ->
     return text if interval is None else text + " ({:.3f} to {:.3f})".format(*interval)
 
 
-def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[str] = ()) -> list[Section]:
+def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[Part] = ()) -> list[Section]:
     """Return the sections of a page; without matplotlib they have no plots, and say so.
 
     Args:
         evaluation: the evaluation.
-        notes: paragraphs above the table of the metrics.
+        notes: what is above the table of the metrics.
     """
     warning = verdict(evaluation)
     table = Table(evaluation.header(), evaluation.metric_rows())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esm_efficient.reporting import format_number
-from esm_efficient.reporting.html import Plot, Section, Table, html_page
+from esm_efficient.reporting.html import Command, Part, Plot, Section, Table, html_page
 from esm_efficient.training.evaluation_page import draw
 
 if TYPE_CHECKING:
@@ -28,5 +28,5 @@ def sweep_page(sweep: LayerSweep, what: str, *, command: str) -> str:
         for score in sorted(sweep.scores, key=lambda score: (score.reading, score.layer))
     ]
     plot: str | Plot = draw(sweep.to_svg, caption=f"{sweep.metric} of the probes by layer.")
-    parts = [last, f"Repeat it: {command}", plot, Table(("layer", "reading", *shown), rows)]
+    parts: list[Part] = [last, plot, Table(("layer", "reading", *shown), rows), "Repeat it:", Command(command)]
     return html_page(f"Probes: {what}", [Section("Scores by layer", parts)], note=first)

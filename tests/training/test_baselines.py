@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -280,9 +281,13 @@ def test_the_table_the_page_and_the_record_show_both_and_name_the_cheaper_way(tm
     assert [cell.strip() for cell in header if cell][-2:] == ["majority class", "linear probe"]
     [line] = [line for line in table.splitlines() if line.startswith("mcc")]
     low, high = result.probe.intervals["mcc"]
-    assert line.split("0.000  ")[-1] == f"{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})"
+    assert line.split("0.000")[-1].strip() == f"{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})"
     assert f"<td>{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})</td>" in page
-    assert "no training: sweep_layers()" in table  # the data are no file, which a command could read
+    assert "no training: sweep_layers(model, dataset)" in table  # the data are no file, which a command could read
+    assert "<pre>sweep_layers(model, dataset)</pre>" in page
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[:3] == ["Result", "What ran", "By class"]
+    assert "Training" not in headings  # one step has no curve
     assert "<th>majority class</th><th>linear probe</th>" in page
     assert result.probe.describe() in page
     loaded = load_result(tmp_path)
