@@ -153,7 +153,8 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
         sections.append(memory_section(result.step_memory))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     name = Path(result.base_model).name or "a model"
-    return html_page(f"{name}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
+    data = f" on {result.dataset}" if result.dataset else ""
+    return html_page(f"{name}{data}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
 
 
 def _what_ran(result: FinetuneResult, command: str | None) -> Section:

@@ -197,7 +197,8 @@ def test_the_layers_are_probed(run, capsys):
     record = json.loads(capsys.readouterr().out)
     assert {score["layer"] for score in record["scores"]} == set(range(5))
     page = (run / "probe.html").read_text()
-    assert "Recommended: truncate" in page
+    assert "Recommended: keep " in page
+    assert "<pre>esm-efficient probe " in page
     assert "<svg" in page
 
 
