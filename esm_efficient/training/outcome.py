@@ -174,7 +174,9 @@ def evaluation_page(evaluation: Evaluation, *, model: str, dataset: str) -> str:
         dataset: name of the table.
     """
     what = f"{len(evaluation.labels):,} sequences of {dataset}. The task: {evaluation.task.describe()}."
-    return html_page(f"{Path(model).name} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
+    path = Path(model)  # finetune writes into RUN/adapter or RUN/model
+    name = f"{path.parent.name}/{path.name}" if path.name in ("adapter", "model") and path.parent.name else path.name
+    return html_page(f"{name} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
 
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

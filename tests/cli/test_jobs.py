@@ -85,6 +85,7 @@ def test_a_trained_model_predicts_and_is_evaluated(run, fasta, capsys):
     assert record["examples"] == 60
     assert set(record["intervals"]) >= {"accuracy"}
     assert "60 sequences of" in page.read_text()
+    assert "<h1>out/model on proteins.csv</h1>" in page.read_text()
 
 
 def test_the_demo_names_a_model_and_proteins(run, capsys):
