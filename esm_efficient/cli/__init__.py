@@ -15,6 +15,12 @@ from esm_efficient.cli.commands import app
 from esm_efficient.cli.output import as_typed, typed_parameters
 from esm_efficient.errors import EsmEfficientError, TrainingInterrupted
 
+_ORDER = ("data", "probe", "finetune", "evaluate", "predict", "embed", "report", "export")
+"""The commands in the order in which a user needs them; those that estimate follow."""
+
+_PLACES = {name: place for place, name in enumerate(_ORDER)}
+app.registered_commands.sort(key=lambda command: _PLACES.get(getattr(command.callback, "__name__", ""), len(_ORDER)))
+
 __all__ = ["app", "main", "parameters_of"]
 
 INTERRUPTED = 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -46,7 +47,7 @@ def _parse_layers(layers: str | None) -> Any:
         return check_layers([int(n) for n in numbers] if all(n.strip().isdigit() for n in numbers) else layers)
     except ConfigurationError as error:
         raise typer.BadParameter(
-            f"{layers!r}: expected all, a number of top layers such as top-11, a share such as top-1/3, or layer "
+            f"{layers!r}: expected all, a number of top layers such as top-2, a share such as top-1/3, or layer "
             "numbers from 0 such as 4,5"
         ) from error
 
@@ -109,7 +110,7 @@ LayersOption = Annotated[
     typer.Option(
         "--layers",
         callback=_parse_layers,
-        help="Encoder layers that train: all, top-11, top-1/3, or numbers such as 4,5; default: the recipe's.",
+        help="Encoder layers that train: all, top-2, top-1/3, or numbers such as 4,5; default: the recipe's.",
     ),
 ]
 CacheOption = Annotated[
@@ -159,7 +160,9 @@ def estimate(
     report: PageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate peak memory and time of one training step, and of a cache of the frozen layers' states.
+    """Estimate the peak memory and the time of a training step.
+
+    If the frozen layers' states are cached, it estimates the cache too. It needs no GPU and no network.
 
     Example: esm-efficient estimate --model 650M --device A10G --recipe lora --tokens 512
     """
@@ -221,7 +224,7 @@ def recommend(
     padding: PaddingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Recommend the recipe and the sizes that fit a device and give the shortest run.
+    """Recommend the setting that fits a device and trains fastest.
 
     Example: esm-efficient recommend --model 650M --device T4 --tokens 1024
     """
@@ -252,6 +255,27 @@ def recommend(
             padding=padding,
         )
     show(result, as_json)
+    line = _training_line(model, result.recipe, epochs, precision)
+    if line and not as_json:
+        show(f"\nTrain with it: {line}", as_json)
+
+
+def _training_line(model: str, recipe: Recipe, epochs: float, precision: str) -> str:
+    """Return the line that trains with a setting; empty if `finetune` has no option for a part of it."""
+    usual = get_recipe(recipe.name)
+    if recipe.preset != usual.preset or precision == "pure-bf16":
+        return ""
+    words = ["esm-efficient", "finetune", "DATA", "--model", model, "--recipe", recipe.name, "--epochs", f"{epochs:g}"]
+    words += ["--batch-size", str(recipe.batch_size), "--micro-batch", str(recipe.micro_batch)]
+    if recipe.layers != usual.layers:
+        words += ["--layers", recipe.layers if isinstance(recipe.layers, str) else ",".join(map(str, recipe.layers))]
+    if recipe.cache != usual.cache:
+        words.append("--cache" if recipe.cache else "--no-cache")
+    if recipe.pooling != usual.pooling:
+        words += ["--pooling", recipe.pooling]
+    if recipe.quantization:
+        words += ["--quantization", recipe.quantization]
+    return shlex.join(words if precision == "auto" else [*words, "--precision", precision])
 
 
 @app.command()
@@ -285,7 +309,7 @@ def compare(
 ) -> None:
     """Compare the recipes; with --data they are trained.
 
-    Example: esm-efficient compare --model 8M --data proteins.csv --recipe lora --recipe frozen --output comparison
+    Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
     """
     if data is None and limit is not None:
         raise typer.BadParameter("--limit needs --data: without a table nothing is trained")
@@ -336,7 +360,9 @@ def _load(source: str, limit: int | None) -> Any:
     from esm_efficient.demo import write_demo_table
 
     with tempfile.TemporaryDirectory() as folder:
-        path = write_demo_table(Path(folder) / "table.csv") if source == "demo" else source
+        path: Any = None if source == "deeploc" else source
+        if source == "demo":
+            path = write_demo_table(Path(folder) / "table.csv")
         data = load_deeploc(path, test_partitions=(4,), validation_partitions=())
     if limit is None:
         return data

@@ -13,17 +13,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from esm_efficient.cli.commands import app
+from esm_efficient.cli.commands import LayersOption, app
 from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_model, quiet, show
 from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.recipes import check_layers
 from esm_efficient.reporting.files import written_as
 
 SourceArgument = Annotated[
     str,
     typer.Argument(
         help='A CSV, TSV, Excel, Parquet, JSON lines or FASTA file; "demo"; - for standard input.', metavar="FILE"
+    ),
+]
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        help='A CSV, TSV, Excel, Parquet, JSON lines or FASTA file; "demo" for a synthetic table, "deeploc" to '
+        "download DeepLoc-2.0.",
+        metavar="DATA",
     ),
 ]
 TrainedArgument = Annotated[
@@ -53,10 +60,15 @@ OverlapOption = Annotated[
     typer.Option("--overlap", min=0, help="Residues that two windows share at least; default: a fourth of a window."),
 ]
 BudgetOption = Annotated[int, typer.Option("--token-budget", min=16, help="The most tokens per batch.")]
-SequenceOption = Annotated[str | None, typer.Option("--sequence", help="Column of the sequences.")]
-AccessionOption = Annotated[str | None, typer.Option("--accession", help="Column of the accessions.")]
+SequenceOption = Annotated[str | None, typer.Option("--sequence", metavar="COLUMN", help="Column of the sequences.")]
+AccessionOption = Annotated[str | None, typer.Option("--accession", metavar="COLUMN", help="Column of the accessions.")]
 LabelOption = Annotated[
-    list[str] | None, typer.Option("--label", help="Column of the labels; repeat it for several columns of 0 and 1.")
+    list[str] | None,
+    typer.Option("--label", metavar="COLUMN", help="Column of the labels; repeat it for several columns of 0 and 1."),
+]
+UnlabelledOption = Annotated[
+    str | None,
+    typer.Option("--unlabelled", help='Letter of residues without a label, such as "-"; "" if each letter is a class.'),
 ]
 LabelKindOption = Annotated[
     LabelKind | None, typer.Option("--label-kind", help="What the labels are, where their cells do not tell.")
@@ -72,20 +84,6 @@ ClustersOption = Annotated[
         "--clusters", exists=True, dir_okay=False, help="Clusters of MMseqs2 or CD-HIT; each is in one split."
     ),
 ]
-
-
-def choice_of_layers(text: str | None) -> str | None:
-    """Return a choice of layers.
-
-    Raises:
-        BadParameter: it is none.
-    """
-    try:
-        if text is not None:
-            check_layers(text)
-    except ConfigurationError as error:
-        raise typer.BadParameter(str(error)) from error
-    return text
 
 
 def _shard(text: str) -> str:
@@ -126,7 +124,9 @@ def predict(
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
-    """Predict from a file of sequences, with one model or with the mean of several adapters of one base model.
+    """Predict from a file of sequences, with one model or several.
+
+    Several models are adapters of one base model; the prediction is the mean of theirs.
 
     Example: esm-efficient predict output/adapter proteome.fasta -o predictions.parquet
     """
@@ -199,23 +199,27 @@ def embed(
 
 @app.command()
 def data(
-    source: Annotated[str, typer.Argument(help='A file of sequences; "demo", or "deeploc" to download it.')],
+    source: DataArgument,
     sequence: SequenceOption = None,
     accession: AccessionOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    unlabelled: UnlabelledOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
-    """Read a table as finetune does, and describe it: columns, labels, lengths, repeats, relatives across splits.
+    """Describe a table as finetune reads it: the first thing to do.
+
+    It shows columns, splits, labels, lengths, repeated sequences, and relatives of training sequences in the test set.
 
     Example: esm-efficient data proteins.csv --label binds
     """
     existing_file(source)
     columns = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
+    columns["unlabelled"] = unlabelled
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     options = data_options(source, **columns, **bounds, clusters=clusters, on_error=on_error)
     with quiet():
@@ -232,19 +236,17 @@ def targets(
     preset: Annotated[
         Literal["qkv", "attention", "mlp", "all-linear"], typer.Option(help="Kinds of layers that get adapters.")
     ] = "all-linear",
-    layers: Annotated[
-        str, typer.Option(callback=choice_of_layers, help='Layers that get adapters: "all", "top-2", "top-1/3".')
-    ] = "all",
+    layers: LayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the layers of a model that get adapters, without its weights.
+    """Show which layers of a model get adapters, without its weights.
 
     Example: esm-efficient targets 650M --preset qkv --layers top-1/3
     """
     with quiet():
         from esm_efficient.estimation.targets import describe_targets
 
-        result = describe_targets(model, preset=preset, layers=layers)
+        result = describe_targets(model, preset=preset, layers=layers or "all")
     show(result, as_json)
 
 

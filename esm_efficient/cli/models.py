@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,14 @@ from esm_efficient.cli.commands import app
 from esm_efficient.cli.jobs import (
     AccessionOption,
     ClustersOption,
+    DataArgument,
     LabelKindOption,
     LabelOption,
     MaxResiduesOption,
     MinResiduesOption,
     OnErrorOption,
     SequenceOption,
+    UnlabelledOption,
     data_options,
 )
 from esm_efficient.cli.output import (
@@ -29,16 +32,14 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
-from esm_efficient.cli.training import RUN_FILE, repeating_line
+from esm_efficient.cli.training import repeating_line
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
 
 
 @app.command()
 def probe(
-    data: Annotated[
-        str, typer.Argument(help='A file of sequences and labels; "demo", or "deeploc" to download it.', metavar="DATA")
-    ],
+    data: DataArgument,
     model: ModelOption = "35M",
     max_tokens: Annotated[int, typer.Option(min=3, help="The most tokens per sequence.")] = 1024,
     token_budget: Annotated[int, typer.Option(min=16, help="The most tokens per batch.")] = 8192,
@@ -48,6 +49,7 @@ def probe(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
@@ -58,17 +60,18 @@ def probe(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Score the states of each layer with a linear probe, and recommend a layer. It is the first thing to try.
+    """Score each layer with a linear probe, before any training.
 
     Example: esm-efficient probe proteins.csv --model 35M --report probe.html
     """
     existing_file(data)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
-    options = data_options(data, **columns, clusters=clusters, **bounds, on_error=on_error, seed=seed)
+    given = {**columns, "unlabelled": unlabelled, "clusters": clusters, **bounds, "on_error": on_error, "seed": seed}
+    options = data_options(data, **given)
     with quiet(verbose=verbose):
         from esm_efficient.published import hub_name
-        from esm_efficient.training.given import splits_from
+        from esm_efficient.training.given import command_words, splits_from
         from esm_efficient.training.sweep import sweep_layers
         from esm_efficient.training.sweep_page import sweep_page
 
@@ -80,9 +83,16 @@ def probe(
             max_labelled_residues=max_labelled_residues,
             seed=seed,
         )
+        words = command_words(data, options, hub_name(model))
         if report is not None:
-            report.write_text(sweep_page(result, f"{Path(model).name} on {Path(data).name}"), encoding="utf-8")
+            command = shlex.join(["esm-efficient", "probe", *words])
+            page = sweep_page(result, f"{Path(model).name} on {Path(data).name}", command=command)
+            report.write_text(page, encoding="utf-8")
     show(result, as_json)
+    if not as_json:
+        pooling = [] if result.reading == "residues" else ["--pooling", result.reading]
+        training = ["--recipe", "lora", "--layers", "top-1/3", "--cache", "--epochs", "3", *pooling]
+        show(f"\nNext, train: {shlex.join(['esm-efficient', 'finetune', *words, *training])}", as_json)
 
 
 @app.command()
@@ -97,7 +107,9 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, for onnxruntime.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a trained model as a folder to publish: merged weights, adapter, tokenizer, metrics and a model card.
+    """Write a trained model as a folder to deploy or to publish.
+
+    The folder has the merged weights, the adapter, the tokenizer, the metrics and a model card.
 
     Example: esm-efficient export output membrane && hf upload NAME/membrane membrane
     """
@@ -128,6 +140,5 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
         from esm_efficient.training.records import load_result
 
         result = load_result(run)
-        file = result.result_path.with_name(RUN_FILE)
-        result.save_page(command=repeating_line(file) if file.is_file() else None)
+        result.save_page(command=repeating_line(result.result_path.parent))
     show(result, as_json)

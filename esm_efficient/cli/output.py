@@ -132,6 +132,8 @@ def as_typed(message: str, parameters: Sequence[Any]) -> str:
         off = next(iter(parameter.secondary_opts), f"no {option}")
 
         def typed(match: re.Match[str], on: str = option, off: str = off) -> str:
+            if match[1] in ('""', "''"):
+                return f'{on} ""'
             value = (match[1] or "").strip("\"'")
             return {"True": on, "False": off, "": on}.get(value, f"{on} {value}")
 
@@ -198,14 +200,14 @@ def known_model(name: str) -> str:
         raise typer.BadParameter(str(error)) from error
 
 
+MODEL_HELP = 'An ESM-2 size such as 650M, a folder or a Hub name; "demo" for a tiny model that needs no network.'
+
 PageOption = Annotated[
     Path | None,
     typer.Option("--report", callback=writable_page, metavar="FILE", help="Write a page that ends with .html."),
 ]
-ModelOption = Annotated[
-    str, typer.Option("--model", callback=known_model, help="An ESM-2 size such as 650M, a model id or a folder.")
-]
+ModelOption = Annotated[str, typer.Option("--model", callback=known_model, help=MODEL_HELP)]
 ModelArgument = Annotated[
     str,
-    typer.Argument(callback=known_model, help="An ESM-2 size such as 650M, a folder or a Hub name.", metavar="MODEL"),
+    typer.Argument(callback=known_model, help=MODEL_HELP, metavar="MODEL"),
 ]

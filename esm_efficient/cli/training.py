@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from esm_efficient.cli.commands import QuantizationOption, RecipeOption, app
+from esm_efficient.cli.commands import CacheOption, LayersOption, PoolingOption, QuantizationOption, RecipeOption, app
 from esm_efficient.cli.jobs import (
     AccessionOption,
     BudgetOption,
     ClustersOption,
+    DataArgument,
     KeepOption,
     LabelKindOption,
     LabelOption,
@@ -25,8 +26,8 @@ from esm_efficient.cli.jobs import (
     OverlapOption,
     SequenceOption,
     TrainedArgument,
+    UnlabelledOption,
     check_overlap,
-    choice_of_layers,
     data_options,
     reading_of,
 )
@@ -46,7 +47,6 @@ from esm_efficient.recipes import get_recipe
 RUN_FILE = "run.yaml"
 """The file in the output folder with the options of a run."""
 
-Pooling = Literal["first", "mean", "attention"]
 Weights = Literal["balanced", "none"]
 
 
@@ -70,9 +70,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 @app.command()
 def finetune(
-    data: Annotated[
-        str, typer.Argument(help='A file of sequences and labels; "demo", or "deeploc" to download it.', metavar="DATA")
-    ],
+    data: DataArgument,
     model: ModelOption = "35M",
     recipe: RecipeOption = "all",
     output: Annotated[
@@ -82,21 +80,20 @@ def finetune(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences per optimizer step; default: the recipe's.")
     ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences in one forward pass: fewer need less memory; default: the recipe's."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
-    layers: Annotated[
-        str | None, typer.Option(callback=choice_of_layers, help='Layers that train: "all", "top-2", "top-1/3".')
-    ] = None,
-    cache: Annotated[
-        bool | None, typer.Option("--cache/--no-cache", help="Compute the layers that do not train once.")
-    ] = None,
-    pooling: Annotated[
-        Pooling | None, typer.Option(help="What the head reads: first token, mean over residues, or attention.")
-    ] = None,
+    layers: LayersOption = None,
+    cache: CacheOption = None,
+    pooling: PoolingOption = None,
     quantization: QuantizationOption = None,
     class_weights: Annotated[Weights, typer.Option(help="Weigh classes inversely to their frequency.")] = "balanced",
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
@@ -125,7 +122,7 @@ def finetune(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Fine-tune ESM-2 on a table of sequences, and write the model and a report.
+    """Fine-tune ESM-2 on a table, and write a model and a report.
 
     Example: esm-efficient finetune proteins.csv --model 35M
     """
@@ -137,10 +134,9 @@ def finetune(
     chosen = get_recipe(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
     existing_file(data)
     options = {name: value for name, value in locals().items() if name in _WRITTEN and value is not None}
-    output.mkdir(parents=True, exist_ok=True)
-    _write_config(output / RUN_FILE, options)
-    given: dict[str, Any] = {"batch_size": batch_size, "learning_rate": learning_rate, "epochs": epochs}
-    with quiet(verbose=verbose), _resumable(output, data):
+    given = {"batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate, "epochs": epochs}
+    sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    with quiet(verbose=verbose), _resumable(output):
         from esm_efficient.training.checkpoints import CheckpointCallback
         from esm_efficient.training.finetune import finetune
 
@@ -156,67 +152,84 @@ def finetune(
             resume_from_checkpoint=True if resume else None,
             early_stopping="auto" if early_stopping is None else early_stopping or None,
             probe=probe,
-            announce=lambda plan: typer.echo(f"{plan}\n", err=True),
+            announce=lambda plan: _begin(plan, output, options, resume=resume),
             callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM))],
             save_strategy="epoch",
             save_total_limit=1,
-            **{name: value for name, value in given.items() if value is not None},
+            **sizes,
         )
-        result.save_page(command=repeating_line(output / RUN_FILE))
+        result.save_page(command=repeating_line(output))
     show(result, as_json)
 
 
-def repeating_line(file: Path) -> str:
-    """Return the line that repeats a run.
+def _begin(plan: Any, output: Path, options: dict[str, Any], *, resume: bool) -> None:
+    """Say what a run will do, and write its options: the data can be read, and nothing is trained yet."""
+    from esm_efficient.training.records import RESULT
+
+    typer.echo(f"{plan}\n", err=True)
+    if (output / RESULT).is_file() and not resume:
+        typer.echo(
+            f"warning: {output} has the model of another run, which this run will replace. To keep it, stop with "
+            "Ctrl-C and give another folder with --output",
+            err=True,
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    _write_config(output / RUN_FILE, options)
+
+
+def repeating_line(run: Path) -> str | None:
+    """Return the line that repeats a run, from any folder, into a new folder beside it.
 
     Args:
-        file: the options of the run, as `finetune` writes them.
+        run: the folder of the run.
+
+    Returns:
+        The line; None if the run was not started by a command.
     """
+    file = run.absolute() / RUN_FILE
+    return _line(file, run.absolute().with_name(f"{run.absolute().name}-again")) if file.is_file() else None
+
+
+def _line(file: Path, output: Path) -> str:
     import yaml
 
     data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
-    return shlex.join(["esm-efficient", "finetune", "--config", str(file), str(data)])
+    return shlex.join(["esm-efficient", "finetune", "--config", str(file), data, "-o", str(output)])
 
 
 @contextmanager
-def _resumable(output: Path, data: str) -> Iterator[None]:
+def _resumable(output: Path) -> Iterator[None]:
     """Say how to go on if a signal ends a run."""
     try:
         yield
     except TrainingInterrupted as error:
-        line = shlex.join(["esm-efficient", "finetune", "--config", str(output / RUN_FILE), data, "-o", str(output)])
+        line = _line(output.absolute() / RUN_FILE, output.absolute())
         raise TrainingInterrupted(f"{str(error).split(':')[0]}. It is saved. Go on with: {line} --resume") from error
 
 
 _WRITTEN = (
-    *("data", "model", "recipe", "epochs", "batch_size", "learning_rate", "layers", "cache", "pooling"),
-    "quantization",
-    *("class_weights", "sequence", "label", "label_kind", "accession", "clusters", "min_residues", "max_residues"),
-    *("on_error", "early_stopping", "probe", "precision", "seed"),
+    *("data", "model", "recipe", "epochs", "batch_size", "micro_batch", "learning_rate", "layers", "cache", "pooling"),
+    *("quantization", "class_weights", "sequence", "label", "label_kind", "unlabelled", "accession", "clusters"),
+    *("min_residues", "max_residues", "on_error", "early_stopping", "probe", "precision", "seed"),
 )
 """The options of a run that its file has."""
 
 
 def _write_config(path: Path, options: dict[str, Any]) -> None:
+    """Write options as YAML; paths are whole, so that the file can be used from any folder."""
     import yaml
 
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in options.items()}
+    places = {name: str(Path(plain[name]).absolute()) for name in ("data", "model") if Path(plain[name]).exists()}
+    if isinstance(plain.get("layers"), tuple):
+        plain["layers"] = ",".join(map(str, plain["layers"]))
+    path.write_text(yaml.safe_dump(plain | places, sort_keys=False), encoding="utf-8")
 
 
 def _data_options(data: str, options: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "sequence",
-        "label",
-        "label_kind",
-        "accession",
-        "clusters",
-        "min_residues",
-        "max_residues",
-        "on_error",
-        "seed",
-    )
-    return data_options(data, **{name: options[name] for name in names if name in options})
+    from esm_efficient.training.given import COMMAND_OPTIONS
+
+    return data_options(data, **{name: options[name] for name in COMMAND_OPTIONS if name in options})
 
 
 @app.command()
@@ -229,6 +242,7 @@ def evaluate(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     on_error: OnErrorOption = "raise",
     report: PageOption = None,
@@ -241,7 +255,7 @@ def evaluate(
     existing_file(data, ())
     check_overlap(keep, overlap)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
-    given = data_options(data, **columns, on_error=on_error)
+    given = data_options(data, **columns, unlabelled=unlabelled, on_error=on_error)
     with quiet():
         from esm_efficient.training.evaluation import evaluate_in_full
         from esm_efficient.training.given import splits_from

@@ -144,7 +144,7 @@ def read_table(
 
     Returns:
         The column names, and an iterator over the rows: the place of each, such as ``line 3``, and its cells. Lines of
-        white space are skipped.
+        white space, and rows of several cells that are all empty, are skipped.
 
     Raises:
         DataError: the text is empty, two columns have the same name, or a row cannot be parsed.
@@ -205,9 +205,10 @@ def _complete_rows(
 ) -> Iterator[tuple[str, list[str]]]:
     """The lines that are not empty; each must have one cell per column."""
     for place, cells in lines:
+        is_blank = not any(cell.strip() for cell in cells)
+        if is_blank and (len(names) > 1 or not cells):  # the cell of a table of one column was written as it is
+            continue
         if len(cells) != len(names):
-            if not any(cell.strip() for cell in cells):
-                continue
             if leave_out is not None:
                 leave_out(f"{source}, {place}", f"the number of cells is not {len(names)}, the number of columns")
                 continue

@@ -166,7 +166,7 @@ def split_at_random(
     )
     warnings.warn(
         "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
-        "skill. Split by homology partition or by cluster for a figure to report.",
+        "skill. For a figure to report, split by homology partition (a column) or by cluster (clusters=).",
         UserWarning,
         stacklevel=stacklevel,
     )

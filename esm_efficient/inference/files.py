@@ -204,20 +204,19 @@ def check_rows(
     if on_error not in get_args(OnError):
         raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
     wrong: dict[int, str] = {}
-    rows = 0
+    rows, too_long = 0, False
     for row in read_sequences(source, sequence=sequence, accession=accession):
         rows += 1
         problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
         if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
-            problem = (
-                f'has {size:,} residues, more than {longest:,}: read a part with keep="start", or all with '
-                'keep="windows"'
-            )
+            problem, too_long = f"has {size:,} residues, more than {longest:,}", True
         if problem:
             wrong[rows - 1] = f"{row.place} {problem}"
     problems = f"{len(wrong):,} of {rows:,} rows cannot be used: {listing(list(wrong.values()), 3)}"
+    if too_long:
+        problems += '. Of sequences that are too long, read a part with keep="start", or all with keep="windows"'
     if wrong and (on_error == "raise" or len(wrong) == rows):
-        cure = "" if len(wrong) == rows else '. Correct them, or leave such rows out with on_error="skip"'
+        cure = "" if len(wrong) == rows else '. Correct wrong rows, or leave them out with on_error="skip"'
         raise DataError(f"{source}: {problems}{cure}")
     if wrong:
         logger.warning("left out of %s: %s", source, problems)

@@ -75,12 +75,23 @@ class ResidueStrip:
         return [(self.start + i, self.residues[i : i + _BLOCK]) for i in range(0, len(self.residues), _BLOCK)]
 
 
-Part = str | Table | Plot | ResidueStrip
+@dataclass(frozen=True)
+class Command:
+    """A line for a terminal, which is shown as it must be typed.
+
+    Attributes:
+        line: the line.
+    """
+
+    line: str
+
+
+Part = str | Table | Plot | ResidueStrip | Command
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with paragraphs, tables, plots and sequences."""
+    """A heading with paragraphs, tables, plots, sequences and lines for a terminal."""
 
     heading: str
     parts: Sequence[Part]

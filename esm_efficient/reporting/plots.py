@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.reporting.tables import one_line
+from esm_efficient.reporting.tables import count_of, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -221,7 +221,7 @@ def layers_plot(
         axes.axhspan(*band, color="#999999", alpha=0.3, linewidth=0, label="within one standard error of the best")
     for (name, values), colour in zip(lines.items(), itertools.cycle(CATEGORY_COLOURS.values())):
         axes.plot(range(len(values)), values, marker="o", markersize=4, color=colour, label=one_line(name))
-    axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=f"recommended: {chosen} layers")
+    axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=f"recommended: {count_of(chosen, 'layer')}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layers (0: embeddings)")
     axes.set_ylabel(one_line(metric))

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from esm_efficient.errors import EsmEfficientError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import IGNORE, Task
 from esm_efficient.training.arguments import half_dtype
+from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.layer_probes import METRICS, Examples, fit_probes, read_examples
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.probes import Fitted, fit_probe
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from esm_efficient.training.cached import CachedTraining
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 PROBE = "linear probe"
 """The name of the probe in tables."""
@@ -59,6 +62,7 @@ class FrozenProbe:
         examples: training proteins, or residues, that it was fitted on.
         metrics: its metrics on the test split.
         seconds: time to compute the states and to fit.
+        intervals: 95 % interval of the metrics, from the draws of sequences that give those of the model.
     """
 
     layer: int
@@ -68,10 +72,12 @@ class FrozenProbe:
     examples: int
     metrics: Mapping[str, float]
     seconds: float
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the metrics."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metrics"}
+        """Return everything but the metrics, ready for JSON."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metrics"}
+        return record | {"intervals": {name: list(ends) for name, ends in self.intervals.items()}}
 
     def describe(self) -> str:
         """Return what the probe is, in one sentence."""
@@ -221,17 +227,23 @@ def _fit(
     if picked:
         place, thresholds = _pick(task, train, read("validation"), default=kept.index(middle))
     predict = fit_probe(task, train.states[place, 0], train.labels, weights=train.weights)
-    logits, labels = _predict(reader, dataset["test"], task, kept[place], predict)
-    metrics = compute_metrics_for(task, thresholds=thresholds)(EvalPrediction(predictions=logits, label_ids=labels))
+    prediction = _predict(reader, dataset["test"], task, kept[place], predict)
+    compute = compute_metrics_for(task, thresholds=thresholds)
     return FrozenProbe(
         layer=kept[place],
         layers=reader.layers,
         reading="residues" if task.kind == "token_classification" else "mean",
         picked=picked,
         examples=len(train.labels),
-        metrics={name: value for name, value in metrics.items() if name != "majority_accuracy"},
+        metrics=_of_the_probe(compute(prediction)),
         seconds=time.perf_counter() - started,
+        intervals=_of_the_probe(intervals_of(prediction, compute)),
     )
+
+
+def _of_the_probe(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return values by metric without the metric of another baseline."""
+    return {name: value for name, value in values.items() if name != "majority_accuracy"}
 
 
 def _pick(task: Task, train: Examples, validation: Examples, *, default: int) -> tuple[int, np.ndarray | None]:
@@ -245,21 +257,23 @@ def _pick(task: Task, train: Examples, validation: Examples, *, default: int) ->
     return best, tune_thresholds(validation.labels, logits[best], task.names)
 
 
-def _predict(
-    reader: LayerReader, test: Dataset, task: Task, layer: int, predict: Fitted
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a probe computes for the test split, and the labels."""
+def _predict(reader: LayerReader, test: Dataset, task: Task, layer: int, predict: Fitted) -> EvalPrediction:
+    """Return what a probe computes for the test split, and the labels, in the shapes that a Trainer gives."""
     if task.kind != "token_classification":
         examples = read_examples(reader, test, task, name="test", token_budget=_TOKEN_BUDGET, layers=(layer,))
-        return predict(examples.states[0, 0]), examples.labels
-    logits, labels = [np.zeros((0, len(task.names)))], [np.zeros(0, dtype=np.int64)]
-    cells = test["labels"]
+        return EvalPrediction(predictions=predict(examples.states[0, 0]), label_ids=examples.labels)
+    cells = [np.asarray(row) for row in test["labels"]]
+    labels = np.full((len(cells), max(map(len, cells))), IGNORE)
+    logits = np.zeros((*labels.shape, len(task.names)), dtype=np.float32)
+    for row, cell in enumerate(cells):
+        labels[row, : len(cell)] = cell
     for rows, states in reader.tokens(test, layer, token_budget=_TOKEN_BUDGET, name="test"):
-        flat = np.concatenate([np.asarray(cells[int(row)]) for row in rows])
-        if (known := flat != IGNORE).any():
-            logits.append(predict(states[known]))
-            labels.append(flat[known])
-    return np.concatenate(logits), np.concatenate(labels)
+        lengths = [len(cells[row]) for row in rows]
+        for row, found in zip(rows, np.split(states, np.cumsum(lengths)[:-1]), strict=True):
+            known = np.flatnonzero(cells[row] != IGNORE)
+            if len(known):
+                logits[row, known] = predict(found[known])
+    return EvalPrediction(predictions=logits, label_ids=labels)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Evaluation:
         sequences: sequence of each example; empty if they are not known.
         thresholds: probability from which each label is positive; None for 0.5.
         baselines: metrics of other predictions of the same examples, by name (`esm_efficient.training.baselines`).
+        baseline_intervals: 95 % interval of metrics of those of the baselines that have one, by name.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Evaluation:
     sequences: Sequence[str] = ()
     thresholds: np.ndarray | None = None
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    baseline_intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
 
     def metric_rows(self) -> list[tuple[str, ...]]:
         """Return the name, the value and the interval of each metric, and its values by the baselines, as text."""
@@ -60,7 +62,10 @@ class Evaluation:
                 name,
                 format_number(value, "{:.3f}"),
                 "{:.3f} to {:.3f}".format(*self.intervals[name]) if name in self.intervals else "-",
-                *(format_number(metrics.get(name), "{:.3f}") for metrics in self.baselines.values()),
+                *(
+                    _with_interval(metrics.get(name), self.baseline_intervals.get(baseline, {}).get(name))
+                    for baseline, metrics in self.baselines.items()
+                ),
             )
             for name, value in self.metrics.items()
             if not name.startswith(("f1_", "mcc_")) or name in ("f1_micro", "f1_macro")
@@ -94,10 +99,7 @@ class Evaluation:
         for index, name in enumerate(self.task.names):
             cells = [name, f"{self._support(index):,}"]
             for metric in (f"{metric}_{name}" for metric in shown):
-                cell = format_number(self.metrics.get(metric), "{:.3f}")
-                if metric in self.intervals:
-                    cell += " ({:.3f} to {:.3f})".format(*self.intervals[metric])
-                cells.append(cell)
+                cells.append(_with_interval(self.metrics.get(metric), self.intervals.get(metric)))
             rows.append(tuple(cells))
         return Table(("class", "examples", *(f"{metric.upper()} (95 % interval)" for metric in shown)), rows)
 
@@ -107,12 +109,17 @@ class Evaluation:
         return int((self.labels == index).sum())
 
 
-def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[str] = ()) -> list[Section]:
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    text = format_number(value, "{:.3f}")
+    return text if interval is None else text + " ({:.3f} to {:.3f})".format(*interval)
+
+
+def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[Part] = ()) -> list[Section]:
     """Return the sections of a page; without matplotlib they have no plots, and say so.
 
     Args:
         evaluation: the evaluation.
-        notes: paragraphs above the table of the metrics.
+        notes: what is above the table of the metrics.
     """
     warning = verdict(evaluation)
     table = Table(evaluation.header(), evaluation.metric_rows())

@@ -124,9 +124,10 @@ def finetune(
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
         announce: called with what the run will do and cost, before the model is loaded. The estimate takes seconds.
-        **training_options: ``epochs``, ``batch_size`` (sequences per optimizer step on one device), ``quantization``
-            (``"4bit"`` or ``"8bit"``, `esm_efficient.recipes.Quantization`) and options of `TrainingArguments`, which
-            override those of the recipe.
+        **training_options: ``epochs``, ``batch_size`` (sequences per optimizer step on one device), ``micro_batch``
+            (sequences in one forward pass), ``quantization`` (``"4bit"`` or ``"8bit"``,
+            `esm_efficient.recipes.Quantization`) and options of `TrainingArguments`, which override those of the
+            recipe.
 
     Returns:
         Metrics, costs and paths.

@@ -74,6 +74,7 @@ def finish_job(job: Job, trainer: WeightedTrainer, dataset: DatasetDict, figures
         result_path=job.output_dir / RESULT,
         base_model=job.base_model,
         dataset=job.data_name,
+        probe_words=job.probe_words,
         thresholds=thresholds,
         temperature=temperature,
         evaluation=evaluation,

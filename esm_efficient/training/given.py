@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 NAMED_TABLES = ("demo", "deeploc")
 """``"demo"`` is the synthetic table of this package, and ``"deeploc"`` the DeepLoc-2.0 table, which is downloaded."""
 
+COMMAND_OPTIONS = (
+    *("sequence", "label", "label_kind", "unlabelled", "accession", "clusters", "min_residues", "max_residues"),
+    *("on_error", "seed"),
+)
+"""The options of `load_sequences` that the commands have too, under the same names."""
+
 
 def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetDict:
     """Return labelled splits of what a user has.
@@ -83,6 +89,40 @@ def name_of(data: Any) -> str:
         return Path(data).name
     paths = list(data.values()) if isinstance(data, Mapping) else []
     return ", ".join(Path(path).name for path in paths if isinstance(path, str | Path))
+
+
+def command_words(data: Any, options: Mapping[str, Any], model: str) -> tuple[str, ...]:
+    """Return the words after ``esm-efficient probe`` that read the same data and model, from any folder.
+
+    Args:
+        data: what `splits_from` takes.
+        options: its options.
+        model: the Hub name or the folder of the model.
+
+    Returns:
+        The words; none if the command cannot name the data, one of the options or the model.
+
+    Example:
+        >>> command_words("demo", {"max_residues": 300, "label": None}, "facebook/esm2_t6_8M_UR50D")
+        ('demo', '--max-residues', '300', '--model', 'facebook/esm2_t6_8M_UR50D')
+    """
+    if not isinstance(data, str | Path) or not model:
+        return ()
+    words = [_place(data)]
+    for name, value in options.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if value is None or value == signature(load_sequences).parameters[name].default:
+            continue
+        if name not in COMMAND_OPTIONS or not all(isinstance(entry, str | Path | int) for entry in values):
+            return ()
+        texts = [_place(entry) if name == "clusters" else str(entry) for entry in values]
+        words += [word for text in texts for word in (f"--{name.replace('_', '-')}", text)]
+    return (*words, "--model", _place(model))
+
+
+def _place(name: str | Path) -> str:
+    """Return the whole path of a file or folder; any other name as it is."""
+    return str(name) if str(name) in NAMED_TABLES or not Path(name).exists() else str(Path(name).absolute())
 
 
 def _named_table(name: str, options: Mapping[str, Any]) -> DatasetDict:

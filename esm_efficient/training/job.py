@@ -14,7 +14,14 @@ from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
 from esm_efficient.training.arguments import recipe_arguments, refuse_data_parallel, refuse_unsaved_weights
 from esm_efficient.training.baselines import reason_against_probe
-from esm_efficient.training.given import describe_if_known, evaluated_split, name_of, splits_from, task_of_splits
+from esm_efficient.training.given import (
+    command_words,
+    describe_if_known,
+    evaluated_split,
+    name_of,
+    splits_from,
+    task_of_splits,
+)
 from esm_efficient.training.outcome import WarningList
 from esm_efficient.training.run_plan import RunPlan, plan_run
 from esm_efficient.training.start import name_of_model
@@ -39,6 +46,7 @@ class Job:
         evaluated_on: the split that is evaluated in the end.
         base_model: the Hub name or the folder of the model; empty if it is not known.
         data_name: the name of the data; empty if it is not known.
+        probe_words: what a command needs to read the same data and model; empty if it cannot.
         data: what is in the splits; None for streams and tokenised splits.
         plan: what the run will do and cost; None if nobody asked.
         warned: the warnings of the run.
@@ -54,6 +62,7 @@ class Job:
     evaluated_on: str
     base_model: str
     data_name: str
+    probe_words: tuple[str, ...]
     data: DataDescription | None
     plan: RunPlan | None = None
     warned: WarningList = field(default_factory=WarningList)
@@ -107,7 +116,7 @@ def begin_job(
         DataError: as `finetune`.
         ConfigurationError: the options contradict each other.
     """
-    warned, data_name = WarningList(), name_of(dataset)
+    warned, data_name, base_model = WarningList(), name_of(dataset), name_of_model(model)
     with warned:
         raw = splits_from(dataset, **data_options)
     task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
@@ -125,8 +134,9 @@ def begin_job(
         seed=seed,
         raw=raw,
         evaluated_on=evaluated_on,
-        base_model=name_of_model(model),
+        base_model=base_model,
         data_name=data_name,
+        probe_words=command_words(dataset, data_options, base_model),
         data=describe_if_known(raw),
         warned=warned,
     )

@@ -21,6 +21,7 @@ def resolve_options(
 
     ``epochs`` is another name of ``num_train_epochs``. ``batch_size`` is the number of sequences per optimizer step on
     one device: the recipe's micro-batch stays as it is where it divides the batch, and the accumulation changes.
+    ``micro_batch`` is the number of sequences in one forward pass, which divides the batch; the batch stays as it is.
     ``quantization`` is that of the recipe.
 
     Args:
@@ -36,11 +37,14 @@ def resolve_options(
         >>> recipe, options = resolve_options(RECIPES["all"], {"batch_size": 16, "epochs": 3})
         >>> recipe.micro_batch, recipe.accumulation, options
         (2, 8, {'num_train_epochs': 3})
+        >>> resolve_options(RECIPES["lora"], {"micro_batch": 4})[0].accumulation
+        2
     """
     options = dict(options)
     names = {field.name for field in dataclasses.fields(TrainingArguments)} | {
         "epochs",
         "batch_size",
+        "micro_batch",
         "quantization",
         *known,
     }
@@ -55,8 +59,9 @@ def resolve_options(
         raise ConfigurationError(f"epochs={options['num_train_epochs']}: expected more than 0, or nothing is trained")
     if "quantization" in options:
         recipe = recipe.replace(quantization=options.pop("quantization"))
-    if "batch_size" in options:
-        recipe = _with_batch_size(recipe, options.pop("batch_size"), options)
+    sizes = {name: options.pop(name) for name in ("batch_size", "micro_batch") if name in options}
+    if sizes:
+        recipe = _with_sizes(recipe, options, **sizes)
     return recipe, options
 
 
@@ -65,11 +70,20 @@ def _advice(name: str, names: Collection[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else ": expected an option of finetune or of TrainingArguments"
 
 
-def _with_batch_size(recipe: Recipe, size: Any, options: Mapping[str, Any]) -> Recipe:
-    both = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options)
-    if both:
-        raise ConfigurationError(f"batch_size and {sorted(both)[0]} contradict each other: give one of them")
-    if not isinstance(size, int) or size < 1:
-        raise ConfigurationError(f"batch_size={size!r}: expected a whole number of sequences, at least 1")
-    micro = max(part for part in range(1, min(recipe.micro_batch, size) + 1) if size % part == 0)
+def _with_sizes(recipe: Recipe, options: Mapping[str, Any], **sizes: Any) -> Recipe:
+    """Return a recipe with a batch size, a micro-batch, or both."""
+    for name, size in sizes.items():
+        if both := {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options):
+            raise ConfigurationError(f"{name} and {sorted(both)[0]} contradict each other: give one of them")
+        if not isinstance(size, int) or size < 1:
+            raise ConfigurationError(f"{name}={size!r}: expected a whole number of sequences, at least 1")
+    size = sizes.get("batch_size", recipe.batch_size)
+    micro = sizes.get("micro_batch")
+    if micro is None:
+        micro = max(part for part in range(1, min(recipe.micro_batch, size) + 1) if size % part == 0)
+    elif size % micro:
+        raise ConfigurationError(
+            f"micro_batch={micro} does not divide the {size} sequences of an optimizer step: give a divisor of {size}, "
+            f"or batch_size={micro}"
+        )
     return recipe.replace(micro_batch=micro, accumulation=size // micro)

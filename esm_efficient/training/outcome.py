@@ -15,7 +15,7 @@ import numpy as np
 
 from esm_efficient.recipes import RECIPES
 from esm_efficient.reporting import format_bytes, format_number, format_table
-from esm_efficient.reporting.html import Plot, Section, Table, html_page
+from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
 from esm_efficient.reporting.score_plots import curves_plot
 from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation, draw, evaluation_sections, verdict
@@ -78,6 +78,7 @@ def evaluate_split(
         sequences=list(raw["sequence"]) if "sequence" in columns else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=majority_metrics(task, np.asarray(labels)) | ({} if probe is None else {PROBE: probe.metrics}),
+        baseline_intervals={} if probe is None else {PROBE: probe.intervals},
     )
 
 
@@ -108,39 +109,42 @@ def result_table(result: FinetuneResult) -> str:
 
 def probe_verdict(result: FinetuneResult) -> str:
     """Return a sentence if a linear probe on the frozen encoder beats the fine-tuned model; else an empty text."""
+    return " ".join(_probe_verdict(result))
+
+
+def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
+    """Return the sentence, and what shows the probes of all layers."""
     if result.probe is None:
-        return ""
+        return ()
     metric = METRICS[result.task.kind][0]
     tuned, probed = (metrics.get(metric, math.nan) for metrics in (result.metrics, result.probe.metrics))
     if math.isnan(probed) or tuned >= probed:
-        return ""
-    # A table that has no file, or several, has no name that the command could read.
-    data = result.dataset if result.dataset and ", " not in result.dataset else "DATA"
-    command = shlex.join(["esm-efficient", "probe", data, "--model", result.base_model or "MODEL"])
-    return (
-        f"A {PROBE} on the frozen encoder is better than the fine-tuned model ({metric} {probed:.3f} against "
-        f"{format_number(tuned, '{:.3f}')}) and needs no training: {command}"
+        return ()
+    sentence = (
+        f"A {PROBE} on the frozen encoder has a better score than the fine-tuned model ({metric} {probed:.3f} against "
+        f"{format_number(tuned, '{:.3f}')}), and needs no training:"
     )
+    words = result.probe_words
+    return sentence, shlex.join(["esm-efficient", "probe", *words]) if words else "sweep_layers(model, dataset)"
 
 
 def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
-    """Return one HTML page of a run.
+    """Return one HTML page of a run, with the result first.
 
     Args:
         result: the run.
         command: the line that repeats the run, if it was started by a command.
     """
-    recipe = RECIPES.get(result.recipe)
-    what = f"Recipe {result.recipe}{'' if recipe is None else f' ({recipe.description})'}, seed {result.seed}. "
-    what += f"The task: {result.task.describe()}. " + (f"The data: {result.dataset}." if result.dataset else "")
-    parts: list[str | Table | Plot] = [what, *([] if command is None else [f"Repeat it: {command}"])]
-    parts.append(Table(("", ""), cost_rows(result)))
-    sections = [Section("What ran", parts)]
-    if result.warnings:
-        sections.append(Section("Warnings", list(dict.fromkeys(result.warnings))))
+    sections = []
     if result.evaluation is not None:
-        notes = [probe_verdict(result), "" if result.probe is None else result.probe.describe()]
-        sections += evaluation_sections(result.evaluation, notes=[note for note in notes if note])
+        advice = _probe_verdict(result)
+        notes: list[Part] = [advice[0], Command(advice[1])] if advice else []
+        notes += [] if result.probe is None else [result.probe.describe()]
+        sections += evaluation_sections(result.evaluation, notes=notes)
+    after = [_what_ran(result, command)]
+    if result.warnings:
+        after.insert(0, Section("Warnings", list(dict.fromkeys(result.warnings))))
+    sections[1:1] = after  # after the table of the metrics
     if curves := curves_of(result.history):
         sections.append(Section("Training", [draw(curves_plot, curves, caption="Values over the optimizer steps.")]))
     if result.data is not None:
@@ -149,7 +153,16 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
         sections.append(memory_section(result.step_memory))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     name = Path(result.base_model).name or "a model"
-    return html_page(f"{name}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
+    data = f" on {result.dataset}" if result.dataset else ""
+    return html_page(f"{name}{data}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
+
+
+def _what_ran(result: FinetuneResult, command: str | None) -> Section:
+    recipe = RECIPES.get(result.recipe)
+    what = f"Recipe {result.recipe}{'' if recipe is None else f' ({recipe.description})'}, seed {result.seed}. "
+    what += f"The task: {result.task.describe()}. " + (f"The data: {result.dataset}." if result.dataset else "")
+    parts: list[Part] = [what, Table(("", ""), cost_rows(result))]
+    return Section("What ran", parts if command is None else [*parts, "Repeat it:", Command(command)])
 
 
 def evaluation_page(evaluation: Evaluation, *, model: str, dataset: str) -> str:
@@ -161,18 +174,23 @@ def evaluation_page(evaluation: Evaluation, *, model: str, dataset: str) -> str:
         dataset: name of the table.
     """
     what = f"{len(evaluation.labels):,} sequences of {dataset}. The task: {evaluation.task.describe()}."
-    return html_page(f"{Path(model).name} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
+    path = Path(model)  # finetune writes into RUN/adapter or RUN/model
+    name = f"{path.parent.name}/{path.name}" if path.name in ("adapter", "model") and path.parent.name else path.name
+    return html_page(f"{name} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
 
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Return (step, value) of the loss and of the metrics on validation, from the log of a Trainer."""
+    """Return (step, value) of the loss and of the metrics on validation, from the log of a Trainer.
+
+    Of a run of one epoch, the metrics on validation are single values, which are no curve and are left out.
+    """
     wanted = ("loss", "eval_loss", "eval_mcc", "eval_f1_macro", "eval_spearman")
     curves: dict[str, list[tuple[float, float]]] = {}
     for entry in history:
         for name in wanted:
             if isinstance(entry.get(name), float) and np.isfinite(entry[name]):
                 curves.setdefault(name, []).append((entry["step"], entry[name]))
-    return {name.replace("eval_", "validation: "): curves[name] for name in wanted if name in curves}
+    return {name.replace("eval_", "validation: "): curves[name] for name in wanted if len(curves.get(name, ())) > 1}
 
 
 class WarningList(logging.Handler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ def load_result(folder: str | Path) -> FinetuneResult:
             "task": task,
             "metrics": metrics,
             "step_memory": _step_memory(record["step_memory"]),
-            "probe": record["probe"] and FrozenProbe(metrics=baselines[PROBE], **record["probe"]),
+            "probe": _probe(record["probe"], baselines),
             "trained_layers": tuple(record["trained_layers"]),
             "model_dir": run / Path(record["model_dir"]).name,
             "result_path": run / RESULT,
@@ -63,6 +63,7 @@ def load_result(folder: str | Path) -> FinetuneResult:
             "history": tuple(record["history"]),
             "data": _description(record["data"]),
             "warnings": tuple(record["warnings"]),
+            "probe_words": tuple(record["probe_words"]),
         }
         names = {field.name for field in dataclasses.fields(FinetuneResult)} - {"model", "profile", *changed}
         return FinetuneResult(model=None, **{name: record[name] for name in names}, **changed)
@@ -100,6 +101,16 @@ def _step_memory(record: Mapping[str, Any] | None) -> StepMemory | None:
     return StepMemory(**{**record, "timeline": tuple(tuple(point) for point in record["timeline"])})
 
 
+def _probe(record: Mapping[str, Any] | None, baselines: Mapping[str, Mapping[str, float]]) -> FrozenProbe | None:
+    if record is None:
+        return None
+    return FrozenProbe(metrics=baselines[PROBE], **{**record, "intervals": _pairs(record["intervals"])})
+
+
+def _pairs(record: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    return {name: (ends[0], ends[1]) for name, ends in record.items()}
+
+
 def _numbers(record: Mapping[str, float | None]) -> dict[str, float]:
     return {name: float("nan") if value is None else value for name, value in record.items()}
 
@@ -127,11 +138,12 @@ def _load_evaluation(
         scores=scores,
         labels=labels,
         metrics=metrics,
-        intervals={name: (ends[0], ends[1]) for name, ends in record["intervals"].items()},
+        intervals=_pairs(record["intervals"]),
         names=table["accession"].to_pylist(),
         sequences=table["sequence"].to_pylist() if "sequence" in table.column_names else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=baselines,
+        baseline_intervals={PROBE: _pairs(record["probe"]["intervals"])} if record["probe"] else {},
     )
 
 

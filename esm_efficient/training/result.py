@@ -49,6 +49,7 @@ class FinetuneResult:
         model: the trained model, in evaluation mode; None if the result was read from a folder (`load_result`).
         base_model: the Hub name or folder of the model that the run began with.
         dataset: the name of the data; empty if they had none.
+        probe_words: what ``esm-efficient probe`` needs to read the same data and model; empty if it cannot.
         profile: costs per phase; None without profiling.
         memory: bytes at the highest moment by category; None without profiling.
         step_memory: memory of a step, as predicted before the run if it was announced or profiled, and as measured.
@@ -84,6 +85,7 @@ class FinetuneResult:
     model: PreTrainedModel | PeftModel | None = field(repr=False, compare=False)
     base_model: str = ""
     dataset: str = ""
+    probe_words: tuple[str, ...] = ()
     profile: ProfileReport | None = None
     memory: Mapping[str, int] | None = None
     step_memory: StepMemory | None = None
@@ -137,6 +139,7 @@ class FinetuneResult:
             "history": [finite_values(entry) for entry in self.history],
             "data": None if self.data is None else self.data.to_dict(),
             "warnings": list(self.warnings),
+            "probe_words": list(self.probe_words),
             "task": {"kind": self.task.kind, "names": list(self.task.names)},
             "trained_layers": list(self.trained_layers),
             "model_dir": str(self.model_dir),

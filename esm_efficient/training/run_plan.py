@@ -120,7 +120,7 @@ def plan_run(
         found = estimate(
             model,
             recipe=recipe,
-            device=device_here(),
+            device=device_here(args.device),
             micro_batch=micro,
             accumulation=accumulation,
             tokens=[min(len(sequence) + SPECIAL_TOKENS, max_tokens) for sequence in train["sequence"]],
@@ -135,13 +135,17 @@ def plan_run(
     return RunPlan(model, dataset, data, recipe, task, round(epochs, 2), steps, batch_size, found, reason, probe)
 
 
-def device_here() -> Device:
-    """Return the device of this machine that trains, with the rates of the GPU of this name, if they are known."""
-    if not torch.cuda.is_available():
+def device_here(trains: torch.device) -> Device:
+    """Return the device of this machine that trains, with the rates of the GPU of this name, if they are known.
+
+    Args:
+        trains: the device of the run, which is the CPU if the options say so (``use_cpu=True``).
+    """
+    if trains.type != "cuda":
         import psutil
 
         return dataclasses.replace(DEVICES["cpu"], memory=psutil.virtual_memory().available)
-    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    name, memory = torch.cuda.get_device_name(trains), torch.cuda.get_device_properties(trains).total_memory
     return gpu_named(name, memory)
 
 

@@ -114,7 +114,7 @@ def _explain(memory: StepMemory) -> str:
     if memory.predicted_for:
         said.append(f"Before the run, the memory of a step was estimated for {memory.predicted_for}.")
     if not memory.measured_on:
-        return " ".join([*said, "It was not measured (profile=True measures it)."])
+        return " ".join([*said, "It was not measured; in Python, finetune(..., profile=True) measures it."])
     said.append(f"The run was measured on {memory.measured_on} ({memory.counted}).")
     if memory.predicted is None:
         return " ".join(said)

@@ -16,7 +16,7 @@ from esm_efficient.adapters.registry import find_architecture, is_in_head, is_un
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.loading import find_folder
-from esm_efficient.reporting import finite_values, format_number, format_table
+from esm_efficient.reporting import count_of, finite_values, format_number, format_table
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task
 from esm_efficient.training.given import task_of_splits
@@ -130,14 +130,14 @@ class LayerSweep:
             marks = (*([note] if note else []), *(["recommended"] if layer == self.layer else []))
             numbers = [self.score(layer, reading, metric) for reading in self.readings for metric in shown]
             rows.append([layer, *(format_number(number, "{:.3f}") for number in numbers), ", ".join(marks)])
-        reason = "within one standard error of it" if self.layer <= self.best else "that truncate can keep"
+        reason = "within one standard error of it" if self.layer <= self.best else "that can be kept"
         unit = "residues" if self.task.kind == "token_classification" else "proteins"
         return (
             f"Linear probes on the states of each layer, fitted on {self.examples[0]:,} {unit} of train, scored on "
             f"{self.examples[1]:,} of {self.evaluated_on}; {self.task.describe()}\n\n"
             f"{format_table(rows, header)}\n\n"
-            f"Recommended: truncate(model, {self.layer}) of {self.layers} layers, and a head that reads the "
-            f"{_NAMES[self.reading]}. Layer {self.best} has the best {self.metric} "
+            f"Recommended: keep {count_of(self.layer, 'layer')} of {self.layers} (truncate(model, {self.layer}) in "
+            f"Python), and a head that reads the {_NAMES[self.reading]}. Layer {self.best} has the best {self.metric} "
             f"({self.score(self.best):.3f}, standard error {self.standard_error:.3f}); layer {self.layer} is the "
             f"lowest {reason}. A probe is not a promise: fine-tuning may rank layers in another "
             "order."

@@ -12,6 +12,7 @@ import pytest
 
 from esm_efficient import RECIPES, compare, estimate, recommend
 from esm_efficient.cli import commands, main
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_bytes
 
 
@@ -96,12 +97,59 @@ def test_recommend_prints_what_it_tried(capsys):
     assert out.count("taken") == 1
 
 
+@pytest.mark.parametrize(
+    "options", ["", "--layers top-1/3 --cache --pooling mean --precision fp16 --quantization 4bit"]
+)
+def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch):
+    command = "recommend --model 8M --device T4 --tokens 40 --batch-size 4 --recipe lora --epochs 2 " + options
+    assert main([*command.split(), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert main(command.split()) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Train with it: ")]
+    given = {}
+
+    def train(model, data, **options):
+        given.update(options, model=model)
+        raise ConfigurationError("enough")
+
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", train)
+    assert main(line.split()[4:]) == 2  # there is no file DATA
+    assert main([*line.replace("DATA", "demo").split()[4:]]) == 1
+    assert given["model"] == "8M"
+    assert {name: given[name] for name in ("epochs", "batch_size", "micro_batch")} == {
+        "epochs": 2.0,
+        "batch_size": 4,
+        "micro_batch": record["micro_batch"],
+    }
+    assert (given["recipe"].layers, given["recipe"].cache) == (record["layers"], record["cached"])
+    assert given["recipe"].pooling == record["pooling"]
+    assert given["precision"] == ("fp16" if options else "auto")
+
+
+def test_recommend_gives_no_line_for_what_finetune_has_no_option_for(capsys):
+    command = "recommend --model 8M --device T4 --tokens 40 --batch-size 1 --recipe lora --preset qkv"
+    assert main(command.split()) == 0
+    assert "Train with it" not in capsys.readouterr().out
+
+
 def test_compare_writes_the_page(capsys, tmp_path):
     command = f"compare --model 8M --device L4 --tokens 40 --recipe base --recipe all --steps 7 --output {tmp_path}"
     assert main(command.split()) == 0
     expected = compare("8M", device="L4", tokens=40, recipes=["base", "all"], steps=7)
     assert str(expected) in capsys.readouterr().out
     assert (tmp_path / "comparison.html").read_text() == expected.to_html()
+
+
+def test_compare_reads_the_named_tables(demo_table, monkeypatch):
+    import esm_efficient.data
+
+    load, given = esm_efficient.data.load_deeploc, []
+    monkeypatch.setattr(
+        esm_efficient.data, "load_deeploc", lambda path, **options: given.append(path) or load(demo_table, **options)
+    )
+    assert set(commands._load("deeploc", 12)) == {"train", "test"}
+    assert set(commands._load(str(demo_table), 12)) == {"train", "test"}
+    assert given == [None, str(demo_table)]  # None is what downloads the table
 
 
 def test_compare_trains_on_the_demo(capsys):
@@ -155,7 +203,10 @@ def test_invalid_arguments_and_help_import_no_torch(command):
 def test_help_lists_commands_and_options(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("estimate", "recommend", "compare"))
+    commands = [line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line.strip()]
+    assert commands[:5] == ["data", "probe", "finetune", "evaluate", "predict"]
+    assert {"estimate", "recommend", "compare", "targets", "embed", "report", "export"} == set(commands[5:])
+    assert "..." not in shown.split("Commands:")[1]  # every line is whole
     assert main(["recommend", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--batch-size", "--tokens", "--recipe", "--json"))

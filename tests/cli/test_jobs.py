@@ -51,7 +51,8 @@ def test_one_line_gives_a_model_a_table_and_a_page(run, capsys):
     assert record["steps"] == 2 * -(-42 // 4)
     assert set(record["intervals"]) >= {"accuracy", "f1_macro"}
     page = (run / "out" / "report.html").read_text()
-    assert f"esm-efficient finetune --config {run / 'out' / 'run.yaml'}" in page
+    again = f"--config {run / 'out' / 'run.yaml'} {run / 'proteins.csv'} -o {run / 'out-again'}"
+    assert f"esm-efficient finetune {again}" in page
     assert "label membrane" in page
     assert Predictor.load(run / "out" / "model").task.names == ("membrane", "soluble")
 
@@ -84,6 +85,7 @@ def test_a_trained_model_predicts_and_is_evaluated(run, fasta, capsys):
     assert record["examples"] == 60
     assert set(record["intervals"]) >= {"accuracy"}
     assert "60 sequences of" in page.read_text()
+    assert "<h1>out/model on proteins.csv</h1>" in page.read_text()
 
 
 def test_the_demo_names_a_model_and_proteins(run, capsys):
@@ -106,6 +108,67 @@ def test_the_start_says_what_is_read_split_trained_and_needed(run, capsys):
     assert lines["probe"] == "a linear probe to compare with: one forward pass over train, validation, test"
     assert captured.out.startswith("on test ")
     assert "LOAD REPORT" not in captured.err
+
+
+def test_a_probe_that_is_better_is_named_by_a_line_that_works_from_any_folder(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(run)
+    command = ["finetune", "proteins.csv", "--model", "demo", "--recipe", "lora", "--learning-rate", "1e-9"]
+    assert main([*command, "--label", "binds", "--max-residues", "28", "-o", "slow"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].split("no training: ")[1]
+    words = f"probe {run / 'proteins.csv'} --label binds --max-residues 28 --model {demo_model_path()}"
+    assert line == f"esm-efficient {words}"
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()[1:]) == 0
+    captured = capsys.readouterr()
+    assert "Recommended" in captured.out
+    following = captured.out.splitlines()[-1].split("Next, train: esm-efficient ")[1]
+    assert following.startswith(words.replace("probe", "finetune"))
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", lambda *given, **options: pytest.skip("it is read"))
+    with pytest.raises(pytest.skip.Exception):
+        main(following.split())
+
+
+def test_a_run_that_cannot_read_its_data_writes_nothing(run, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("sequence,label\nMKT,a\n,b\n")
+    before = (run / "out" / "run.yaml").read_text()
+    for folder in (run / "out", tmp_path / "new"):
+        assert main(["finetune", str(tmp_path / "t.csv"), "--model", "demo", "-o", str(folder)]) == 1
+    assert (run / "out" / "run.yaml").read_text() == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_replaces_another_one_says_so(run, capsys, monkeypatch):
+    command = ["finetune", str(run / "proteins.csv"), "--model", "demo", "--label", "binds", "--recipe", "frozen"]
+    for _ in range(2):
+        assert main([*command, "--no-probe", "-o", str(run / "twice")]) == 0
+    first, second = capsys.readouterr().err.split("read   proteins.csv")[1:]
+    assert "has the model of another run" not in first
+    assert f"{run / 'twice'} has the model of another run, which this run will replace" in second
+
+
+def test_layers_may_be_numbers(run, capsys):
+    command = ["finetune", str(run / "proteins.csv"), "--model", "demo", "--label", "binds", "--recipe", "lora"]
+    folder = run / "numbers"
+    assert main([*command, "--no-probe", "--layers", "1,3", "-o", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["trained_layers"] == [1, 3]
+    again = ["finetune", "--config", str(folder / "run.yaml"), str(run / "proteins.csv"), "-o", str(run / "numbers2")]
+    assert main(again) == 0
+    assert json.loads((run / "numbers2" / "result.json").read_text())["trained_layers"] == [1, 3]
+    capsys.readouterr()
+    assert main(["targets", "demo", "--layers", "1,3"]) == 0
+    assert capsys.readouterr().out.count("2  ") >= 6
+
+
+def test_residues_without_a_label_are_named_as_the_message_says(run, capsys):
+    table = frame(60)
+    table["label"] = ["H-" * (len(s) // 2) + "C" * (len(s) % 2) for s in table["sequence"]]
+    path = run / "residues.csv"
+    table[["id", "sequence", "label"]].to_csv(path, index=False)
+    assert main(["data", str(path)]) == 1
+    assert '--unlabelled - if such residues have no label, or --unlabelled "" if' in capsys.readouterr().err
+    for mark, names in (("-", ["C", "H"]), ("", ["-", "C", "H"])):
+        assert main(["data", str(path), "--unlabelled", mark, "--json"]) == 0
+        assert sorted(json.loads(capsys.readouterr().out)["splits"]["train"]["labels"]) == names
 
 
 def test_a_finished_run_is_reported_again(run, capsys):
@@ -135,12 +198,14 @@ def test_the_layers_are_probed(run, capsys):
     record = json.loads(capsys.readouterr().out)
     assert {score["layer"] for score in record["scores"]} == set(range(5))
     page = (run / "probe.html").read_text()
-    assert "Recommended: truncate" in page
+    assert "Recommended: keep " in page
+    assert "<pre>esm-efficient probe " in page
     assert "<svg" in page
 
 
 def test_a_run_that_is_interrupted_says_how_to_go_on(run, tmp_path, capsys, monkeypatch):
-    def stop(*_, **__):
+    def stop(*_, announce, **__):
+        announce("the plan")
         raise TrainingInterrupted("a signal ended the run after optimizer step 3 of 22: resume it from checkpoint-3")
 
     monkeypatch.setattr("esm_efficient.training.finetune.finetune", stop)

@@ -30,7 +30,8 @@ USAGE = {
     "finetune demo --batch-size 8.5": "Invalid value for '--batch-size'",
     "finetune demo --learning-rate 0": "--learning-rate 0.0: expected more than 0",
     "finetune demo --lr 1e-3": "--lr",
-    "finetune demo --layers top": '--layers top: expected "all"',
+    "finetune demo --layers top": "'--layers': 'top': expected all, a number of top layers such as top-2",
+    "finetune demo --micro-batch 0": "greater than or equal to 1",
     "finetune demo --pooling max": "'max' is not one of 'first', 'mean', 'attention'",
     "finetune demo --class-weights heavy": "'heavy' is not one of 'balanced', 'none'",
     "finetune demo --label-kind number2": "'number2' is not one of",
@@ -71,13 +72,13 @@ USAGE = {
     "export . FILE": "FILE is a file: expected a folder to write to",
     "report nowhere": "no folder at nowhere",
     "targets 8M --preset all": "'all' is not one of 'qkv', 'attention', 'mlp', 'all-linear'",
-    "targets 8M --layers 1/3": "--layers 1/3: expected",
+    "targets 8M --layers 1/3": "'--layers': '1/3': expected all",
     "estimate --model 9M": "no ESM-2 model has the size '9M'",
     "estimate --recipe best": "no recipe is named 'best': expected one of base, ga, gc, lora, all, frozen",
     "estimate --padding none": "'padded', 'equal-length', 'padding-free'",
     "estimate --precision int4": "'auto', 'float32', 'bf16', 'fp16', 'pure-bf16'",
     "estimate --micro-batch 0": "--micro-batch",
-    "estimate --layers top": "'top': expected all, a number of top layers such as top-11",
+    "estimate --layers top": "'top': expected all, a number of top layers such as top-2",
     "estimate --model 8M --layers top-7": "--layers: 'top-7': 8M has 6 layers",
     "estimate --recipe base --cache": "--cache: recipe base trains all parameters",
     "estimate --sequences 0": "--sequences",
@@ -102,6 +103,8 @@ USAGE = {
 """Mistakes that are seen before torch is imported; FILE is a file that exists."""
 
 LIBRARY = {
+    "finetune demo --model demo --micro-batch 3": "--micro-batch 3 does not divide the 8 sequences",
+    "finetune FILE --model demo": "FILE is empty",
     "estimate --model 8M --device A11": "no device or instance type is named 'A11'",
     "report .": "has no result.json: expected the folder that finetune wrote",
     "export . out": "has no result.json: expected the folder that finetune wrote",
@@ -149,6 +152,7 @@ def test_mistakes_in_arguments_are_seen_without_torch(folder):
         ("keep='both', or shorter", "--keep both, or shorter"),
         ("token_budget=512: too small", "--token-budget 512: too small"),
         ("Name them with accession= and sequence=", "Name them with --accession and --sequence"),
+        ('unlabelled="" if each is a class', '--unlabelled "" if each is a class'),
         ("the name x_keep=3 stays", "the name x_keep=3 stays"),
         ("Predictor.load(..., task=3) stays", "Predictor.load(..., task=3) stays"),
     ],
@@ -156,4 +160,5 @@ def test_mistakes_in_arguments_are_seen_without_torch(folder):
 def test_messages_name_the_options_that_are_typed(message, expected):
     from esm_efficient.cli import parameters_of
 
-    assert as_typed(message, parameters_of(["predict", "m", "x"])) == expected
+    command = "finetune" if "unlabelled" in message else "predict"
+    assert as_typed(message, parameters_of([command, "m", "x"])) == expected

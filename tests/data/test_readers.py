@@ -9,7 +9,7 @@ import lzma
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -46,13 +46,15 @@ def test_a_table_is_read_as_it_was_written(tmp_path_factory, rows, separator, en
     writer.writerows([("name", "value"), *rows])
     path = tmp_path_factory.mktemp("table") / f"table.csv{packed}"
     path.write_bytes(PACKERS[packed](text.getvalue().encode("utf-8-sig" if mark else "utf-8")))
-    if separator == "\t" and any("\n" in cell for row in rows for cell in row):
+    kept = [row for row in rows if any(cell.strip() for cell in row)]  # spreadsheets write empty rows at the end
+    assume(kept)
+    if separator == "\t" and any("\n" in cell for row in kept for cell in row):
         with pytest.raises(DataError, match="spans several lines"):
             list(read_blocks(path))
         return
     columns, places = rows_of(path, rows=size)
-    assert list(zip(columns["name"], columns["value"], strict=True)) == rows
-    assert len(set(places)) == len(rows)
+    assert list(zip(columns["name"], columns["value"], strict=True)) == kept
+    assert len(set(places)) == len(kept)
 
 
 @pytest.mark.parametrize("packed", PACKERS)

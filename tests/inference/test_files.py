@@ -165,6 +165,12 @@ def test_ranks_share_the_work(tmp_path, fasta):
     [
         (">a\nMKT\n>b\nnot a protein 7\n", {}, DataError, "1 of 2 rows cannot be used: .*b"),
         (f">a\nMKT\n>b\n{'M' * 1100}\n", {}, DataError, "has 1,100 residues, more than 1,022"),
+        (
+            f">a\nMKT\n>b\n{'M' * 1100}\n>c\n{'M' * 1200}\n",
+            {},
+            DataError,
+            "more than 1,022, record 3 .c. has 1,200 residues, more than 1,022. Of sequences .* keep=.start., or",
+        ),
         ("name,text\na,MKT\n", {}, DataError, "none has a usual name of sequences"),
         ("name,text\na,MKT\n", {"sequence": "txt"}, DataError, "no column 'txt'"),
         (">a\nMKT\n", {"shard": (2, 2)}, None, ""),
@@ -190,7 +196,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer, tmp_path, sm
     texts = [*(text[:38] for text in sequences(7)), "", "M" * 60, *(text[:9] for text in sequences(4)), "no protein 7"]
     names = {"id": [f"p{i}" for i in range(len(texts))]} if accessions else {}
     pd.DataFrame(names | {"sequence": texts}).to_csv(tmp_path / "in.csv", index=False)
-    with pytest.raises(DataError, match=r'3 of 14 rows cannot be used: .*leave such rows out with on_error="skip"'):
+    with pytest.raises(DataError, match=r'3 of 14 rows cannot be used: .*leave them out with on_error="skip"'):
         predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv")
     whole = predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
     assert (whole.rows, whole.computed, whole.left_out) == (11, 11, 3)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from esm_efficient.reporting.html import Plot, Section, Table, html_page
+from esm_efficient.reporting.html import Command, Plot, Section, Table, html_page
 
 
 def test_text_is_escaped_everywhere_and_svg_is_not():
     bad = "<b>&\"'"
-    parts = [bad, Table((bad,), [(bad,), (1,)]), Plot("<svg><g/></svg>", bad)]
+    parts = [bad, Table((bad,), [(bad,), (1,)]), Plot("<svg><g/></svg>", bad), Command(bad)]
     page = html_page(bad, [Section(bad, parts)], note=bad)
     assert "<b>" not in page
-    assert page.count("&lt;b&gt;&amp;") == 8  # title, heading, note, section, paragraph, header, cell, caption
+    assert page.count("&lt;b&gt;&amp;") == 9  # title, heading, note, section, paragraph, header, cell, caption, command
     assert '<div class="plot"><svg><g/></svg></div><figcaption>' in page
     assert "<td>1</td>" in page
+    assert "<pre>&lt;b&gt;" in page
 
 
 def test_parts_keep_their_order():

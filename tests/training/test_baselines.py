@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from esm_efficient import (
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.baselines import FrozenProbe, majority_metrics, probe_frozen
 from esm_efficient.training.cached import cache_for_training
+from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.outcome import probe_verdict
 from esm_efficient.training.probes import probe
 
@@ -119,6 +122,34 @@ def test_it_reads_the_layer_that_is_best_on_validation_and_is_measured_on_test(d
     assert found.examples == len(train)
 
 
+def test_its_intervals_are_those_that_a_model_with_the_same_predictions_gets(tokenized):
+    """The draws of proteins are the same for the model and for the probe."""
+    found = measure(tokenized)
+    train, test = tokenized["train"], tokenized["test"]
+    logits = probe(CLASSES, states_of(train, found.layer), np.array(train["labels"]), states_of(test, found.layer))
+    expected = intervals_of(EvalPrediction(logits, np.array(test["labels"])), compute_metrics_for(CLASSES))
+    assert set(found.intervals) == set(found.intervals) & set(found.metrics) >= {"accuracy", "mcc", "auroc"}
+    for name, ends in found.intervals.items():
+        assert ends == pytest.approx(expected[name], abs=1e-3), name
+
+
+def test_intervals_of_residues_are_those_of_whole_proteins(data, tokenizer):
+    """Residues of a protein are drawn together: a protein counts once, however many residues it has."""
+    feature, label, task, _ = LABELS["residues"]
+    splits = DatasetDict()
+    for name, split in data.items():
+        rows = {"sequence": split["sequence"][:], "label": [label(s) for s in split["sequence"]]}
+        splits[name] = Dataset.from_dict(rows, features=Features({"sequence": Value("string"), "label": feature}))
+    tokenized, _ = tokenize_dataset(splits, tokenizer)
+    one = DatasetDict(tokenized)
+    one["test"] = tokenized["test"].select([0])
+    assert measure(one, task).intervals == {}
+    two = DatasetDict(tokenized)
+    two["test"] = tokenized["test"].select([0, 0, 0])
+    found = measure(two, task)
+    assert found.intervals["accuracy"] == pytest.approx([found.metrics["accuracy"]] * 2)
+
+
 def test_without_validation_it_reads_the_middle_layer(tokenized):
     found = measure({name: tokenized[name] for name in ("train", "test")})
     assert (found.layer, found.picked) == (2, False)
@@ -190,6 +221,9 @@ def test_every_task_has_a_probe(data, tokenizer, kind):
     found = measure(tokenized, task)
     assert found.metrics[metric] > 0.6
     assert found.reading == ("residues" if kind == "residues" else "mean")
+    ends = found.intervals[metric]
+    assert ends[0] <= found.metrics[metric] <= ends[1]
+    assert ends[1] > ends[0] or found.metrics[metric] == 1
     if kind == "residues":  # the embedding of a residue is its letter, and all residues of test are scored
         assert found.metrics["accuracy"] > 0.95
         labelled = sum(label >= 0 for row in tokenized["train"]["labels"] for label in row)
@@ -246,15 +280,21 @@ def test_the_table_the_page_and_the_record_show_both_and_name_the_cheaper_way(tm
     header = table.splitlines()[0].split("  ")
     assert [cell.strip() for cell in header if cell][-2:] == ["majority class", "linear probe"]
     [line] = [line for line in table.splitlines() if line.startswith("mcc")]
-    assert line.split()[-2:] == ["0.000", f"{result.probe.metrics['mcc']:.3f}"]
-    command = f"esm-efficient probe DATA --model {demo_model_path()}"
-    assert command in table
-    assert command in page
+    low, high = result.probe.intervals["mcc"]
+    assert line.split("0.000")[-1].strip() == f"{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})"
+    assert f"<td>{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})</td>" in page
+    assert "no training: sweep_layers(model, dataset)" in table  # the data are no file, which a command could read
+    assert "<pre>sweep_layers(model, dataset)</pre>" in page
+    headings = [heading for heading in re.findall("<h2>(.*?)</h2>", page) if heading != "Warnings"]
+    assert headings[:3] == ["Result", "What ran", "By class"]
+    assert "Training" not in headings  # one step has no curve
     assert "<th>majority class</th><th>linear probe</th>" in page
     assert result.probe.describe() in page
     loaded = load_result(tmp_path)
     assert loaded.probe == result.probe
     assert loaded.evaluation.baselines == result.evaluation.baselines
+    assert loaded.evaluation.baseline_intervals == result.evaluation.baseline_intervals
+    assert json.loads(result.result_path.read_text())["probe"]["intervals"]["mcc"] == [low, high]
     assert str(loaded) == table
 
     better = dataclasses.replace(result, metrics={**result.metrics, "mcc": 1.0})

@@ -16,6 +16,7 @@ from esm_efficient.reporting.score_plots import reliability
 from esm_efficient.tasks import IGNORE
 from esm_efficient.training.evaluation_page import Evaluation, evaluation_sections, verdict
 from esm_efficient.training.intervals import bootstrap_intervals
+from esm_efficient.training.outcome import curves_of
 from esm_efficient.training.residue_page import letters_for
 
 EXAMPLES = 60
@@ -185,3 +186,9 @@ def test_the_calibration_error_of_calibrated_predictions_is_small_and_that_of_su
     right = rng.random(20_000) < probability
     assert reliability(probability, right)[1] < 0.02
     assert reliability(np.full(20_000, 0.99), right)[1] == pytest.approx(0.24, abs=0.02)
+
+
+def test_a_curve_has_two_values_or_more():
+    log = [{"loss": 0.7, "step": 10}, {"eval_mcc": 0.2, "step": 20}, {"loss": 0.6, "step": 20}, {"loss": float("nan")}]
+    assert curves_of(log) == {"loss": [(10, 0.7), (20, 0.6)]}
+    assert curves_of([*log, {"eval_mcc": 0.3, "step": 40}])["validation: mcc"] == [(20, 0.2), (40, 0.3)]

@@ -59,3 +59,33 @@ def test_a_wrong_option_is_refused_with_advice(options, message):
 
 def test_steps_instead_of_epochs_are_allowed():
     assert resolve_options(RECIPES["all"], {"max_steps": 3, "num_train_epochs": 0})[1]["max_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ("lora", {"micro_batch": 4}, (4, 2)),
+        ("all", {"micro_batch": 8}, (8, 1)),
+        ("all", {"micro_batch": 16, "batch_size": 32}, (16, 2)),
+    ],
+)
+def test_the_micro_batch_leaves_the_batch_as_it_is(recipe, given, expected):
+    chosen, options = resolve_options(RECIPES[recipe], given)
+    assert (chosen.micro_batch, chosen.accumulation) == expected
+    assert options == {}
+    if "batch_size" not in given:
+        assert chosen.learning_rate == RECIPES[recipe].learning_rate
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"micro_batch": 3}, "micro_batch=3 does not divide the 8 sequences of an optimizer step"),
+        ({"micro_batch": 16}, "or batch_size=16"),
+        ({"micro_batch": 0}, "micro_batch=0: expected a whole number"),
+        ({"micro_batch": 4, "gradient_accumulation_steps": 2}, "contradict each other"),
+    ],
+)
+def test_a_micro_batch_that_does_not_fit_is_refused(given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        resolve_options(RECIPES["lora"], given)

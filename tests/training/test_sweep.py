@@ -25,6 +25,7 @@ from esm_efficient import (
     tokenize_dataset,
     truncate,
 )
+from esm_efficient.reporting import count_of
 from esm_efficient.tasks import Task
 from esm_efficient.training import sweep as sweep_module
 from esm_efficient.training.layer_probes import Examples
@@ -71,13 +72,13 @@ def test_the_recommended_layer_is_the_lowest_within_one_standard_error_of_the_be
 def test_the_report_says_why_it_does_not_recommend_the_embeddings(result):
     text = str(dataclasses.replace(result, best=0, layer=1))
     assert "Layer 0 has the best mcc" in text
-    assert "layer 1 is the lowest that truncate can keep." in text
+    assert "layer 1 is the lowest that can be kept." in text
 
 
 def test_the_report_says_where_it_was_scored_and_what_it_recommends(result):
     text = str(result)
     assert "of validation" in text
-    assert f"truncate(model, {result.layer}) of 4 layers" in text
+    assert f"keep {count_of(result.layer, 'layer')} of 4 (truncate(model, {result.layer}) in Python)" in text
     assert "A probe is not a promise" in text
     rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == list("01234")
@@ -90,7 +91,7 @@ def test_the_report_says_where_it_was_scored_and_what_it_recommends(result):
 def test_the_plot_marks_the_recommended_layer(result):
     svg = result.to_svg()
     assert svg.startswith("<svg")
-    assert f"recommended: {result.layer} layers" in svg
+    assert f"recommended: {count_of(result.layer, 'layer')}" in svg
     assert "mcc of a linear probe on validation" in svg
 
 
