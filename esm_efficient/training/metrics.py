@@ -1,4 +1,8 @@
-"""Metrics of each task, computed by scikit-learn and scipy, and the confidence interval of a mean."""
+"""Metrics of each task, and the confidence interval of a mean.
+
+They are those of scikit-learn and scipy, computed from counts and ranks: the intervals of an evaluation need them 200
+times, and scikit-learn's checks of its arguments would take most of that time.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,8 +47,6 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
         >>> metrics["accuracy"], round(metrics["mcc"], 3), metrics["auroc"]
         (0.75, 0.577, 1.0)
     """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
-
     classes = np.arange(len(label_names))
     if y_score.shape != (len(y_true), len(classes)):
         raise DataError(
@@ -63,25 +65,28 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
     ]
     if not len(y_true):
         return _undefined(["accuracy", "mcc", "auroc", *each, "f1_macro", "majority_accuracy"])
-    y_pred = y_score.argmax(axis=1)
-    if len(set(y_true.tolist())) < len(classes):
+    size = len(classes)
+    counts = np.bincount(y_true * size + y_score.argmax(axis=1), minlength=size**2).reshape(size, size).astype(float)
+    total, right, true, predicted = counts.sum(), counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    if not true.all():
         auroc = float("nan")
-    elif len(classes) == 2:
-        auroc = float(roc_auc_score(y_true, y_score[:, 1].astype(np.float64) - y_score[:, 0]))
+    elif size == 2:
+        auroc = _auroc(y_true == 1, y_score[:, 1].astype(np.float64) - y_score[:, 0])
     else:
         probabilities = np.exp(y_score.astype(np.float64) - y_score.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        auroc = float(roc_auc_score(y_true, probabilities, multi_class="ovr", labels=classes))
-    f1 = f1_score(y_true, y_pred, labels=classes, average=None, zero_division=0.0)
-    against_rest = [(name, y_true == index, y_pred == index) for index, name in enumerate(label_names)]
+        auroc = statistics.fmean(_auroc(y_true == index, probabilities[:, index]) for index in classes)
+    f1 = _ratio(2 * right, true + predicted)
+    mcc = _mcc(right, true, predicted, total)
+    spread = (total**2 - true @ true) * (total**2 - predicted @ predicted)
     return {
-        "accuracy": float(accuracy_score(y_true, y_pred)),
-        "mcc": float(matthews_corrcoef(y_true, y_pred)),
+        "accuracy": float(right.sum() / total),
+        "mcc": float(_ratio(right.sum() * total - true @ predicted, np.sqrt(spread))),
         "auroc": auroc,
         **{f"f1_{name}": float(value) for name, value in zip(label_names, f1, strict=True)},
         "f1_macro": float(f1.mean()),
-        **({f"mcc_{name}": _mcc(*labels) for name, *labels in against_rest} if len(classes) > 2 else {}),
-        "majority_accuracy": float(np.bincount(y_true, minlength=len(classes)).max() / len(y_true)),
+        **({f"mcc_{name}": float(value) for name, value in zip(label_names, mcc, strict=True)} if size > 2 else {}),
+        "majority_accuracy": float(true.max() / total),
     }
 
 
@@ -111,36 +116,34 @@ def multi_label_metrics(
         >>> metrics["subset_accuracy"], metrics["jaccard"], round(metrics["f1_micro"], 3)
         (0.5, 0.75, 0.8)
     """
-    from sklearn.metrics import f1_score, roc_auc_score
-
     known = _known_labels(y_true, y_score, label_names)
     if not known.any():
         each_name = [f"{metric}_{name}" for metric in ("mcc", "f1") for name in label_names]
         return _undefined(["f1_micro", "f1_macro", "jaccard", "subset_accuracy", "auroc", *each_name])
     true = np.where(known, y_true, 0).round().astype(int)
     predicted = np.where(known, apply_thresholds(y_score, thresholds), 0).astype(int)
-    f1, mcc, areas = {}, {}, []
-    for index, name in enumerate(label_names):
-        rows = known[:, index]
-        labels = true[rows, index]
-        if not rows.any():
-            f1[f"f1_{name}"] = mcc[f"mcc_{name}"] = float("nan")
-            continue
-        f1[f"f1_{name}"] = float(f1_score(true[:, index], predicted[:, index], zero_division=0.0))
-        mcc[f"mcc_{name}"] = _mcc(labels, predicted[rows, index])
-        if len(set(labels.tolist())) == 2:
-            areas.append(float(roc_auc_score(labels, y_score[rows, index])))
+    rows, positive = known.sum(axis=0), true.sum(axis=0)
+    right, found = (true & predicted).sum(axis=0), predicted.sum(axis=0)
+    scores = {"mcc": _mcc(right, positive, found, rows), "f1": _ratio(2 * right, positive + found)}
+    each = {
+        f"{metric}_{name}": float(value) if count else math.nan
+        for metric, values in scores.items()
+        for name, value, count in zip(label_names, values, rows, strict=True)
+    }
+    areas = [
+        _auroc(true[known[:, index], index] == 1, y_score[known[:, index], index])
+        for index in np.flatnonzero((positive > 0) & (positive < rows))
+    ]
     counted = known.any(axis=1)
     common, union = (true & predicted).sum(1)[counted], (true | predicted).sum(1)[counted]
     jaccard = np.where(union, common / np.maximum(union, 1), 1.0)
     return {
-        "f1_micro": float(f1_score(true, predicted, average="micro", zero_division=0.0)),
-        "f1_macro": statistics.fmean(value for value in f1.values() if not math.isnan(value)),
+        "f1_micro": float(_ratio(2 * right.sum(), positive.sum() + found.sum())),
+        "f1_macro": float(scores["f1"][rows > 0].mean()),
         "jaccard": float(jaccard.mean()),
         "subset_accuracy": float((true == predicted).all(axis=1)[counted].mean()),
         "auroc": statistics.fmean(areas) if areas else float("nan"),
-        **mcc,
-        **f1,
+        **each,
     }
 
 
@@ -165,8 +168,7 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
         >>> regression_metrics(np.array([1.0, 3.0, 9.0]), np.array([1.0, 2.0, 4.0]), ["stability"])["spearman"]
         1.0
     """
-    from scipy import stats
-    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+    from scipy.stats import rankdata
 
     true, predicted = (v.reshape(len(v), -1) if v.size else v.reshape(0, len(names)) for v in (y_true, y_pred))
     if predicted.shape != true.shape or predicted.shape[1] != len(names):
@@ -181,14 +183,15 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
         rows = ~np.isnan(true[:, index])
         x, y = predicted[rows, index].astype(np.float64), true[rows, index].astype(np.float64)
         varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
-        each["spearman"].append(float(stats.spearmanr(x, y).statistic) if varies else float("nan"))
-        each["pearson"].append(float(stats.pearsonr(x, y).statistic) if varies else float("nan"))
-        for key, metric, least in (
-            ("rmse", root_mean_squared_error, 1),
-            ("mae", mean_absolute_error, 1),
-            ("r2", r2_score, 2),
-        ):
-            each[key].append(float(metric(y, x)) if len(x) >= least else float("nan"))
+        errors, spread = y - x, float(np.square(y - y.mean()).sum()) if len(y) else 0.0
+        squares = float(np.square(errors).sum())
+        each["spearman"].append(_correlation(rankdata(x), rankdata(y)) if varies else math.nan)
+        each["pearson"].append(_correlation(x, y) if varies else math.nan)
+        each["rmse"].append(math.sqrt(squares / len(x)) if len(x) else math.nan)
+        each["mae"].append(float(np.abs(errors).mean()) if len(x) else math.nan)
+        # As scikit-learn, R2 of constant labels is 1 if they are predicted exactly, and else 0.
+        r2 = 1 - squares / spread if spread else float(not squares)
+        each["r2"].append(r2 if len(x) > 1 else math.nan)
     known = np.flatnonzero((~np.isnan(true)).any(axis=0))
     spearman = {f"spearman_{name}": value for name, value in zip(names, each["spearman"], strict=True)}
     if not len(known):
@@ -253,7 +256,7 @@ def tune_thresholds(y_true: np.ndarray, y_score: np.ndarray, label_names: Sequen
         false_negatives, positives = np.cumsum(true)[cuts - 1].astype(float), float(true.sum())
         true_positives, above = positives - false_negatives, (len(true) - cuts).astype(float)
         n = float(len(true))
-        mcc = (n * true_positives - above * positives) / np.sqrt(above * (n - above) * positives * (n - positives))
+        mcc = _mcc(true_positives, positives, above, n)
         best = cuts[np.isclose(mcc, mcc.max())]
         middle = best[len(best) // 2]
         thresholds[index] = (probability[middle - 1] + probability[middle]) / 2
@@ -324,7 +327,11 @@ def _known_labels(y_true: np.ndarray, y_score: np.ndarray, label_names: Sequence
             f"one column for each of {', '.join(label_names)}"
         )
     _check_finite(y_score)
-    return ~np.isnan(y_true) & (y_true != IGNORE)
+    known = ~np.isnan(y_true) & (y_true != IGNORE)
+    if (wrong := y_true[known & (y_true.round() != 0) & (y_true.round() != 1)]).size:
+        given = np.unique(wrong)[:5].tolist()
+        raise DataError(f"labels {given}: expected 0 or 1, and NaN or {IGNORE} for an unknown one")
+    return known
 
 
 def _undefined(names: Sequence[str]) -> dict[str, float]:
@@ -344,9 +351,34 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.asarray(expit(logits.astype(np.float64)))
 
 
-def _mcc(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the MCC of one label: 0 by definition if one side is constant, where scikit-learn would warn."""
-    from sklearn.metrics import matthews_corrcoef
+def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """Return numerator / denominator, and 0 where the denominator is 0."""
+    return np.where(denominator, numerator / np.where(denominator, denominator, 1), 0.0)
 
-    varies = len(np.unique(true)) > 1 and len(np.unique(predicted)) > 1
-    return float(matthews_corrcoef(true, predicted)) if varies else 0.0
+
+def _mcc(right: Any, true: Any, predicted: Any, total: Any) -> np.ndarray:
+    """Return the MCC of labels from counts: true positives, positives in truth, positives in prediction, and all.
+
+    It is 0 by definition if one side is constant.
+    """
+    right, true, predicted, total = (np.asarray(count, dtype=float) for count in (right, true, predicted, total))
+    spread = np.sqrt(true * (total - true) * predicted * (total - predicted))
+    return _ratio(total * right - true * predicted, spread)
+
+
+def _auroc(positive: np.ndarray, scores: np.ndarray) -> float:
+    """Return the share of pairs of a positive and a negative example that scores order rightly; equal ones count half.
+
+    This is the area under the ROC curve (Mann and Whitney 1947).
+    """
+    from scipy.stats import rankdata
+
+    count = int(positive.sum())
+    above = rankdata(scores)[positive].sum() - count * (count + 1) / 2
+    return float(above / (count * (len(positive) - count)))
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Pearson's correlation of numbers that vary."""
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip((x @ y) / math.sqrt((x @ x) * (y @ y)), -1, 1))

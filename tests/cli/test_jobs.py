@@ -129,6 +129,7 @@ def test_a_run_is_exported_for_plain_transformers(run, capsys):
         assert found["score"] == pytest.approx(expected.values.max(), abs=1e-5)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_layers_are_probed(run, capsys):
     command = ["probe", str(run / "proteins.csv"), "--label", "binds", "--model", demo_model_path()]
     assert main([*command, "--json", "--report", str(run / "probe.html")]) == 0

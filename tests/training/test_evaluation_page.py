@@ -18,6 +18,8 @@ from esm_efficient.training.evaluation_page import Evaluation, evaluation_sectio
 from esm_efficient.training.intervals import bootstrap_intervals
 from esm_efficient.training.residue_page import letters_for
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 EXAMPLES = 60
 
 

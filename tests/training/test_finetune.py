@@ -188,6 +188,7 @@ TASKS = {
 }
 
 
+@pytest.mark.usefixtures("drawn_figures")
 @pytest.mark.parametrize("name", slow_except(TASKS, "one class per residue"))
 def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
     feature, label, auto, metrics = TASKS[name]
@@ -311,6 +312,7 @@ def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monke
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_an_evaluation_set_without_known_labels_gives_nan_and_not_an_error(tmp_path, data, caplog):
     tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
     names = tokenized["test"].features["labels"]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
 from sklearn.metrics import matthews_corrcoef
 from transformers import EvalPrediction
 
@@ -38,6 +40,57 @@ def test_against_counts_by_hand():
     assert metrics["f1_no"] == pytest.approx(2 * tn / (2 * tn + fp + fn))
     assert metrics["auroc"] == pytest.approx((tp / 4 + tn / 6) / 2)
     assert metrics["majority_accuracy"] == pytest.approx(0.6)
+
+
+# Coarse logits tie often. Few examples may have a constant prediction.
+@pytest.mark.parametrize("size", [4, 12, 300])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_metrics_of_classes_are_those_of_scikit_learn(classes, size):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        logits = rng.integers(-2, 3, (size, classes)) / 2
+        true = rng.permutation(np.arange(size) % classes)
+        names, predicted = list("abcd")[:classes], logits.argmax(axis=1)
+        found = classification_metrics(true, logits, names)
+        assert found["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(true, predicted))
+        assert found["mcc"] == pytest.approx(matthews_corrcoef(true, predicted))
+        f1 = sklearn_metrics.f1_score(true, predicted, labels=range(classes), average=None, zero_division=0.0)
+        assert [found[f"f1_{name}"] for name in names] == pytest.approx(f1)
+        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))  # rounded as in the library
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        scores = logits[:, 1] - logits[:, 0] if classes == 2 else probabilities
+        assert found["auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(true, scores, multi_class="ovr"))
+        for index, name in enumerate(names if classes > 2 else ()):
+            assert found[f"mcc_{name}"] == pytest.approx(matthews_corrcoef(true == index, predicted == index))
+
+
+@pytest.mark.parametrize("size", [4, 12, 300])
+def test_metrics_of_several_labels_are_those_of_scikit_learn(size):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        logits, true = rng.integers(-2, 3, (size, 3)) / 2, rng.integers(0, 2, (size, 3))
+        true[:2] = [[0, 1, 0], [1, 0, 1]]
+        predicted = logits >= 0
+        found = multi_label_metrics(true.astype(float), logits, ["a", "b", "c"])
+        f1 = sklearn_metrics.f1_score(true, predicted, average=None, zero_division=0.0)
+        assert [found[f"f1_{name}"] for name in "abc"] == pytest.approx(f1)
+        assert found["f1_micro"] == pytest.approx(sklearn_metrics.f1_score(true, predicted, average="micro"))
+        assert found["auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(true, logits))
+        assert found["subset_accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(true, predicted))
+        for index, name in enumerate("abc"):
+            assert found[f"mcc_{name}"] == pytest.approx(matthews_corrcoef(true[:, index], predicted[:, index]))
+
+
+@pytest.mark.parametrize("true", [[1.0, 2.0, 2.0, 5.0, -3.0], [4.0] * 5], ids=["vary", "constant"])
+@pytest.mark.parametrize("predicted", [[1.5, 2.0, 2.0, 1.0, -9.0], [4.0, 4.0, 4.0, 4.0, 5.0], [4.0] * 5], ids=str)
+def test_metrics_of_numbers_are_those_of_scikit_learn_and_scipy(true, predicted):
+    found = regression_metrics(np.array(true), np.array(predicted), ["y"])
+    assert found["r2"] == pytest.approx(sklearn_metrics.r2_score(true, predicted))
+    assert found["mae"] == pytest.approx(sklearn_metrics.mean_absolute_error(true, predicted))
+    assert found["rmse"] == pytest.approx(sklearn_metrics.root_mean_squared_error(true, predicted))
+    if len(set(true)) > 1 < len(set(predicted)):
+        assert found["spearman"] == pytest.approx(stats.spearmanr(true, predicted).statistic)
+        assert found["pearson"] == pytest.approx(stats.pearsonr(true, predicted).statistic)
 
 
 def test_auroc_ranks_confident_logits_that_a_softmax_would_round_together():
@@ -239,5 +292,7 @@ def test_means_leave_out_what_is_always_unknown():
 def test_labels_that_are_no_class_or_infinite_are_refused():
     with pytest.raises(DataError, match=r"labels \[3, 7\] are not class ids: expected 0 to 2 \(a, b, c\)"):
         predicted("classes", ROWS, np.array([7, 3] * 6))
+    with pytest.raises(DataError, match=r"labels \[2.0\]: expected 0 or 1"):
+        predicted("several", ROWS, np.array([[0.0, 1.0, 2.0]] * 12))
     with pytest.raises(DataError, match="1 of 12 labels are infinite"):
         predicted("number", ROWS[:, :1], np.array([math.inf] + [0.0] * 11))
