@@ -97,7 +97,7 @@ def test_it_learns_an_easy_task_and_the_seed_determines_the_result(tmp_path):
     assert first.metrics == again.metrics
     assert first.metrics != other.metrics
     assert first.metrics["accuracy"] == first.metrics["auroc"] == 1.0
-    assert first.train_loss < 0.8 * run(0, learning_rate=0.0).train_loss
+    assert first.train_loss < 0.8 * run(0, learning_rate=0.0, num_train_epochs=1).train_loss
 
 
 def test_a_profiled_run_returns_its_profile(tmp_path, data):
@@ -208,7 +208,8 @@ def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
         "disable_tqdm": True,
     }
     result = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
-    untrained = finetune(demo_model_path(), data, output_dir=tmp_path / "untrained", learning_rate=0.0, **options)
+    still = options | {"learning_rate": 0.0, "num_train_epochs": 1}
+    untrained = finetune(demo_model_path(), data, output_dir=tmp_path / "untrained", **still)
     assert result.train_loss < untrained.train_loss
     assert metrics <= set(result.metrics)
     assert result.trained_layers == (0, 1, 2, 3)
