@@ -313,6 +313,15 @@ def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monke
     assert not (tmp_path / "result.json").exists()
 
 
+def test_without_a_report_there_is_the_record_and_the_report_can_follow(tmp_path, data):
+    options = {"recipe": "frozen", "max_steps": 1, "disable_tqdm": True}
+    result = finetune(demo_model_path(), data, output_dir=tmp_path, report=False, **options)
+    assert json.loads(result.result_path.read_text()) == result.to_dict()
+    assert not result.page.exists()
+    assert not (result.model_dir / "README.md").exists()
+    assert result.save_page().read_text().startswith("<!DOCTYPE html>")
+
+
 @pytest.mark.usefixtures("drawn_figures")
 def test_an_evaluation_set_without_known_labels_gives_nan_and_not_an_error(tmp_path, data, caplog):
     tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
