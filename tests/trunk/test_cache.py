@@ -1,4 +1,3 @@
-import multiprocessing
 import re
 import resource
 import shutil
@@ -7,12 +6,12 @@ import subprocess
 import sys
 import textwrap
 import time
-import traceback
 
 import numpy as np
 import pytest
 import torch
 from conftest import slow_except
+from copies import Copy
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
 
@@ -213,36 +212,17 @@ SCRIPT = """
 """
 
 
-def forked(folder, *arguments, before=lambda: None):
-    """Start SCRIPT in a copy of this process, which has loaded the libraries; its error goes to ``folder/error``."""
-
-    def run():
-        torch.set_num_threads(1)
-        sys.argv = ["", *map(str, arguments)]
-        before()
-        try:
-            exec(textwrap.dedent(SCRIPT), {})
-        except BaseException:
-            (folder / "error").write_text(traceback.format_exc())
-            raise
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
-
-
 def test_caching_that_was_killed_goes_on_without_losing_or_repeating_a_protein(
     data, tmp_path, small_shards, monkeypatch
 ):
     data.save_to_disk(tmp_path / "data")
-    process = forked(tmp_path, tmp_path / "data", tmp_path / "states", 0.3)
+    process = Copy(SCRIPT, tmp_path / "data", tmp_path / "states", 0.3, folder=tmp_path)
     deadline = time.monotonic() + 120
     while not (done := list((tmp_path / "states").rglob("*.arrow"))):
-        assert process.is_alive()
+        assert process.is_running
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
-    process.join()
     (abandoned,) = (tmp_path / "states").rglob("*.part")
     times = {path: path.stat().st_mtime_ns for path in done}
     computed = []
@@ -262,16 +242,16 @@ def test_caching_that_was_killed_goes_on_without_losing_or_repeating_a_protein(
 
 def test_the_unfinished_file_of_a_living_process_stays(data, tmp_path, small_shards):
     data.save_to_disk(tmp_path / "data")
-    process = forked(tmp_path, tmp_path / "data", tmp_path / "states", 0.1)
+    process = Copy(SCRIPT, tmp_path / "data", tmp_path / "states", 0.1, folder=tmp_path)
     deadline = time.monotonic() + 120
     while not (parts := list((tmp_path / "states").rglob("states-*.part"))):
-        assert process.is_alive()
+        assert process.is_running
         assert time.monotonic() < deadline
         time.sleep(0.02)
     shards.remove_abandoned_parts(parts[0].parent)
     assert parts[0].exists()
-    process.join(120)
-    assert process.exitcode == 0
+    done = process.wait()
+    assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "states").rglob("states-*.part"))
 
 
@@ -290,11 +270,9 @@ def test_a_write_that_fails_leaves_whole_files_and_no_part(data, tmp_path, small
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    process = forked(tmp_path, tmp_path / "data", tmp_path / "states", 0, before=limit_files)
-    process.join(120)
-    assert process.exitcode == 1
-    error = (tmp_path / "error").read_text()
-    assert re.search("DataError: the states could not be written to .*Free space or give another folder", error)
+    done = Copy(SCRIPT, tmp_path / "data", tmp_path / "states", 0, folder=tmp_path, before=limit_files).wait()
+    assert done.returncode == 1
+    assert re.search("DataError: the states could not be written to .*Free space or give another folder", done.stderr)
     assert not list((tmp_path / "states").rglob("*.part"))
     assert not list((tmp_path / "states").rglob("*.arrow"))
 
