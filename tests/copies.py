@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 
 class Copy:
@@ -84,3 +86,35 @@ class Copy:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def run_on_ranks(script: Path, *arguments: object, ranks: int, folder: Path, timeout: float = 400) -> None:
+    """Run a script on several ranks, as torchrun does, and wait for them.
+
+    Args:
+        script: path of the script.
+        arguments: its arguments.
+        ranks: number of ranks.
+        folder: folder for what each rank prints.
+        timeout: seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> Copy:
+        def become_rank() -> None:
+            AcceleratorState._reset_state()
+            PartialState._reset_state()
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in (numbers | address).items()}
+
+        printed = folder / f"printed{rank}"
+        printed.mkdir(exist_ok=True)
+        return Copy(script, *arguments, folder=printed, before=become_rank)
+
+    copies = [start(rank) for rank in range(ranks)]
+    for copy in copies:
+        done = copy.wait(timeout)
+        assert done.returncode == 0, done.stderr[-3000:]
