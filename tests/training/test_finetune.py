@@ -319,7 +319,7 @@ def test_without_a_report_there_is_the_record_and_the_report_can_follow(tmp_path
     assert json.loads(result.result_path.read_text()) == result.to_dict()
     assert not result.page.exists()
     assert not (result.model_dir / "README.md").exists()
-    assert result.save_page().read_text().startswith("<!DOCTYPE html>")
+    assert result.save_page().read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.usefixtures("drawn_figures")
