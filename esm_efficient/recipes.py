@@ -211,7 +211,13 @@ RECIPES: dict[str, Recipe] = {
             r=8,
             description="LoRA, gradient accumulation and gradient checkpointing",
         ),
-        Recipe("frozen", "head", 1e-3, cache=True, description="the classification head alone; a linear probe of a middle layer scores higher"),
+        Recipe(
+            "frozen",
+            "head",
+            1e-3,
+            cache=True,
+            description="the classification head alone; a linear probe of a middle layer scores higher",
+        ),
     )
 }
 """The recipes by their names: `base`, `ga`, `gc`, `lora`, `all` and `frozen`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
 from esm_efficient import demo_model_path, finetune, write_demo_table
@@ -21,6 +23,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 else:
     torch.set_num_threads(2)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what lives as long as the process: accelerate collects after every training run."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -47,6 +55,23 @@ def no_probe():
     usual, defaults["probe"] = defaults["probe"], False
     yield
     defaults["probe"] = usual
+
+
+@pytest.fixture(autouse=True, scope="session")
+def undrawn_figures():
+    """Let matplotlib draw no figure, unless a test asks for `drawn_figures`: reports take a third of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write("<svg></svg>"))
+        yield patch
+
+
+@pytest.fixture
+def drawn_figures(undrawn_figures):
+    """Let matplotlib draw the figures of a test."""
+    drawing = Figure.savefig
+    undrawn_figures.undo()
+    yield
+    undrawn_figures.setattr(Figure, "savefig", drawing)
 
 
 def slow_except(cases: Iterable, *quick) -> list:

@@ -19,6 +19,8 @@ from esm_efficient.comparison import estimate_page
 from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.errors import ConfigurationError
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 
 @pytest.fixture(scope="module")
 def estimated():

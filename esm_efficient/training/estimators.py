@@ -81,6 +81,7 @@ class _EsmEstimator(BaseEstimator):
                 seed=self.random_state,
                 epochs=self.epochs,
                 probe=False,
+                report=False,
                 disable_tqdm=True,
                 report_to="none",
                 logging_strategy="no",

@@ -76,6 +76,7 @@ def finetune(
     data_options: Mapping[str, Any] | None = None,
     early_stopping: int | Literal["auto"] | None = None,
     probe: bool = True,
+    report: bool = True,
     announce: Callable[[RunPlan], object] | None = None,
     **training_options: Any,
 ) -> FinetuneResult:
@@ -123,6 +124,8 @@ def finetune(
             ``eval_strategy`` and ``save_strategy`` say otherwise.
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
+        report: write ``report.html`` and a model card beside the model. `FinetuneResult.save_page` writes the report
+            later too; a search over many runs needs none.
         announce: called with what the run will do and cost, before the model is loaded. The estimate takes seconds.
         **training_options: ``epochs``, ``batch_size`` (sequences per optimizer step on one device), ``micro_batch``
             (sequences in one forward pass), ``quantization`` (``"4bit"`` or ``"8bit"``,
@@ -202,7 +205,7 @@ def finetune(
     trainer.data_collator = collator
     figures = {"model": prepared, "trained_layers": audit.report.layers, "probe": frozen}
     figures |= run_figures(trainer, prepared, trained, peak, profiler and profiler.report, states)
-    return finish_job(job, trainer, tokenized, figures)
+    return finish_job(job, trainer, tokenized, figures, report=report)
 
 
 def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments) -> bool:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def finish_job(job: Job, trainer: WeightedTrainer, dataset: DatasetDict, figures: dict[str, Any]) -> FinetuneResult:
+def finish_job(
+    job: Job, trainer: WeightedTrainer, dataset: DatasetDict, figures: dict[str, Any], *, report: bool
+) -> FinetuneResult:
     """Save a trained model, evaluate it, and write the result.
 
     Args:
@@ -44,6 +46,7 @@ def finish_job(job: Job, trainer: WeightedTrainer, dataset: DatasetDict, figures
         dataset: the tokenised splits.
         figures: what `run_figures` returned, and the model, its trained layers and its probe, by the names of
             `FinetuneResult`.
+        report: whether to write the report and the model card.
     """
     tokenizer: Any = trainer.processing_class
     # The model is saved before anything else can fail.
@@ -82,7 +85,7 @@ def finish_job(job: Job, trainer: WeightedTrainer, dataset: DatasetDict, figures
         data=job.data,
         warnings=tuple(job.warned.messages),
     )
-    _save_result(result, trainer)
+    _save_result(result, trainer, report=report)
     return result
 
 
@@ -172,13 +175,14 @@ def _save_model(trainer: WeightedTrainer, folder: Path, tokenizer: PreTrainedTok
     return folder
 
 
-def _save_result(result: FinetuneResult, trainer: WeightedTrainer) -> None:
-    """Write the metrics and costs of the run, its predictions, its report and its model card."""
+def _save_result(result: FinetuneResult, trainer: WeightedTrainer, *, report: bool) -> None:
+    """Write the metrics and costs of the run, its predictions, and, if asked for, its report and its model card."""
     if not trainer.is_world_process_zero():
         return
     with explain_full_disk(result.result_path.parent):
         result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         if result.evaluation is not None:
             save_evaluation(result.evaluation, result.result_path.with_name(PREDICTIONS))
-        result.save_page()
-        write_card(result)
+        if report:
+            result.save_page()
+            write_card(result)

@@ -192,6 +192,7 @@ def test_a_run_is_exported_for_plain_transformers(run, capsys):
         assert found["score"] == pytest.approx(expected.values.max(), abs=1e-5)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_layers_are_probed(run, capsys):
     command = ["probe", str(run / "proteins.csv"), "--label", "binds", "--model", demo_model_path()]
     assert main([*command, "--json", "--report", str(run / "probe.html")]) == 0
@@ -216,21 +217,10 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(run, tmp_path, capsys, monk
     assert error.endswith(f"-o {tmp_path / 'o'} --resume\n")
 
 
-def test_standard_input_is_embedded(fasta, tmp_path):
+def test_standard_input_is_embedded(fasta, tmp_path, monkeypatch):
     output = tmp_path / "e.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "esm_efficient",
-        "embed",
-        demo_model_path(),
-        "-",
-        "--layer",
-        "2",
-        "-o",
-        str(output),
-    ]
-    subprocess.run(command, input=fasta.read_bytes(), check=True, capture_output=True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(fasta.read_bytes())))
+    assert main(["embed", demo_model_path(), "-", "--layer", "2", "-o", str(output)]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["accession"] for row in rows] == [f"p{i}" for i in range(7)]
     assert len(rows[0]["embedding"]) == 128

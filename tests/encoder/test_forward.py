@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import statistics
 
@@ -60,7 +61,10 @@ def exact_rotary(monkeypatch, dtype):
         yield
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+PLANS = ("cpu", "cuda")
+
+
+@pytest.fixture(params=PLANS)
 def plan(request):
     """Compute as on a CPU, or as on a GPU."""
     with plan_as(request.param):
@@ -74,17 +78,36 @@ def fused(request, caplog):
         yield request.param
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("trains", TRAINS)
-@pytest.mark.parametrize("head", HEADS)
+def name_of(value):
+    return getattr(value, "__name__", str(value))
+
+
+# Without a bare model's and a masked model's head: the one has none, and the other's matrix is that of the embeddings.
+TRAINED = [
+    (head, trains)
+    for head, trains in itertools.product(HEADS, TRAINS)
+    if not (head in (EsmModel, EsmForMaskedLM) and trains == "head")
+    and not (head is EsmModel and trains not in ("full", "all-linear"))  # which layers train is tested with the heads
+]
+# Every head with everything that trains. Both types and both plans take turns, so that all pairs of values are there.
+QUICK = [
+    (
+        *(head, trains),
+        (*LIMITS,)[(HEADS.index(head) + (trains in ("qkv", "all-linear"))) % 2],
+        PLANS[(HEADS.index(head) % 3 + TRAINS.index(trains) // 3) % 2],
+    )
+    for head, trains in TRAINED
+]
+
+
+@pytest.mark.parametrize(
+    ("head", "trains", "dtype", "plan"),
+    slow_except([(*pair, dtype, plan) for pair in TRAINED for dtype in LIMITS for plan in PLANS], *QUICK),
+    indirect=["plan"],
+    ids=name_of,
+)
 @pytest.mark.usefixtures("plan")
 def test_loss_and_gradient_equal_those_of_the_plain_model(head, trains, dtype, fused, monkeypatch):
-    if head is EsmModel and trains == "head":
-        pytest.skip("a bare model has no head")
-    if head is EsmForMaskedLM and trains == "head":
-        pytest.skip("the head's matrix is that of the embeddings")
-    if head is EsmModel and trains not in ("full", "all-linear"):
-        pytest.skip("which layers train is tested with the heads")
     model = build(head, trains, dtype=dtype)
     for lengths in BATCHES.values():
         batch = make_batch(lengths)
@@ -109,9 +132,25 @@ def test_sequences_of_one_token_up_to_the_maximum_have_the_gradient_of_the_plain
             assert distance(found_gradient, gradient) < 1e-5
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("trains", ["full", "all-linear"])
-@pytest.mark.parametrize("head", [EsmForTokenClassification, AttentionPooling])
+HALF_PRECISION = itertools.product(
+    [EsmForTokenClassification, AttentionPooling], ["full", "all-linear"], [None, torch.bfloat16, torch.float16], PLANS
+)
+
+
+@pytest.mark.parametrize(
+    ("head", "trains", "autocast", "plan"),
+    slow_except(
+        HALF_PRECISION,  # the quick ones have all pairs of values
+        (EsmForTokenClassification, "full", None, "cpu"),
+        (AttentionPooling, "all-linear", None, "cuda"),
+        (EsmForTokenClassification, "all-linear", torch.bfloat16, "cuda"),
+        (AttentionPooling, "full", torch.bfloat16, "cpu"),
+        (EsmForTokenClassification, "all-linear", torch.float16, "cpu"),
+        (AttentionPooling, "full", torch.float16, "cuda"),
+    ),
+    indirect=["plan"],
+    ids=name_of,
+)
 @pytest.mark.usefixtures("plan")
 def test_the_error_in_half_precision_is_not_larger_than_the_plain_models(head, trains, autocast, fused):
     ratios = []

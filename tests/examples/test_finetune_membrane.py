@@ -1,14 +1,13 @@
-"""examples/finetune_membrane.py runs in its own process, as a user starts it."""
+"""examples/finetune_membrane.py runs as a user starts it."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from copies import Copy
 
 from esm_efficient import demo_model_path
 
@@ -16,14 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(*options: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "finetune_membrane.py"), *options],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-    )
+    return Copy(ROOT / "examples" / "finetune_membrane.py", *options, folder=cwd).wait()
 
 
 def test_a_small_run_writes_every_figure_and_an_adapter(tmp_path, demo_table):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from copies import Copy
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -20,18 +18,13 @@ def test_a_few_steps_give_a_model_a_tokenizer_and_a_card(tmp_path):
     with gzip.open(tmp_path / "proteins.fasta.gz", "wt") as handle:
         for number, protein in enumerate(proteins * 2):
             handle.write(f">protein{number}\n{protein[:30]}\n{protein[30:]}\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "examples" / "pretrain_demo_model.py")),
-            *("--fasta", str(tmp_path / "proteins.fasta.gz"), "--output", str(tmp_path / "model")),
-            *("--layers", "1", "--width", "16", "--heads", "2", "--window", "40"),
-            *("--steps", "3", "--batch", "8", "--heldout", "20", "--seed", "1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = Copy(
+        ROOT / "examples" / "pretrain_demo_model.py",
+        *("--fasta", tmp_path / "proteins.fasta.gz", "--output", tmp_path / "model"),
+        *("--layers", 1, "--width", 16, "--heads", 2, "--window", 40),
+        *("--steps", 3, "--batch", 8, "--heldout", 20, "--seed", 1),
+        folder=tmp_path,
+    ).wait()
     assert done.returncode == 0, done.stderr[-2000:]
     # The file has each protein twice, and the copies of held-out proteins must be dropped from training.
     assert "20 held out" in done.stdout

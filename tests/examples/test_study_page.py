@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 REPOSITORY = Path(__file__).parents[2]
 PAGES = REPOSITORY / "docs" / "pages"
 RESULTS = REPOSITORY / "examples" / "results" / "membrane.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from copies import Copy
 from sequence_texts import sequences
 from test_predictor import model_for
 
@@ -121,17 +121,17 @@ def test_kill_9_loses_and_repeats_no_sequence(tmp_path):
         "from esm_efficient import demo_model_path, embed_file\n"
         f"print(embed_file(demo_model_path(), {str(source)!r}, {str(output)!r}))"
     )
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = Copy(code, folder=tmp_path)
     parts = output.with_name("out.parquet.parts")
     deadline = time.monotonic() + 120
     while len(list(parts.glob("block-*.arrow"))) < 5:
-        assert run.poll() is None, "the run ended before it could be killed"
+        assert run.is_running, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    run.kill()
     finished = len(list(parts.glob("block-*.arrow")))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = Copy(code, folder=tmp_path).wait()
+    assert done.returncode == 0, done.stderr
     assert f"{5 * finished:,} rows were there" in done.stdout
     embed_file(demo_model_path(), source, tmp_path / "at_once.parquet")
     found, expected = read(output), read(tmp_path / "at_once.parquet")

@@ -10,6 +10,8 @@ from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import one_line
 from esm_efficient.reporting.plots import CATEGORY_COLOURS, Method, layers_plot, memory_plot, pareto_plot, timeline_plot
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 GIB = 2**30
 
 

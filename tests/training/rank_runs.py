@@ -1,4 +1,4 @@
-"""Script of test_ranks for torchrun: run `finetune` for each case, with the same batches for any number of ranks."""
+"""Script of test_ranks: run `finetune` for each case, with the same batches for any number of ranks."""
 
 from __future__ import annotations
 

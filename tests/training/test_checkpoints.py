@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import shutil
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import slow_except
+from datasets import DatasetDict
 from safetensors.torch import load_file
 from trainer_runs import arguments, weighted
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
@@ -24,6 +27,7 @@ from esm_efficient import (
     last_checkpoint,
     load_deeploc,
     prepare_model,
+    stratified_sample,
     task_of,
     tokenize_dataset,
 )
@@ -35,7 +39,8 @@ STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "disable_tqd
 
 @pytest.fixture(scope="module")
 def data(demo_table):
-    return load_deeploc(demo_table, max_residues=180, validation_partitions=())
+    splits = load_deeploc(demo_table, max_residues=180, validation_partitions=())
+    return DatasetDict(train=splits["train"], test=stratified_sample(splits["test"], 16))
 
 
 class Signal(TrainerCallback):
@@ -170,11 +175,18 @@ class Fails(TrainerCallback):
         setattr(self, event, fail)
 
 
-@pytest.mark.parametrize("trainer", [None, Trainer])
+EVENTS = ("on_train_begin", "on_epoch_begin", "on_step_end", "on_save", "on_log", "on_train_end")
+ERRORS = (RuntimeError, KeyboardInterrupt)
+
+
 @pytest.mark.parametrize(
-    "event", ["on_train_begin", "on_epoch_begin", "on_step_end", "on_save", "on_log", "on_train_end"]
+    ("error", "event", "trainer"),
+    slow_except(
+        itertools.product(ERRORS, EVENTS, (None, Trainer)),
+        *((ERRORS[number % 2], event, None) for number, event in enumerate(EVENTS)),
+        *((ERRORS[1 - number % 2], event, Trainer) for number, event in enumerate(EVENTS)),
+    ),
 )
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_run_that_fails_leaves_no_signal_handler_behind(
     tmp_path, tiny_model, tiny_dataset, tokenizer, trainer, event, error
 ):

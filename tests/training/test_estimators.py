@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 
-from esm_efficient import ConfigurationError, DataError, EsmClassifier, EsmRegressor, list_states
+from esm_efficient import ConfigurationError, DataError, EsmClassifier, EsmRegressor, FinetuneResult, list_states
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,12 @@ def test_a_regressor_predicts_in_the_unit_and_the_shape_of_its_numbers(folder, s
     predicted = model.predict(sequences)
     assert predicted.shape == y.shape
     assert model.score(sequences, y) > 0.5
+
+
+def test_a_fit_makes_no_report_that_it_would_discard(folder, monkeypatch):
+    sequences, rich = proteins(4)
+    monkeypatch.setattr(FinetuneResult, "to_html", None)  # a report would fail
+    assert len(quick(EsmClassifier, folder, epochs=1).fit(sequences, rich).predict(sequences)) == 4
 
 
 def test_a_grid_search_shares_the_states_of_its_folds(folder, tmp_path):

@@ -19,6 +19,8 @@ from esm_efficient.training.intervals import bootstrap_intervals
 from esm_efficient.training.outcome import curves_of
 from esm_efficient.training.residue_page import letters_for
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 EXAMPLES = 60
 
 

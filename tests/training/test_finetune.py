@@ -97,7 +97,7 @@ def test_it_learns_an_easy_task_and_the_seed_determines_the_result(tmp_path):
     assert first.metrics == again.metrics
     assert first.metrics != other.metrics
     assert first.metrics["accuracy"] == first.metrics["auroc"] == 1.0
-    assert first.train_loss < 0.8 * run(0, learning_rate=0.0).train_loss
+    assert first.train_loss < 0.8 * run(0, learning_rate=0.0, num_train_epochs=1).train_loss
 
 
 def test_a_profiled_run_returns_its_profile(tmp_path, data):
@@ -188,6 +188,7 @@ TASKS = {
 }
 
 
+@pytest.mark.usefixtures("drawn_figures")
 @pytest.mark.parametrize("name", slow_except(TASKS, "one class per residue"))
 def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
     feature, label, auto, metrics = TASKS[name]
@@ -207,7 +208,8 @@ def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
         "disable_tqdm": True,
     }
     result = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
-    untrained = finetune(demo_model_path(), data, output_dir=tmp_path / "untrained", learning_rate=0.0, **options)
+    still = options | {"learning_rate": 0.0, "num_train_epochs": 1}
+    untrained = finetune(demo_model_path(), data, output_dir=tmp_path / "untrained", **still)
     assert result.train_loss < untrained.train_loss
     assert metrics <= set(result.metrics)
     assert result.trained_layers == (0, 1, 2, 3)
@@ -311,6 +313,16 @@ def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monke
     assert not (tmp_path / "result.json").exists()
 
 
+def test_without_a_report_there_is_the_record_and_the_report_can_follow(tmp_path, data):
+    options = {"recipe": "frozen", "max_steps": 1, "disable_tqdm": True}
+    result = finetune(demo_model_path(), data, output_dir=tmp_path, report=False, **options)
+    assert json.loads(result.result_path.read_text()) == result.to_dict()
+    assert not result.page.exists()
+    assert not (result.model_dir / "README.md").exists()
+    assert result.save_page().read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.usefixtures("drawn_figures")
 def test_an_evaluation_set_without_known_labels_gives_nan_and_not_an_error(tmp_path, data, caplog):
     tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
     names = tokenized["test"].features["labels"]

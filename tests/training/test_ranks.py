@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import rank_runs
 import torch
 import transformers
 from conftest import make_dataset, make_model
+from copies import run_on_ranks
 from datasets import DatasetDict
 from packaging.version import Version
 from safetensors.torch import load_file
@@ -67,16 +65,8 @@ def folder(tmp_path_factory, tokenizer):
 
 
 def on_ranks(folder, ranks, cases):
-    """Run cases under torchrun and return each rank's results."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, str(Path(rank_runs.__file__)), str(folder), json.dumps(cases)],
-        timeout=1200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Run cases on ranks and return each rank's results."""
+    run_on_ranks(Path(rank_runs.__file__), folder, json.dumps(cases), ranks=ranks, folder=folder, timeout=1200)
     return [json.loads((folder / f"rank{rank}-of-{ranks}.json").read_text()) for rank in range(ranks)]
 
 

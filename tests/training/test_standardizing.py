@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import slow_except
 from datasets import Dataset, DatasetDict, Features, List, Value
 from peft import PeftModel
 from transformers import (
@@ -142,15 +143,25 @@ def test_a_saved_regressor_continues_in_its_unit(tmp_path, sequences):
 
 # The head of the checkpoint: problem_type, number of labels; and what is then trained on it.
 @pytest.mark.parametrize(
-    ("problem_type", "labels"),
-    [
-        ("single_label_classification", 2),
-        ("single_label_classification", 3),
-        ("multi_label_classification", 2),
-        (None, 2),
-    ],
+    ("problem_type", "labels", "task"),
+    slow_except(
+        [
+            (*head, task)
+            for head in (
+                ("single_label_classification", 2),
+                ("single_label_classification", 3),
+                ("multi_label_classification", 2),
+                (None, 2),
+            )
+            for task in ("a number", "classes")
+        ],
+        ("single_label_classification", 2, "a number"),
+        ("single_label_classification", 3, "classes"),
+        ("multi_label_classification", 2, "a number"),
+        ("multi_label_classification", 2, "classes"),
+        (None, 2, "a number"),
+    ),
 )
-@pytest.mark.parametrize("task", ["a number", "classes"])
 def test_a_saved_classifier_is_the_base_of_any_task(tmp_path, sequences, demo_table, problem_type, labels, task):
     model = AutoModelForSequenceClassification.from_pretrained(
         demo_model_path(), num_labels=labels, problem_type=problem_type

@@ -30,6 +30,8 @@ from esm_efficient.tasks import Task
 from esm_efficient.training import sweep as sweep_module
 from esm_efficient.training.layer_probes import Examples
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 READINGS = ("first", "mean")
 TASK = Task("single_label_classification", ("no", "yes"))
 

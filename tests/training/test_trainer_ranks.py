@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import TASK_LOSS, make_dataset, make_model, make_task_dataset
+from copies import run_on_ranks
 from packaging.version import Version
 from peft import get_peft_model
 from trainer_runs import WEIGHTS, reference_gradient, reference_loss, relative_error, task_gradient
@@ -34,7 +32,7 @@ if Version(transformers.__version__) >= Version("5.23"):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, tokenizer):
-    """Run every case on two processes under torchrun with gloo."""
+    """Run every case on two processes with gloo."""
     folder = tmp_path_factory.mktemp("two_ranks")
     for size in {case[0] for case in TWO_RANKS if case[0] > 1 and case[3] != "evaluation"}:
         make_dataset(size).save_to_disk(folder / f"data{size}")
@@ -45,15 +43,7 @@ def two_ranks(tmp_path_factory, tokenizer):
         model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     script = Path(__file__).with_name("two_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        [*command, str(folder), json.dumps([WEIGHTS, TWO_RANKS])],
-        timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_ranks(script, folder, json.dumps([WEIGHTS, TWO_RANKS]), ranks=2, folder=folder)
     return dict(zip(TWO_RANKS, torch.load(folder / "results.pt"), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Script of test_trainer_ranks for torchrun: one epoch per case on two ranks; rank 0 writes gradients and losses."""
+"""Script of test_trainer_ranks: one epoch per case on two ranks; rank 0 writes gradients and losses."""
 
 from __future__ import annotations
 

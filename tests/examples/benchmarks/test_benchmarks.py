@@ -9,14 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from copies import Copy
 
 RECIPES = ["all"]
 FOLDER = Path(__file__).parents[3] / "examples" / "benchmarks"
 
 
 def run(script, *options, timeout=240):
+    """Run a script in its own process, as a benchmark must."""
     command = [sys.executable, str(FOLDER / script), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def run_copy(folder, script, *options, timeout=240):
+    return Copy(FOLDER / script, *options, folder=folder).wait(timeout)
 
 
 @pytest.mark.slow
@@ -109,7 +115,7 @@ def test_cached_states_are_compared_with_training_without_them(tmp_path):
 
 
 def test_the_encoder_is_compared_with_the_tokenizer_and_gives_equal_ids(tmp_path):
-    result = run("encoding.py", "--turns", "1", "--sample", "20", "--json", tmp_path / "e.json")
+    result = run_copy(tmp_path, "encoding.py", "--turns", "1", "--sample", "20", "--json", tmp_path / "e.json")
     assert result.returncode == 0, result.stderr[-2000:]
     record = json.loads((tmp_path / "e.json").read_text())
     rates = record["residues_per_s"]
@@ -118,7 +124,7 @@ def test_the_encoder_is_compared_with_the_tokenizer_and_gives_equal_ids(tmp_path
 
 
 def test_batches_of_a_token_budget_have_little_padding(tmp_path):
-    result = run("batching.py", "--budgets", "2048", "--json", tmp_path / "b.json")
+    result = run_copy(tmp_path, "batching.py", "--budgets", "2048", "--json", tmp_path / "b.json")
     assert result.returncode == 0, result.stderr[-2000:]
     record = json.loads((tmp_path / "b.json").read_text())
     assert min(record["budgets"]["2048"]["non_padding"]) > 0.97 > max(record["random"])
@@ -139,9 +145,8 @@ TINY_PARTS = ("machine", "recipes_650m", "launches", "estimates")
 
 @pytest.mark.parametrize("parts", [TINY_PARTS, pytest.param((), marks=pytest.mark.slow)])
 def test_the_script_for_a_gpu_runs_on_a_cpu_with_a_tiny_model(tmp_path, parts):
-    result = run(
-        "gpu.py", "--tiny", *(["--parts", *parts] if parts else []), "--json", tmp_path / "g.json", timeout=540
-    )
+    chosen = ["--parts", *parts] if parts else []
+    result = run_copy(tmp_path, "gpu.py", "--tiny", *chosen, "--json", tmp_path / "g.json", timeout=540)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads((tmp_path / "g.json").read_text())["parts"]
     assert [part["status"] for part in record.values()] == ["done"] * (len(parts) or 11)
