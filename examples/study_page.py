@@ -69,13 +69,6 @@ TUNED = {
     "lora-top2-first-e3": "3 epochs, not 1",
 }
 """The rows of the table of settings, in words; the first is what the others are compared with."""
-LEARNERS = {
-    "composition": ("logistic regression on the composition", "#999999"),
-    "probe2-mean": ("linear probe on layer 2, mean over residues", "#0072b2"),
-    "probe4-mean": ("linear probe on layer 4, mean over residues", "#56b4e9"),
-    "lora-top2-first-e3": ("LoRA, top 2 of 6 layers, 3 epochs", "#d55e00"),
-}
-"""The methods of the learning curves, with their names and colours."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -154,23 +147,6 @@ def depth_plot(runs: list[dict]) -> str:
     return svg_of(figure)
 
 
-@plain_text
-def learning_plot(runs: list[dict]) -> str:
-    """Plot the MCC by the number of training proteins, with 95 % intervals."""
-    figure, [[axes]] = new_figure(7, 4)
-    sizes = sorted({run["split"]["proteins"][0] for run in runs})
-    for method, (name, colour) in LEARNERS.items():
-        at_size = {size: [run for run in runs if run["split"]["proteins"][0] == size] for size in sizes}
-        draw(axes, [(size, list(scores(same, method).values())) for size, same in at_size.items()], name, colour)
-    axes.set_xscale("log")
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
-    axes.set_xlabel("training proteins")
-    axes.set_ylabel("MCC on the test proteins")
-    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
-    return svg_of(figure)
-
-
 def draw(axes, points: Sequence[tuple[float, list[float]]], name: str, colour: str) -> None:
     """Draw the means of values over x as a line, with their 95 % intervals; points without values are left out."""
     shown = [(x, statistics.fmean(values), confidence_interval(values)) for x, values in points if values]
@@ -183,7 +159,6 @@ def draw(axes, points: Sequence[tuple[float, list[float]]], name: str, colour: s
 PLOTS = {
     "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
     "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
-    "learning": (learning_plot, "MCC by the number of training proteins"),
 }
 """The function of a plot, and what it shows in words."""
 
@@ -203,8 +178,8 @@ def best_probe(runs: list[dict]) -> str:
 
 
 def gain_table(runs: list[dict]) -> str:
-    """Return the methods that train layers, compared with the best probe."""
-    titles = matching(runs, ["lora-*", "full-*", "truncated*"])
+    """Return the methods that train a network, compared with the best probe."""
+    titles = matching(runs, ["frozen-*", "lora-*", "full-*", "truncated*"])
     return methods_table(runs, titles, best_probe(runs), "the best probe")
 
 
@@ -273,11 +248,9 @@ def table(name: str, runs: list[dict]) -> str:
 
 
 def select(name: str, runs: list[dict]) -> list[dict]:
-    """Return the runs on the split that a table or a plot is about; those of the learning curves have several sizes."""
+    """Return the runs on the split that a table or a plot is about."""
     tested = TUNING_PARTITIONS if name == "tuning" else TEST_PARTITIONS
-    size = max(run["split"]["proteins"][0] for run in runs)
-    same = [run for run in runs if run["split"]["test"] == tested]
-    return same if name == "learning" else [run for run in same if run["split"]["proteins"][0] == size]
+    return [run for run in runs if run["split"]["test"] == tested]
 
 
 def fill(page: str, runs: list[dict], images: Path) -> str:

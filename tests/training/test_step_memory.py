@@ -13,6 +13,7 @@ from esm_efficient import demo_model_path, estimate, finetune, load_deeploc, loa
 from esm_efficient.reporting.html import html_page
 from esm_efficient.training.step_memory import StepMemory, memory_section, step_memory
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
 PEAK = {"weights": 3 * 2**20, "activations": 5 * 2**20, "total": 8 * 2**20}
 MEASURED = StepMemory(measured_on="cuda:0", measured={"forward": PEAK}, counted="bytes of tensors")
 
