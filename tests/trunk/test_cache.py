@@ -348,7 +348,7 @@ def test_a_mean_over_no_residue_is_refused(data, tmp_path):
         cache_states(empty, trunk, tmp_path, pooling="mean")
 
 
-def train(tokenizer, rows, folder, *, layers, adapters, head, steps=20, cached=None, pooling="tokens", **options):
+def train(tokenizer, rows, folder, *, layers, adapters, head, steps=50, cached=None, pooling="tokens", **options):
     """Train the top layers with states from the cache, or without a cache, and return the weights that trained."""
     if pooling == "mean":
         torch.manual_seed(0)
