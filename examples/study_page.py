@@ -179,7 +179,7 @@ def best_probe(runs: list[dict]) -> str:
 
 def gain_table(runs: list[dict]) -> str:
     """Return the methods that train a network, compared with the best probe."""
-    titles = matching(runs, ["frozen-*", "lora-*", "full-*", "truncated*"])
+    titles = matching(runs, ["frozen-*", "lora-*", "full-*"])
     return methods_table(runs, titles, best_probe(runs), "the best probe")
 
 
