@@ -222,6 +222,7 @@ def with_flex_attention(mode: type[TorchDispatchMode]) -> type[TorchDispatchMode
     operations: Any = (flex_attention, flex_attention_backward)
     for operation in operations:
         operation.py_impl(mode)(lambda mode, *args, op=operation, **kw: mode.__torch_dispatch__(op, (), args, kw))
+    # mypy knows a bound method of the class, and a classmethod becomes one when it is read.
     mode.ignore_compile_internals = classmethod(lambda cls: True)  # type: ignore[assignment]
     return mode
 

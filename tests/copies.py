@@ -60,14 +60,14 @@ class Copy:
 
     def _run(self, script: Path | str, cwd: Path | None, before: Callable[[], object]) -> None:
         """Run the script in the copy, and end the copy without the exit handlers of the tests."""
-        torch.set_num_threads(1)  # a copy has none of the threads of its original
         for number, name in ((1, "stdout"), (2, "stderr")):
             file = (self.folder / name).open("w")
             os.dup2(file.fileno(), number)
             setattr(sys, name, file)
         os.chdir(cwd or self.folder)
         sys.argv = [str(script) if isinstance(script, Path) else "-c", *self.arguments]
-        before()
+        before()  # while there is one thread, as some system calls need
+        torch.set_num_threads(1)  # a copy has none of the threads of its original
         status: object = 0
         try:
             if isinstance(script, Path):

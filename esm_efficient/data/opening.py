@@ -189,6 +189,7 @@ class _Lines(io.TextIOWrapper):
 
     source: str | Path = ""
 
+    # typeshed's methods have results of another type, because they are those of every kind of file.
     def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
         return next(iter(self), "")
 

@@ -283,6 +283,12 @@ LIST_FILES = """
 """
 
 
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+"""Flags of unshare, from linux/sched.h."""
+NO_MOUNT = 77
+"""The exit status of a copy that may not mount a disk."""
+
+
 def mount_a_small_disk(folder):
     """Mount a disk of 100 kB for this process alone, and hide from it that there is no more room."""
     user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None, use_errno=True)
@@ -292,13 +298,8 @@ def mount_a_small_disk(folder):
         Path("/proc/self", name).write_text(text)
     if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, b"size=100k"):
         os._exit(NO_MOUNT)
-    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(
-        10**9, 0, 10**9
-    )  # another process fills the disk meanwhile
-
-
-CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
-NO_MOUNT = 77
+    # As if another process filled the disk meanwhile.
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9)
 
 
 def test_a_disk_that_fills_up_leaves_whole_files_and_no_part(data, tmp_path):
