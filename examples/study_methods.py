@@ -102,6 +102,7 @@ def list_methods(layers: int) -> list[Method]:
         methods.append(Method(f"full-{end}", base.replace(pooling=pooling), epochs))
         whole = lora.replace(pooling=pooling)
         methods += [Method(f"truncated{kept}-lora-{end}", whole, epochs, kept) for kept in range(1, layers)]
+    methods.append(Method("all-first-e1", RECIPES["all"], 1))
     return methods + tuning_methods(layers)
 
 

@@ -122,7 +122,8 @@ def test_modes_that_see_operations_see_each_compiled_function_as_one():
     before = graphs()
     with KernelCounter() as counter:
         found, found_gradient = gradient_of(model, batch)
-    assert (found, distance(found_gradient, gradient)) == (expected, 0)
+    assert found == pytest.approx(expected, rel=1e-6)  # another compilation may sum in another order
+    assert distance(found_gradient, gradient) < 1e-6
     assert graphs() > before  # under a mode too they are compiled
     seen = {name: counter.kernels[name] for name in Elementwise._fields}
     assert seen == {"norm": 8, "norm_backward": 4, "gelu_backward": 2, "rotate": 0}
