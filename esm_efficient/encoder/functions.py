@@ -114,6 +114,8 @@ class NormLinears(Function):
         """Return `x` and the outputs; with `owns_gradient` the backward pass may overwrite their gradient."""
         ctx.save_for_backward(x, weight, bias, rotation, *tensors)
         ctx.eps, ctx.owns_gradient, ctx.elementwise, ctx.group = eps, owns_gradient, elementwise, group
+        ctx.chunks = plan_for(x.device.type).chunks(x.shape[0], x.shape[1] * x.dtype.itemsize)
+        ctx.set_materialize_grads(False)  # if nothing reads `x` itself, its gradient is None and not zeros
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(x)
         with _without_autocast(x):
@@ -127,37 +129,40 @@ class NormLinears(Function):
                 turned, rest = (part.unflatten(-1, (group.heads, -1)) for part in parts)
                 if rotation is not None and group.rotated:
                     (turned,) = elementwise.rotate([turned], _real(rotation), False)
+                ctx.shape = turned.shape[1:]
                 return x, *turned.unbind(), *rest.unbind()
             states = group.forward(normed)
             group.end_forward()
             states = states.view(x.shape[0], len(group.linears), group.heads, -1)
+            ctx.shape = states.shape
             return x, rotate_neighbours(states, rotation, group.rotated)
 
     @staticmethod
-    def backward(ctx: Any, d_same: Tensor | None, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_same: Tensor | None, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Recompute the layer norm and return the gradients; `d_same` reached `x` around the layer norm."""
         refuse_double_backward()
         x, weight, bias, rotation, *tensors = ctx.saved_tensors
         group, elementwise = ctx.group.with_tensors(tensors), ctx.elementwise
         needs_norm, needs_tensors = _split_needs(ctx, tensors)
-        turned = list(gradients)
+        turned = [x.new_zeros(ctx.shape, dtype=group.dtype) if g is None else g for g in gradients]
         if rotation is not None:
             rotated = slice(group.rotated if group.apart else 1)
             own = [_own(gradient, ctx.owns_gradient) for gradient in turned[rotated]]
             if not group.apart:
                 rotate_neighbours(own[0], rotation.conj().resolve_conj(), group.rotated)
             turned[rotated] = elementwise.rotate(own, _real(rotation), True) if group.apart else own
-        normed, *statistics = elementwise.norm(x, weight, bias, ctx.eps, group.dtype)
+        normed, mean, deviation = elementwise.norm(x, weight, bias, ctx.eps, group.dtype)
         grads: list[Tensor | None] = [None] * len(tensors)
         flat = [gradient.reshape(x.shape[0], -1) for gradient in turned]
         d_normed = group.backward(flat, normed, needs_tensors, grads, to_inputs=any(needs_norm))
         del normed, turned, flat
-        norm_grads: tuple[Tensor | None, ...] = (None,) * _NORM_ARGUMENTS
-        if d_normed is not None:
-            dx = torch.empty_like(x) if needs_norm[0] else None
-            arguments = d_normed, x, *statistics, weight, bias, d_same, dx, *needs_norm[1:]
-            norm_grads = dx, *_placed(elementwise.norm_backward(*arguments), needs_norm[1:])
-        return _all_gradients(ctx, norm_grads, grads, tensors)
+        dx = torch.empty_like(x) if needs_norm[0] else None
+        grads_norm: list[Tensor | None] = [None, None]
+        for rows in ctx.chunks if d_normed is not None else ():
+            same, out = (None if whole is None else whole[rows] for whole in (d_same, dx))
+            arguments = d_normed[rows], x[rows], mean[rows], deviation[rows], weight, bias, same, out
+            _accumulate_norm(grads_norm, elementwise, *arguments, *needs_norm[1:])
+        return _all_gradients(ctx, (dx, *grads_norm), grads, tensors)
 
 
 class LinearResidual(Function):
@@ -278,10 +283,8 @@ class NormMLP(Function):
             if d_normed is None:
                 continue
             out = None if dx is None else dx[rows]
-            arguments = d_normed, x[rows], *statistics, weight, bias, gradient[rows], out, *needs_norm[1:]
-            for index, grad in enumerate(_placed(elementwise.norm_backward(*arguments), needs_norm[1:])):
-                if grad is not None:
-                    accumulate(grads_norm, index, grad)
+            arguments = d_normed, x[rows], *statistics, weight, bias, gradient[rows], out
+            _accumulate_norm(grads_norm, elementwise, *arguments, *needs_norm[1:])
         return _all_gradients(ctx, (dx, *grads_norm), grads_up + grads_down, tensors)
 
 
@@ -325,10 +328,13 @@ def _own(gradient: Tensor, is_owned: bool) -> Tensor:
     return gradient if is_owned and gradient.is_contiguous() else gradient.clone(memory_format=torch.contiguous_format)
 
 
-def _placed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Put the gradients that are needed at their places, and None at the others."""
-    found = iter(grads)
-    return [next(found, None) if needed else None for needed in needs]
+def _accumulate_norm(grads: list[Tensor | None], elementwise: Elementwise, *arguments: Any) -> None:
+    """Run `norm_backward` for a chunk of the batch, and add its gradients of weight and bias to `grads`."""
+    *_, needs_weight, needs_bias = arguments
+    found = iter(elementwise.norm_backward(*arguments))
+    for index, needed in enumerate((needs_weight, needs_bias)):
+        if needed and (grad := next(found, None)) is not None:
+            accumulate(grads, index, grad)
 
 
 def _sum_dtype(residual: Tensor, group: Group) -> torch.dtype:

@@ -209,9 +209,10 @@ def _compute_layer(
         rotation = None if packing.rotation is None else packing.rotation.index_select(0, first)
         rotated = min(parts.qkv.rotated, 1)
         pair = parts.qkv.with_linears(key_value, rotated=rotated)
-        residual, states = compute_linears(x, norm, pair, rotation=packing.rotation)
+        residual = x.index_select(0, first)  # first, so that its gradient, as large as x, is made last
+        _, states = compute_linears(x, norm, pair, rotation=packing.rotation)
         single = parts.qkv.with_linears([query_linear], rotated=rotated)
-        residual, only = compute_linears(residual.index_select(0, first), norm, single, rotation=rotation)
+        residual, only = compute_linears(residual, norm, single, rotation=rotation)
         query = only if isinstance(only, Tensor) else only[0].unsqueeze(1)
     if first is not None and query is None and isinstance(states, Tensor):
         query, states = states[:, :1].index_select(0, first), states[:, 1:]

@@ -411,3 +411,19 @@ def test_memory_of_prediction_does_not_grow_with_the_number_of_layers():
             model(**batch)
         peaks.append(tracker.peak.total - tracker.peak.weights)
     assert peaks[0] == peaks[1]
+
+
+def test_a_backward_pass_needs_room_for_few_numbers_per_token_beside_what_was_saved():
+    from esm_efficient.costs.allocations import AllocationTracker
+
+    # Eight chunks, so that what is as large as a chunk is small against what is as large as the batch.
+    batch = make_batch([512] * 8)
+    model = build(num_hidden_layers=3, hidden_size=64, intermediate_size=256, trains="all-linear")
+    apply_lean_encoder(model)
+    with AllocationTracker() as tracker:
+        loss = loss_of(model, batch)
+        saved = tracker.current.total
+        tracker.reset_peak()
+        loss.backward()
+    numbers = (tracker.peak.total - saved) / 4 / int(batch["attention_mask"].sum()) / 64
+    assert numbers < 1.7  # one more tensor of (tokens, width) at the peak would be 2.5
