@@ -58,7 +58,7 @@ def test_all_recipes_are_estimated_at_both_budgets(estimated):
             assert (f.steps, f.epochs) == (steps, steps * 8 / 1000)
             estimate = estimated.timelines[f.recipe.name]
             assert f.seconds == pytest.approx(estimate.seconds * steps + f.cache_seconds)
-            assert (f.cache_bytes > 0) == (f.cache_seconds > 0) == (f.recipe.name == "frozen")
+            assert (f.cache_bytes > 0) == (f.cache_seconds > 0) == f.recipe.cache
             assert (f.score, f.interval) == (None, None)
     assert figures["all"].peak.total < figures["base"].peak.total
     assert figures["frozen"].cache_bytes == 1000 * 320 * 2

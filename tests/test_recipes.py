@@ -8,7 +8,7 @@ from esm_efficient import RECIPES, ConfigurationError, Recipe
 from esm_efficient.recipes import get_recipe, select_layers
 
 
-def test_the_six_recipes():
+def test_the_seven_recipes():
     table = {
         r.name: (r.trains, r.accumulation > 1, r.gradient_checkpointing, r.preset is not None) for r in RECIPES.values()
     }
@@ -18,6 +18,7 @@ def test_the_six_recipes():
         "gc": ("full", False, True, False),
         "lora": ("adapters", False, False, True),
         "all": ("adapters", True, True, True),
+        "top": ("adapters", False, False, True),
         "frozen": ("head", False, False, False),
     }
 
@@ -38,6 +39,22 @@ def test_every_recipe_takes_the_same_number_of_optimizer_steps():
 )
 def test_the_learning_rate_scales_with_the_root_of_the_accumulated_batch(changes, rate):
     assert RECIPES["lora"].replace(**changes).learning_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "cache"),
+    [
+        ("top", {}, True),
+        ("top", {"layers": "top-1"}, True),
+        ("top", {"layers": "all"}, False),
+        ("top", {"layers": "all", "cache": True}, True),
+        ("top", {"quantization": "4bit"}, False),
+        ("frozen", {"layers": "all"}, True),
+        ("lora", {"layers": "top-1"}, False),
+    ],
+)
+def test_a_change_that_leaves_nothing_to_cache_turns_the_cache_off(name, changes, cache):
+    assert RECIPES[name].replace(**changes).cache is cache
 
 
 @pytest.mark.parametrize(
@@ -62,7 +79,7 @@ def test_contradictory_settings_are_refused(options):
 
 
 def test_the_error_for_an_unknown_recipe_lists_the_known_ones():
-    with pytest.raises(ConfigurationError, match="base, ga, gc, lora, all, frozen"):
+    with pytest.raises(ConfigurationError, match="base, ga, gc, lora, all, top, frozen"):
         get_recipe("everything")
     custom = Recipe("custom", "full", 1e-5)
     assert get_recipe(custom) is custom

@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 _ALL = list(RECIPES)
-_RECOMMENDED = ["base", "gc", "lora", "all"]
+_RECOMMENDED = ["base", "gc", "lora", "all", "top"]
 _PRESETS = ["all-linear"]
 _SEEDS = [0]
 _NOT_QUANTIZED: list[str] = []
@@ -137,7 +137,7 @@ RecipesOption = Annotated[
 def estimate(
     model: ModelOption = "650M",
     device: DeviceOption = DEFAULT_DEVICE,
-    recipe: RecipeOption = "all",
+    recipe: RecipeOption = "top",
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences in one forward pass; default: the recipe's.")
     ] = None,

@@ -91,7 +91,7 @@ def probe(
     show(result, as_json)
     if not as_json:
         pooling = [] if result.reading == "residues" else ["--pooling", result.reading]
-        training = ["--recipe", "lora", "--layers", "top-1/3", "--cache", "--epochs", "3", *pooling]
+        training = ["--recipe", "top", "--epochs", "3", *pooling]
         show(f"\nNext, train: {shlex.join(['esm-efficient', 'finetune', *words, *training])}", as_json)
 
 

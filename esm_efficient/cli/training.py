@@ -72,7 +72,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 def finetune(
     data: DataArgument,
     model: ModelOption = "35M",
-    recipe: RecipeOption = "all",
+    recipe: RecipeOption = "top",
     output: Annotated[
         Path, typer.Option("--output", "-o", callback=writable_folder, help="Folder for the model and the report.")
     ] = Path("output"),

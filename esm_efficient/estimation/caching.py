@@ -70,7 +70,8 @@ class CacheCost:
             return text
         pays = "it never pays"
         if math.isfinite(self.pays_after):
-            pays = f"the cache pays after {self.pays_after:.2g} epochs"
+            epochs = f"{self.pays_after:.2g}"
+            pays = f"the cache pays after {epochs} epoch{'s' if epochs != '1' else ''}"
         return (
             f"{text}\ncaching: {format_seconds(self.seconds)} or more, once; an epoch takes "
             f"{format_seconds(self.epoch_seconds)} or more instead of "

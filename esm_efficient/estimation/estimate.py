@@ -210,7 +210,7 @@ class Estimate:
 def estimate(
     model: str | Path | PreTrainedConfig | PreTrainedModel,
     *,
-    recipe: str | Recipe = "all",
+    recipe: str | Recipe = "top",
     device: str | Device = DEFAULT_DEVICE,
     micro_batch: int | None = None,
     accumulation: int | None = None,

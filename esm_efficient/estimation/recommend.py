@@ -100,7 +100,7 @@ def recommend(
     tokens: Any = 512,
     *,
     batch_size: int = 8,
-    recipes: Sequence[str | Recipe] = ("base", "gc", "lora", "all"),
+    recipes: Sequence[str | Recipe] = ("base", "gc", "lora", "all", "top"),
     presets: Sequence[str] = ("all-linear",),
     precision: Precision = "auto",
     margin: float = MARGIN,

@@ -56,7 +56,7 @@ def finetune(
     model: str | Path | PreTrainedModel,
     dataset: Any,
     *,
-    recipe: str | Recipe = "all",
+    recipe: str | Recipe = "top",
     output_dir: str | Path = "output",
     tokenizer: PreTrainedTokenizerBase | None = None,
     class_weights: str | Mapping[str, float] | Sequence[float] | None = "balanced",
@@ -95,7 +95,7 @@ def finetune(
         dataset: splits ``train`` and ``test`` (or ``validation``), such as `load_deeploc` returns, with the columns
             ``sequence`` (str), ``label`` and optionally ``sample_weight``; splits made by `tokenize_dataset`; or what
             `esm_efficient.training.given.splits_from` takes: a path, a DataFrame, a Dataset, a pair of lists.
-        recipe: ``"base"``, ``"ga"``, ``"gc"``, ``"lora"``, ``"all"``, ``"frozen"``, or a custom `Recipe`.
+        recipe: ``"top"``, ``"base"``, ``"ga"``, ``"gc"``, ``"lora"``, ``"all"``, ``"frozen"``, or a custom `Recipe`.
         output_dir: folder for ``adapter/`` or ``model/``, and for ``result.json``.
         tokenizer: required with a loaded model only.
         class_weights: as `WeightedTrainer`. The default is ``"balanced"``, because this function does the whole job on

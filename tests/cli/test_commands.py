@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,23 +17,25 @@ from esm_efficient.cli import commands, main
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_bytes
 
+COSTS = Path(__file__).parents[2] / "docs/pages/costs.md"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
-def test_the_largest_model_is_estimated_offline():
-    command = "estimate --model 15B --recipe all --micro-batch 1 --tokens 1024 --device A100-80 --json"
-    run = subprocess.run(
-        [sys.executable, "-m", "esm_efficient", *command.split()],
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
-        timeout=120,
+
+def test_the_page_on_costs_shows_what_its_commands_print_offline():
+    # A command, and the first block of output after it.
+    blocks = re.findall(
+        r"```bash\npython -m (esm_efficient estimate [^\n]*)\n```\s+```text\n(.*?)```", COSTS.read_text(), re.DOTALL
     )
-    assert run.returncode == 0, run.stderr
-    record = json.loads(run.stdout)
-    assert record["total_parameters"] > 15e9
-    assert record["peak_bytes"] == sum(record["peak"].values()) - record["peak"]["total"]
-    assert record["fits"] is True
-    assert run.stderr == ""
+    assert [" --model 15B " in command for command, _ in blocks] == [True, False]
+    for command, output in blocks:
+        run = subprocess.run(
+            [sys.executable, "-m", *command.split()],
+            capture_output=True,
+            text=True,
+            env=os.environ | OFFLINE,
+            timeout=120,
+        )
+        assert (run.returncode, run.stdout, run.stderr) == (0, output, "")
 
 
 def test_options_reach_the_function(capsys):

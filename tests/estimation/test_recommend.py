@@ -42,7 +42,7 @@ def test_nothing_is_recommended_that_does_not_fit(mib, margin):
 
 def test_a_smaller_device_gets_a_leaner_setting():
     options = {"batch_size": 2, "progress": False}
-    peaks = [recommend("8M", gpu(mib), 100, **options).chosen.peak.total for mib in (1000, 80, 28)]
+    peaks = [recommend("8M", gpu(mib), 100, **options).chosen.peak.total for mib in (1000, 60, 22)]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 3
 

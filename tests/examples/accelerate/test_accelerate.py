@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,13 @@ def test_accelerate_reads_the_configuration_files(name, kind):
         assert config.fsdp_config["fsdp_version"] == 2
         layer = type(make_model().esm.encoder.layer[0]).__name__
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == layer
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_table_that_the_script_prints():
+    page = FOLDER.parents[1] / "docs/pages/distributed.md"
+    printed = subprocess.run([sys.executable, FOLDER / "memory.py"], capture_output=True, text=True, check=True).stdout
+    assert f"```text\n{printed}```" in page.read_text()
 
 
 def test_memory_per_gpu_falls_with_the_gpus_under_fsdp2_only():
