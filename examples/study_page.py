@@ -24,8 +24,13 @@ from esm_efficient.training.metrics import confidence_interval
 
 AGAINST = "lora-top6-first-e1"
 LAYERS = 6
-TUNING_PARTITIONS, TEST_PARTITIONS = [3], [4]
-"""The partitions whose proteins score the settings of a recipe, and those that score everything else."""
+FULL = "full-first-e1"
+SPLITS = {"tuning": ([0, 1, 2], [3]), "headline": ([0, 1, 2], [4]), "bar": ([0, 1, 2], [4]), "curve": ([0, 1, 2], [4])}
+"""The partitions for training and for testing of some tables and plots."""
+USUAL_SPLIT = ([0, 1, 2, 3], [4])
+"""The partitions of all others."""
+PROTEINS = 2400
+"""The training proteins of everything but the learning curve."""
 TABLES = {
     "cheap": ["majority", "composition", "probe*-mean", "probe*-first"],
     "depth": ["lora-top*-first-e1", "lora-top*-first-e3"],
@@ -34,13 +39,10 @@ HEADLINE = {
     "majority": "the majority class",
     "composition": "logistic regression on the amino-acid composition",
     "probe": "linear probe on one layer: the best of all",
-    "lora-top2-first-e1": "LoRA, top 2 of 6 layers on cached states, 1 epoch",
-    "lora-top2-first-e3": "LoRA, top 2 of 6 layers on cached states, 3 epochs",
-    "lora-top2-mean-e1": "the same for 1 epoch, with a head that reads the mean over residues",
-    "lora-top6-first-e1": "LoRA, all layers, 1 epoch",
-    "lora-top6-first-e3": "LoRA, all layers, 3 epochs",
-    "full-first-e1": "full fine-tuning, 1 epoch",
-    "tutorial-base": "full fine-tuning as in the tutorial, 1 epoch",
+    "lora-top2-first-e1": "top: LoRA on the top third, on cached states",
+    "all-first-e1": "all: LoRA on all layers, small micro-batches, checkpointing",
+    "full-first-e1": "base: full fine-tuning",
+    "tutorial-base": "tutorial: full fine-tuning, eager attention, padded random batches",
     "tutorial-all": 'the tutorial\'s "all": adapters cut off, a quarter of the steps',
 }
 """The rows of the README's table, in words; ``probe`` is the linear probe with the highest mean."""
@@ -69,6 +71,8 @@ TUNED = {
     "lora-top2-first-e3": "3 epochs, not 1",
 }
 """The rows of the table of settings, in words; the first is what the others are compared with."""
+CURVE = {"lora-top2-first-e1": "LoRA, 1 epoch", "lora-top2-first-e3": "LoRA, 3 epochs"}
+"""The methods of the learning curve beside the best probe."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -156,7 +160,45 @@ def draw(axes, points: Sequence[tuple[float, list[float]]], name: str, colour: s
             axes.plot([x, x], interval, color=colour, linewidth=1, alpha=0.5)
 
 
+def curve_sizes(runs: list[dict]) -> dict[int, list[dict]]:
+    """Return the runs by their number of training proteins, the smallest first."""
+    sizes = sorted({run["split"]["proteins"][0] for run in runs})
+    return {size: [run for run in runs if run["split"]["proteins"][0] == size] for size in sizes}
+
+
+def curve_table(runs: list[dict]) -> str:
+    """Return the methods by the number of training proteins."""
+    rows = []
+    for size, same in curve_sizes(runs).items():
+        probe = scores(same, best_probe(same))
+        columns = [scores(same, method) for method in CURVE]
+        last = columns[-1]
+        differences = [last[seed] - probe[seed] for seed in last if seed in probe]
+        cells = [show(list(found.values())) for found in (probe, *columns)]
+        rows.append([f"{size:,}", *cells, show(differences, "{:+.3f}")])
+    return format_markdown(rows, ("training proteins", "best probe", *CURVE.values(), "LoRA, 3 epochs - probe"))
+
+
+@plain_text
+def curve_plot(runs: list[dict]) -> str:
+    """Plot the MCC by the number of training proteins, with 95 % intervals."""
+    figure, [[axes]] = new_figure(7, 4)
+    sizes = curve_sizes(runs)
+    points = [(size, list(scores(same, best_probe(same)).values())) for size, same in sizes.items()]
+    draw(axes, points, "the best linear probe", "#999999")
+    for (method, title), colour in zip(CURVE.items(), ("#0072b2", "#d55e00"), strict=True):
+        draw(axes, [(size, list(scores(same, method).values())) for size, same in sizes.items()], title, colour)
+    axes.set_xscale("log")
+    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("training proteins")
+    axes.set_ylabel("MCC on the test proteins")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return svg_of(figure)
+
+
 PLOTS = {
+    "curve": (curve_plot, "MCC of a probe and of fine-tuning by the number of training proteins"),
     "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
     "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
 }
@@ -168,7 +210,14 @@ def headline_table(runs: list[dict]) -> str:
     best = best_probe(runs)
     methods = {run["method"] for run in runs}
     titles = {best if name == "probe" else name: title for name, title in HEADLINE.items()}
-    return methods_table(runs, {name: title for name, title in titles.items() if name in methods})
+    return methods_table(runs, {name: title for name, title in titles.items() if name in methods}, FULL, "full")
+
+
+def bar_table(runs: list[dict]) -> str:
+    """Return the methods of the README's table that train a network, compared with the best probe."""
+    methods = {run["method"] for run in runs}
+    titles = {name: title for name, title in HEADLINE.items() if name in methods and "-" in name}
+    return methods_table(runs, titles, best_probe(runs), "the best probe")
 
 
 def best_probe(runs: list[dict]) -> str:
@@ -232,6 +281,8 @@ def methods_table(
 
 
 WHOLE_TABLES = {
+    "bar": bar_table,
+    "curve": curve_table,
     "truncation": truncation_table,
     "headline": headline_table,
     "gain": gain_table,
@@ -249,8 +300,9 @@ def table(name: str, runs: list[dict]) -> str:
 
 def select(name: str, runs: list[dict]) -> list[dict]:
     """Return the runs on the split that a table or a plot is about."""
-    tested = TUNING_PARTITIONS if name == "tuning" else TEST_PARTITIONS
-    return [run for run in runs if run["split"]["test"] == tested]
+    train, test = SPLITS.get(name, USUAL_SPLIT)
+    same = [run for run in runs if (run["split"]["train"], run["split"]["test"]) == (train, test)]
+    return same if name == "curve" else [run for run in same if run["split"]["proteins"][0] == PROTEINS]
 
 
 def fill(page: str, runs: list[dict], images: Path) -> str:

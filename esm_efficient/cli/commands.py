@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
-from esm_efficient.cli.output import JsonOption, ModelOption, PageOption, existing_file, quiet, show, writable_folder
+from esm_efficient.cli.output import JsonOption, ModelOption, PageOption, quiet, show
 from esm_efficient.costs.devices import DEFAULT_DEVICE, GIB, get_device
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.estimation.step import Attention, Padding
@@ -22,10 +21,8 @@ app = typer.Typer(
     "Example: esm-efficient finetune proteins.csv --model 35M",
 )
 
-_ALL = list(RECIPES)
 _RECOMMENDED = ["base", "gc", "lora", "all", "top"]
 _PRESETS = ["all-linear"]
-_SEEDS = [0]
 _NOT_QUANTIZED: list[str] = []
 
 
@@ -52,7 +49,7 @@ def _parse_layers(layers: str | None) -> Any:
         ) from error
 
 
-def _change_recipes(names: list[str], *, layers: Any, cache: bool | None, pooling: Pooling | None) -> list[Recipe]:
+def change_recipes(names: list[str], *, layers: Any, cache: bool | None, pooling: Pooling | None) -> list[Recipe]:
     """Return recipes with the options that were given."""
     options = {"layers": layers, "cache": cache, "pooling": pooling}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -83,7 +80,7 @@ def _with_quantized(recipes: list[Recipe], kinds: list[str]) -> list[Recipe]:
     return recipes + [recipe.replace(quantization=kind, cache=False) for kind in kinds for recipe in adapted]
 
 
-def _check_depth(model: str, layers: Any) -> None:
+def check_depth(model: str, layers: Any) -> None:
     """Refuse layers that the model does not have."""
     if layers is None:
         return
@@ -166,9 +163,9 @@ def estimate(
 
     Example: esm-efficient estimate --model 650M --device A10G --recipe lora --tokens 512
     """
-    [changed] = _change_recipes([recipe], layers=layers, cache=cache, pooling=pooling)
+    [changed] = change_recipes([recipe], layers=layers, cache=cache, pooling=pooling)
     target = get_device(device)
-    _check_depth(model, layers)
+    check_depth(model, layers)
     with quiet():
         from esm_efficient.comparison import estimate_page
         from esm_efficient.estimation.estimate import estimate
@@ -230,10 +227,10 @@ def recommend(
     """
     if epochs <= 0:
         raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
-    changed = _change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
+    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
     changed = _with_quantized(changed, quantization)
     target = get_device(device)
-    _check_depth(model, layers)
+    check_depth(model, layers)
     with quiet():
         from esm_efficient.estimation.recommend import recommend
 
@@ -276,95 +273,3 @@ def _training_line(model: str, recipe: Recipe, epochs: float, precision: str) ->
     if recipe.quantization:
         words += ["--quantization", recipe.quantization]
     return shlex.join(words if precision == "auto" else [*words, "--precision", precision])
-
-
-@app.command()
-def compare(
-    model: ModelOption = "650M",
-    device: DeviceOption = DEFAULT_DEVICE,
-    tokens: TokensOption = 512,
-    recipes: RecipesOption = _ALL,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the first table.")] = 100,
-    epochs: Annotated[float, typer.Option(help="Epochs of the second table.")] = 1.0,
-    layers: LayersOption = None,
-    cache: CacheOption = None,
-    pooling: PoolingOption = None,
-    sequences: SequencesOption = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help='Train on this table in the DeepLoc-2.0 format; "demo" for the synthetic table.'),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Train on this many proteins and test on a third as many.")
-    ] = None,
-    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of a training run; can be repeated.")] = _SEEDS,
-    output: Annotated[
-        Path | None, typer.Option(callback=writable_folder, help="Folder for the tables and the HTML page.")
-    ] = None,
-    precision: PrecisionOption = "auto",
-    optimizer: OptimizerOption = "adamw_fused",
-    attention: AttentionOption = "sdpa",
-    padding: PaddingOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare the recipes; with --data they are trained.
-
-    Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
-    """
-    if data is None and limit is not None:
-        raise typer.BadParameter("--limit needs --data: without a table nothing is trained")
-    if data is not None and precision == "pure-bf16":
-        raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32, bf16 or fp16")
-    if data is not None and sequences is not None:
-        raise typer.BadParameter("--sequences is for estimates: --data has its own sequences; use --limit")
-    if epochs <= 0:
-        raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
-    if data is not None:
-        existing_file(data)
-    changed = _change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
-    training_options: dict[str, Any] = {} if data is None or precision == "auto" else {"precision": precision}
-    target = get_device(device)
-    _check_depth(model, layers)
-    with quiet():
-        from esm_efficient.comparison import compare
-
-        result = compare(
-            model,
-            None if data is None else _load(data, limit),
-            recipes=changed,
-            steps=steps,
-            epochs=epochs,
-            seeds=seeds,
-            device=target,
-            tokens=tokens,
-            sequences=sequences,
-            estimate_options={
-                "precision": precision,
-                "optimizer": optimizer,
-                "attention": attention,
-                "padding": padding,
-            },
-            **training_options,
-        )
-        if output is not None:
-            result.save(output)
-    show(result, as_json)
-
-
-def _load(source: str, limit: int | None) -> Any:
-    import tempfile
-
-    from datasets import DatasetDict
-
-    from esm_efficient.data import load_deeploc, stratified_sample
-    from esm_efficient.demo import write_demo_table
-
-    with tempfile.TemporaryDirectory() as folder:
-        path: Any = None if source == "deeploc" else source
-        if source == "demo":
-            path = write_demo_table(Path(folder) / "table.csv")
-        data = load_deeploc(path, test_partitions=(4,), validation_partitions=())
-    if limit is None:
-        return data
-    sizes = {"train": limit, "test": max(1, limit // 3)}
-    return DatasetDict({name: stratified_sample(data[name], size) for name, size in sizes.items()})

@@ -11,7 +11,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from esm_efficient.cli.commands import CacheOption, LayersOption, PoolingOption, QuantizationOption, RecipeOption, app
+from esm_efficient.cli.commands import (
+    AttentionOption,
+    CacheOption,
+    DeviceOption,
+    LayersOption,
+    OptimizerOption,
+    PaddingOption,
+    PoolingOption,
+    PrecisionOption,
+    QuantizationOption,
+    RecipeOption,
+    RecipesOption,
+    SequencesOption,
+    TokensOption,
+    app,
+    change_recipes,
+    check_depth,
+)
 from esm_efficient.cli.jobs import (
     AccessionOption,
     BudgetOption,
@@ -41,13 +58,16 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
+from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
-from esm_efficient.recipes import get_recipe
+from esm_efficient.recipes import RECIPES, get_recipe
 
 RUN_FILE = "run.yaml"
 """The file in the output folder with the options of a run."""
 
 Weights = Literal["balanced", "none"]
+_ALL_RECIPES = list(RECIPES)
+_SEEDS = [0]
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -266,3 +286,101 @@ def evaluate(
         if report is not None:
             report.write_text(evaluation_page(result, model=model, dataset=data), encoding="utf-8")
     show(result, as_json)
+
+
+@app.command()
+def compare(
+    model: ModelOption = "650M",
+    device: DeviceOption = DEFAULT_DEVICE,
+    tokens: TokensOption = 512,
+    recipes: RecipesOption = _ALL_RECIPES,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the first table.")] = 100,
+    epochs: Annotated[float, typer.Option(help="Epochs of the second table.")] = 1.0,
+    layers: LayersOption = None,
+    cache: CacheOption = None,
+    pooling: PoolingOption = None,
+    sequences: SequencesOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help='Train on this table, as finetune reads it; "demo" for the synthetic table.'),
+    ] = None,
+    sequence: SequenceOption = None,
+    label: LabelOption = None,
+    label_kind: LabelKindOption = None,
+    unlabelled: UnlabelledOption = None,
+    clusters: ClustersOption = None,
+    min_residues: MinResiduesOption = None,
+    max_residues: MaxResiduesOption = None,
+    on_error: Annotated[
+        Literal["raise", "skip"] | None, typer.Option("--on-error", help="Stop at a wrong row, or leave it out.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Train on this many proteins and test on a third as many.")
+    ] = None,
+    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of a training run; can be repeated.")] = _SEEDS,
+    output: Annotated[
+        Path | None, typer.Option(callback=writable_folder, help="Folder for the tables and the HTML page.")
+    ] = None,
+    precision: PrecisionOption = "auto",
+    optimizer: OptimizerOption = "adamw_fused",
+    attention: AttentionOption = "sdpa",
+    padding: PaddingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the recipes; with --data they are trained.
+
+    Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
+    """
+    read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
+    read |= {"clusters": clusters, "min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
+    given = [name for name, value in ({"limit": limit} | read).items() if value]
+    if data is None and given:
+        raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --data: without a table nothing is trained")
+    if data is not None and precision == "pure-bf16":
+        raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32, bf16 or fp16")
+    if data is not None and sequences is not None:
+        raise typer.BadParameter("--sequences is for estimates: --data has its own sequences; use --limit")
+    if epochs <= 0:
+        raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
+    if data is not None:
+        existing_file(data)
+    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
+    training_options: dict[str, Any] = {} if data is None or precision == "auto" else {"precision": precision}
+    target = get_device(device)
+    check_depth(model, layers)
+    with quiet():
+        from esm_efficient.comparison import compare
+        from esm_efficient.training.given import splits_from
+
+        splits = None if data is None else splits_from(data, **data_options(data, **read))
+        result = compare(
+            model,
+            splits if splits is None or limit is None else _sampled(splits, limit),
+            recipes=changed,
+            steps=steps,
+            epochs=epochs,
+            seeds=seeds,
+            device=target,
+            tokens=tokens,
+            sequences=sequences,
+            estimate_options={
+                "precision": precision,
+                "optimizer": optimizer,
+                "attention": attention,
+                "padding": padding,
+            },
+            **training_options,
+        )
+        if output is not None:
+            result.save(output)
+    show(result, as_json)
+
+
+def _sampled(splits: Any, limit: int) -> Any:
+    """Return this many training sequences, and a third as many of each other split."""
+    from datasets import DatasetDict
+
+    from esm_efficient.data import stratified_sample
+
+    sizes = {name: limit if name == "train" else max(1, limit // 3) for name in splits}
+    return DatasetDict({name: stratified_sample(splits[name], size) for name, size in sizes.items()})

@@ -18,7 +18,7 @@ from esm_efficient.estimation.estimate import estimate
 from esm_efficient.estimation.inputs import DataLengths, data_lengths, resolve_config
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
 from esm_efficient.reporting import file_name
-from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.tasks import SPECIAL_TOKENS, task_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 def compare(
     model: str | Path | PreTrainedConfig | PreTrainedModel,
-    dataset: DatasetDict | None = None,
+    dataset: Any = None,
     *,
     recipes: Sequence[str | Recipe] = tuple(RECIPES),
     steps: int = 100,
     epochs: float = 1.0,
     seeds: Sequence[int] = (0,),
-    metric: str = "mcc",
+    metric: str | None = None,
     device: str | Device = DEFAULT_DEVICE,
     tokens: Any = 512,
     sequences: int | None = None,
@@ -50,12 +50,12 @@ def compare(
 
     Args:
         model: as in `estimate`; to train, a folder or a Hub name with weights.
-        dataset: as in `finetune`; None to estimate.
+        dataset: as in `finetune`, not tokenised; None to estimate.
         recipes: names or `Recipe` objects.
         steps: optimizer steps of the first budget.
         epochs: passes over the training sequences of the second budget.
         seeds: seeds of the runs.
-        metric: one of the metrics of `finetune`.
+        metric: one of the metrics of `finetune`; None for the one that early stopping reads for this task.
         device: the device that is estimated; runs take place on the machine that starts them.
         tokens: as in `estimate`; ignored with a dataset.
         sequences: training sequences of an estimated epoch, as in `estimate`; ignored with a dataset.
@@ -82,9 +82,15 @@ def compare(
         )
     if dataset is None and finetune_options:
         raise ConfigurationError(f"{', '.join(finetune_options)}: options of training, which needs a dataset")
+    best = "mcc"
     if dataset is None:
         lengths = data_lengths(tokens, sequences)
     else:
+        from esm_efficient.training.given import splits_from
+        from esm_efficient.training.stopping import BEST
+
+        dataset = splits_from(dataset, **finetune_options.pop("data_options", {}))
+        best = BEST[task_of(dataset["train"].features).kind][0]
         limit = finetune_options.get("max_tokens", 1024)
         train, validation = (
             [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset[name]["sequence"]] if name in dataset else []
@@ -117,12 +123,14 @@ def compare(
             results = [runs.run(recipe, n, seed) for seed in seeds]
             cache = estimates[recipe.name].cache
             size = 0 if cache is None else cache.bytes
-            figures.append(measured_figures(recipe, budget, results, metric, lengths.sequences, cache_bytes=size))
+            figures.append(
+                measured_figures(recipe, budget, results, metric or best, lengths.sequences, cache_bytes=size)
+            )
         note = (
             f"Measured on {runs.device}: {lengths.sequences:,} sequences to train on, {len(seeds)} seed"
             f"{'s' if len(seeds) > 1 else ''}; peaks of tensors, highest over the seeds; times and rates are means."
         )
-    return Comparison(resolve_config(model)[0], tuple(figures), metric, tuple(seeds), estimates, note)
+    return Comparison(resolve_config(model)[0], tuple(figures), metric or best, tuple(seeds), estimates, note)
 
 
 def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:

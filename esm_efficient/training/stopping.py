@@ -14,13 +14,13 @@ from esm_efficient.tasks import Task
 AUTOMATIC = 3
 """The patience of ``"auto"`` where there is a validation split."""
 
-_BEST: Mapping[str, tuple[str, bool]] = {
+BEST: Mapping[str, tuple[str, bool]] = {
     "single_label_classification": ("mcc", True),
     "token_classification": ("mcc", True),
     "multi_label_classification": ("f1_macro", True),
     "regression": ("rmse", False),  # a rank correlation is undefined while all predictions are equal
 }
-"""The metric that decides by kind of task, and whether more of it is better."""
+"""The metric that decides which model is best, by kind of task, and whether more of it is better."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class EarlyStopping:
         """Return options of `TrainingArguments`: those given, and what early stopping needs beside them."""
         if self.patience is None:
             return dict(given)
-        metric, greater = _BEST[self.task.kind]
+        metric, greater = BEST[self.task.kind]
         needed = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
         chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
         return needed | chosen | dict(given)

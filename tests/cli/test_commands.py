@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from esm_efficient import RECIPES, compare, estimate, recommend
-from esm_efficient.cli import commands, main
+from esm_efficient.cli import commands, main, training
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_bytes
 
+SEQUENCE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQ"
 COSTS = Path(__file__).parents[2] / "docs/pages/costs.md"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
@@ -144,16 +145,20 @@ def test_compare_writes_the_page(capsys, tmp_path):
     assert (tmp_path / "comparison.html").read_text() == expected.to_html()
 
 
-def test_compare_reads_the_named_tables(demo_table, monkeypatch):
-    import esm_efficient.data
+@pytest.mark.parametrize(
+    ("labels", "metric"), [(["yes", "no", "Yes"] * 12, "mcc"), ([0.5 + n for n in range(36)], "rmse")]
+)
+def test_compare_trains_on_a_table_of_ones_own(labels, metric, tmp_path, capsys):
+    from esm_efficient import demo_model_path
 
-    load, given = esm_efficient.data.load_deeploc, []
-    monkeypatch.setattr(
-        esm_efficient.data, "load_deeploc", lambda path, **options: given.append(path) or load(demo_table, **options)
-    )
-    assert set(commands._load("deeploc", 12)) == {"train", "test"}
-    assert set(commands._load(str(demo_table), 12)) == {"train", "test"}
-    assert given == [None, str(demo_table)]  # None is what downloads the table
+    rows = [f"{SEQUENCE[n:] + SEQUENCE[:n]},{label}" for n, label in enumerate(labels)]
+    (tmp_path / "mine.csv").write_text("\n".join(["protein,binds", *rows]))
+    command = f"compare --model {demo_model_path()} --data {tmp_path}/mine.csv --label binds --limit 12 --recipe top"
+    assert main([*command.split(), "--steps", "1", "--epochs", "1", "--device", "cpu", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "12 sequences to train on" in record["note"]
+    assert record["metric"] == metric
+    assert [len(row["scores"]) for row in record["rows"]] == [1, 1]
 
 
 def test_compare_trains_on_the_demo(capsys):
@@ -217,5 +222,5 @@ def test_help_lists_commands_and_options(capsys):
 
 
 def test_the_default_device_is_one_in_python_and_on_the_command_line():
-    functions = (estimate, recommend, compare, commands.estimate, commands.recommend, commands.compare)
+    functions = (estimate, recommend, compare, commands.estimate, commands.recommend, training.compare)
     assert [inspect.signature(function).parameters["device"].default for function in functions] == ["A10G"] * 6
