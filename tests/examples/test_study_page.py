@@ -94,7 +94,8 @@ def test_settings_are_compared_with_the_recipe_on_the_partition_that_chooses(stu
     def run(method, seed, mcc, tested):
         metrics = {"mcc": mcc, "accuracy": 0.5, "auroc": 0.5}
         figures = {"metrics": metrics, "prepare_cpu_seconds": 1.0, "train_cpu_seconds": 2.0}
-        return {"method": method, "seed": seed, "settings": {}, "split": {"test": tested}} | figures
+        split = {"train": [0, 1, 2], "test": tested, "proteins": [2400, 800]}
+        return {"method": method, "seed": seed, "settings": {}, "split": split} | figures
 
     runs = [run("lora-top2-first-e1", seed, mcc, [3]) for seed, mcc in ((0, 0.5), (1, 0.7))]
     runs += [run("tune-rank-2", seed, mcc, [3]) for seed, mcc in ((1, 0.6), (0, 0.4))]
@@ -104,6 +105,23 @@ def test_settings_are_compared_with_the_recipe_on_the_partition_that_chooses(stu
     assert usual.startswith("| the recipe | 2 |")
     cells = [cell.strip().replace("\\", "") for cell in changed.strip("|").split("|")]
     assert (cells[0], cells[1], cells[5]) == ("rank 2, not 8", "2", "-0.100 [-0.100, -0.100]")
+
+
+def test_the_learning_curve_pairs_the_seeds_of_each_size_with_its_own_best_probe(study_page):
+    def run(method, size, seed, mcc, train=(0, 1, 2)):
+        split = {"train": [*train], "test": [4], "proteins": [size, 800]}
+        return {"method": method, "seed": seed, "settings": {}, "split": split, "metrics": {"mcc": mcc}}
+
+    runs = [run("probe1-mean", 2400, 0, 0.6), run("probe2-mean", 2400, 0, 0.5), run("lora-top2-first-e1", 2400, 0, 0.7)]
+    runs += [run("probe1-mean", 300, seed, 0.3) for seed in (0, 1)]
+    runs += [run("probe2-mean", 300, seed, mcc) for seed, mcc in ((0, 0.4), (1, 0.6))]
+    runs += [run("lora-top2-first-e3", 300, 1, 0.65), run("probe1-mean", 300, 2, 0.99, train=(0, 1, 2, 3))]
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in study_page.table("curve", runs).splitlines()
+    ]
+    small, large = rows[2:]
+    assert (small[0], small[1].split()[0], small[2:]) == ("300", "0.500", ["-", "0.650", "+0.050"])
+    assert large == ["2,400", "0.600", "0.700", "-", "-"]
 
 
 def test_every_setting_of_the_study_has_its_words(study_page):
