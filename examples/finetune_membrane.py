@@ -116,7 +116,7 @@ def report(result: FinetuneResult, data: DatasetDict, difference: float | None) 
             ("proteins", f"{len(data['train']):,} to train on, {len(data['test']):,} to test on"),
             ("optimizer steps", f"{result.steps:,}"),
             ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"),
-            ("layers that moved", f"{len(result.trained_layers)} of {result.layers}"),
+            ("layers that trained", result.layers_in_words),
             ("residues/s", f"{result.residues_per_second:,.0f}"),
             ("training time", f"{result.seconds:.0f} s"),
             ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({result.peak_memory_kind})"),

@@ -333,7 +333,7 @@ def compare(
     """
     read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
     read |= {"clusters": clusters, "min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
-    given = [name for name, value in ({"limit": limit} | read).items() if value]
+    given = [name for name, value in ({"limit": limit} | read).items() if value not in (None, [])]
     if data is None and given:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --data: without a table nothing is trained")
     if data is not None and precision == "pure-bf16":

@@ -71,7 +71,7 @@ def run_settings(result: FinetuneResult) -> dict[str, str]:
     """Return how a run of `finetune` trained, and what it cost, by name."""
     settings = {"recipe": result.recipe}
     if result.trained_layers:  # empty if the run resumed after its last step
-        settings["trained encoder layers"] = f"{len(result.trained_layers)} of {result.layers}"
+        settings["trained encoder layers"] = result.layers_in_words
     return settings | {
         "optimizer steps": f"{result.steps:,}",
         "seed": str(result.seed),

@@ -88,7 +88,7 @@ def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
     return [
         ("optimizer steps", f"{result.steps:,}"),
         ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"),
-        ("layers that moved", f"{len(result.trained_layers)} of {result.layers}"),
+        ("layers that trained", result.layers_in_words),
         ("time", f"{result.seconds:.0f} s ({result.residues_per_second:,.0f} residues/s)"),
         *([("time of the cached states", f"{result.states_seconds:.0f} s")] if result.states_seconds else []),
         *([] if result.probe is None else [("time of the linear probe", f"{result.probe.seconds:.0f} s")]),

@@ -98,6 +98,16 @@ class FinetuneResult:
     data: DataDescription | None = field(default=None, repr=False, compare=False)
     warnings: tuple[str, ...] = ()
 
+    @property
+    def layers_in_words(self) -> str:
+        """Say which encoder layers trained, such as ``"11 of 33: 22 to 32"``."""
+        found = self.trained_layers
+        counts = f"{len(found)} of {self.layers}"
+        if len(found) in (0, self.layers):
+            return counts
+        is_range = len(found) > 2 and found == tuple(range(found[0], found[-1] + 1))
+        return f"{counts}: {f'{found[0]} to {found[-1]}' if is_range else ', '.join(map(str, found))}"
+
     def __str__(self) -> str:
         """Return a table of the metrics with their intervals, and of the costs."""
         return result_table(self)

@@ -92,6 +92,7 @@ USAGE = {
     "recommend --epochs 0": "--epochs: 0.0: expected more than 0",
     "recommend --disk -1": "--disk",
     "compare --limit 3": "--limit needs --data",
+    "compare --label binds": "--label needs --data",
     "compare --model 8M --data /nowhere.csv": "no file at /nowhere.csv",
     "compare --data demo --precision pure-bf16": "train in float32, bf16 or fp16",
     "compare --layers 1,x": "'1,x': expected all",

@@ -36,7 +36,7 @@ def test_a_small_run_writes_every_figure_and_an_adapter(tmp_path, demo_table):
     assert figures["trained_layers"] == [0, 1, 2, 3]
     assert figures["logit_difference"] <= 1e-4
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
-    for words in ("layers that moved", "majority class", "bacteriorhodopsin", "residues/s", "peak memory"):
+    for words in ("layers that trained", "majority class", "bacteriorhodopsin", "residues/s", "peak memory"):
         assert words in done.stdout
 
 

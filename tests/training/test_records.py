@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from datasets import DatasetDict
 
 from esm_efficient import demo_model_path, finetune, load_deeploc, load_result
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.training.result import FinetuneResult
 
 
 def splits_of(kind, demo_table):
@@ -54,3 +56,19 @@ def test_a_folder_without_a_whole_record_is_refused(tmp_path, record, message):
         (tmp_path / "result.json").write_text(record)
     with pytest.raises(ConfigurationError, match=message):
         load_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trained", "layers", "words"),
+    [
+        ((), 6, "0 of 6"),
+        (range(6), 6, "6 of 6"),
+        ((5,), 6, "1 of 6: 5"),
+        ((4, 5), 6, "2 of 6: 4, 5"),
+        (range(22, 33), 33, "11 of 33: 22 to 32"),
+        ((0, 1, 5), 6, "3 of 6: 0, 1, 5"),
+    ],
+)
+def test_the_layers_that_trained_are_named(trained, layers, words):
+    record = SimpleNamespace(trained_layers=tuple(trained), layers=layers)
+    assert FinetuneResult.layers_in_words.fget(record) == words
