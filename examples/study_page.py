@@ -37,12 +37,12 @@ TABLES = {
 }
 HEADLINE = {
     "majority": "the majority class",
-    "composition": "logistic regression on the amino-acid composition",
+    "composition": "logistic regression on amino-acid shares",
     "probe": "linear probe on one layer: the best of all",
     "lora-top2-first-e1": "top: LoRA on the top third, on cached states",
-    "all-first-e1": "all: LoRA on all layers, small micro-batches, checkpointing",
+    "all-first-e1": "all: LoRA on all layers, with the least memory",
     "full-first-e1": "base: full fine-tuning",
-    "tutorial-base": "tutorial: full fine-tuning, eager attention, padded random batches",
+    "tutorial-base": "tutorial: full fine-tuning, eager attention, padding",
     "tutorial-all": 'the tutorial\'s "all": adapters cut off, a quarter of the steps',
 }
 """The rows of the README's table, in words; ``probe`` is the linear probe with the highest mean."""
