@@ -161,7 +161,7 @@ class Study:
             "cpu_seconds": time.process_time() - cpu,
             "versions": versions(),
             "commit": commit(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s), {torch_device()}",
+            "machine": machine(),
         }
 
     def key(self, method: Method, seed: int) -> dict:
@@ -280,8 +280,9 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def torch_device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{platform.machine()}, {torch.get_num_threads()} thread(s), {device}"
 
 
 def main() -> None:

@@ -1,0 +1,246 @@
+"""Predict where in the cell a protein is, in a cross-validation over the five homology partitions of DeepLoc-2.0.
+
+    python examples/location_study.py
+    python examples/location_study.py --model FOLDER --data TABLE.csv --results location.jsonl
+    python examples/location_study.py --results location.jsonl --report
+
+Each partition is tested once. The one before it chooses the layer of the probe and the thresholds of the labels, and
+the other three train. A protein has one or more of ten locations, and proteins of all lengths are used; of one with
+more than 1,022 residues the two ends are read, where most sorting signals are.
+
+Each fold of each method appends one line of JSON to the results file, and a finished one is never repeated. The states
+of all layers are read once per partition and kept in ``--work``; so the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compare_methods import PARTITIONS, commit, machine, versions
+from datasets import DatasetDict
+from finetune_location import baselines, label_table
+from study_results import append_result, identity, read_results
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from esm_efficient import (
+    EsmEfficientError,
+    demo_model_path,
+    finetune,
+    format_table,
+    load_deeploc,
+    multi_label_metrics,
+    tokenize_dataset,
+    tune_thresholds,
+    write_demo_table,
+)
+from esm_efficient.reporting.tables import format_markdown
+from esm_efficient.tasks import task_of
+from esm_efficient.training.metrics import confidence_interval
+from esm_efficient.training.probes import fit_probe
+from esm_efficient.trunk.layer_states import LayerReader
+
+METHODS = ("commonest label", "residue composition", "probe", "top")
+SHOWN = {"f1_macro": "F1 macro", "f1_micro": "F1 micro", "jaccard": "Jaccard", "subset_accuracy": "all labels right"}
+PUBLISHED = {"f1_macro": 0.66, "f1_micro": 0.73, "jaccard": 0.69, "subset_accuracy": 0.55}
+"""DeepLoc 2.0 on ProtT5, in the same cross-validation (Thumuluri et al. 2022, doi:10.1093/nar/gkac278)."""
+TITLES = {
+    "commonest label": "the most common location for every protein",
+    "residue composition": "logistic regression on amino-acid shares",
+    "probe": "linear probe on one layer, mean over residues",
+    "top": "top: LoRA on the top third, one epoch",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub name of an ESM-2 model (default: the demo model)")
+    parser.add_argument("--data", help='a table in the DeepLoc-2.0 format, or "deeploc" (default: the demo table)')
+    parser.add_argument("--results", type=Path, default=Path("output/location.jsonl"), help="file to append runs to")
+    parser.add_argument("--report", action="store_true", help="print the tables of the results file, and run nothing")
+    parser.add_argument("--rows", nargs="+", choices=METHODS, default=METHODS[:3], help="default: all without training")
+    parser.add_argument("--folds", type=int, nargs="+", default=list(PARTITIONS), choices=PARTITIONS)
+    parser.add_argument("--work", type=Path, default=Path("output"), help="folder for states and temporary files")
+    return parser.parse_args()
+
+
+class LocationStudy:
+    """The runs of one results file on one model."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model = options.model or demo_model_path()
+        self.source = None if options.data == "deeploc" else options.data
+        if options.data is None:
+            options.work.mkdir(parents=True, exist_ok=True)
+            self.source = write_demo_table(options.work / "demo_table.csv")
+
+    def key(self, method: str, fold: int) -> dict[str, Any]:
+        """Return what identifies a run; `fold` is the partition that is tested."""
+        validation = (fold - 1) % len(PARTITIONS)
+        split = {
+            "train": [number for number in PARTITIONS if number not in (fold, validation)],
+            "validation": [validation],
+            "test": [fold],
+            "data": Path(self.options.data).name if self.options.data else "demo",
+        }
+        name = Path(self.options.model).name if self.options.model else "demo"
+        return {"method": method, "settings": {}, "seed": 0, "split": split, "model": name}
+
+    def run(self, method: str, fold: int) -> dict[str, Any]:
+        """Run a method on a fold and return its line of the results file."""
+        key = self.key(method, fold)
+        data = self.load(fold, key["split"]["validation"])
+        started = time.process_time()
+        if method == "probe":
+            figures = self.probe(data)
+        elif method == "top":
+            figures = self.fine_tune(data)
+        else:
+            figures = {"metrics": baselines(data)[method]}
+        seconds = {"cpu_seconds": time.process_time() - started - figures.pop("other_seconds", 0.0)}
+        sizes = {"proteins": {name: len(part) for name, part in data.items()}}
+        return {**key, **figures, **seconds, **sizes, "versions": versions(), "commit": commit(), "machine": machine()}
+
+    def load(self, fold: int, validation: list[int]) -> DatasetDict:
+        """Return the proteins of a fold, in an order that the fold does not change within a partition."""
+        return load_deeploc(
+            self.source,
+            task="location",
+            min_residues=None,
+            max_residues=None,
+            test_partitions=[fold],
+            validation_partitions=validation,
+        )
+
+    def probe(self, data: DatasetDict) -> dict[str, Any]:
+        """Return the figures of the layer whose probe has the best mean AUROC on the validation proteins."""
+        started = time.process_time()
+        states, reading_seconds = self.read_states()
+        task = task_of(data["train"].features)
+        x = {name: np.stack([states[accession] for accession in part["accession"]], 1) for name, part in data.items()}
+        y = {name: label_table(part) for name, part in data.items()}
+        other_seconds = time.process_time() - started
+        by_layer: list[float] = []
+        best: tuple[float, int, Any] = (-np.inf, 0, None)
+        for layer in range(len(x["train"])):
+            predict = fit_probe(task, x["train"][layer], y["train"])
+            metrics = multi_label_metrics(y["validation"], predict(x["validation"][layer]), task.names)
+            by_layer.append(metrics["auroc"])
+            best = max(best, (metrics["auroc"], layer, predict), key=lambda found: found[0])
+        _, layer, predict = best
+        logits = {name: predict(x[name][layer]) for name in ("validation", "test")}
+        thresholds = tune_thresholds(y["validation"], logits["validation"], task.names)
+        return {
+            "metrics": multi_label_metrics(y["test"], logits["test"], task.names, thresholds=thresholds),
+            "layer": layer,
+            "validation_auroc_by_layer": by_layer,
+            "states_cpu_seconds": reading_seconds,
+            "other_seconds": other_seconds,
+        }
+
+    def read_states(self) -> tuple[dict[str, np.ndarray], float]:
+        """Return the mean over residues of the states of each layer by accession, and the CPU seconds of reading all.
+
+        The states of a partition are read once and kept, of shape (layers + 1, proteins, width).
+        """
+        found: dict[str, np.ndarray] = {}
+        seconds = 0.0
+        reader = None
+        for number in PARTITIONS:
+            file = self.options.work / f"states-{number}.npz"
+            if not file.exists():
+                part = self.load(number, [(number - 1) % len(PARTITIONS)])["test"]
+                started = time.process_time()
+                tokens, _ = tokenize_dataset(
+                    DatasetDict(test=part), AutoTokenizer.from_pretrained(self.model), keep="both"
+                )
+                reader = reader or LayerReader(AutoModel.from_pretrained(self.model, add_pooling_layer=False))
+                states = reader.pool(tokens["test"], ["mean"], token_budget=8192, name=f"partition {number}")[:, 0]
+                spent = time.process_time() - started
+                half = file.with_suffix(".half.npz")
+                np.savez(half, accession=np.array(part["accession"]), states=states, seconds=spent)
+                half.rename(file)
+            with np.load(file) as kept:
+                found |= dict(zip(kept["accession"].tolist(), np.moveaxis(kept["states"], 1, 0), strict=True))
+                seconds += float(kept["seconds"])
+        return found, seconds
+
+    def fine_tune(self, data: DatasetDict) -> dict[str, Any]:
+        """Return the figures of the recipe `top`."""
+        tokens, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(self.model), keep="both")
+        result = finetune(
+            self.model,
+            tokens,
+            task=task_of(data["train"].features),
+            recipe="top",
+            output_dir=self.options.work / "top",
+            class_weights=None,
+            token_budget=4096,
+            num_train_epochs=1,
+            probe=False,
+        )
+        return {"metrics": result.to_dict()["metrics"], "steps": result.steps}
+
+
+def overall_table(runs: list[dict], form=format_markdown) -> str:
+    """Return the metrics over all labels: the mean over the folds and its 95 % interval, beside the published ones."""
+    rows = []
+    for method in METHODS:
+        same = [run for run in runs if run["method"] == method]
+        if same:
+            cells = [show([run["metrics"][key] for run in same]) for key in SHOWN]
+            rows.append((TITLES[method], str(len(same)), *cells))
+    rows.append(("DeepLoc 2.0 on ProtT5, as published", "5", *(f"{value:.2f}" for value in PUBLISHED.values())))
+    return form(rows, ("method", "folds", *SHOWN.values()))
+
+
+def label_rows(runs: list[dict], form=format_markdown) -> str:
+    """Return the MCC of each location, the mean over the folds, and the proteins that have it."""
+    methods = [method for method in METHODS[1:] if any(run["method"] == method for run in runs)]
+    names = [key.removeprefix("mcc_") for key in runs[0]["metrics"] if key.startswith("mcc_")]
+    rows = []
+    for name in names:
+        values = ([run["metrics"][f"mcc_{name}"] for run in runs if run["method"] == method] for method in methods)
+        rows.append((name, *(f"{statistics.fmean(found):.3f}" for found in values)))
+    return form(rows, ("location", *methods))
+
+
+def show(values: Iterable[float]) -> str:
+    """Return the mean, and the 95 % interval if there is more than one value."""
+    values = list(values)
+    interval = confidence_interval(values)
+    return f"{statistics.fmean(values):.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
+
+
+def main() -> None:
+    options = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not options.report:
+        study = LocationStudy(options)
+        for method in options.rows:
+            for fold in options.folds:
+                if identity(study.key(method, fold)) in {identity(run) for run in read_results(options.results)}:
+                    continue
+                run = study.run(method, fold)
+                append_result(options.results, run)
+                print(f"{method}, partition {fold}: F1 macro {run['metrics']['f1_macro']:.3f}", flush=True)
+    runs = read_results(options.results)
+    print(f"\n{overall_table(runs, format_table)}\n\nMCC by location\n{label_rows(runs, format_table)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EsmEfficientError as error:
+        raise SystemExit(f"error: {error}") from error
