@@ -160,6 +160,8 @@ def finetune(
         training_options=training_options,
         early_stopping=early_stopping,
     )
+    if token_budget is None:
+        job.check_steps()
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:

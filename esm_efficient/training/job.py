@@ -23,7 +23,7 @@ from esm_efficient.training.given import (
     task_of_splits,
 )
 from esm_efficient.training.outcome import WarningList
-from esm_efficient.training.run_plan import RunPlan, plan_run
+from esm_efficient.training.run_plan import RunPlan, plan_run, warn_of_few_steps
 from esm_efficient.training.start import name_of_model
 from esm_efficient.training.stopping import EarlyStopping
 
@@ -71,6 +71,12 @@ class Job:
     def is_tokenized(self) -> bool:
         """Whether the splits were given as token ids."""
         return "input_ids" in next(iter(self.raw.values())).features
+
+    def check_steps(self) -> None:
+        """Warn if the run has few optimizer steps; of a stream, their number is not known."""
+        if hasattr(self.raw["train"], "__len__"):
+            with self.warned:
+                warn_of_few_steps(len(self.raw["train"]), self.args)
 
     def with_plan(self, *, max_tokens: int, probe: bool, fused: bool = False) -> Job:
         """Return the job with its plan, whose estimate takes seconds; without a plan if the data are not known.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from esm_efficient.reporting.description import DataDescription
+
+logger = logging.getLogger(__name__)
+
+FEW_STEPS = 100
+"""Optimizer steps below which a run is warned of.
+
+On 300 proteins, 38 steps leave the model far below a linear probe, and 114 do not (``docs/pages/results.md``).
+"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def plan_run(
     """
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch_size = micro * accumulation * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(len(train) / batch_size * args.num_train_epochs)
+    steps = planned_steps(len(train), args)
     found, reason = None, ""
     try:
         found = estimate(
@@ -133,6 +142,38 @@ def plan_run(
         reason = str(error)
     epochs = steps * batch_size / len(train)
     return RunPlan(model, dataset, data, recipe, task, round(epochs, 2), steps, batch_size, found, reason, probe)
+
+
+def planned_steps(sequences: int, args: TrainingArguments) -> int:
+    """Return the optimizer steps of a run on so many sequences, in batches of a fixed number of sequences."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return _steps_of(args.num_train_epochs, sequences, args)
+
+
+def warn_of_few_steps(sequences: int, args: TrainingArguments) -> None:
+    """Warn if a run has fewer than `FEW_STEPS` optimizer steps, unless their number was given.
+
+    Args:
+        sequences: number of training sequences.
+        args: the options of training.
+    """
+    steps = planned_steps(sequences, args)
+    if args.max_steps <= 0 and steps < FEW_STEPS:
+        epochs = math.ceil(args.num_train_epochs * FEW_STEPS / steps)
+        logger.warning(
+            "%s may be too few: a linear probe is often better than a model that was trained for less than %d. "
+            "epochs=%d makes %d",
+            count_of(steps, "optimizer step"),
+            FEW_STEPS,
+            epochs,
+            _steps_of(epochs, sequences, args),
+        )
+
+
+def _steps_of(epochs: float, sequences: int, args: TrainingArguments) -> int:
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(sequences / batch_size * epochs)
 
 
 def device_here(trains: torch.device) -> Device:
