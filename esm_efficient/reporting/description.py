@@ -13,6 +13,7 @@ import numpy as np
 from esm_efficient.data.relatives import CLOSE, WORD, close_relatives
 from esm_efficient.data.sequences import STANDARD_RESIDUES, count_residues
 from esm_efficient.data.splits import sequence_hashes
+from esm_efficient.errors import listing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +81,27 @@ class DataDescription:
         relatives = ("-" if s.relatives is None else f"{100 * s.relatives:.1f} %" for s in found)
         return [*lines, ("with a close relative in train", *relatives)]
 
+    def label_gaps(self) -> list[str]:
+        """Return a sentence on the labels that a split lacks, per kind of gap and split.
+
+        A label that is in ``train`` alone is never scored; one that is not in ``train`` cannot be learned.
+        """
+        found = {name: [label for label, n in split.labels.items() if n] for name, split in self.splits.items()}
+        train = found.pop("train", None)
+        if train is None:
+            return []
+        gaps = []
+        for name, labels in found.items():
+            if not self.splits[name].labelled:
+                continue
+            if unscored := [label for label in train if label not in labels]:
+                gaps.append(
+                    f"{name} has no example of {_named(unscored)}: no score on {name} shows how it is predicted"
+                )
+            if unknown := [label for label in labels if label not in train]:
+                gaps.append(f"train has no example of {_named(unknown)}, but {name} has some: it cannot be learned")
+        return gaps
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a dict for JSON; an undefined number becomes None."""
         splits = {}
@@ -97,10 +119,15 @@ class DataDescription:
         from esm_efficient.reporting.tables import format_table
 
         table = format_table(self.rows(), ("", *self.splits))
+        gaps = "".join(f"\n\nNote: {gap}." for gap in self.label_gaps())
         return (
-            f"columns: {', '.join(self.columns)}\n\n{table}\n\nA close relative shares at least {100 * CLOSE:.0f} % of "
-            f"its words of {WORD} residues: about 60 % identity."
+            f"columns: {', '.join(self.columns)}\n\n{table}{gaps}\n\nA close relative shares at least "
+            f"{100 * CLOSE:.0f} % of its words of {WORD} residues: about 60 % identity."
         )
+
+
+def _named(labels: list[str]) -> str:
+    return f"the label {labels[0]}" if len(labels) == 1 else f"any of the labels {listing(labels)}"
 
 
 def describe(splits: Mapping[str, Dataset]) -> DataDescription:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from esm_efficient.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,10 @@ def begin_job(
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
     refuse_data_parallel(args)
     refuse_unsaved_weights(args)
+    data = describe_if_known(raw)
+    with warned:
+        for gap in () if data is None else data.label_gaps():
+            logger.warning("%s", gap)
     return Job(
         recipe=recipe,
         task=task,
@@ -143,6 +150,6 @@ def begin_job(
         base_model=base_model,
         data_name=data_name,
         probe_words=command_words(dataset, data_options, base_model),
-        data=describe_if_known(raw),
+        data=data,
         warned=warned,
     )

@@ -122,7 +122,7 @@ def plan_run(
         probe: whether a linear probe is measured too.
     """
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch_size = micro * accumulation * args.world_size
+    batch_size = batch_size_of(args)
     steps = planned_steps(len(train), args)
     found, reason = None, ""
     try:
@@ -140,8 +140,8 @@ def plan_run(
         )
     except EsmEfficientError as error:  # a model or a recipe that cannot be estimated can be trained all the same
         reason = str(error)
-    epochs = steps * batch_size / len(train)
-    return RunPlan(model, dataset, data, recipe, task, round(epochs, 2), steps, batch_size, found, reason, probe)
+    epochs = args.num_train_epochs if args.max_steps <= 0 else round(steps / _steps_of(1, len(train), args), 2)
+    return RunPlan(model, dataset, data, recipe, task, epochs, steps, batch_size, found, reason, probe)
 
 
 def planned_steps(sequences: int, args: TrainingArguments) -> int:
@@ -172,8 +172,13 @@ def warn_of_few_steps(sequences: int, args: TrainingArguments) -> None:
 
 
 def _steps_of(epochs: float, sequences: int, args: TrainingArguments) -> int:
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(sequences / batch_size * epochs)
+    """Return the optimizer steps of so many epochs, the last one of each on what is left of the data."""
+    return math.ceil(epochs * math.ceil(sequences / batch_size_of(args)))
+
+
+def batch_size_of(args: TrainingArguments) -> int:
+    """Return the sequences per optimizer step, over all ranks."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def device_here(trains: torch.device) -> Device:

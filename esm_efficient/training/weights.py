@@ -247,6 +247,6 @@ def check_class_weights(weights: Mapping[Any, float] | Sequence[float] | Any, la
 def _check_all_present(present: Sequence[Any], label_names: Sequence[str]) -> None:
     if absent := [name for name, is_present in zip(label_names, present, strict=True) if not is_present]:
         raise DataError(
-            f"no example has the label {', '.join(absent)}, so it has no balanced weight. Add examples, or give the "
-            "weights as an array"
+            f"no training example has the label {', '.join(absent)}, so it has no balanced weight. Add "
+            "examples, or give the weights as an array"
         )

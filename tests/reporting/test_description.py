@@ -71,3 +71,21 @@ def test_with_too_many_sequences_relatives_are_not_counted_and_queries_are_a_sam
     assert set(asked) == {3}
     monkeypatch.setattr(description, "MOST_REFERENCES", len(splits["train"]) - 1)
     assert describe(splits).splits["test"].relatives is None
+
+
+def test_labels_that_a_split_lacks_are_named(tmp_path):
+    rows = [("train", "a"), ("train", "b"), ("train", "c"), ("test", "a"), ("test", "d"), ("validation", "c")]
+    lines = [f"{'MKT' * 5}{'ACDEFG'[row]},{split},{label}" for row, (split, label) in enumerate(rows)]
+    (tmp_path / "table.csv").write_text("\n".join(["sequence,split,label", *lines]))
+    found = describe(load_sequences(tmp_path / "table.csv", label_kind="class"))
+    assert sorted(gap.partition(":")[0] for gap in found.label_gaps()) == [
+        "test has no example of any of the labels b, c",
+        "train has no example of the label d, but test has some",
+        "validation has no example of any of the labels a, b",
+    ]
+    assert all(gap in str(found) for gap in found.label_gaps())
+
+
+def test_full_splits_and_numbers_have_no_gaps(path):
+    for label in ("label", "stability", False):
+        assert describe(load_sequences(path, label=label)).label_gaps() == []

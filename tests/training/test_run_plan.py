@@ -6,9 +6,19 @@ import types
 
 import pytest
 import torch
+from conftest import make_model
+from datasets import ClassLabel, Dataset, DatasetDict
 
+from esm_efficient import finetune
 from esm_efficient.costs.devices import GIB
 from esm_efficient.training.run_plan import device_here
+
+
+def make_proteins(size: int) -> Dataset:
+    """Return proteins of two classes in turn."""
+    rows = {"sequence": [f"MKT{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(size)]}
+    table = Dataset.from_dict(rows | {"label": [row % 2 for row in range(size)]})
+    return table.cast_column("label", ClassLabel(names=["no", "yes"]))
 
 
 @pytest.fixture
@@ -46,3 +56,47 @@ def test_the_plan_of_a_run_names_the_device_of_its_options(machine_with_a_gpu, d
     plan = job.with_plan(max_tokens=200, probe=False).plan
     assert plan.estimate.device.name == "cpu"
     assert "of cpu" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "epochs", "warning"),
+    [
+        (
+            45,
+            1.5,
+            "9 optimizer steps may be too few: a linear probe is often better than a model that was trained for "
+            "less than 100. epochs=17 makes 102",
+        ),
+        (45, 17, None),
+    ],
+)
+def test_the_planned_steps_are_those_of_the_trainer_and_few_of_them_are_warned_of(
+    sequences, epochs, warning, tmp_path, tokenizer
+):
+    plans = []
+    data = DatasetDict({name: make_proteins(n) for name, n in (("train", sequences), ("test", 8))})
+    result = finetune(
+        make_model(),
+        data,
+        tokenizer=tokenizer,
+        recipe="frozen",
+        output_dir=tmp_path,
+        epochs=epochs,
+        announce=plans.append,
+        report=False,
+    )
+    assert [plan.steps for plan in plans] == [result.steps]
+    assert plans[0].epochs == epochs
+    assert list(result.warnings) == ([] if warning is None else [warning])
+
+
+def test_a_number_of_steps_that_was_given_is_not_warned_of(tmp_path, tokenizer):
+    data = DatasetDict(train=make_proteins(16), test=make_proteins(8))
+    result = finetune(make_model(), data, tokenizer=tokenizer, recipe="frozen", output_dir=tmp_path, max_steps=3)
+    assert (result.steps, result.warnings) == (3, ())
+
+
+def test_labels_that_a_split_lacks_are_warnings_of_a_run(tmp_path, tokenizer):
+    data = DatasetDict(train=make_proteins(16), test=make_proteins(8).filter(lambda row: row["label"] == 0))
+    result = finetune(make_model(), data, tokenizer=tokenizer, recipe="frozen", output_dir=tmp_path, max_steps=1)
+    assert [text.partition(":")[0] for text in result.warnings] == ["test has no example of the label yes"]

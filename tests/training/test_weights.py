@@ -76,7 +76,7 @@ def test_balanced_weights_give_positives_and_negatives_of_a_label_the_same_total
     labels = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 1], [0, np.nan, 1], [0, -100, 1]])
     weights = balanced_label_weights(labels, NAMES)
     assert weights.tolist() == [4.0, 2.0, 0.2]
-    with pytest.raises(DataError, match="no example has the label b"):
+    with pytest.raises(DataError, match="no training example has the label b"):
         balanced_label_weights(np.array([[1, 0, 1], [0, np.nan, 1]]), NAMES)
     with pytest.raises(DataError, match=r"expected \(examples, 3\)"):
         balanced_label_weights(np.zeros((4, 2)), NAMES)
