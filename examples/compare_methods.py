@@ -39,6 +39,7 @@ import peft
 import sklearn
 import torch
 import transformers
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -51,6 +52,7 @@ from tutorial_methods import train_as_the_tutorial
 import esm_efficient
 from esm_efficient import (
     EsmEfficientError,
+    FinetuneResult,
     classification_metrics,
     demo_model_path,
     finetune,
@@ -60,6 +62,7 @@ from esm_efficient import (
     truncate,
     write_demo_table,
 )
+from esm_efficient.reporting.score_plots import reliability
 from esm_efficient.trunk.layer_states import Reading
 
 QUICK = {"seeds": [0, 1], "train_size": 480, "test_size": 160}
@@ -80,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train-partitions", type=int, nargs="+", default=[0, 1, 2, 3], choices=PARTITIONS)
     parser.add_argument("--test-partitions", type=int, nargs="+", default=[4], choices=PARTITIONS)
+    parser.add_argument("--random-split", action="store_true", help="split at random, not by partition: how much leaks")
     parser.add_argument("--train-size", type=int, default=2400, help="training proteins")
     parser.add_argument("--test-size", type=int, default=800, help="test proteins")
     parser.add_argument("--quick", action="store_true", help="a few methods on 480 proteins with two seeds")
@@ -106,8 +110,8 @@ class Study:
         self.loaded: tuple[int | None, Any] = (None, None)
         self.swept: tuple[int | None, Any] = (None, None)
         self.split = {
-            "train": sorted(options.train_partitions),
-            "test": sorted(options.test_partitions),
+            "train": ["random"] if options.random_split else sorted(options.train_partitions),
+            "test": ["random"] if options.random_split else sorted(options.test_partitions),
             "proteins": [options.train_size, options.test_size],
             "data": Path(options.data).name if options.data else "demo",
         }
@@ -121,7 +125,7 @@ class Study:
             yield from ((method, seed) for seed in self.options.seeds for method in methods)
 
     def data(self, seed: int) -> datasets.DatasetDict:
-        """Return the sample of a seed, which is that of `finetune_membrane.py`."""
+        """Return the sample of a seed; training and test proteins are those of `finetune_membrane.py`."""
         if seed != self.loaded[0]:
             self.loaded = seed, self.load(seed)
         return self.loaded[1]
@@ -133,18 +137,21 @@ class Study:
             self.options.work.mkdir(parents=True, exist_ok=True)
             source = write_demo_table(self.options.work / "demo_table.csv")
         unused = {*PARTITIONS} - {*self.split["train"], *self.split["test"]}
-        data = load_deeploc(
-            None if source == "deeploc" else source,
-            test_partitions=self.split["test"],
-            validation_partitions=sorted(unused),
-            seed=seed,
-        )
-        sizes = dict(zip(("train", "test"), self.split["proteins"], strict=True))
+        how: dict[str, Any] = {"test_partitions": self.split["test"], "validation_partitions": sorted(unused)}
+        if self.options.random_split:
+            how = {"split": "random", "validation_size": 0}
+        data = load_deeploc(None if source == "deeploc" else source, seed=seed, **how)
+        train, test = self.split["proteins"]
+        sizes = {"train": train, "test": test} | ({"validation": test} if "validation" in data else {})
         return datasets.DatasetDict({k: stratified_sample(data[k], n, seed=seed) for k, n in sizes.items()})
 
     def run(self, method: Method, seed: int) -> dict:
         """Run a method and return its line of the results file."""
         data = self.data(seed)
+        if method.calibrated and "validation" not in data:
+            raise SystemExit(f"{method.name} needs validation proteins: leave a partition neither to train nor to test")
+        if not method.calibrated:
+            data = datasets.DatasetDict({name: data[name] for name in ("train", "test")})
         wall, cpu = time.perf_counter(), time.process_time()
         if method.recipe:
             figures = self.fine_tune(method, seed, data)
@@ -196,6 +203,7 @@ class Study:
         shutil.rmtree(work)
         return {
             "metrics": result.to_dict()["metrics"],
+            **(calibration(result) if method.calibrated else {}),
             "steps": result.steps,
             "train_seconds": result.seconds,
             "states_seconds": result.states_seconds,
@@ -265,6 +273,18 @@ def fit_baseline(name: str, data: datasets.DatasetDict) -> dict:
         logits = model.fit(counts["train"], labels["train"]).predict_log_proba(counts["test"])
     metrics = classification_metrics(labels["test"], logits, names)
     return {"metrics": metrics, "prepare_cpu_seconds": 0.0, "train_cpu_seconds": time.process_time() - cpu}
+
+
+def calibration(result: FinetuneResult) -> dict:
+    """Return the temperature of a run, and how far its probabilities are from what comes true, before and after it."""
+    assert result.evaluation is not None
+    assert result.temperature is not None
+    found = {}
+    for name, factor in (("before", result.temperature), ("after", 1.0)):  # the saved model has the temperature in it
+        chances = softmax(result.evaluation.scores * factor, axis=1)
+        bins, error = reliability(chances.max(1), chances.argmax(1) == result.evaluation.labels)
+        found[name] = {"error": error, "bins": bins}
+    return {"temperature": result.temperature, "calibration": found}
 
 
 def versions() -> dict[str, str]:

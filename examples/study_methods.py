@@ -31,6 +31,7 @@ class Method:
         probed: the layer and the reading of a linear probe; None for another method.
         options: further options of `finetune`.
         rates: as `GroupRates`.
+        calibrated: whether validation proteins fit a temperature, and the calibration before and after it is measured.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     probed: tuple[int, Reading] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    calibrated: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class Method:
             return {}
         values = dataclasses.asdict(self.recipe)
         changed = {name: values[name] for name, usual in SETTING_DEFAULTS.items() if values[name] != usual}
-        given = {"options": dict(self.options), "rates": dict(self.rates)}
+        given = {"options": dict(self.options), "rates": dict(self.rates), "calibrated": self.calibrated}
         changed |= {"epochs": self.epochs, "truncated": self.truncated} | {k: v for k, v in given.items() if v}
         return json.loads(json.dumps(changed))  # tuples become lists, as in the file
 
@@ -103,6 +105,7 @@ def list_methods(layers: int) -> list[Method]:
         whole = lora.replace(pooling=pooling)
         methods += [Method(f"truncated{kept}-lora-{end}", whole, epochs, kept) for kept in range(1, layers)]
     methods.append(Method("all-first-e1", RECIPES["all"], 1))
+    methods.append(Method("top-calibrated-e1", RECIPES["top"], 1, calibrated=True))
     return methods + tuning_methods(layers)
 
 
