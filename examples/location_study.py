@@ -19,7 +19,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 from compare_methods import PARTITIONS, commit, machine, versions
 from datasets import DatasetDict
 from finetune_location import baselines, label_table
-from study_results import append_result, identity, read_results
+from study_results import append_result, identity, read_results, show
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -44,7 +44,6 @@ from esm_efficient import (
 )
 from esm_efficient.reporting.tables import format_markdown
 from esm_efficient.tasks import task_of
-from esm_efficient.training.metrics import confidence_interval
 from esm_efficient.training.probes import fit_probe
 from esm_efficient.trunk.layer_states import LayerReader
 
@@ -191,7 +190,7 @@ class LocationStudy:
         return {"metrics": result.to_dict()["metrics"], "steps": result.steps}
 
 
-def overall_table(runs: list[dict], form=format_markdown) -> str:
+def location_table(runs: list[dict], form: Callable = format_markdown) -> str:
     """Return the metrics over all labels: the mean over the folds and its 95 % interval, beside the published ones."""
     rows = []
     for method in METHODS:
@@ -203,7 +202,7 @@ def overall_table(runs: list[dict], form=format_markdown) -> str:
     return form(rows, ("method", "folds", *SHOWN.values()))
 
 
-def label_rows(runs: list[dict], form=format_markdown) -> str:
+def locations_table(runs: list[dict], form: Callable = format_markdown) -> str:
     """Return the MCC of each location, the mean over the folds, and the proteins that have it."""
     methods = [method for method in METHODS[1:] if any(run["method"] == method for run in runs)]
     names = [key.removeprefix("mcc_") for key in runs[0]["metrics"] if key.startswith("mcc_")]
@@ -212,13 +211,6 @@ def label_rows(runs: list[dict], form=format_markdown) -> str:
         values = ([run["metrics"][f"mcc_{name}"] for run in runs if run["method"] == method] for method in methods)
         rows.append((name, *(f"{statistics.fmean(found):.3f}" for found in values)))
     return form(rows, ("location", *methods))
-
-
-def show(values: Iterable[float]) -> str:
-    """Return the mean, and the 95 % interval if there is more than one value."""
-    values = list(values)
-    interval = confidence_interval(values)
-    return f"{statistics.fmean(values):.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
 
 
 def main() -> None:
@@ -236,7 +228,7 @@ def main() -> None:
                 append_result(options.results, run)
                 print(f"{method}, partition {fold}: F1 macro {run['metrics']['f1_macro']:.3f}", flush=True)
     runs = read_results(options.results)
-    print(f"\n{overall_table(runs, format_table)}\n\nMCC by location\n{label_rows(runs, format_table)}")
+    print(f"\n{location_table(runs, format_table)}\n\nMCC by location\n{locations_table(runs, format_table)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Write the tables and the plots of the results page and of the README from a results file of ``compare_methods.py``.
+"""Write the tables and the plots of the results page and of the README from the results files of the studies.
 
-    python examples/study_page.py examples/results/membrane.jsonl docs/pages/results.md README.md
+    python examples/study_page.py examples/results docs/pages/results.md README.md
 
-A table or a plot stands between two comments of the page, such as ``<!-- table: depth -->`` and ``<!-- end -->``. The
-script replaces what is between them, and writes the plots as SVG files beside the page. The same results file gives the
-same page.
+The folder has ``membrane.jsonl`` of ``compare_methods.py`` and ``location.jsonl`` of ``location_study.py``. A table or
+a plot stands between two comments of the page, such as ``<!-- table: depth -->`` and ``<!-- end -->``. The script
+replaces what is between them, and writes the plots as SVG files beside the page. The same results give the same page.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from study_results import cost, read_results
+from location_study import location_table, locations_table
+from study_results import cost, read_results, show
 
 from esm_efficient.reporting.plots import new_figure, plain_text, svg_of
 from esm_efficient.reporting.tables import format_bytes, format_markdown
@@ -25,7 +27,8 @@ from esm_efficient.training.metrics import confidence_interval
 AGAINST = "lora-top6-first-e1"
 LAYERS = 6
 FULL = "full-first-e1"
-SPLITS = {"tuning": ([0, 1, 2], [3]), "headline": ([0, 1, 2], [4]), "bar": ([0, 1, 2], [4]), "curve": ([0, 1, 2], [4])}
+CHOOSING, HELD_OUT, AT_RANDOM = ([0, 1, 2], [3]), ([0, 1, 2], [4]), (["random"], ["random"])
+SPLITS = {"tuning": CHOOSING} | dict.fromkeys(("headline", "bar", "curve", "calibration"), HELD_OUT)
 """The partitions for training and for testing of some tables and plots."""
 USUAL_SPLIT = ([0, 1, 2, 3], [4])
 """The partitions of all others."""
@@ -71,6 +74,9 @@ TUNED = {
     "lora-top2-first-e3": "3 epochs, not 1",
 }
 """The rows of the table of settings, in words; the first is what the others are compared with."""
+CALIBRATED = "top-calibrated-e1"
+LEAKING = {"composition": "amino-acid shares", "probe": "the best linear probe", "lora-top2-first-e1": "the recipe top"}
+"""The methods of the table of leakage, in words."""
 CURVE = {"lora-top2-first-e1": "LoRA, 1 epoch", "lora-top2-first-e3": "LoRA, 3 epochs"}
 """The methods of the learning curve beside the best probe."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
@@ -80,15 +86,6 @@ PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!--
 def scores(runs: list[dict], method: str) -> dict[int, float]:
     """Return the MCC of a method by seed."""
     return {run["seed"]: run["metrics"]["mcc"] for run in runs if run["method"] == method}
-
-
-def show(values: Sequence[float], pattern: str = "{:.3f}") -> str:
-    """Return the mean, and the 95 % interval if there is more than one value."""
-    if not values:
-        return "-"
-    interval = confidence_interval(list(values))
-    end = "" if interval is None else f" [{pattern.format(interval[0])}, {pattern.format(interval[1])}]"
-    return pattern.format(statistics.fmean(values)) + end
 
 
 def tuned_at(layer: int) -> str:
@@ -151,7 +148,7 @@ def depth_plot(runs: list[dict]) -> str:
     return svg_of(figure)
 
 
-def draw(axes, points: Sequence[tuple[float, list[float]]], name: str, colour: str) -> None:
+def draw(axes: Any, points: Sequence[tuple[float, list[float]]], name: str, colour: str) -> None:
     """Draw the means of values over x as a line, with their 95 % intervals; points without values are left out."""
     shown = [(x, statistics.fmean(values), confidence_interval(values)) for x, values in points if values]
     axes.plot([x for x, _, _ in shown], [y for _, y, _ in shown], marker="o", color=colour, label=name)
@@ -197,7 +194,62 @@ def curve_plot(runs: list[dict]) -> str:
     return svg_of(figure)
 
 
+def calibration_table(runs: list[dict]) -> str:
+    """Return the temperature and the expected calibration error before and after it, seed by seed and their mean."""
+    same = [run for run in runs if run["method"] == CALIBRATED]
+    errors = {name: [run["calibration"][name]["error"] for run in same] for name in ("before", "after")}
+    temperatures = [run["temperature"] for run in same]
+    mcc = list(scores(same, CALIBRATED).values())
+    rows = [
+        (
+            run["seed"],
+            f"{run['temperature']:.2f}",
+            *(f"{found[row]:.3f}" for found in errors.values()),
+            f"{mcc[row]:.3f}",
+        )
+        for row, run in enumerate(same)
+    ]
+    rows.append(("mean", show(temperatures, "{:.2f}"), *(show(found) for found in errors.values()), show(mcc)))
+    return format_markdown(rows, ("seed", "temperature", "error before", "error after", "MCC"))
+
+
+def pooled(runs: Sequence[Sequence[tuple[float, float, int]]]) -> list[tuple[float, float]]:
+    """Return mean probability and share that is right, in tenths of the probability, of the bins of several runs."""
+    places: dict[int, list] = {}
+    for chance, share, count in (entry for bins in runs for entry in bins):
+        places.setdefault(min(int(chance * 10), 9), []).append((chance * count, share * count, count))
+    sums = [[sum(column) for column in zip(*places[place], strict=True)] for place in sorted(places)]
+    return [(chance / count, share / count) for chance, share, count in sums]
+
+
+@plain_text
+def calibration_plot(runs: list[dict]) -> str:
+    """Plot how often predictions of a probability come true before and after the temperature, all seeds together."""
+    figure, [[axes]] = new_figure(5, 4)
+    axes.plot([0.5, 1], [0.5, 1], "--", color="#999999", linewidth=0.8)
+    for name, colour in (("before", "#d55e00"), ("after", "#0072b2")):
+        found = [run["calibration"][name]["bins"] for run in runs if run["method"] == CALIBRATED]
+        points = pooled(found)
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=f"{name} the temperature")
+    axes.set(xlabel="probability that the model gives", ylabel="share that is right")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return svg_of(figure)
+
+
+def leakage_table(runs: list[dict]) -> str:
+    """Return the MCC of methods on a random split and on partitions, each the mean over the seeds."""
+    by_split = [runs_on(split, runs) for split in (USUAL_SPLIT, AT_RANDOM)]
+    rows = []
+    for method, title in LEAKING.items():
+        names = [best_probe(same) if method == "probe" else method for same in by_split]
+        found = [list(scores(same, name).values()) for same, name in zip(by_split, names, strict=True)]
+        gain = statistics.fmean(found[1]) - statistics.fmean(found[0])
+        rows.append((title, *(show(values) for values in found), f"{gain:+.3f}"))
+    return format_markdown(rows, ("method", "MCC by partition", "MCC of a random split", "difference"))
+
+
 PLOTS = {
+    "calibration": (calibration_plot, "Share of right predictions by probability, before and after the temperature"),
     "curve": (curve_plot, "MCC of a probe and of fine-tuning by the number of training proteins"),
     "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
     "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
@@ -280,8 +332,11 @@ def methods_table(
     return format_markdown(rows, [title.format(called) for title in HEADER])
 
 
+LOCATION_TABLES = {"location": location_table, "locations": locations_table}
+"""The tables that are made from the other results file."""
 WHOLE_TABLES = {
     "bar": bar_table,
+    "calibration": calibration_table,
     "curve": curve_table,
     "truncation": truncation_table,
     "headline": headline_table,
@@ -292,6 +347,10 @@ WHOLE_TABLES = {
 
 def table(name: str, runs: list[dict]) -> str:
     """Return a table as Markdown, made of the runs that belong to it."""
+    if name in LOCATION_TABLES:
+        return LOCATION_TABLES[name](runs)
+    if name == "leakage":
+        return leakage_table([run for run in runs if run["split"]["proteins"][0] == PROTEINS])
     runs = select(name, runs)
     if name in WHOLE_TABLES:
         return WHOLE_TABLES[name](runs)
@@ -300,18 +359,22 @@ def table(name: str, runs: list[dict]) -> str:
 
 def select(name: str, runs: list[dict]) -> list[dict]:
     """Return the runs on the split that a table or a plot is about."""
-    train, test = SPLITS.get(name, USUAL_SPLIT)
-    same = [run for run in runs if (run["split"]["train"], run["split"]["test"]) == (train, test)]
+    same = runs_on(SPLITS.get(name, USUAL_SPLIT), runs)
     return same if name == "curve" else [run for run in same if run["split"]["proteins"][0] == PROTEINS]
 
 
-def fill(page: str, runs: list[dict], images: Path) -> str:
+def runs_on(split: tuple[list, list], runs: list[dict]) -> list[dict]:
+    """Return the runs that were trained and tested on these partitions."""
+    return [run for run in runs if (run["split"]["train"], run["split"]["test"]) == split]
+
+
+def fill(page: str, runs: list[dict], location: list[dict], images: Path) -> str:
     """Return the page with its tables and plots made anew; the plots are written to the folder."""
 
     def content(place: re.Match) -> str:
         name = place["name"]
         if place["kind"] == "table":
-            text = f"\n{table(name, runs)}\n\n"
+            text = f"\n{table(name, location if name in LOCATION_TABLES else runs)}\n\n"
         else:
             plot, shown = PLOTS[name]
             images.mkdir(exist_ok=True)
@@ -324,12 +387,12 @@ def fill(page: str, runs: list[dict], images: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="file of compare_methods.py, with runs on one model")
+    parser.add_argument("results", type=Path, help="folder with membrane.jsonl and location.jsonl, on one model")
     parser.add_argument("pages", type=Path, nargs="+", help="Markdown files to fill")
     options = parser.parse_args()
-    runs = read_results(options.results)
+    runs, location = (read_results(options.results / f"{name}.jsonl") for name in ("membrane", "location"))
     for page in options.pages:
-        page.write_text(fill(page.read_text(), runs, page.parent / "images"))
+        page.write_text(fill(page.read_text(), runs, location, page.parent / "images"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from esm_efficient import format_table
@@ -52,6 +53,15 @@ def cost(run: dict, runs: list[dict]) -> float | None:
             return None
         prepared = max(r["prepare_cpu_seconds"] for r in made)  # heads that read less of the states have cheaper ones
     return prepared + run["train_cpu_seconds"]
+
+
+def show(values: Sequence[float], pattern: str = "{:.3f}") -> str:
+    """Return the mean, and the 95 % interval if there is more than one value."""
+    if not values:
+        return "-"
+    interval = confidence_interval(list(values))
+    end = "" if interval is None else f" [{pattern.format(interval[0])}, {pattern.format(interval[1])}]"
+    return pattern.format(statistics.fmean(values)) + end
 
 
 def show_interval(values: list[float], pattern: str) -> str:

@@ -93,13 +93,17 @@ class Evaluation:
         return f"{table}\n\n{note}" if note else table
 
     def class_table(self) -> Table:
-        """Return a table with the examples of each class or label, and its F1 and MCC with their intervals."""
+        """Return a table with the examples of each class or label, and its F1 and MCC with their intervals.
+
+        A class without examples has no score.
+        """
         shown = [metric for metric in ("f1", "mcc") if f"{metric}_{self.task.names[0]}" in self.metrics]
         rows = []
         for index, name in enumerate(self.task.names):
-            cells = [name, f"{self._support(index):,}"]
+            support = self._support(index)
+            cells = [name, f"{support:,}"]
             for metric in (f"{metric}_{name}" for metric in shown):
-                cells.append(_with_interval(self.metrics.get(metric), self.intervals.get(metric)))
+                cells.append(_with_interval(self.metrics.get(metric), self.intervals.get(metric)) if support else "-")
             rows.append(tuple(cells))
         return Table(("class", "examples", *(f"{metric.upper()} (95 % interval)" for metric in shown)), rows)
 

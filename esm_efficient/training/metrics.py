@@ -29,8 +29,9 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
 
     Returns:
         ``accuracy`` (with one class per example, this is also the micro-averaged F1), ``mcc``, ``auroc`` (with more
-        than two classes the mean of each class against the rest; NaN if a class has no example), ``f1_<name>`` of each
-        class and their mean ``f1_macro``, with more than two classes ``mcc_<name>`` of each against the rest, and
+        than two classes the mean of each class that has examples against the rest; NaN if all examples are of one
+        class), ``f1_<name>`` of each class, ``f1_macro`` (the mean over the classes that have examples or are
+        predicted, as in scikit-learn), with more than two classes ``mcc_<name>`` of each against the rest, and
         ``majority_accuracy``. Each is NaN, with a warning, if no class is known.
 
     Raises:
@@ -64,14 +65,15 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
     if not len(y_true):
         return _undefined(["accuracy", "mcc", "auroc", *each, "f1_macro", "majority_accuracy"])
     y_pred = y_score.argmax(axis=1)
-    if len(set(y_true.tolist())) < len(classes):
+    present = np.unique(y_true)
+    if len(present) < 2:
         auroc = float("nan")
     elif len(classes) == 2:
         auroc = float(roc_auc_score(y_true, y_score[:, 1].astype(np.float64) - y_score[:, 0]))
     else:
         probabilities = np.exp(y_score.astype(np.float64) - y_score.max(axis=1, keepdims=True))
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        auroc = float(roc_auc_score(y_true, probabilities, multi_class="ovr", labels=classes))
+        auroc = statistics.fmean(roc_auc_score(y_true == index, probabilities[:, index]) for index in present)
     f1 = f1_score(y_true, y_pred, labels=classes, average=None, zero_division=0.0)
     against_rest = [(name, y_true == index, y_pred == index) for index, name in enumerate(label_names)]
     return {
@@ -79,7 +81,7 @@ def classification_metrics(y_true: np.ndarray, y_score: np.ndarray, label_names:
         "mcc": float(matthews_corrcoef(y_true, y_pred)),
         "auroc": auroc,
         **{f"f1_{name}": float(value) for name, value in zip(label_names, f1, strict=True)},
-        "f1_macro": float(f1.mean()),
+        "f1_macro": float(f1[np.union1d(present, y_pred)].mean()),
         **({f"mcc_{name}": _mcc(*labels) for name, *labels in against_rest} if len(classes) > 2 else {}),
         "majority_accuracy": float(np.bincount(y_true, minlength=len(classes)).max() / len(y_true)),
     }

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("drawn_figures")
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = REPOSITORY / "docs" / "pages"
-RESULTS = REPOSITORY / "examples" / "results" / "membrane.jsonl"
+RESULTS = REPOSITORY / "examples" / "results"
 
 
 @pytest.fixture
@@ -58,11 +58,14 @@ def test_the_headline_shows_the_best_probe_and_the_methods_that_were_run(study_p
 
 
 def test_every_line_of_the_results_file_is_a_run_of_its_own(study_page):
-    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    files = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in RESULTS.iterdir()}
+    assert files.keys() == {"membrane", "location"}
+    runs = [run for of_file in files.values() for run in of_file]
     assert len({(run["method"], run["seed"], json.dumps(run["split"])) for run in runs}) == len(runs)
-    assert {(*run["split"]["train"], run["split"]["proteins"][1]) for run in runs} <= {
+    assert {(*run["split"]["train"], run["split"]["proteins"][1]) for run in files["membrane"]} <= {
         (0, 1, 2, 3, 800),
         (0, 1, 2, 800),
+        ("random", 800),
     }
     assert {run["model"] for run in runs} == {"esm2_t6_8M"}
     assert all(run["commit"] and "dirty" not in run["commit"] for run in runs)
@@ -128,3 +131,50 @@ def test_every_setting_of_the_study_has_its_words(study_page):
     from study_methods import tuning_methods
 
     assert {method.name for method in tuning_methods(study_page.LAYERS)} <= study_page.TUNED.keys()
+
+
+def test_calibration_is_shown_before_and_after_the_temperature_and_its_bins_are_weighted(study_page, monkeypatch):
+    def run(seed, temperature, before, after):
+        errors = {"before": before, "after": after}
+        found = {
+            name: {"error": error, "bins": [[0.9, 0.8, 10], [0.6, 0.5, 4 + 8 * seed]]} for name, error in errors.items()
+        }
+        split = {"train": [0, 1, 2], "test": [4], "proteins": [2400, 800]}
+        figures = {"temperature": temperature, "calibration": found, "metrics": {"mcc": 0.7 + seed / 10}}
+        return {"method": "top-calibrated-e1", "seed": seed, "settings": {}, "split": split} | figures
+
+    runs = [run(0, 1.5, 0.08, 0.03), run(1, 1.7, 0.06, 0.01)]
+    runs[1]["calibration"]["after"]["bins"][1] = [0.6, 0.7, 12]
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in study_page.table("calibration", runs).splitlines()
+    ]
+    assert rows[2] == ["0", "1.50", "0.080", "0.030", "0.700"]
+    assert [cell.split()[0] for cell in rows[4]] == ["mean", "1.60", "0.070", "0.020", "0.750"]
+
+
+def test_the_bins_of_several_runs_are_pooled_by_their_number_of_predictions(study_page):
+    first, second = [(0.52, 0.5, 10), (0.95, 1.0, 30)], [(0.58, 0.8, 20), (1.0, 0.9, 10)]
+    low, high = study_page.pooled([first, second])
+    assert low == pytest.approx(((5.2 + 11.6) / 30, (5 + 16) / 30))
+    assert high == pytest.approx(((28.5 + 10) / 40, (30 + 9) / 40))
+
+
+def test_a_random_split_is_compared_with_the_partitions(study_page):
+    def run(method, seed, mcc, parts):
+        split = {"train": parts[0], "test": parts[1], "proteins": [2400, 800]}
+        return {"method": method, "seed": seed, "settings": {}, "split": split, "metrics": {"mcc": mcc}}
+
+    usual, random = ([0, 1, 2, 3], [4]), (["random"], ["random"])
+    runs = [run("composition", 0, 0.4, usual), run("composition", 0, 0.5, random)]
+    runs += [run("probe1-mean", 0, 0.6, usual), run("probe2-mean", 0, 0.5, usual), run("probe2-mean", 0, 0.8, random)]
+    runs += [run("lora-top2-first-e1", seed, mcc, usual) for seed, mcc in ((0, 0.7), (1, 0.72))]
+    runs += [run("lora-top2-first-e1", 0, 0.9, random), run("lora-top2-first-e1", 0, 0.1, ([0, 1, 2], [4]))]
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in study_page.table("leakage", runs).splitlines()
+    ]
+    assert [(row[0], row[1].split()[0], row[2], row[3]) for row in rows[2:]] == [
+        ("amino-acid shares", "0.400", "0.500", "+0.100"),
+        ("the best linear probe", "0.600", "0.800", "+0.200"),
+        ("the recipe top", "0.710", "0.900", "+0.190"),
+    ]

@@ -92,6 +92,14 @@ def test_the_worst_mistakes_are_those_of_which_the_model_was_surest():
     assert [row[1:3] for row in table.rows] == [("no", "yes"), ("yes", "no"), ("no", "yes")]
 
 
+def test_a_class_without_examples_has_no_score_in_the_table():
+    task = Task("single_label_classification", ("a", "b", "c"))
+    scores, labels = 3.0 * np.eye(3)[[0, 1, 1, 0]], np.array([0, 1, 1, 1])
+    metrics = compute_metrics_for(task)(EvalPrediction(scores, labels))
+    rows = Evaluation(task, scores, labels, metrics, {}, names=list("1234")).class_table().rows
+    assert rows == [("a", "1", "0.667", "0.577"), ("b", "3", "0.800", "0.577"), ("c", "0", "-", "-")]
+
+
 def residue_evaluation(labels, guess, sequences):
     """An evaluation of residues with labels and predictions of shape (sequences, residues)."""
     labels = np.pad(np.array(labels), ((0, 0), (1, 1)), constant_values=IGNORE)

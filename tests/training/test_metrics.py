@@ -50,8 +50,13 @@ def test_three_classes_and_an_absent_one():
     metrics = classification_metrics(np.array([0, 1, 2, 1]), logits, ["a", "b", "c"])
     assert metrics["accuracy"] == metrics["auroc"] == metrics["f1_c"] == metrics["f1_macro"] == metrics["mcc_b"] == 1.0
     absent = classification_metrics(np.array([0, 1, 1, 1]), logits, ["a", "b", "c"])
-    assert math.isnan(absent["auroc"])
+    assert absent["auroc"] == pytest.approx((1 + 2.5 / 3) / 2)  # of a and of b against the rest
     assert absent["f1_c"] == 0.0
+    assert absent["f1_macro"] == pytest.approx((1 + 0.8 + 0) / 3)  # c is predicted once, wrongly
+    unseen = classification_metrics(np.array([0, 1, 1, 1]), logits[[0, 1, 0, 1]], ["a", "b", "c"])
+    assert unseen["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)  # c is neither there nor predicted
+    one = classification_metrics(np.array([1, 1, 1, 1]), logits, ["a", "b", "c"])
+    assert math.isnan(one["auroc"])
 
 
 def test_wrong_shapes_and_logits_that_are_not_finite_are_refused():

@@ -1,0 +1,82 @@
+"""examples/location_study.py tests each partition once, goes on after a stop, and shows means over the folds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def location_study(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import location_study
+
+    return location_study
+
+
+def make_run(method, fold, value):
+    names = ("f1_macro", "f1_micro", "jaccard", "subset_accuracy")
+    metrics = dict.fromkeys(names, value) | {"mcc_Nucleus": value / 2, "mcc_Golgi apparatus": value / 4}
+    return {"method": method, "split": {"test": [fold]}, "metrics": metrics}
+
+
+def cells(table):
+    return [[cell.strip().replace("\\", "") for cell in row.strip("|").split("|")] for row in table.splitlines()]
+
+
+def test_the_tables_show_means_over_the_folds_beside_the_published_figures(location_study):
+    runs = [make_run("probe", fold, value) for fold, value in ((0, 0.4), (1, 0.6))]
+    runs.append(make_run("residue composition", 0, 0.2))
+    header, _, composition, probe, published = cells(location_study.location_table(runs))
+    assert header[2] == "F1 macro"
+    assert composition[1:3] == ["1", "0.200"]
+    # Student's t with one degree of freedom: 12.706 times the standard error of 0.4 and 0.6, which is 0.1.
+    assert probe[1:3] == ["2", "0.500 [-0.771, 1.771]"]
+    assert published[1:] == ["5", "0.66", "0.73", "0.69", "0.55"]
+    header, _, nucleus, golgi = cells(location_study.locations_table(runs))
+    assert header == ["location", "residue composition", "probe"]
+    assert nucleus == ["Nucleus", "0.100", "0.250"]
+    assert golgi == ["Golgi apparatus", "0.050", "0.125"]
+
+
+@pytest.mark.slow
+def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tmp_path, demo_table):
+    def run(*rows):
+        command = [sys.executable, str(EXAMPLES / "location_study.py"), "--data", str(demo_table), "--rows", *rows]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    run("residue composition", "probe")
+    file = tmp_path / "output" / "location.jsonl"
+    lines = file.read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert [(run["method"], *run["split"]["test"]) for run in runs] == [
+        (method, fold) for method in ("residue composition", "probe") for fold in range(5)
+    ]
+    total = sum(run["proteins"]["test"] for run in runs[:5])
+    for run_ in runs:
+        parts = [*run_["split"]["train"], *run_["split"]["validation"], *run_["split"]["test"]]
+        assert sorted(parts) == list(range(5))
+        assert sum(run_["proteins"].values()) == total
+    for run_ in runs[5:]:
+        by_layer = run_["validation_auroc_by_layer"]
+        assert run_["layer"] == int(np.argmax(by_layer))
+        assert len(by_layer) == 5
+
+    states = {file: file.stat().st_mtime_ns for file in (tmp_path / "output").glob("states-*.npz")}
+    assert len(states) == 5
+    file.write_text("\n".join(lines[:-1]) + "\n")
+    output = run("probe")
+    assert "probe, partition 4" in output
+    assert "probe, partition 3" not in output
+    again = json.loads(file.read_text().splitlines()[-1])
+    assert again["metrics"] == runs[-1]["metrics"]
+    assert {file: file.stat().st_mtime_ns for file in states} == states
