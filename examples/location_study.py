@@ -38,12 +38,12 @@ from esm_efficient import (
     format_table,
     load_deeploc,
     multi_label_metrics,
+    task_of,
     tokenize_dataset,
     tune_thresholds,
     write_demo_table,
 )
 from esm_efficient.reporting.tables import format_markdown
-from esm_efficient.tasks import task_of
 from esm_efficient.training.probes import fit_probe
 from esm_efficient.trunk.layer_states import LayerReader
 
