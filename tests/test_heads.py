@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, slow_except
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from torch.nn import functional as F
@@ -242,8 +243,10 @@ def train(data, folder, recipe, model=None, **options):
     return finetune(model or demo_model_path(), data, recipe=recipe, output_dir=folder, disable_tqdm=True, **options)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("recipe", ["lora", "base", "frozen"])
+@pytest.mark.parametrize(
+    ("recipe", "pooling"),
+    slow_except(itertools.product(["lora", "base", "frozen"], POOLINGS), ("lora", "attention"), ("frozen", "mean")),
+)
 def test_a_trained_head_is_saved_and_predicts_after_loading(tmp_path, data, recipe, pooling):
     result = train(data, tmp_path, RECIPES[recipe].replace(pooling=pooling))
     assert pooling_of_model(result.model) == pooling

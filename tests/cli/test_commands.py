@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import slow_except
 
 from esm_efficient import RECIPES, compare, estimate, recommend
 from esm_efficient.cli import commands, main, training
@@ -22,6 +23,7 @@ COSTS = Path(__file__).parents[2] / "docs/pages/costs.md"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 
 
+@pytest.mark.slow
 def test_the_page_on_costs_shows_what_its_commands_print_offline():
     # A command, and the first block of output after it.
     blocks = re.findall(
@@ -103,7 +105,7 @@ def test_recommend_prints_what_it_tried(capsys):
 
 
 @pytest.mark.parametrize(
-    "options", ["", "--layers top-1/3 --cache --pooling mean --precision fp16 --quantization 4bit"]
+    "options", slow_except(["", "--layers top-1/3 --cache --pooling mean --precision fp16 --quantization 4bit"], "")
 )
 def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch):
     command = "recommend --model 8M --device T4 --tokens 40 --batch-size 4 --recipe lora --epochs 2 " + options
@@ -146,7 +148,8 @@ def test_compare_writes_the_page(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "metric"), [(["yes", "no", "Yes"] * 12, "mcc"), ([0.5 + n for n in range(36)], "rmse")]
+    ("labels", "metric"),
+    [(["yes", "no", "Yes"] * 12, "mcc"), pytest.param([0.5 + n for n in range(36)], "rmse", marks=pytest.mark.slow)],
 )
 def test_compare_trains_on_a_table_of_ones_own(labels, metric, tmp_path, capsys):
     from esm_efficient import demo_model_path

@@ -110,6 +110,7 @@ def test_the_start_says_what_is_read_split_trained_and_needed(run, capsys):
     assert "LOAD REPORT" not in captured.err
 
 
+@pytest.mark.slow
 def test_a_probe_that_is_better_is_named_by_a_line_that_works_from_any_folder(run, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(run)
     command = ["finetune", "proteins.csv", "--model", "demo", "--recipe", "lora", "--learning-rate", "1e-9"]
@@ -146,6 +147,7 @@ def test_a_run_that_replaces_another_one_says_so(run, capsys, monkeypatch):
     assert f"{run / 'twice'} has the model of another run, which this run will replace" in second
 
 
+@pytest.mark.slow
 def test_layers_may_be_numbers(run, capsys):
     command = ["finetune", str(run / "proteins.csv"), "--model", "demo", "--label", "binds", "--recipe", "lora"]
     folder = run / "numbers"

@@ -282,6 +282,7 @@ def test_several_labels_are_split_and_sampled_at_random(demo_table):
     assert stratified_sample(data["train"], 20)["accession"][:] == stratified_sample(data["train"], 20)["accession"][:]
 
 
+@pytest.mark.slow
 def test_the_real_table_has_ten_locations(deeploc_csv):
     data = load_deeploc(deeploc_csv, task="location", min_residues=None, max_residues=None)
     labels = [row for split in data.values() for row in split["label"]]

@@ -106,6 +106,7 @@ def test_files_that_are_swapped_swap_the_splits(tmp_path):
     assert set(first["train"]["accession"]) == set(second["test"]["accession"]) == set(table.id[:20])
 
 
+@pytest.mark.slow
 def test_the_real_table_has_the_same_splits_as_from_load_deeploc(deeploc_csv):
     own = load_deeploc(deeploc_csv, min_residues=None, max_residues=None)
     data = load_sequences(deeploc_csv, label="Membrane")

@@ -41,6 +41,7 @@ def test_relatives_are_found_and_strangers_are_not():
     assert np.isnan(close_relatives([], sequences(3)))
 
 
+@pytest.mark.slow
 def test_a_random_split_of_the_real_table_has_many_more_relatives_than_partitions(deeploc_csv):
     shares = {}
     for split in ("partition", "random"):

@@ -149,9 +149,12 @@ def test_the_pass_that_computes_the_states_is_counted_as_it_runs():
         {"recipe": "frozen"},
         {"recipe": CACHED["lora"], "device": "T4", "precision": "fp16"},
         {"recipe": RECIPES["lora"].replace(layers="top-4")},
-        {"recipe": RECIPES["gc"].replace(layers="top-6", cache=True)},
-        {"recipe": RECIPES["base"].replace(layers="top-6", micro_batch=3), "padding": "padded"},
-        {"recipe": RECIPES["base"].replace(layers=(1, 6, 7), cache=True)},
+        pytest.param({"recipe": RECIPES["gc"].replace(layers="top-6", cache=True)}, marks=pytest.mark.slow),
+        pytest.param(
+            {"recipe": RECIPES["base"].replace(layers="top-6", micro_batch=3), "padding": "padded"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"recipe": RECIPES["base"].replace(layers=(1, 6, 7), cache=True)}, marks=pytest.mark.slow),
     ],
     ids=lambda options: f"{getattr(options['recipe'], 'layers', 'head')}",
 )

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import make_model, tiny_config
+from conftest import make_model, slow_except, tiny_config
 from datasets import Dataset, DatasetDict
 from transformers import EsmForSequenceClassification, EsmForTokenClassification
 
@@ -64,14 +64,15 @@ def test_size_hub_name_and_config_give_the_same_estimate(tmp_path):
     assert estimate(demo_model_path(), tokens=32).total_parameters > 800_000
 
 
-def test_the_peak_is_the_highest_point_of_the_timeline():
-    for recipe in RECIPES:
-        result = estimate("8M", recipe=recipe, tokens=40)
-        highest = max(point.memory.total for point in result.timeline)
-        assert highest == max(cost.peak.total for cost in result.phases.values())
-        assert result.peak.total == max(highest, 0 if result.cache is None else result.cache.peak.total)
+@pytest.mark.parametrize("recipe", slow_except(RECIPES, "all", "top"))
+def test_the_peak_is_the_highest_point_of_the_timeline(recipe):
+    result = estimate("8M", recipe=recipe, tokens=40)
+    highest = max(point.memory.total for point in result.timeline)
+    assert highest == max(cost.peak.total for cost in result.phases.values())
+    assert result.peak.total == max(highest, 0 if result.cache is None else result.cache.peak.total)
 
 
+@pytest.mark.slow
 def test_memory_savings_are_predicted():
     def peak(**options):
         return estimate("8M", device="A10G", tokens=256, **({"recipe": "base"} | options)).peak
@@ -95,6 +96,7 @@ def test_accumulated_gradients_stay_through_every_phase():
     assert twice.phases["optimizer"].flops == once.phases["optimizer"].flops
 
 
+@pytest.mark.slow
 def test_time_follows_the_roofline_of_the_device():
     options = {"recipe": "base", "tokens": 256, "precision": "float32"}
     slow = Device("slow", "cuda", 2**34, {"float32": 1e12}, 1e11)
@@ -221,7 +223,7 @@ def test_without_bitsandbytes_the_8_bit_optimizer_names_the_package(monkeypatch)
         estimate("8M", recipe="base", device="A10G", tokens=24, optimizer="adamw_8bit")
 
 
-@pytest.mark.parametrize("name", ["base", "lora"])
+@pytest.mark.parametrize("name", slow_except(["base", "lora"], "base"))
 def test_a_recipe_for_the_top_layers_is_estimated_as_the_model_that_it_trains(name):
     recipe = RECIPES[name].replace(layers="top-1/3")
     model = EsmForSequenceClassification(resolve_config("8M")[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import slow_except
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ def gpu(mib):
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(30, 200), st.sampled_from([0.0, 0.1, 0.3]))
+@pytest.mark.slow
 def test_nothing_is_recommended_that_does_not_fit(mib, margin):
     limit = (1 - margin) * mib * MIB
     try:
@@ -65,7 +67,7 @@ def cached(result):
     return [a for a in result.attempts if a.estimate.cache is not None]
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(0.2, False), (10, True)])
+@pytest.mark.parametrize(("epochs", "expected"), slow_except([(0.2, False), (10, True)], (10, True)))
 def test_a_cache_is_recommended_if_it_pays_within_the_epochs(epochs, expected):
     options = {"batch_size": 2, "progress": False, "sequences": 500}
     result = recommend("150M", "A100-80", 200, recipes=[TOP], epochs=epochs, **options)

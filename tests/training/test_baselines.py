@@ -73,7 +73,7 @@ def states_of(split, layer):
     ("recipe", "precision"),
     [
         pytest.param("base", "float32", marks=pytest.mark.slow),
-        ("lora", "bf16"),
+        pytest.param("lora", "bf16", marks=pytest.mark.slow),
         pytest.param("frozen", "float32", marks=pytest.mark.slow),  # with pooled cached states
         (TOP, "float32"),
         pytest.param(

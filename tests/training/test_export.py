@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import extract_model_from_parallel
-from conftest import make_dataset, make_model
+from conftest import make_dataset, make_model, slow_except
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import (
@@ -26,7 +26,9 @@ from esm_efficient.errors import ConfigurationError
 SEQUENCES = ["MKTAYIAKQR", "MALWMRLLPLLALLALWGPDPAAA"]
 
 
-@pytest.fixture(scope="module", params=["lora", "base", "several labels", "bf16"])
+@pytest.fixture(
+    scope="module", params=slow_except(["lora", "base", "several labels", "bf16"], "lora", "several labels")
+)
 def run(request, tmp_path_factory, demo_table):
     folder = tmp_path_factory.mktemp("run")
     several = request.param == "several labels"

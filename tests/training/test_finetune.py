@@ -113,6 +113,7 @@ def test_with_bf16_the_frozen_weights_are_bfloat16_and_every_layer_trains(tmp_pa
     assert result.trained_layers == (0, 1, 2, 3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_metrics_of_a_whole_run(tmp_path, data):
     options = {"recipe": "all", "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "disable_tqdm": True}
     whole = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
@@ -137,6 +138,7 @@ def test_a_missing_split_class_feature_or_tokenizer_is_named(tmp_path, data):
         finetune(model, data, output_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_real_backbone_trains_in_every_layer(tmp_path, checkpoint, deeploc_csv):
     splits = load_deeploc(deeploc_csv, max_residues=120, validation_partitions=())
     small = DatasetDict(train=stratified_sample(splits["train"], 16), test=stratified_sample(splits["test"], 8))
@@ -281,6 +283,7 @@ def test_a_loaded_model_gets_the_task_of_the_labels_or_is_refused(tmp_path):
         finetune(tokens, data, output_dir=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_a_stream_trains_as_the_same_rows_in_memory(tmp_path, demo_table):
     mapped = load_deeploc(demo_table, task={"sticky": "Membrane", "nuclear": "Nucleus"}, max_residues=160)
     tokenized, _ = tokenize_dataset(mapped, AutoTokenizer.from_pretrained(demo_model_path()))

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, slow_except
 from peft import LoraConfig, get_peft_model
 from sequence_texts import sequences
 from transformers import AutoTokenizer, EsmForSequenceClassification, EsmForTokenClassification
@@ -45,7 +45,7 @@ def trained(kind):
     return model
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", slow_except(TASKS, "class"))
 def test_onnxruntime_computes_the_logits_of_plain_transformers(tmp_path, tokenizer, kind):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -90,7 +90,7 @@ def test_a_file_of_another_model_does_not_stay(tmp_path, tokenizer):
     assert not list(folder.glob("*.onnx*"))
 
 
-@pytest.mark.parametrize("fault", ["other logits", "no translation"])
+@pytest.mark.parametrize("fault", slow_except(["other logits", "no translation"], "no translation"))
 def test_a_wrong_file_is_an_error_and_is_removed(tmp_path, tokenizer, monkeypatch, fault):
     """A program of torch that onnxruntime would compute wrongly, or that torch cannot translate."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

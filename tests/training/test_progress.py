@@ -28,6 +28,7 @@ def test_without_a_terminal_the_log_has_the_lines_of_the_trainer(tmp_path):
     assert "training:" not in done.stderr
 
 
+@pytest.mark.slow
 def test_in_a_terminal_one_bar_shows_steps_loss_and_validation(tmp_path):
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))

@@ -99,6 +99,7 @@ def alone(folder, case):
     return rank_runs.run(folder, case) | {"name": case["name"]}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_to_the_weights_of_one_process_which_resumes_their_run(folder):
     cases = [case for case in QUICK if has_fsdp2 or not case.get("sharded")]
     results = on_ranks(folder, 2, cases)

@@ -83,6 +83,7 @@ def test_a_run_without_sequences_has_no_estimate(tmp_path, tokenizer):
     assert result.step_memory.measured_on == "cpu"
 
 
+@pytest.mark.slow
 def test_the_estimate_does_not_change_the_run(tmp_path, data):
     said = []
     losses = [

@@ -438,10 +438,7 @@ def with_labels(data, kind):
             ("class", 4, True),
             ("class", 4, False),
         ],
-        ("class", 0, False),
-        ("class", 1, True),
         ("labels", 2, True),
-        ("number", 0, False),
         ("residues", 0, False),
     ),
 )
@@ -460,7 +457,6 @@ def test_training_on_the_cache_gives_the_weights_of_training_without_it(
     ("pooling", "kind"),
     slow_except(
         [("first", "class"), ("first", "number"), ("mean", "class"), ("mean", "number")],
-        ("first", "class"),
         ("mean", "number"),
     ),
 )

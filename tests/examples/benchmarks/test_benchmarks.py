@@ -143,7 +143,8 @@ def test_loading_is_measured_and_loses_no_rows(tmp_path):
 TINY_PARTS = ("machine", "recipes_650m", "launches", "estimates")
 
 
-@pytest.mark.parametrize("parts", [TINY_PARTS, pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [TINY_PARTS, ()])
 def test_the_script_for_a_gpu_runs_on_a_cpu_with_a_tiny_model(tmp_path, parts, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     from gpu import PARTS
