@@ -38,7 +38,7 @@ from sagemaker.train.distributed import Torchrun
 from train import make_parser, make_recipe
 
 import esm_efficient
-from esm_efficient import ConfigurationError, estimate, get_device, recommend
+from esm_efficient import RECIPES, ConfigurationError, estimate, get_device, recommend
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("train.py", "job_metrics.py", "inference.py", "requirements.txt")
@@ -114,7 +114,8 @@ def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tup
     if cost.fits() and not options.dry_run:
         return str(cost), True
     try:
-        recipes = ["base", "gc", "lora", "all"]
+        top = [RECIPES[name].replace(layers="top-1/3") for name in ("lora", "all")]
+        recipes = ["base", "gc", "lora", "all", *top]
         better = recommend(given["model_id"], batch_size=recipe.batch_size, recipes=recipes, progress=False, **settings)
         advice = f"recommended:\n{better}"
     except ConfigurationError as error:

@@ -63,6 +63,14 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
+def layers(text: str) -> str:
+    try:
+        RECIPES["lora"].replace(layers=text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
@@ -74,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora", type=boolean, default=True, help="true trains adapters, false trains all parameters")
     add("--lora_r", type=int, default=8)
     add("--lora_preset", default="all-linear", help="qkv, attention, mlp or all-linear")
+    add("--lora_layers", type=layers, default="top-1/3", help="layers with adapters: all, top-2 or top-1/3")
     add("--per_device_train_batch_size", type=int, default=8, help="sequences per micro-batch")
     add("--per_device_eval_batch_size", type=int, default=16)
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
@@ -97,7 +106,7 @@ def make_recipe(options: argparse.Namespace, processes: int) -> Recipe:
         "gradient_checkpointing": options.use_gradient_checkpointing,
     }
     if options.lora:
-        changes |= {"preset": options.lora_preset, "r": options.lora_r}
+        changes |= {"preset": options.lora_preset, "r": options.lora_r, "layers": options.lora_layers}
     recipe = RECIPES["lora" if options.lora else "base"].replace(**changes)
     rate = options.learning_rate or recipe.learning_rate * math.sqrt(processes)
     return recipe.replace(learning_rate=rate)

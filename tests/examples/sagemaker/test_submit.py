@@ -58,6 +58,7 @@ def test_every_field_of_the_request_is_right(aws, place, monkeypatch):
             "lora": "true",
             "lora_r": "8",
             "lora_preset": "all-linear",
+            "lora_layers": "top-1/3",
             "per_device_train_batch_size": "8",
             "per_device_eval_batch_size": "16",
             "gradient_accumulation_steps": "1",

@@ -57,6 +57,9 @@ def test_the_recipe_has_the_hyperparameters(train):
     arguments = ["--use_gradient_checkpointing", "true", "--lora_r", "4", "--lora_preset", "qkv"]
     recipe = train.make_recipe(train.make_parser().parse_args(arguments), 1)
     assert (recipe.gradient_checkpointing, recipe.r, recipe.preset) == (True, 4, "qkv")
+    assert recipe.trained_layers(6) == (4, 5)
+    whole = train.make_recipe(train.make_parser().parse_args(["--lora_layers", "all"]), 1)
+    assert whole.trained_layers(6) == (0, 1, 2, 3, 4, 5)
 
 
 def test_the_learning_rate_follows_the_batch_size_over_all_processes(train):
@@ -76,6 +79,7 @@ def test_the_learning_rate_follows_the_batch_size_over_all_processes(train):
         (["--lora", "perhaps"], "'perhaps' is neither true nor false"),
         (["--epochs", "many"], "invalid float value: 'many'"),
         (["--lora_preset", "everything"], "everything"),
+        (["--lora_layers", "upper"], "layers='upper'"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
     ],
 )
