@@ -277,8 +277,8 @@ def fit_baseline(name: str, data: datasets.DatasetDict) -> dict:
 
 def calibration(result: FinetuneResult) -> dict:
     """Return the temperature of a run, and how far its probabilities are from what comes true, before and after it."""
-    assert result.evaluation is not None
-    assert result.temperature is not None
+    if result.evaluation is None or result.temperature is None:
+        raise SystemExit("no temperature was fitted: it needs 100 validation proteins (--test-size 100 or more)")
     found = {}
     for name, factor in (("before", result.temperature), ("after", 1.0)):  # the saved model has the temperature in it
         chances = softmax(result.evaluation.scores * factor, axis=1)

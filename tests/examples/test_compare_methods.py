@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from esm_efficient import write_demo_table
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPLIT = {"train": [0, 1], "test": [4], "proteins": [20, 10], "data": "table.csv"}
 
@@ -147,3 +149,53 @@ def test_the_cost_of_states_is_counted_whoever_made_them(maker, seconds, study_r
     user = make_run("three epochs", 0, 0.5, states={"layers_below": 4, "made": False})
     other = make_run("one epoch", 0, 0.5, prepared=9.0, states=maker)
     assert cells_of(study_results.report([user, other], "full"), "three epochs")[-3] == seconds
+
+
+@pytest.fixture
+def study_of(monkeypatch, demo_table, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import compare_methods
+
+    def make(*options):
+        arguments = ["--data", demo_table, "--work", tmp_path, "--train-size", "60", "--test-size", "20", *options]
+        monkeypatch.setattr("sys.argv", ["compare_methods.py", *map(str, arguments)])
+        return compare_methods.Study(compare_methods.parse_arguments())
+
+    return make
+
+
+def method_named(name):
+    import study_methods
+
+    return next(method for method in study_methods.list_methods(4) if method.name == name)
+
+
+def test_a_random_split_has_the_sizes_and_mixes_the_partitions(study_of):
+    study = study_of("--random-split")
+    data = study.load(0)
+    assert {name: len(split) for name, split in data.items()} == {"train": 60, "test": 20}
+    assert set(data["train"]["partition"]) == set(data["test"]["partition"]) == set(range(5))
+    run = study.run(method_named("composition"), 0)
+    assert (run["split"]["train"], run["split"]["test"]) == (["random"], ["random"])
+
+
+@pytest.mark.slow
+def test_calibration_is_measured_on_a_partition_that_neither_trains_nor_tests(study_of, tmp_path):
+    calibrated = method_named("top-calibrated-e1")
+    with pytest.raises(SystemExit, match="needs validation proteins"):
+        study_of().run(calibrated, 0)
+    partitions = ["--train-partitions", 0, 1, 2]
+    with pytest.raises(SystemExit, match="needs 100 validation proteins"):
+        study_of(*partitions).run(calibrated, 0)
+    table = write_demo_table(tmp_path / "larger.csv", proteins=900, seed=1)
+    study = study_of(*partitions, "--test-size", 120, "--data", table)
+    plain = study.run(method_named("lora-top1-first-e1"), 0)
+    run = study.run(calibrated, 0)
+    assert run["temperature"] > 0
+    for when in ("before", "after"):
+        bins = run["calibration"][when]["bins"]
+        assert sum(count for _, _, count in bins) == len(study.load(0)["test"])
+        right = sum(share * count for _, share, count in bins) / sum(count for _, _, count in bins)
+        assert right == pytest.approx(run["metrics"]["accuracy"])  # the temperature changes no class
+    assert run["metrics"]["mcc"] == plain["metrics"]["mcc"]
+    assert "calibration" not in plain
