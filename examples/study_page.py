@@ -243,8 +243,9 @@ def leakage_table(runs: list[dict]) -> str:
     for method, title in LEAKING.items():
         names = [best_probe(same) if method == "probe" else method for same in by_split]
         found = [list(scores(same, name).values()) for same, name in zip(by_split, names, strict=True)]
-        gain = statistics.fmean(found[1]) - statistics.fmean(found[0])
-        rows.append((title, *(show(values) for values in found), f"{gain:+.3f}"))
+        if all(found):
+            gain = statistics.fmean(found[1]) - statistics.fmean(found[0])
+            rows.append((title, *(show(values) for values in found), f"{gain:+.3f}"))
     return format_markdown(rows, ("method", "MCC by partition", "MCC of a random split", "difference"))
 
 
