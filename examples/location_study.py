@@ -5,9 +5,11 @@
     python examples/location_study.py --results location.jsonl --report
 
 Each partition is tested once. The one before it chooses the layer of the probe and the thresholds of the labels, and
-the other three train. With random folds in place of the partitions, each protein is tested once too, but may have relatives
-among the training proteins: the difference is the price of leakage. A protein has one or more of ten locations, and proteins of all lengths are used; of one with
-more than 1,022 residues the two ends are read, where most sorting signals are.
+the other three train. With random folds in place of the partitions, each protein is tested once too, but may have
+relatives among the training proteins: the difference is the price of leakage.
+
+A protein has one or more of ten locations, and proteins of all lengths are used; of one with more than 1,022 residues
+the two ends are read, where most sorting signals are.
 
 Each fold of each method appends one line of JSON to the results file, and a finished one is never repeated. The states
 of all layers are read once per partition and kept in ``--work``; so the same command again goes on where it stopped.
@@ -39,11 +41,13 @@ from esm_efficient import (
     format_table,
     load_deeploc,
     multi_label_metrics,
+    stratified_sample,
     task_of,
     tokenize_dataset,
     tune_thresholds,
     write_demo_table,
 )
+from esm_efficient.data.relatives import close_relatives
 from esm_efficient.reporting.tables import format_markdown
 from esm_efficient.training.probes import fit_probe
 from esm_efficient.trunk.layer_states import LayerReader
@@ -112,7 +116,9 @@ class LocationStudy:
         else:
             figures = {"metrics": baselines(data)[method]}
         seconds = {"cpu_seconds": time.process_time() - started - figures.pop("other_seconds", 0.0)}
-        sizes = {"proteins": {name: len(part) for name, part in data.items()}}
+        sizes: dict[str, Any] = {"proteins": {name: len(part) for name, part in data.items()}}
+        if method.startswith("probe"):
+            sizes["relatives"] = share_of_relatives(data)
         return {**key, **figures, **seconds, **sizes, "versions": versions(), "commit": commit(), "machine": machine()}
 
     def load(self, fold: int, validation: list[int]) -> DatasetDict:
@@ -196,6 +202,12 @@ class LocationStudy:
         return {"metrics": result.to_dict()["metrics"], "steps": result.steps}
 
 
+def share_of_relatives(data: DatasetDict) -> float:
+    """Return the share of test proteins with a close relative among the training proteins, of 1,500 drawn at random."""
+    drawn = stratified_sample(data["test"], min(1500, len(data["test"])))
+    return close_relatives(list(drawn["sequence"]), list(data["train"]["sequence"]))
+
+
 def in_random_folds(data: DatasetDict, split: Mapping[str, Any]) -> DatasetDict:
     """Return the same proteins in five random folds, which are the same for each way to use them."""
     whole = concatenate_datasets(list(data.values())).sort("accession")
@@ -210,9 +222,11 @@ def location_table(runs: list[dict], form: Callable = format_markdown) -> str:
         same = [run for run in runs if run["method"] == method]
         if same:
             cells = [show([run["metrics"][key] for run in same]) for key in SHOWN]
+            related = [100 * run["relatives"] for run in same if "relatives" in run]
+            cells.append(f"{statistics.fmean(related):.0f} %" if related else "-")
             rows.append((TITLES[method], str(len(same)), *cells))
-    rows.append(("DeepLoc 2.0 on ProtT5, as published", "5", *(f"{value:.2f}" for value in PUBLISHED.values())))
-    return form(rows, ("method", "folds", *SHOWN.values()))
+    rows.append(("DeepLoc 2.0 on ProtT5, as published", "5", *(f"{value:.2f}" for value in PUBLISHED.values()), "-"))
+    return form(rows, ("method", "folds", *SHOWN.values(), "with relatives"))
 
 
 def locations_table(runs: list[dict], form: Callable = format_markdown) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -33,17 +34,52 @@ def cells(table):
 
 def test_the_tables_show_means_over_the_folds_beside_the_published_figures(location_study):
     runs = [make_run("probe", fold, value) for fold, value in ((0, 0.4), (1, 0.6))]
+    runs[0]["relatives"], runs[1]["relatives"] = 0.1, 0.3
     runs.append(make_run("residue composition", 0, 0.2))
     header, _, composition, probe, published = cells(location_study.location_table(runs))
     assert header[2] == "F1 macro"
     assert composition[1:3] == ["1", "0.200"]
     # Student's t with one degree of freedom: 12.706 times the standard error of 0.4 and 0.6, which is 0.1.
-    assert probe[1:3] == ["2", "0.500 [-0.771, 1.771]"]
-    assert published[1:] == ["5", "0.66", "0.73", "0.69", "0.55"]
+    assert (probe[1], probe[2], probe[-1]) == ("2", "0.500 [-0.771, 1.771]", "20 %")
+    assert published[1:] == ["5", "0.66", "0.73", "0.69", "0.55", "-"]
     header, _, nucleus, golgi = cells(location_study.locations_table(runs))
     assert header == ["location", "residue composition", "probe"]
     assert nucleus == ["Nucleus", "0.100", "0.250"]
     assert golgi == ["Golgi apparatus", "0.050", "0.125"]
+
+
+def test_random_folds_have_the_same_proteins_each_in_the_test_set_once(location_study):
+    rows = [(f"P{number:02}", part) for number, part in enumerate(np.arange(50) % 5)]
+    tested, orders = [], set()
+    for fold in range(5):
+        split = {"train": [(fold + k) % 5 for k in (1, 2, 3)], "validation": [(fold + 4) % 5], "test": [fold]}
+        data = DatasetDict(
+            {
+                name: Dataset.from_dict({"accession": [name_ for name_, part in rows if part in parts]})
+                for name, parts in split.items()
+            }
+        )
+        mixed = location_study.in_random_folds(data, split)
+        assert {name: len(part) for name, part in mixed.items()} == {"train": 30, "validation": 10, "test": 10}
+        assert sorted(sum((part["accession"][:] for part in mixed.values()), [])) == [name for name, _ in rows]
+        tested += mixed["test"]["accession"][:]
+        orders.add(len({int(name[1:]) % 5 for name in mixed["test"]["accession"][:]}))
+    assert sorted(tested) == [name for name, _ in rows]
+    assert max(orders) > 1  # a fold is not a partition
+
+
+def test_the_share_of_relatives_is_that_of_the_test_proteins(location_study):
+    train = ["MKTAYIAKQRQISFVKSHFSRQ", "GGGGSGGGGSGGGGSGGGGS"]
+    test = ["MKTAYIAKQRQISFVKSHFSRL", "WWWWPWWWWPWWWWPWWWWPWW"]
+    rows = {"train": train, "test": test}
+    label = ClassLabel(names=["a", "b"])
+    data = DatasetDict(
+        {
+            name: Dataset.from_dict({"sequence": found, "label": [0, 1]}).cast_column("label", label)
+            for name, found in rows.items()
+        }
+    )
+    assert location_study.share_of_relatives(data) == 0.5
 
 
 @pytest.mark.slow
@@ -54,12 +90,12 @@ def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tm
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    run("residue composition", "probe")
+    run("residue composition", "probe", "probe, random folds")
     file = tmp_path / "output" / "location.jsonl"
     lines = file.read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     assert [(run["method"], *run["split"]["test"]) for run in runs] == [
-        (method, fold) for method in ("residue composition", "probe") for fold in range(5)
+        (method, fold) for method in ("residue composition", "probe", "probe, random folds") for fold in range(5)
     ]
     total = sum(run["proteins"]["test"] for run in runs[:5])
     for run_ in runs:
@@ -70,13 +106,15 @@ def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tm
         by_layer = run_["validation_auroc_by_layer"]
         assert run_["layer"] == int(np.argmax(by_layer))
         assert len(by_layer) == 5
+        assert 0 <= run_["relatives"] <= 1
+    assert [run_["split"].get("folds") for run_ in runs] == [None] * 10 + ["random"] * 5
 
     states = {file: file.stat().st_mtime_ns for file in (tmp_path / "output").glob("states-*.npz")}
     assert len(states) == 5
     file.write_text("\n".join(lines[:-1]) + "\n")
-    output = run("probe")
-    assert "probe, partition 4" in output
-    assert "probe, partition 3" not in output
+    output = run("probe, random folds")
+    assert "probe, random folds, partition 4" in output
+    assert "probe, random folds, partition 3" not in output
     again = json.loads(file.read_text().splitlines()[-1])
     assert again["metrics"] == runs[-1]["metrics"]
     assert {file: file.stat().st_mtime_ns for file in states} == states
