@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FEW_STEPS = 100
 """Optimizer steps below which a run is warned of.
 
-On 300 proteins, 38 steps leave the model far below a linear probe, and 114 do not (``docs/pages/results.md``).
+38 steps left a model far below a linear probe, 75 near it, and 114 above it (``docs/pages/results.md``).
 """
 
 
@@ -162,8 +162,7 @@ def warn_of_few_steps(sequences: int, args: TrainingArguments) -> None:
     if args.max_steps <= 0 and steps < FEW_STEPS:
         epochs = math.ceil(args.num_train_epochs * FEW_STEPS / steps)
         logger.warning(
-            "%s may be too few: a linear probe is often better than a model that was trained for less than %d. "
-            "epochs=%d makes %d",
+            "%s may be too few: with less than %d the result may be below that of a linear probe. epochs=%d makes %d",
             count_of(steps, "optimizer step"),
             FEW_STEPS,
             epochs,

@@ -61,7 +61,7 @@ def test_random_folds_have_the_same_proteins_each_in_the_test_set_once(location_
         )
         mixed = location_study.in_random_folds(data, split)
         assert {name: len(part) for name, part in mixed.items()} == {"train": 30, "validation": 10, "test": 10}
-        assert sorted(sum((part["accession"][:] for part in mixed.values()), [])) == [name for name, _ in rows]
+        assert sorted(name for part in mixed.values() for name in part["accession"][:]) == [name for name, _ in rows]
         tested += mixed["test"]["accession"][:]
         orders.add(len({int(name[1:]) % 5 for name in mixed["test"]["accession"][:]}))
     assert sorted(tested) == [name for name, _ in rows]

@@ -64,8 +64,8 @@ def test_the_plan_of_a_run_names_the_device_of_its_options(machine_with_a_gpu, d
         (
             45,
             1.5,
-            "9 optimizer steps may be too few: a linear probe is often better than a model that was trained for "
-            "less than 100. epochs=17 makes 102",
+            "9 optimizer steps may be too few: with less than 100 the result may be below that of a linear probe. "
+            "epochs=17 makes 102",
         ),
         (45, 17, None),
     ],
