@@ -51,7 +51,11 @@ def cost(run: dict, runs: list[dict]) -> float | None:
         made = [r for r in same if r.get("states") == states | {"made": True}]
         if not made:
             return None
-        prepared = max(r["prepare_cpu_seconds"] for r in made)  # heads that read less of the states have cheaper ones
+        # A head that reads less of the states has cheaper ones, and validation proteins have states too.
+        alike = [
+            r for r in made if all(r["settings"].get(k) == run["settings"].get(k) for k in ("pooling", "calibrated"))
+        ]
+        prepared = max(r["prepare_cpu_seconds"] for r in alike or made)
     return prepared + run["train_cpu_seconds"]
 
 

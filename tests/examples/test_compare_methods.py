@@ -199,3 +199,13 @@ def test_calibration_is_measured_on_a_partition_that_neither_trains_nor_tests(st
         assert right == pytest.approx(run["metrics"]["accuracy"])  # the temperature changes no class
     assert run["metrics"]["mcc"] == plain["metrics"]["mcc"]
     assert "calibration" not in plain
+
+
+def test_the_states_of_a_head_that_reads_the_same_are_counted_before_those_of_others(study_results):
+    states = {"layers_below": 4, "made": True}
+    mean = {"pooling": "mean"}
+    makers = [make_run("a", 0, 0.5, prepared=20.0, states=states, settings=mean)]
+    used = make_run("b", 0, 0.5, prepared=0.1, states={**states, "made": False})
+    assert study_results.cost(used, [*makers, used]) == 22.0
+    makers.append(make_run("c", 0, 0.5, prepared=9.0, states=states))
+    assert study_results.cost(used, [*makers, used]) == 11.0
