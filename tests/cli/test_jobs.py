@@ -103,7 +103,7 @@ def test_the_start_says_what_is_read_split_trained_and_needed(run, capsys):
     lines = {pair[0]: pair[1] for pair in words if pair and pair[0] in ("read", "split", "train", "cost", "probe")}
     assert lines["read"].startswith("proteins.csv: 60 sequences of 10 to 29 residues")
     assert lines["split"].startswith("42 train, 6 validation, 12 test; ")
-    assert "11 steps of 4 sequences (1.05 epochs)" in lines["train"]
+    assert "11 steps of 4 sequences (1 epoch)" in lines["train"]
     assert "fits into" in lines["cost"]
     assert lines["probe"] == "a linear probe to compare with: one forward pass over train, validation, test"
     assert captured.out.startswith("on test ")
