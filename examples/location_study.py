@@ -56,6 +56,7 @@ METHODS = ("commonest label", "residue composition", "probe", "top", "probe, ran
 SHOWN = {"f1_macro": "F1 macro", "f1_micro": "F1 micro", "jaccard": "Jaccard", "subset_accuracy": "all labels right"}
 PUBLISHED = {"f1_macro": 0.66, "f1_micro": 0.73, "jaccard": 0.69, "subset_accuracy": 0.55}
 """DeepLoc 2.0 on ProtT5, in the same cross-validation (Thumuluri et al. 2022, doi:10.1093/nar/gkac278)."""
+SHORT = {"residue composition": "amino-acid shares"}
 TITLES = {
     "commonest label": "the most common location for every protein",
     "residue composition": "logistic regression on amino-acid shares",
@@ -237,7 +238,7 @@ def locations_table(runs: list[dict], form: Callable = format_markdown) -> str:
     for name in names:
         values = ([run["metrics"][f"mcc_{name}"] for run in runs if run["method"] == method] for method in methods)
         rows.append((name, *(f"{statistics.fmean(found):.3f}" for found in values)))
-    return form(rows, ("location", *methods))
+    return form(rows, ("location", *(SHORT.get(method, method) for method in methods)))
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def test_the_tables_show_means_over_the_folds_beside_the_published_figures(locat
     assert (probe[1], probe[2], probe[-1]) == ("2", "0.500 [-0.771, 1.771]", "20 %")
     assert published[1:] == ["5", "0.66", "0.73", "0.69", "0.55", "-"]
     header, _, nucleus, golgi = cells(location_study.locations_table(runs))
-    assert header == ["location", "residue composition", "probe"]
+    assert header == ["location", "amino-acid shares", "probe"]
     assert nucleus == ["Nucleus", "0.100", "0.250"]
     assert golgi == ["Golgi apparatus", "0.050", "0.125"]
 
