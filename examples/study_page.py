@@ -28,10 +28,10 @@ AGAINST = "lora-top6-first-e1"
 LAYERS = 6
 FULL = "full-first-e1"
 CHOOSING, HELD_OUT, AT_RANDOM = ([0, 1, 2], [3]), ([0, 1, 2], [4]), (["random"], ["random"])
-SPLITS = {"tuning": CHOOSING} | dict.fromkeys(("headline", "bar", "curve", "calibration"), HELD_OUT)
-"""The partitions for training and for testing of some tables and plots."""
 USUAL_SPLIT = ([0, 1, 2, 3], [4])
-"""The partitions of all others."""
+SPLITS = {"tuning": [CHOOSING], "leakage": [USUAL_SPLIT, AT_RANDOM]}
+SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration")}
+"""The partitions for training and for testing of some tables and plots; all others have the usual split."""
 PROTEINS = 2400
 """The training proteins of everything but the learning curve."""
 TABLES = {
@@ -229,8 +229,7 @@ def calibration_plot(runs: list[dict]) -> str:
     axes.plot([0.5, 1], [0.5, 1], "--", color="#999999", linewidth=0.8)
     for name, colour in (("before", "#d55e00"), ("after", "#0072b2")):
         found = [run["calibration"][name]["bins"] for run in runs if run["method"] == CALIBRATED]
-        points = pooled(found)
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=f"{name} the temperature")
+        axes.plot(*zip(*pooled(found), strict=True), marker="o", color=colour, label=f"{name} the temperature")
     axes.set(xlabel="probability that the model gives", ylabel="share that is right")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return svg_of(figure)
@@ -341,6 +340,7 @@ WHOLE_TABLES = {
     "curve": curve_table,
     "truncation": truncation_table,
     "headline": headline_table,
+    "leakage": leakage_table,
     "gain": gain_table,
     "tuning": tuning_table,
 }
@@ -350,8 +350,6 @@ def table(name: str, runs: list[dict]) -> str:
     """Return a table as Markdown, made of the runs that belong to it."""
     if name in LOCATION_TABLES:
         return LOCATION_TABLES[name](runs)
-    if name == "leakage":
-        return leakage_table([run for run in runs if run["split"]["proteins"][0] == PROTEINS])
     runs = select(name, runs)
     if name in WHOLE_TABLES:
         return WHOLE_TABLES[name](runs)
@@ -360,7 +358,7 @@ def table(name: str, runs: list[dict]) -> str:
 
 def select(name: str, runs: list[dict]) -> list[dict]:
     """Return the runs on the split that a table or a plot is about."""
-    same = runs_on(SPLITS.get(name, USUAL_SPLIT), runs)
+    same = [run for split in SPLITS.get(name, [USUAL_SPLIT]) for run in runs_on(split, runs)]
     return same if name == "curve" else [run for run in same if run["split"]["proteins"][0] == PROTEINS]
 
 

@@ -159,7 +159,7 @@ def warn_of_few_steps(sequences: int, args: TrainingArguments) -> None:
         args: the options of training.
     """
     steps = planned_steps(sequences, args)
-    if args.max_steps <= 0 and steps < FEW_STEPS:
+    if args.max_steps <= 0 and 0 < steps < FEW_STEPS:  # an empty split is an error elsewhere
         epochs = math.ceil(args.num_train_epochs * FEW_STEPS / steps)
         logger.warning(
             "%s may be too few: with less than %d the result may be below that of a linear probe. epochs=%d makes %d",

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 
 from esm_efficient import finetune
 from esm_efficient.costs.devices import GIB
+from esm_efficient.errors import DataError
 from esm_efficient.training.run_plan import device_here
 
 
@@ -94,6 +95,12 @@ def test_a_number_of_steps_that_was_given_is_not_warned_of(tmp_path, tokenizer):
     data = DatasetDict(train=make_proteins(16), test=make_proteins(8))
     result = finetune(make_model(), data, tokenizer=tokenizer, recipe="frozen", output_dir=tmp_path, max_steps=3)
     assert (result.steps, result.warnings) == (3, ())
+
+
+def test_an_empty_training_split_is_our_error(tmp_path, tokenizer):
+    data = DatasetDict(train=make_proteins(8).select([]), test=make_proteins(8))
+    with pytest.raises(DataError, match="train"):
+        finetune(make_model(), data, tokenizer=tokenizer, recipe="frozen", output_dir=tmp_path)
 
 
 def test_labels_that_a_split_lacks_are_warnings_of_a_run(tmp_path, tokenizer):
