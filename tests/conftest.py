@@ -41,9 +41,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def few_resamples():
-    """Draw 20 bootstrap samples instead of 200, which take most of the time of a tiny run."""
+    """Draw 5 bootstrap samples instead of 200, which take most of the time of a tiny run."""
     defaults = bootstrap_intervals.__kwdefaults__
-    usual, defaults["resamples"] = defaults["resamples"], 20
+    usual, defaults["resamples"] = defaults["resamples"], 5
     yield
     defaults["resamples"] = usual
 

@@ -22,19 +22,14 @@ CLOSE = 0.1
 _BLOCK = 512
 
 
-def words_of(sequences: Iterable[str]) -> Any:
-    """Return which words each sequence has, as a sparse matrix of ones of shape (sequences, 32**5)."""
-    from scipy.sparse import csr_matrix
-
-    columns, ends = [np.empty(0, dtype=np.int64)], [0]
+def words_of(sequences: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the words that each sequence has, as numbers one sequence after the other, and how many each has."""
+    found = [np.empty(0, dtype=np.int64)]
     for sequence in sequences:
         letters = np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8).astype(np.int64) & 31
         count = max(len(letters) - WORD + 1, 0)
-        found = np.unique(sum(letters[shift : shift + count] << (5 * shift) for shift in range(WORD)))
-        columns.append(found)
-        ends.append(ends[-1] + len(found))
-    joined = np.concatenate(columns)
-    return csr_matrix((np.ones(len(joined), dtype=np.int32), joined, ends), shape=(len(ends) - 1, 32**WORD))
+        found.append(np.unique(sum(letters[shift : shift + count] << (5 * shift) for shift in range(WORD))))
+    return np.concatenate(found), np.array([len(words) for words in found[1:]], dtype=np.int64)
 
 
 def shared_words(queries: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -48,13 +43,24 @@ def shared_words(queries: Sequence[str], references: Sequence[str]) -> np.ndarra
         >>> shared_words(["MKTAYIAKQR", "GGGGGGGGGG"], ["MKTAYIAKQL"]).round(2).tolist()
         [0.83, 0.0]
     """
-    found = words_of(queries)
-    totals = np.diff(found.indptr)
-    # Only the words of the queries matter; their columns are numbered again, so that the product stays small.
-    kept = np.unique(found.indices)
-    known = words_of(references)[:, kept].T.tocsr()
-    found = found[:, kept]
+    from scipy.sparse import csr_matrix
+
+    words, totals = words_of(queries)
+    # Only the words of the queries matter. They are the columns, numbered anew: a matrix of all words is slow to index.
+    kept, columns = np.unique(words, return_inverse=True)
+    others, counts = words_of(references)
+    places = np.searchsorted(kept, others)
+    common = np.append(kept, -1)[places] == others  # no word is -1
     shares = np.zeros(len(totals))
+    if not common.any():
+        return shares
+
+    def matrix(columns: np.ndarray, rows: np.ndarray, height: int) -> Any:
+        return csr_matrix((np.ones(len(rows), dtype=np.int32), (rows, columns)), shape=(height, len(kept)))
+
+    found = matrix(columns, np.repeat(np.arange(len(totals)), totals), len(totals))
+    rows = np.repeat(np.arange(len(counts)), counts)[common]
+    known = matrix(places[common], rows, len(counts)).T.tocsr()
     for start in range(0, len(totals), _BLOCK):
         most = (found[start : start + _BLOCK] @ known).max(axis=1).toarray().ravel()
         shares[start : start + _BLOCK] = most / np.maximum(totals[start : start + _BLOCK], 1)
