@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
 from esm_efficient import demo_model_path, finetune, write_demo_table
+from esm_efficient.training import arguments
 from esm_efficient.training.intervals import bootstrap_intervals
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -46,6 +47,14 @@ def few_resamples():
     usual, defaults["resamples"] = defaults["resamples"], 5
     yield
     defaults["resamples"] = usual
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_epoch():
+    """Train for one epoch instead of three, unless a test asks for more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "EPOCHS", 1.0)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

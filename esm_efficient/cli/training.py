@@ -96,7 +96,7 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", callback=writable_folder, help="Folder for the model and the report.")
     ] = Path("output"),
-    epochs: Annotated[float, typer.Option(help="Passes over the training sequences.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the training sequences.")] = 3.0,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences per optimizer step; default: the recipe's.")
     ] = None,

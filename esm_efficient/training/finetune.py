@@ -37,7 +37,7 @@ from esm_efficient.training.finishing import finish_job, run_figures
 from esm_efficient.training.job import begin_job
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.training.options import resolve_options
-from esm_efficient.training.progress import RunProgress
+from esm_efficient.training.progress import show_progress
 from esm_efficient.training.result import FinetuneResult
 from esm_efficient.training.run_plan import RunPlan
 from esm_efficient.training.standardizing import standardized, start_scale
@@ -199,7 +199,7 @@ def finetune(
         focal_gamma=focal_gamma,
         token_budget=token_budget,
     )
-    RunProgress(trainer)
+    show_progress(trainer)
     with job.warned, peak_memory() as peak, standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if states is not None:

@@ -1,4 +1,4 @@
-"""The progress bar of a run: one bar in a terminal, and the lines of the Trainer elsewhere."""
+"""The progress of a run: one bar in a terminal, and one line per report elsewhere."""
 
 from __future__ import annotations
 
@@ -17,15 +17,31 @@ CODE = (
     "import sys; from esm_efficient import demo_model_path, finetune, stratified_sample\n"
     "from esm_efficient.training.given import splits_from\n"
     "data = {name: stratified_sample(split, 24) for name, split in splits_from('demo').items()}\n"
-    "finetune(demo_model_path(), data, recipe='lora', output_dir=sys.argv[1], logging_steps=1, eval_strategy='epoch')\n"
+    "finetune(demo_model_path(), data, recipe='lora', output_dir=sys.argv[1], epochs=1,\n"
+    "    logging_steps=1, eval_strategy='epoch', disable_tqdm='quiet' in sys.argv)\n"
 )
 
 
 @pytest.mark.slow
-def test_without_a_terminal_the_log_has_the_lines_of_the_trainer(tmp_path):
+def test_without_a_terminal_the_log_has_a_line_per_report(tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.count("'loss'") == 3
+    lines = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    number = r"\d\.\d{3}"
+    for step, line in enumerate(lines[:3], 1):
+        left = r", \d.* left" if step < 3 else ""
+        assert re.fullmatch(rf"step {step} of 3: loss {number}, residues/s [\d,]+{left}", line)
+    assert re.fullmatch(rf"step 3 of 3: validation: MCC {number}, F1 {number}", lines[3])
+    assert len(lines) == 4
+    assert "{" not in done.stdout + done.stderr
     assert "training:" not in done.stderr
+
+
+@pytest.mark.slow
+def test_disable_tqdm_keeps_the_lines_of_the_trainer(tmp_path):
+    command = [sys.executable, "-c", CODE, str(tmp_path), "quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("'loss'") == 3
+    assert "step " not in done.stderr
 
 
 @pytest.mark.slow
