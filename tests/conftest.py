@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -86,12 +87,20 @@ def drawn_figures(undrawn_figures):
 def slow_except(cases: Iterable, *quick) -> list:
     """Return the cases of a test: `quick` ones are always run, and the others are slow tests."""
     cases = list(cases)
-    assert set(quick) < set(cases)
+    assert 0 < len(quick) < len(cases)
+    assert all(case in cases for case in quick)
     marks = pytest.mark.slow
     return [
         case if case in quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
         for case in cases
     ]
+
+
+def each_value(*axes: Iterable) -> list:
+    """Return all combinations of values: those that show each value at least once are always run, others are slow."""
+    axes = [list(axis) for axis in axes]
+    quick = [tuple(axis[number % len(axis)] for axis in axes) for number in range(max(map(len, axes)))]
+    return slow_except(itertools.product(*axes), *quick)
 
 
 def from_environment(variable: str) -> Path:

@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 from conftest import make_model as make_random_model
-from conftest import tiny_config
+from conftest import slow_except, tiny_config
 from datasets import DatasetDict
 from peft import PeftModel
 from torch import nn
@@ -196,7 +196,9 @@ def data(demo_table):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize(("bits", "precision"), [("4bit", "float32"), ("8bit", "float32"), ("4bit", "bf16")])
+@pytest.mark.parametrize(
+    ("bits", "precision"), slow_except([("4bit", "float32"), ("8bit", "float32"), ("4bit", "bf16")], ("4bit", "bf16"))
+)
 def test_finetune_trains_adapters_on_a_quantised_base_that_plain_peft_loads(tmp_path, data, bits, precision):
     options = {"quantization": bits, "precision": precision, "output_dir": tmp_path, "disable_tqdm": True}
     result = finetune(demo_model_path(), data, recipe="lora", **options)
@@ -259,7 +261,9 @@ def test_the_estimate_counts_the_bytes_of_quantised_weights(tmp_path, bits):
     assert predicted.total_parameters == count_parameters(real.parameters())
 
 
-@pytest.mark.parametrize(("size", "device", "whole"), [("3B", "T4", True), ("15B", "A10G", False)])
+@pytest.mark.parametrize(
+    ("size", "device", "whole"), slow_except([("3B", "T4", True), ("15B", "A10G", False)], ("3B", "T4", True))
+)
 def test_a_quantised_base_lets_large_models_train_on_small_gpus(size, device, whole):
     results = {
         bits: estimate(size, recipe=RECIPES["all"].replace(quantization=bits), device=device) for bits in (None, "4bit")

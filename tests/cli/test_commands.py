@@ -149,8 +149,9 @@ def test_compare_writes_the_page(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "metric"),
-    [(["yes", "no", "Yes"] * 12, "mcc"), pytest.param([0.5 + n for n in range(36)], "rmse", marks=pytest.mark.slow)],
+    [(["yes", "no", "Yes"] * 12, "mcc"), ([0.5 + n for n in range(36)], "rmse")],
 )
+@pytest.mark.slow
 def test_compare_trains_on_a_table_of_ones_own(labels, metric, tmp_path, capsys):
     from esm_efficient import demo_model_path
 

@@ -215,6 +215,7 @@ def test_a_sample_keeps_the_label_frequencies(demo_table):
         stratified_sample(train, 0)
 
 
+@pytest.mark.slow
 def test_the_real_table(deeploc_csv):
     data = load_deeploc(deeploc_csv)
     assert sum(len(split) for split in data.values()) == 15_876

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import each_value
 from lean_models import HEADS, build, make_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,9 +85,7 @@ def test_what_makes_the_host_wait_is_seen():
 
 
 @pytest.mark.skipif(compat.rotates_per_layer(), reason="the rotary frequencies of the layers are compared in each call")
-@pytest.mark.parametrize("recompute", ["none", "layer"])
-@pytest.mark.parametrize("trains", ["full", "all-linear"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("head", "trains", "recompute"), each_value(HEADS, ["full", "all-linear"], ["none", "layer"]))
 def test_a_step_waits_once_for_the_mask_and_never_if_the_collator_has_read_it(head, trains, recompute):
     model = apply_lean_encoder(build(head, trains).to("meta"), recompute=recompute)
     batch = make_batch(LENGTHS)

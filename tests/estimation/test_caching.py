@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, slow_except
 from datasets import Dataset, DatasetDict
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, EsmForTokenClassification
@@ -87,7 +87,15 @@ def counted_step(rest, batch, labels):
     return tracker.peak.total, sum(flops)
 
 
-@pytest.mark.parametrize(("kind", "name"), [*[(None, name) for name in CACHED], (EsmForTokenClassification, "head")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    slow_except(
+        [*((None, name) for name in CACHED), (EsmForTokenClassification, "head")],
+        (None, "lora"),
+        (None, "checkpointing"),
+        (None, "mean"),
+    ),
+)
 def test_the_estimated_step_is_the_step_that_runs_on_cached_states(kind, name, tmp_path):
     recipe = CACHED[name]
     model = wide_model(kind, classifier_pooling=recipe.pooling)
@@ -146,9 +154,9 @@ def test_the_pass_that_computes_the_states_is_counted_as_it_runs():
 @pytest.mark.parametrize(
     "options",
     [
-        {"recipe": "frozen"},
+        pytest.param({"recipe": "frozen"}, marks=pytest.mark.slow),
         {"recipe": CACHED["lora"], "device": "T4", "precision": "fp16"},
-        {"recipe": RECIPES["lora"].replace(layers="top-4")},
+        pytest.param({"recipe": RECIPES["lora"].replace(layers="top-4")}, marks=pytest.mark.slow),
         pytest.param({"recipe": RECIPES["gc"].replace(layers="top-6", cache=True)}, marks=pytest.mark.slow),
         pytest.param(
             {"recipe": RECIPES["base"].replace(layers="top-6", micro_batch=3), "padding": "padded"},

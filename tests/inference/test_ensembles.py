@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_model
+from conftest import each_value, make_model
 from datasets import Dataset, Features, Value
 from peft import LoraConfig, get_peft_model
 from sequence_texts import sequences
@@ -74,8 +74,7 @@ def folders(base, tmp_path_factory):
     return {kind: [save_member(root / f"{kind}{i}", base, i, kind=kind) for i in (1, 2, 3)] for kind in KINDS}
 
 
-@pytest.mark.parametrize("budget", [60, 8192])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "budget"), each_value(KINDS, [60, 8192]))
 def test_an_ensemble_is_the_mean_of_the_single_predictors(folders, kind, budget):
     texts = sequences(12)
     ensemble = Predictor.load(folders[kind], device="cpu")

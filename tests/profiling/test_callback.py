@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dataset, make_model
+from conftest import make_dataset, make_model, slow_except
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 from esm_efficient import ProfilerCallback, WeightedTrainer, recipe_arguments
@@ -105,7 +105,10 @@ def test_an_out_of_memory_error_of_a_run_is_replaced_and_nothing_stays_installed
     assert profiler.report.steps == 6
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_begin", "on_step_end", "on_evaluate", "on_train_end"])
+@pytest.mark.parametrize(
+    "event",
+    slow_except(["on_train_begin", "on_epoch_begin", "on_step_end", "on_evaluate", "on_train_end"], "on_step_end"),
+)
 def test_a_run_that_another_callback_ends_leaves_nothing_on_the_model(tokenizer, tmp_path, event):
     class Fails(TrainerCallback):
         pass

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import each_value, make_model, slow_except
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,8 +58,7 @@ def hooks_of(model, optimizer):
     return modules, parameters, len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
 
 
-@pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("recipe", ["base", "gc", "lora", "all"])
+@pytest.mark.parametrize(("recipe", "lean"), each_value(["base", "gc", "lora", "all"], [True, False]))
 def test_measured_peak_equals_the_estimate(recipe, lean):
     model, optimizer = make_run(recipe, lean=lean)
     batches = [make_batch(4, 60, padding=1) for _ in range(4)]
@@ -263,7 +262,7 @@ class TrackedTotals(TotalsBackend):
         return peak, 2 * peak
 
 
-@pytest.mark.parametrize("recipe", ["base", "gc", "lora", "all"])
+@pytest.mark.parametrize("recipe", slow_except(["base", "gc", "lora", "all"], "base", "all"))
 def test_the_split_of_totals_is_close_to_exact_counts(monkeypatch, recipe):
     def run():
         with Profiler(model, optimizer, warmup_steps=0, every=1) as profiler:

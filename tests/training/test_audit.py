@@ -110,8 +110,6 @@ OPTIONS = {
     slow_except(
         [(name, trains) for name in OPTIONS for trains in ("full", "lora")],
         *((name, ("full", "lora")[number % 2]) for number, name in enumerate(OPTIONS)),
-        ("default", "lora"),
-        ("sgd", "full"),
     ),
 )
 def test_no_false_alarm(tmp_path, tiny_model, tiny_dataset, tokenizer, trains, name):

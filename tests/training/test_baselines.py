@@ -72,16 +72,15 @@ def states_of(split, layer):
 @pytest.mark.parametrize(
     ("recipe", "precision"),
     [
-        pytest.param("base", "float32", marks=pytest.mark.slow),
-        pytest.param("lora", "bf16", marks=pytest.mark.slow),
-        pytest.param("frozen", "float32", marks=pytest.mark.slow),  # with pooled cached states
+        ("base", "float32"),
+        ("lora", "bf16"),
+        ("frozen", "float32"),  # with pooled cached states
         (TOP, "float32"),
-        pytest.param(
-            RECIPES["base"].replace(layers="top-1", cache=True, pooling="mean"), "bf16", marks=pytest.mark.slow
-        ),
+        (RECIPES["base"].replace(layers="top-1", cache=True, pooling="mean"), "bf16"),
     ],
     ids=["base", "lora", "frozen", "cached", "cached in half precision"],
 )
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without_the_probe(tmp_path, data, recipe, precision):
     small = DatasetDict({name: split.select(range(min(len(split), 24))) for name, split in data.items()})
     with_it, without = (

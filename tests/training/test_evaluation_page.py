@@ -178,6 +178,7 @@ def test_a_model_without_a_mistake_has_no_empty_table():
     assert evaluation_sections(perfect)[-1].parts == ["There is none."]
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_accuracy_has_the_width_of_the_binomial_distribution():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 400)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import slow_except
 from datasets import DatasetDict
 
 from esm_efficient import demo_model_path, finetune, load_deeploc, load_result
@@ -22,7 +23,7 @@ def splits_of(kind, demo_table):
     return data
 
 
-@pytest.mark.parametrize("kind", ["classes", "several labels", "numbers"])
+@pytest.mark.parametrize("kind", slow_except(["classes", "several labels", "numbers"], "several labels"))
 def test_a_folder_gives_the_result_again(tmp_path, demo_table, kind):
     result = finetune(
         demo_model_path(),

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import each_value
 from test_checkpoints import damage, tiny_run
 from trainer_runs import arguments, weighted
 
@@ -30,8 +31,13 @@ def whole(tmp_path, tiny_model, tiny_dataset, tokenizer):
     return values(trainer)
 
 
-@pytest.mark.parametrize("broken", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
-@pytest.mark.parametrize("how", ["absent", "cut off", "half of zeros"])
+@pytest.mark.parametrize(
+    ("broken", "how"),
+    each_value(
+        ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"],
+        ["absent", "cut off", "half of zeros"],
+    ),
+)
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(
     tmp_path, whole, tiny_model, tiny_dataset, tokenizer, caplog, broken, how
 ):

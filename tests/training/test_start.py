@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import each_value, make_model
 from transformers import EsmForSequenceClassification, EsmModel
 
 from esm_efficient import RECIPES, prepare_model, recipe_adapters
@@ -47,23 +47,24 @@ def load(folder, recipe, half, held, **options):
     return model, dtypes, kind
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("recipe", "options", "is_half"),
-    [
-        (RECIPES["lora"], {"r": 4}, True),
-        (RECIPES["lora"], {"use_dora": True}, False),
-        (RECIPES["lora"], {"modules_to_save": ["classifier", "word_embeddings"]}, False),
-        (RECIPES["frozen"], {}, True),
-        (RECIPES["base"], {}, True),  # the contact head alone
-        (TOP, {}, True),
-        (LOWEST, {}, True),
-        (MEAN, {}, True),
-    ],
+    ("case", "half"),
+    each_value(
+        [
+            (RECIPES["lora"], {"r": 4}, True),
+            (RECIPES["lora"], {"use_dora": True}, False),
+            (RECIPES["lora"], {"modules_to_save": ["classifier", "word_embeddings"]}, False),
+            (RECIPES["frozen"], {}, True),
+            (RECIPES["base"], {}, True),  # the contact head alone
+            (TOP, {}, True),
+            (LOWEST, {}, True),
+            (MEAN, {}, True),
+        ],
+        [torch.bfloat16, torch.float16],
+    ),
 )
-def test_a_model_loaded_in_half_precision_has_the_numbers_of_one_loaded_in_float32(
-    checkpoint, recipe, options, is_half, half
-):
+def test_a_model_loaded_in_half_precision_has_the_numbers_of_one_loaded_in_float32(checkpoint, case, half):
+    recipe, options, is_half = case
     expected, _, expected_kind = load(checkpoint, recipe, None, half, **options)
     found, dtypes, kind = load(checkpoint, recipe, half, half, **options)
     assert kind is expected_kind

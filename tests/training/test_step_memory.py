@@ -33,6 +33,7 @@ def text_of(memory):
     return html_page("page", [memory_section(memory)])
 
 
+@pytest.mark.slow
 def test_a_profiled_run_shows_both_and_so_does_its_folder(tmp_path, data):
     result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, profile=True, disable_tqdm=True)
     memory = result.step_memory

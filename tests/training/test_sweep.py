@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import slow_except
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from peft import get_peft_model
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -97,7 +98,9 @@ def test_the_plot_marks_the_recommended_layer(result):
     assert "mcc of a linear probe on validation" in svg
 
 
-@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForMaskedLM])
+@pytest.mark.parametrize(
+    "kind", slow_except([AutoModelForSequenceClassification, AutoModelForMaskedLM], AutoModelForMaskedLM)
+)
 def test_a_loaded_model_with_any_head_and_tokenised_splits_give_the_same(data, tokenizer, result, kind):
     tokenised, _ = tokenize_dataset(data, tokenizer)
     again = sweep_layers(load(kind), tokenised)
@@ -166,7 +169,7 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", slow_except(TASKS, "residues"))
 def test_every_task_has_a_probe(data, name):
     make, feature, metric = TASKS[name]
     splits = DatasetDict({key: relabelled(data[key], make, feature) for key in ("train", "validation")})

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import TASK_LOSS, make_dataset, make_task_dataset, slow_except
+from conftest import TASK_LOSS, each_value, make_dataset, make_task_dataset, slow_except
 from peft import get_peft_model
 from trainer_runs import (
     WEIGHTS,
@@ -296,8 +296,7 @@ def test_bf16_autocast_trains_close_to_float32(tmp_path, tiny_model, tiny_datase
     assert seen[True].values != seen[False].values
 
 
-@pytest.mark.parametrize("budget", [None, 64], ids=["", "budget"])
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("adapters", "budget"), each_value([False, True], [64, None]))
 def test_a_resumed_run_ends_with_the_weights_of_a_whole_run(
     tmp_path, tiny_model, tiny_dataset, tokenizer, adapters, budget
 ):

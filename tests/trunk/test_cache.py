@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import slow_except
+from conftest import each_value, slow_except
 from copies import Copy
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
@@ -74,9 +74,15 @@ POOLINGS = {
 }
 
 
-@pytest.mark.parametrize(("pooling", "layers"), [("tokens", 1), *((pooling, 0) for pooling in POOLINGS)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 8e-3), ("float16", 1e-3)])
-def test_each_row_has_the_states_of_its_own_sequence(data, tmp_path, monkeypatch, dtype, tolerance, pooling, layers):
+@pytest.mark.parametrize(
+    ("read", "held"),
+    each_value(
+        [("tokens", 1), *((pooling, 0) for pooling in POOLINGS)],
+        [("float32", 2e-5), ("bfloat16", 8e-3), ("float16", 1e-3)],
+    ),
+)
+def test_each_row_has_the_states_of_its_own_sequence(data, tmp_path, monkeypatch, read, held):
+    (pooling, layers), (dtype, tolerance) = read, held
     monkeypatch.setattr(shards, "_SHARD_BYTES" if pooling == "tokens" else "_SHARD_TOKENS", 500)
     trunk, _ = split_model(load(), layers)
     cached = cache_states(data, trunk, tmp_path, dtype=dtype, pooling=pooling)
@@ -439,7 +445,6 @@ def with_labels(data, kind):
             ("class", 4, False),
         ],
         ("labels", 2, True),
-        ("residues", 0, False),
     ),
 )
 def test_training_on_the_cache_gives_the_weights_of_training_without_it(
