@@ -102,7 +102,8 @@ def map_file(
     Args:
         compute: computes a block.
         source: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file.
-        output: a file that ends with .csv, .jsonl or .parquet. It exists only when it is whole.
+        output: a file that ends with .csv, .jsonl or .parquet. It exists only when it is whole. One that is there is
+            replaced at the end, with a warning.
         identity: a text that differs for other results, such as those of another model. A run goes on with the blocks
             of a run with the same identity, source and shard, and computes all others again.
         longest: the most residues of a sequence; None for any.
@@ -133,6 +134,8 @@ def map_file(
     folder = output.with_name(f"{output.name}.parts")
     rank, ranks = rank_and_ranks()
     if rank == 0:
+        if output.exists():
+            logger.warning("%s exists, and is replaced when this run ends. Stop it to keep the file", output)
         _open_folder(folder, digest)
     _wait_for_all()
     finished = set(folder.glob("block-*.arrow"))

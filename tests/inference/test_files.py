@@ -89,6 +89,22 @@ def test_parts_of_a_file_are_the_whole_file(tokenizer, fasta, tmp_path, small_bl
     assert np.abs(joined["a"] - whole["a"]).max() < 1e-6
 
 
+def test_a_file_is_replaced_at_the_end_with_a_warning(tokenizer, fasta, tmp_path, small_blocks, caplog):
+    output = tmp_path / "out.csv"
+    output.write_text("of another model\n")
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(Stopping(model_for("regression"), tokenizer), fasta, output)
+    assert output.read_text() == "of another model\n"
+    assert f"{output} exists, and is replaced when this run ends" in caplog.text
+    caplog.clear()
+    result = predict_file(Predictor(model_for("regression"), tokenizer), fasta, output)
+    assert len(read(output)) == result.rows
+    output.unlink()
+    caplog.clear()
+    predict_file(Predictor(model_for("regression"), tokenizer), fasta, output)
+    assert "exists" not in caplog.text
+
+
 def test_a_run_that_was_stopped_goes_on_and_one_with_another_model_begins_anew(
     tokenizer, fasta, tmp_path, small_blocks
 ):
