@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from location_study import location_table, locations_table
-from study_results import cost, read_results, show
+from study_results import best_probe, cost, read_results, runs_on, scores, show
 
 from esm_efficient.reporting.plots import new_figure, plain_text, svg_of
 from esm_efficient.reporting.tables import format_bytes, format_markdown
@@ -43,6 +43,7 @@ HEADLINE = {
     "composition": "logistic regression on amino-acid shares",
     "probe": "linear probe on one layer: the best of all",
     "lora-top2-first-e1": "top: LoRA on the top third, on cached states",
+    "lora-top2-first-e3": "top, for three epochs (the default)",
     "all-first-e1": "all: LoRA on all layers, with the least memory",
     "full-first-e1": "base: full fine-tuning",
     "tutorial-base": "tutorial: full fine-tuning, eager attention, padding",
@@ -77,15 +78,14 @@ TUNED = {
 CALIBRATED = "top-calibrated-e1"
 LEAKING = {"composition": "amino-acid shares", "probe": "the best linear probe", "lora-top2-first-e1": "the recipe top"}
 """The methods of the table of leakage, in words."""
-CURVE = {"lora-top2-first-e1": "LoRA, 1 epoch", "lora-top2-first-e3": "LoRA, 3 epochs"}
-"""The methods of the learning curve beside the best probe."""
+CURVE = {
+    "lora-top2-first-e1": ("LoRA, 1 epoch", "#0072b2"),
+    "lora-top2-first-e3": ("LoRA, 3 epochs", "#d55e00"),
+    FULL: ("full fine-tuning, 1 epoch", "#009e73"),
+}
+"""The methods of the learning curve beside the best probe, in words, and their colours."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def scores(runs: list[dict], method: str) -> dict[int, float]:
-    """Return the MCC of a method by seed."""
-    return {run["seed"]: run["metrics"]["mcc"] for run in runs if run["method"] == method}
 
 
 def tuned_at(layer: int) -> str:
@@ -169,11 +169,11 @@ def curve_table(runs: list[dict]) -> str:
     for size, same in curve_sizes(runs).items():
         probe = scores(same, best_probe(same))
         columns = [scores(same, method) for method in CURVE]
-        last = columns[-1]
-        differences = [last[seed] - probe[seed] for seed in last if seed in probe]
+        gains = [[found[seed] - probe[seed] for seed in found if seed in probe] for found in columns[:2]]
         cells = [show(list(found.values())) for found in (probe, *columns)]
-        rows.append([f"{size:,}", *cells, show(differences, "{:+.3f}")])
-    return format_markdown(rows, ("training proteins", "best probe", *CURVE.values(), "LoRA, 3 epochs - probe"))
+        rows.append([f"{size:,}", *cells, *(show(values, "{:+.3f}") for values in gains)])
+    titles = [title for title, _ in CURVE.values()]
+    return format_markdown(rows, ("training proteins", "best probe", *titles, *(f"{t} - probe" for t in titles[:2])))
 
 
 @plain_text
@@ -183,14 +183,14 @@ def curve_plot(runs: list[dict]) -> str:
     sizes = curve_sizes(runs)
     points = [(size, list(scores(same, best_probe(same)).values())) for size, same in sizes.items()]
     draw(axes, points, "the best linear probe", "#999999")
-    for (method, title), colour in zip(CURVE.items(), ("#0072b2", "#d55e00"), strict=True):
+    for method, (title, colour) in CURVE.items():
         draw(axes, [(size, list(scores(same, method).values())) for size, same in sizes.items()], title, colour)
     axes.set_xscale("log")
     axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     axes.set_xlabel("training proteins")
     axes.set_ylabel("MCC on the test proteins")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return svg_of(figure)
 
 
@@ -270,12 +270,6 @@ def bar_table(runs: list[dict]) -> str:
     methods = {run["method"] for run in runs}
     titles = {name: title for name, title in HEADLINE.items() if name in methods and "-" in name}
     return methods_table(runs, titles, best_probe(runs), "the best probe")
-
-
-def best_probe(runs: list[dict]) -> str:
-    """Return the linear probe with the highest mean MCC."""
-    probes = dict.fromkeys(run["method"] for run in runs if run["method"].startswith("probe"))
-    return max(probes, key=lambda name: statistics.fmean(scores(runs, name).values()))
 
 
 def gain_table(runs: list[dict]) -> str:
@@ -360,11 +354,6 @@ def select(name: str, runs: list[dict]) -> list[dict]:
     """Return the runs on the split that a table or a plot is about."""
     same = [run for split in SPLITS.get(name, [USUAL_SPLIT]) for run in runs_on(split, runs)]
     return same if name == "curve" else [run for run in same if run["split"]["proteins"][0] == PROTEINS]
-
-
-def runs_on(split: tuple[list, list], runs: list[dict]) -> list[dict]:
-    """Return the runs that were trained and tested on these partitions."""
-    return [run for run in runs if (run["split"]["train"], run["split"]["test"]) == split]
 
 
 def fill(page: str, runs: list[dict], location: list[dict], images: Path) -> str:

@@ -99,8 +99,8 @@ def report(runs: list[dict], against: str) -> str:
 
 def report_row(same: list[dict], baseline: dict[int, dict], group: list[dict]) -> tuple[str, ...]:
     """Return the cells of one method."""
-    scores = {key: [run["metrics"][key] for run in same] for key in ("accuracy", "mcc", "auroc")}
-    means = {key: f"{statistics.fmean(values):.3f}" for key, values in scores.items()}
+    values = {key: [run["metrics"][key] for run in same] for key in ("accuracy", "mcc", "auroc")}
+    means = {key: f"{statistics.fmean(found):.3f}" for key, found in values.items()}
     pairs = [(run, baseline[run["seed"]]) for run in same if run["seed"] in baseline]
     differences = [one["metrics"]["mcc"] - other["metrics"]["mcc"] for one, other in pairs]
     costs = [seconds for run in same if (seconds := cost(run, group)) is not None]
@@ -112,7 +112,7 @@ def report_row(same: list[dict], baseline: dict[int, dict], group: list[dict]) -
         " ".join(str(seed) for seed in sorted(run["seed"] for run in same)),
         means["accuracy"],
         means["mcc"],
-        show_interval(scores["mcc"], ".3f"),
+        show_interval(values["mcc"], ".3f"),
         means["auroc"],
         f"{statistics.fmean(differences):+.3f}" if differences else "-",
         show_interval(differences, "+.3f"),
@@ -120,3 +120,19 @@ def report_row(same: list[dict], baseline: dict[int, dict], group: list[dict]) -
         f"{statistics.fmean(ratios):.2f}" if ratios else "-",
         format_bytes(max(peaks)) if peaks else "-",
     )
+
+
+def scores(runs: list[dict], method: str) -> dict[int, float]:
+    """Return the MCC of a method by seed."""
+    return {run["seed"]: run["metrics"]["mcc"] for run in runs if run["method"] == method}
+
+
+def best_probe(runs: list[dict]) -> str:
+    """Return the linear probe with the highest mean MCC."""
+    probes = dict.fromkeys(run["method"] for run in runs if run["method"].startswith("probe"))
+    return max(probes, key=lambda name: statistics.fmean(scores(runs, name).values()))
+
+
+def runs_on(split: tuple[list, list], runs: list[dict]) -> list[dict]:
+    """Return the runs that were trained and tested on these partitions."""
+    return [run for run in runs if (run["split"]["train"], run["split"]["test"]) == split]

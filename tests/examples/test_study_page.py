@@ -123,8 +123,8 @@ def test_the_learning_curve_pairs_the_seeds_of_each_size_with_its_own_best_probe
         [cell.strip() for cell in row.strip("|").split("|")] for row in study_page.table("curve", runs).splitlines()
     ]
     small, large = rows[2:]
-    assert (small[0], small[1].split()[0], small[2:]) == ("300", "0.500", ["-", "0.650", "+0.050"])
-    assert large == ["2,400", "0.600", "0.700", "-", "-"]
+    assert (small[0], small[1].split()[0], small[2:]) == ("300", "0.500", ["-", "0.650", "-", "-", "+0.050"])
+    assert large == ["2,400", "0.600", "0.700", "-", "-", "+0.100", "-"]
 
 
 def test_every_setting_of_the_study_has_its_words(study_page):
