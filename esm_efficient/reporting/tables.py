@@ -195,3 +195,15 @@ def _cells(lines: Sequence[Sequence[object]]) -> list[list[str]]:
     if len(widths) > 1:
         raise DataError(f"the rows of a table have {' or '.join(map(str, widths))} cells: expected the same number")
     return [[str(cell) for cell in line] for line in lines]
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    Example:
+        >>> format_duration(42.3), format_duration(150), format_duration(9000)
+        ('42 s', '2.5 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -50,6 +50,7 @@ def recipe_arguments(
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "logging_steps": 20,
+        "disable_tqdm": False,  # transformers would decide by the level of its logs, which the command line lowers
         "save_strategy": "no",
         "report_to": "none",
         "bf16": half == "bf16",

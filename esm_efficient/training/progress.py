@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from esm_efficient.reporting import format_bytes
-from esm_efficient.reporting.tables import format_seconds
+from esm_efficient.reporting.tables import format_duration
 
 _METRICS = {"eval_mcc": "MCC", "eval_f1_macro": "F1", "eval_spearman": "Spearman"}
 
@@ -117,7 +117,8 @@ class RunLines(_Progress):
         if not (self.training and named and done and state.is_world_process_zero):
             return  # the summary at the end has neither a loss nor a metric
         where = "" if "loss" in logs else "validation: "
-        values = ", ".join(f"{name} {value}" for name, value in self.figures(logs).items())
+        figures = self.figures(logs).items()
+        values = ", ".join(f"{value} {name}" if "/" in name else f"{name} {value}" for name, value in figures)
         left = (time.perf_counter() - self.start[0]) / done * (state.max_steps - state.global_step)
-        end = f", {format_seconds(left)} left" if left else ""
+        end = f", {format_duration(left)} left" if left else ""
         tqdm.write(f"step {state.global_step:,} of {state.max_steps:,}: {where}{values}{end}", file=sys.stderr)

@@ -16,6 +16,7 @@ from esm_efficient.errors import EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.recipes import Recipe
 from esm_efficient.reporting import count_of, format_bytes, one_line
+from esm_efficient.reporting.tables import format_duration
 from esm_efficient.tasks import SPECIAL_TOKENS, Task
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class RunPlan:
             verdict = "fits" if found.fits() else "DOES NOT FIT"
             text += f": {verdict} into {format_bytes(found.device.memory)} of {found.device.name}"
         seconds = found.run_seconds(self.steps)
-        return text if math.isnan(seconds) else f"{text}; {_duration(seconds)} or more"
+        return text if math.isnan(seconds) else f"{text}; {format_duration(seconds)} or more"
 
 
 def plan_run(
@@ -214,15 +215,3 @@ def gpu_named(name: str, memory: int) -> Device:
     same = [device for device in found if len(stems[device.name]) == longest]
     nearest = min(same, key=lambda device: abs(device.memory - memory))
     return dataclasses.replace(nearest, memory=memory)
-
-
-def _duration(seconds: float) -> str:
-    """Return a time as a person says it.
-
-    Example:
-        >>> _duration(42.3), _duration(150), _duration(9000)
-        ('42 s', '2.5 min', '2.5 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
