@@ -133,9 +133,10 @@ class _TableWriter:
         schema = None
         with contextlib.ExitStack() as stack:
             for columns in self._parsed_blocks():
-                residues = columns["residues"]
-                keep = (residues >= self.plan.bounds[0]) & (residues <= self.plan.bounds[1])
+                keep = self._within_bounds(columns["residues"])
                 self.counts.add(columns, keep)
+                if not keep.any():
+                    continue
                 rows = pa.table(columns).filter(pa.array(keep))
                 if schema is None:
                     schema = rows.schema
@@ -219,7 +220,12 @@ class _TableWriter:
     def _parsed_columns(
         self, block: Block, roles: Mapping[str, str | None], path: str | Path, split: str
     ) -> dict[str, Any]:
-        """The columns of a block as they are first written, with labels of a single column still as text."""
+        """The columns of a block as they are first written, with labels of a single column still as text.
+
+        Rows outside the bounds of length have no label.
+        """
+        import pyarrow as pa
+
         columns, places = block.columns, [f"{path}, {place}" for place in block.places]
         sequences = sequences_of(columns[roles["sequence"] or ""], places)
         residues = np.fromiter(map(count_residues, sequences), dtype=np.int32, count=len(sequences))
@@ -242,8 +248,18 @@ class _TableWriter:
             cells = columns[label]
             if self.plan.label_kind == "positions":
                 cells = labels_at_positions(cells, residues, places)
-            parsed["label"] = self.observed.observe(cells, residues, places)
+            # A label that only rows outside the bounds have is no class.
+            keep = self._within_bounds(residues)
+            kept = np.flatnonzero(keep).tolist()
+            if kept:
+                own, where = [cells[row] for row in kept], [places[row] for row in kept]
+                found = self.observed.observe(own, residues[keep], where)
+                parsed["label"] = found.take(pa.array(np.cumsum(keep) - 1, mask=~keep))
         return parsed
+
+    def _within_bounds(self, residues: np.ndarray) -> np.ndarray:
+        """Which rows have an allowed length, bool of shape (rows,)."""
+        return (residues >= self.plan.bounds[0]) & (residues <= self.plan.bounds[1])
 
     def _encode(self, raw: Path, encoded: Path) -> None:
         """Write the rows again, with the labels encoded."""

@@ -173,7 +173,8 @@ def _count_labels(split: Dataset) -> tuple[dict[str, int], int, tuple[float, flo
     feature, cells = split.features["label"], split["label"][:]
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if isinstance(feature, Mapping):
-        return {name: sum(bool(cell[name]) for cell in cells) for name in feature}, len(cells), None
+        # An unknown label is None, NaN or -100.
+        return {name: sum((cell[name] or 0) > 0 for cell in cells) for name in feature}, len(cells), None
     if names is None:
         values = np.array(cells, dtype=np.float64)
         return {}, 0, (float(np.nanmean(values)), float(np.nanstd(values)))

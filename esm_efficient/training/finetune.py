@@ -160,6 +160,8 @@ def finetune(
         training_options=training_options,
         early_stopping=early_stopping,
     )
+    if isinstance(class_weights, str) and class_weights == "balanced":
+        job.check_balance()
     if token_budget is None:
         job.check_steps()
     if announce is not None or profile:

@@ -111,7 +111,8 @@ def command_words(data: Any, options: Mapping[str, Any], model: str) -> tuple[st
     words = [_place(data)]
     for name, value in options.items():
         values = value if isinstance(value, list | tuple) else [value]
-        if value is None or value == signature(load_sequences).parameters[name].default:
+        known = signature(load_sequences).parameters
+        if value is None or (name in known and value == known[name].default):
             continue
         if name not in COMMAND_OPTIONS or not all(isinstance(entry, str | Path | int) for entry in values):
             return ()

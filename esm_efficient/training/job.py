@@ -27,6 +27,7 @@ from esm_efficient.training.outcome import WarningList
 from esm_efficient.training.run_plan import RunPlan, plan_run, warn_of_few_steps
 from esm_efficient.training.start import name_of_model
 from esm_efficient.training.stopping import EarlyStopping
+from esm_efficient.training.weights import check_all_present
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -81,6 +82,16 @@ class Job:
             with self.warned:
                 warn_of_few_steps(len(self.raw["train"]), self.args)
 
+    def check_balance(self) -> None:
+        """Refuse a label without a training example, which has no balanced weight, before anything is computed.
+
+        Raises:
+            DataError: as above.
+        """
+        if self.data is not None and self.task.kind != "regression":
+            labels = self.data.splits["train"].labels
+            check_all_present([labels.get(name, 0) for name in self.task.names], self.task.names)
+
     def with_plan(self, *, max_tokens: int, probe: bool, fused: bool = False) -> Job:
         """Return the job with its plan, whose estimate takes seconds; without a plan if the data are not known.
 
@@ -130,11 +141,11 @@ def begin_job(
         raw = splits_from(dataset, **data_options)
     task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
     evaluated_on = evaluated_split(raw)
-    stopping = EarlyStopping.check(early_stopping, raw, task)
+    data = describe_if_known(raw)
+    stopping = EarlyStopping.check(early_stopping, raw, task, data=data)
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
     refuse_data_parallel(args)
     refuse_unsaved_weights(args)
-    data = describe_if_known(raw)
     with warned:
         for gap in () if data is None else data.label_gaps():
             logger.warning("%s", gap)

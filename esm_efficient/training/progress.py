@@ -114,10 +114,12 @@ class RunLines(_Progress):
         logs = logs or {}
         named = "loss" in logs or any(key in logs for key in _METRICS)
         done = state.global_step - self.start[1]
-        if not (self.training and named and done and state.is_world_process_zero):
+        if not (self.training and named and done):
             return  # the summary at the end has neither a loss nor a metric
+        figures = self.figures(logs).items()  # on every rank, because they add up their residues
+        if not state.is_world_process_zero:
+            return
         where = "" if "loss" in logs else "validation: "
-        figures = self.figures(logs).items()
         values = ", ".join(f"{value} {name}" if "/" in name else f"{name} {value}" for name, value in figures)
         left = (time.perf_counter() - self.start[0]) / done * (state.max_steps - state.global_step)
         end = f", {format_duration(left)} left" if left else ""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
 
 AUTOMATIC = 3
@@ -29,21 +30,37 @@ class EarlyStopping:
 
     Attributes:
         patience: evaluations without a better result after which a run stops; None for no early stopping.
-        task: the task, whose metric decides.
+        metric: the metric that decides, and whether more of it is better.
     """
 
     patience: int | None
-    task: Task
+    metric: tuple[str, bool]
 
     @classmethod
-    def check(cls, patience: int | Literal["auto"] | None, splits: Collection[str], task: Task) -> EarlyStopping:
+    def check(
+        cls,
+        patience: int | Literal["auto"] | None,
+        splits: Collection[str],
+        task: Task,
+        *,
+        data: DataDescription | None = None,
+    ) -> EarlyStopping:
         """Return how a run stops.
+
+        The metric is that of `BEST`. If validation has examples of fewer than two classes, or of no label, that metric
+        is the same for every model, and the loss decides.
+
+        Args:
+            patience: evaluations without a better result; ``"auto"`` for `AUTOMATIC` if there is a validation split.
+            splits: the names of the splits.
+            task: the task.
+            data: what is in the splits, if it is known.
 
         Raises:
             ConfigurationError: the patience is below 1, or there is no validation split.
         """
         if patience == "auto":
-            return cls(AUTOMATIC if "validation" in splits else None, task)
+            patience = AUTOMATIC if "validation" in splits else None
         if patience is not None and patience < 1:
             raise ConfigurationError(f"early_stopping={patience}: expected at least 1 evaluation, or None")
         if patience is not None and "validation" not in splits:
@@ -51,13 +68,18 @@ class EarlyStopping:
                 f"early_stopping={patience} needs a validation split, and the data have {', '.join(splits)}: add one, "
                 "or leave early_stopping out"
             )
-        return cls(patience, task)
+        metric = BEST[task.kind]
+        if data is not None and "validation" in data.splits and task.kind != "regression":
+            present = sum(count > 0 for count in data.splits["validation"].labels.values())
+            if present < (1 if task.kind == "multi_label_classification" else 2):
+                metric = ("loss", False)
+        return cls(patience, metric)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options of `TrainingArguments`: those given, and what early stopping needs beside them."""
         if self.patience is None:
             return dict(given)
-        metric, greater = BEST[self.task.kind]
+        metric, greater = self.metric
         needed = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
         chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
         return needed | chosen | dict(given)

@@ -142,7 +142,7 @@ def balanced_class_weights(labels: Sequence[int] | np.ndarray, label_names: Sequ
         raise DataError(
             f"labels {unknown} are not class ids: expected 0 to {len(classes) - 1} ({', '.join(label_names)})"
         )
-    _check_all_present([index in flat for index in classes], label_names)
+    check_all_present([index in flat for index in classes], label_names)
     return np.asarray(compute_class_weight("balanced", classes=classes, y=flat), dtype=np.float64)
 
 
@@ -168,7 +168,7 @@ def balanced_label_weights(labels: np.ndarray, label_names: Sequence[str]) -> np
         raise DataError(f"labels have shape {table.shape}: expected (examples, {len(label_names)})")
     known = ~np.isnan(table) & (table != IGNORE)
     positives = np.where(known, table, 0).sum(0)
-    _check_all_present(positives.tolist(), label_names)
+    check_all_present(positives.tolist(), label_names)
     # A label without negatives keeps a small weight, so that its loss does not vanish.
     return np.maximum(known.sum(0) - positives, 1) / positives
 
@@ -244,9 +244,18 @@ def check_class_weights(weights: Mapping[Any, float] | Sequence[float] | Any, la
     return array
 
 
-def _check_all_present(present: Sequence[Any], label_names: Sequence[str]) -> None:
+def check_all_present(present: Sequence[Any], label_names: Sequence[str]) -> None:
+    """Refuse labels of which no training example is present.
+
+    Args:
+        present: per label, whether there is an example.
+        label_names: the names of the labels.
+
+    Raises:
+        DataError: a label has none.
+    """
     if absent := [name for name, is_present in zip(label_names, present, strict=True) if not is_present]:
         raise DataError(
             f"no training example has the label {', '.join(absent)}, so it has no balanced weight. Add "
-            "examples, or give the weights as an array"
+            "examples, split the data in another way, or pass class_weights=None"
         )

@@ -19,6 +19,7 @@ from sequence_files import LETTERS, frame, rows_of, write
 from transformers import AutoTokenizer
 
 from esm_efficient import demo_model_path, load_deeploc, load_sequences, tokenize_dataset
+from esm_efficient.data.readers import read_blocks
 from esm_efficient.errors import ConfigurationError, DataError, EsmEfficientError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
@@ -230,3 +231,22 @@ def test_any_file_is_loaded_whole_or_the_error_names_the_row(tmp_path, caplog):
         loaded += 1
     assert loaded > 50
     assert not [item for item in refused.items() if not re.search(rf"(line|row|record) \d+|{STRUCTURAL}", item[1])]
+
+
+def test_the_label_of_rows_that_are_left_out_for_their_length_is_no_class(tmp_path):
+    table = frame(30)
+    table.loc[[3, 7], ["sequence", "label"]] = [["MKV" * 30, "long"], ["MKA" * 30, ""]]
+    path = write(table, tmp_path / "table.csv")
+    data = load_sequences(path, label="label", max_residues=60)
+    assert data["train"].features["label"].names == sorted(set(table.label) - {"long", ""})
+    assert sum(map(len, data.values())) == 28
+    with pytest.raises(DataError, match="the label is missing"):
+        load_sequences(path, label="label")
+
+
+def test_blocks_without_a_row_of_an_allowed_length_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(read_blocks.__kwdefaults__, "rows", 5)
+    table = frame(30)
+    table.loc[:9, "sequence"] = "MKV" * 30
+    data = load_sequences(write(table, tmp_path / "table.csv"), label="label", max_residues=60)
+    assert {name for part in data.values() for name in part["accession"]} == set(table.id[10:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from datasets import Dataset, Features, Value
 from sequence_files import frame
 
 from esm_efficient import load_sequences
@@ -89,3 +90,11 @@ def test_labels_that_a_split_lacks_are_named(tmp_path):
 def test_full_splits_and_numbers_have_no_gaps(path):
     for label in ("label", "stability", False):
         assert describe(load_sequences(path, label=label)).label_gaps() == []
+
+
+def test_unknown_labels_are_not_counted():
+    feature = {name: Value("float32") for name in ("a", "b")}
+    cells = [{"a": 1.0, "b": 0.0}, {"a": float("nan"), "b": 1.0}, {"a": -100.0, "b": None}, {"a": 0.5, "b": 1.0}]
+    rows = {"sequence": ["MKV", "MKA", "MKC", "MKD"], "label": cells}
+    split = Dataset.from_dict(rows, features=Features({"sequence": Value("string"), "label": feature}))
+    assert describe({"train": split}).splits["train"].labels == {"a": 2, "b": 2}

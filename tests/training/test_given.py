@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sequence_files import frame
 
-from esm_efficient import RECIPES, demo_model_path
+from esm_efficient import RECIPES, demo_model_path, finetune
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.training.given import splits_from, task_of_splits
+from esm_efficient.training.given import command_words, splits_from, task_of_splits
 from esm_efficient.training.job import begin_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:A random split")
@@ -92,3 +92,20 @@ def test_a_number_has_the_name_of_the_column_that_the_user_named(tmp_path):
     assert job.task.names == ("Tm",)
     classes = splits_from(table())["train"].features
     assert task_of_splits(classes, "label").names == tuple(classes["label"].names)
+
+
+def test_options_of_a_named_table_that_no_command_has_give_no_words():
+    assert command_words("demo", {"task": "membrane"}, "8M") == ()
+    assert command_words("demo", {"label": None}, "8M") == ("demo", "--model", "8M")
+
+
+@pytest.mark.parametrize("kind", ["classes", "several labels"])
+def test_a_label_without_a_training_example_is_refused_before_a_model_is_loaded(tmp_path, kind):
+    feature = ClassLabel(names=["a", "b"]) if kind == "classes" else {name: Value("float32") for name in ("a", "b")}
+    features = Features({"sequence": Value("string"), "label": feature})
+    labels = [0, 1] if kind == "classes" else [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}]
+    train, test = (
+        Dataset.from_dict({"sequence": ["MKV"] * 3, "label": [label] * 3}, features=features) for label in labels
+    )
+    with pytest.raises(DataError, match=r"no training example has the label b.*class_weights=None"):
+        finetune(str(tmp_path / "no model"), DatasetDict(train=train, test=test), output_dir=tmp_path)

@@ -12,6 +12,9 @@ import sys
 import termios
 
 import pytest
+from transformers import TrainerState
+
+from esm_efficient.training.progress import RunLines
 
 CODE = (
     "import sys; from esm_efficient import demo_model_path, finetune, stratified_sample\n"
@@ -79,3 +82,24 @@ def test_in_a_terminal_one_bar_shows_steps_loss_and_validation(tmp_path, argumen
     if steps == 3:  # on pooled states there are no residues to count
         assert re.search(r"residues/s=[\d,]+", last)
     assert "{'loss'" not in text
+
+
+def test_every_rank_adds_up_its_residues_and_one_writes(capfd):
+    """Adding up is an exchange between the ranks, in which all must take part."""
+
+    class Counting:
+        asked = 0
+
+        @property
+        def residues_trained(self):
+            self.asked += 1
+            return 500 * self.asked
+
+    for is_first in (True, False):
+        trainer, state = Counting(), TrainerState(max_steps=10, is_world_process_zero=is_first)
+        lines = RunLines(trainer)
+        lines.on_train_begin(None, state, None)
+        state.global_step = 5
+        lines.on_log(None, state, None, logs={"loss": 0.5})
+        assert trainer.asked == 2
+        assert ("step 5 of 10: loss 0.500" in capfd.readouterr().err) == is_first

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from datasets import DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.reporting.description import describe
 from esm_efficient.tasks import Task
 from esm_efficient.training.stopping import EarlyStopping
 
@@ -59,3 +60,18 @@ def test_auto_stops_early_where_there_is_a_validation_split(splits, patience):
 def test_wrong_options_are_refused(patience, splits, message):
     with pytest.raises(ConfigurationError, match=message):
         EarlyStopping.check(patience, splits, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric"), [([0, 0, 0, 0], ("loss", False)), ([0, 0, 1, 0], ("mcc", True)), ([], ("mcc", True))]
+)
+def test_the_loss_decides_where_the_metric_is_the_same_for_every_model(labels, metric):
+    features = Features({"sequence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = [{"sequence": "MKV", "label": label} for label in labels]
+    splits = {"train": Dataset.from_list([{"sequence": "MKV", "label": 1}], features=features)}
+    if rows:
+        splits["validation"] = Dataset.from_list(rows, features=features)
+    stopping = EarlyStopping.check("auto", splits, CLASSES, data=describe(splits))
+    assert stopping.metric == metric
+    if rows:
+        assert stopping.options({})["metric_for_best_model"] == metric[0]
