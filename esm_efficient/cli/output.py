@@ -33,8 +33,15 @@ _OTHER_NAMES = {"epochs": ("num_train_epochs",), "resume": ("resume_from_checkpo
 _VALUE = r"""(?:"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|[^\s,:;()]+?(?=[,:;()]|\.?(?:\s|$)))"""
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is the one of a run on several ranks that prints and writes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set it
+
+
 def show(result: Any, as_json: bool) -> None:
-    """Print a result as text, or everything that it knows as one JSON object."""
+    """Print a result, on the first rank alone, as text or everything that it knows as one JSON object."""
+    if not is_first_rank():
+        return
     if not as_json:
         typer.echo(str(result))
         return
@@ -57,7 +64,8 @@ def _plain(value: Any) -> Any:
 def quiet(*, verbose: bool = False) -> Iterator[None]:
     """Keep the notes of other libraries from the user in a ``with`` block, and stdout for the result.
 
-    The warnings of this library are one line each. With `verbose`, all logs and warnings are shown.
+    The warnings of this library are one line each, from the first rank alone. With `verbose`, all logs and warnings are
+    shown.
     """
     own = logging.getLogger("esm_efficient")
     handler = logging.StreamHandler()
@@ -69,7 +77,7 @@ def quiet(*, verbose: bool = False) -> Iterator[None]:
         stack.callback(own.setLevel, own.level)
         stack.callback(own.removeHandler, handler)
         own.addHandler(handler)
-        own.setLevel(logging.INFO if verbose else logging.WARNING)
+        own.setLevel(logging.INFO if verbose else logging.WARNING if is_first_rank() else logging.ERROR)
         if not verbose:
             stack.enter_context(_silent_libraries())
             warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,7 @@ from esm_efficient.cli.output import (
     PageOption,
     VerboseOption,
     existing_file,
+    is_first_rank,
     quiet,
     show,
     writable_folder,
@@ -61,6 +62,9 @@ from esm_efficient.cli.output import (
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
 from esm_efficient.recipes import RECIPES, get_recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 RUN_FILE = "run.yaml"
 """The file in the output folder with the options of a run."""
@@ -172,20 +176,23 @@ def finetune(
             resume_from_checkpoint=True if resume else None,
             early_stopping="auto" if early_stopping is None else early_stopping or None,
             probe=probe,
-            announce=lambda plan: _begin(plan, output, options, resume=resume),
-            callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM))],
+            announce=lambda plan: _begin(plan, output, resume=resume),
+            callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM)), _config_writer(output, options)],
             save_strategy="epoch",
             save_total_limit=1,
             **sizes,
         )
-        result.save_page(command=repeating_line(output))
+        if is_first_rank():
+            result.save_page(command=repeating_line(output))
     show(result, as_json)
 
 
-def _begin(plan: Any, output: Path, options: dict[str, Any], *, resume: bool) -> None:
-    """Say what a run will do, and write its options: the data can be read, and nothing is trained yet."""
+def _begin(plan: Any, output: Path, *, resume: bool) -> None:
+    """Say what a run will do: the data can be read, and nothing is trained or written yet."""
     from esm_efficient.training.records import RESULT
 
+    if not is_first_rank():
+        return
     typer.echo(f"{plan}\n", err=True)
     if (output / RESULT).is_file() and not resume:
         typer.echo(
@@ -193,8 +200,19 @@ def _begin(plan: Any, output: Path, options: dict[str, Any], *, resume: bool) ->
             "Ctrl-C and give another folder with --output",
             err=True,
         )
-    output.mkdir(parents=True, exist_ok=True)
-    _write_config(output / RUN_FILE, options)
+
+
+def _config_writer(output: Path, options: dict[str, Any]) -> TrainerCallback:
+    """Return a callback that writes the options when training begins; until then the folder has those of its model."""
+    from transformers import TrainerCallback
+
+    class ConfigWriter(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                output.mkdir(parents=True, exist_ok=True)
+                _write_config(output / RUN_FILE, options)
+
+    return ConfigWriter()
 
 
 def repeating_line(run: Path) -> str | None:

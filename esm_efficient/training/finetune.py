@@ -171,10 +171,11 @@ def finetune(
     set_seed(seed)
     task, args = job.task, job.args
     half = None if args.deepspeed else half_dtype(args)  # deepspeed divides weights while they are made
-    loaded, tokenizer, has_unit = starting_model(
-        model, tokenizer, task, chosen, half=half, adapter_options=adapter_options, device=args.device
-    )
-    tokenized = job.raw if job.is_tokenized else tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
+    with job.warned:
+        loaded, tokenizer, has_unit = starting_model(
+            model, tokenizer, task, chosen, half=half, adapter_options=adapter_options, device=args.device
+        )
+        tokenized = job.raw if job.is_tokenized else tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
     scale = start_scale(loaded, tokenizer, tokenized["train"], task, has_unit=has_unit)
     collator = _make_collator(task, tokenizer)
     splits: Mapping[str, Any] = {name: tokenized[name] for name in ("train", "validation") if name in tokenized}

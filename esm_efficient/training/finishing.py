@@ -52,18 +52,19 @@ def finish_job(
     # The model is saved before anything else can fail.
     folder = job.output_dir / ("adapter" if job.recipe.trains == "adapters" else "model")
     _save_model(trainer, folder, tokenizer)
-    temperature = calibrate(trainer, dataset, job.task, tokenizer)
-    if temperature is not None:
-        _save_model(trainer, folder, tokenizer)
-    thresholds = _tune_thresholds(trainer, dataset, job.task, folder)
-    evaluation = evaluate_split(
-        trainer,
-        dataset[job.evaluated_on],
-        job.task,
-        raw=None if job.data is None else job.raw[job.evaluated_on],
-        thresholds=thresholds,
-        probe=figures["probe"],
-    )
+    with job.warned:
+        temperature = calibrate(trainer, dataset, job.task, tokenizer)
+        if temperature is not None:
+            _save_model(trainer, folder, tokenizer)
+        thresholds = _tune_thresholds(trainer, dataset, job.task, folder)
+        evaluation = evaluate_split(
+            trainer,
+            dataset[job.evaluated_on],
+            job.task,
+            raw=None if job.data is None else job.raw[job.evaluated_on],
+            thresholds=thresholds,
+            probe=figures["probe"],
+        )
     figures["model"].eval()
     result = FinetuneResult(
         recipe=job.recipe.name,

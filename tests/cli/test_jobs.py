@@ -19,7 +19,7 @@ from transformers import pipeline
 
 from esm_efficient import Predictor, demo_model_path
 from esm_efficient.cli import main
-from esm_efficient.errors import TrainingInterrupted
+from esm_efficient.errors import DataError, TrainingInterrupted
 
 pytestmark = pytest.mark.filterwarnings("ignore:A random split")
 
@@ -136,6 +136,24 @@ def test_a_run_that_cannot_read_its_data_writes_nothing(run, tmp_path, capsys):
         assert main(["finetune", str(tmp_path / "t.csv"), "--model", "demo", "-o", str(folder)]) == 1
     assert (run / "out" / "run.yaml").read_text() == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_ends_before_training_leaves_the_options_of_the_model_that_is_there(run, monkeypatch, capsys):
+    def stop(*given, **options):
+        raise DataError("stopped")
+
+    before = (run / "out" / "run.yaml").read_text()
+    monkeypatch.setattr("esm_efficient.training.finetune.starting_model", stop)
+    assert main(["finetune", "demo", "--model", "demo", "--epochs", "7", "-o", str(run / "out")]) == 1
+    assert "stopped" in capsys.readouterr().err
+    assert (run / "out" / "run.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_rank_of_several_prints(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert main(["data", "demo", "--json"]) == 0
+    assert bool(capsys.readouterr().out) == (rank == "0")
 
 
 def test_a_run_that_replaces_another_one_says_so(run, capsys, monkeypatch):

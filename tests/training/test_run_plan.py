@@ -107,3 +107,10 @@ def test_labels_that_a_split_lacks_are_warnings_of_a_run(tmp_path, tokenizer):
     data = DatasetDict(train=make_proteins(16), test=make_proteins(8).filter(lambda row: row["label"] == 0))
     result = finetune(make_model(), data, tokenizer=tokenizer, recipe="frozen", output_dir=tmp_path, max_steps=1)
     assert [text.partition(":")[0] for text in result.warnings] == ["test has no example of the label yes"]
+
+
+def test_what_is_read_of_long_sequences_is_a_warning_of_a_run(tmp_path, tokenizer):
+    data = DatasetDict(train=make_proteins(16), test=make_proteins(8))
+    options = {"recipe": "frozen", "output_dir": tmp_path, "max_steps": 1, "max_tokens": 6}
+    result = finetune(make_model(), data, tokenizer=tokenizer, **options)
+    assert any("their start was kept" in text for text in result.warnings)
