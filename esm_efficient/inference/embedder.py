@@ -28,6 +28,9 @@ from esm_efficient.trunk.split import split_model
 EmbeddingPooling = Literal["mean", "first", "residues"]
 """``"mean"`` over the residues, the ``"first"`` token (``<cls>``), or one embedding for each of the ``"residues"``."""
 
+RESIDUE_BLOCK_ROWS = 64
+"""Sequences per block with embeddings per residue: for 650M and 500 residues, 64 have 164 MB."""
+
 
 class Embedder:
     """Computes embeddings of sequences with the lean encoder.
@@ -208,10 +211,12 @@ def embed_file(
         import pyarrow as pa
 
         found = embedder.embed(sequences, keep=keep, token_budget=token_budget)
-        kind: Any = pa.list_(pa.float32(), embedder.width)
-        if embedder.pooling == "residues":
-            return {"embedding": pa.array([list(rows) for rows in found], pa.list_(kind))}
-        return {"embedding": pa.array(found, kind)}
+        values = np.concatenate(found) if embedder.pooling == "residues" else np.stack(found)
+        embeddings = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), embedder.width)
+        if embedder.pooling != "residues":
+            return {"embedding": embeddings}
+        ends = np.cumsum([0, *map(len, found)]).astype(np.int32)
+        return {"embedding": pa.ListArray.from_arrays(pa.array(ends), embeddings)}
 
     longest = embedder.max_tokens - SPECIAL_TOKENS
     reading = windows_for(keep, longest) or keep
@@ -227,4 +232,5 @@ def embed_file(
         accession=accession,
         on_error=on_error,
         description="embeddings",
+        block_rows=RESIDUE_BLOCK_ROWS if embedder.pooling == "residues" else None,
     )

@@ -94,6 +94,7 @@ def map_file(
     accession: str | None = None,
     on_error: OnError = "raise",
     description: str = "sequences",
+    block_rows: int | None = None,
 ) -> FileResult:
     """Compute results for every sequence of a file, and write them in the order of the file.
 
@@ -113,11 +114,12 @@ def map_file(
         accession: the column of the accessions, likewise; without one, the number of a row is its accession.
         on_error: ``"skip"`` leaves out rows that cannot be used, and logs how many and which are the first.
         description: what the progress bar counts.
+        block_rows: sequences per block, whose results are in memory together; None for `BLOCK_ROWS`.
 
     Raises:
         DataError: a row is not a protein sequence or is too long, with its place; or the file cannot be read.
-        ConfigurationError: the output has another suffix, the shard does not exist or has no rows, or `on_error` is
-            unknown.
+        ConfigurationError: the output has another suffix, the shard does not exist or has no rows, `on_error` is
+            unknown, or another run began to write the same output.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -130,7 +132,9 @@ def map_file(
     rows = range(total * (part - 1) // parts, total * part // parts)
     if not rows:
         raise ConfigurationError(f"shard={part}/{parts}: {source} has only {total} rows to use, so this part is empty")
-    digest = hashlib.sha256(repr((identity, sha256_of(source), rows, sequence, accession)).encode()).hexdigest()
+    block_rows = block_rows or BLOCK_ROWS
+    what = (identity, sha256_of(source), rows, sequence, accession, block_rows)
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()
     folder = output.with_name(f"{output.name}.parts")
     rank, ranks = rank_and_ranks()
     if rank == 0:
@@ -138,13 +142,13 @@ def map_file(
             logger.warning("%s exists, and is replaced when this run ends. Stop it to keep the file", output)
         _open_folder(folder, digest)
     _wait_for_all()
-    finished = set(folder.glob("block-*.arrow"))
+    files = [folder / f"block-{digest[:12]}-{number:06d}.arrow" for number in range(-(-len(rows) // block_rows))]
+    finished = {file for file in files if file.exists()}
     _wait_for_all()  # before any rank adds a block
     computed = residues = reused = 0
     bar = tqdm(total=len(rows), desc=description, unit="seq", disable=rank > 0 or None)
     usable = (row for index, row in enumerate(read_sequences(source, **columns)) if index not in wrong)
-    for number, block in enumerate(_blocks(usable, rows)):
-        file = folder / f"block-{number:06d}.arrow"
+    for number, (file, block) in enumerate(zip(files, _blocks(usable, rows, block_rows), strict=True)):
         if file in finished:
             reused += len(block)
         elif number % ranks == rank:
@@ -155,7 +159,9 @@ def map_file(
     bar.close()
     _wait_for_all()
     if rank == 0:
-        write_tables(_tables(folder), output)
+        if not all(file.exists() for file in files):
+            raise _other_run(folder)
+        write_tables(map(_table, files), output)
         shutil.rmtree(folder)
     _wait_for_all()
     seconds = time.perf_counter() - started
@@ -226,13 +232,13 @@ def check_rows(
     return CheckedRows(rows - len(wrong), frozenset(wrong))
 
 
-def _blocks(rows: Iterator[Row], wanted: range) -> Iterator[list[Row]]:
-    """Yield the wanted rows, counted from 0, in blocks."""
+def _blocks(rows: Iterator[Row], wanted: range, most: int) -> Iterator[list[Row]]:
+    """Yield the wanted rows, counted from 0, in blocks of at most so many."""
     block: list[Row] = []
     for index, row in enumerate(rows):
         if index in wanted:
             block.append(row)
-        if len(block) == BLOCK_ROWS:
+        if len(block) == most:
             yield block
             block = []
     if block:
@@ -257,18 +263,26 @@ def _write_block(file: Path, rows: list[Row], columns: Mapping[str, Any]) -> Non
 
     table = pa.table({"accession": [row.accession for row in rows], **columns})
     partial = file.with_suffix(".part")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(partial, file)
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(partial, file)
+    except FileNotFoundError as error:
+        raise _other_run(file.parent) from error
 
 
-def _tables(folder: Path) -> Iterator[pa.Table]:
-    """Yield the blocks in their order."""
+def _other_run(folder: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"another run has taken {folder} while this one computed. Give each run, and each shard, an output of its own"
+    )
+
+
+def _table(file: Path) -> pa.Table:
+    """Read a block."""
     import pyarrow as pa
 
-    for file in sorted(folder.glob("block-*.arrow")):
-        with pa.memory_map(str(file)) as source:
-            yield pa.ipc.open_file(source).read_all()
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_file(source).read_all()
 
 
 def rank_and_ranks() -> tuple[int, int]:

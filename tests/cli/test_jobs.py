@@ -15,7 +15,7 @@ import pytest
 import yaml
 from sequence_files import frame
 from sequence_texts import sequences
-from transformers import pipeline
+from transformers import TrainerState, pipeline
 
 from esm_efficient import Predictor, demo_model_path
 from esm_efficient.cli import main
@@ -225,8 +225,9 @@ def test_the_layers_are_probed(run, capsys):
 
 
 def test_a_run_that_is_interrupted_says_how_to_go_on(run, tmp_path, capsys, monkeypatch):
-    def stop(*_, announce, **__):
+    def stop(*_, announce, callbacks, **__):
         announce("the plan")
+        callbacks[-1].on_train_begin(None, TrainerState(), None)
         raise TrainingInterrupted("a signal ended the run after optimizer step 3 of 22: resume it from checkpoint-3")
 
     monkeypatch.setattr("esm_efficient.training.finetune.finetune", stop)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from copies import Copy
 from sequence_texts import sequences
 from test_predictor import model_for
 
-from esm_efficient import Predictor, demo_model_path, embed_file, predict_file
+from esm_efficient import Embedder, Predictor, demo_model_path, embed_file, predict_file
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference import files
 
@@ -249,3 +250,41 @@ def test_a_folder_with_files_of_the_user_is_not_removed(tokenizer, fasta, tmp_pa
     with pytest.raises(ConfigurationError, match="other files"):
         predict_file(Predictor(model_for("regression"), tokenizer), fasta, tmp_path / "out.csv")
     assert (folder / "thesis.docx").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("when", ["in the middle", "after the last block"])
+def test_two_runs_with_one_output_mix_no_rows(fasta, tmp_path, small_blocks, when):
+    """The run that began last has the output, and the other one is told."""
+    output, blocks = tmp_path / "out.csv", []
+
+    def other(sequences):
+        return {"value": pa.array([2.0] * len(sequences))}
+
+    def compute(sequences):
+        blocks.append(len(sequences))
+        if len(blocks) == (2 if when == "in the middle" else whole):
+            files.map_file(other, fasta, output, identity="other", shard=(2, 2))
+        return {"value": pa.array([1.0] * len(sequences))}
+
+    whole = -(-len(list(files.read_sequences(fasta))) // 5)
+    with pytest.raises(ConfigurationError, match=r"another run has taken .*out\.csv\.parts.*output of its own"):
+        files.map_file(compute, fasta, output, identity="one")
+    assert set(read(output)["value"]) == {2.0}
+    assert files.map_file(compute, fasta, output, identity="one").reused == 0
+    assert set(read(output)["value"]) == {1.0}
+
+
+@pytest.mark.parametrize("keep", [None, "windows"])
+def test_embeddings_per_residue_are_written_in_small_blocks(tokenizer, tmp_path, monkeypatch, keep):
+    monkeypatch.setattr("esm_efficient.inference.embedder.RESIDUE_BLOCK_ROWS", 3)
+    texts = [text if keep else text[:30] for text in sequences(8, longest=60)]
+    (tmp_path / "in.fasta").write_text("".join(f">p{i}\n{text}\n" for i, text in enumerate(texts)))
+    embedder = Embedder(model_for("regression"), tokenizer, pooling="residues", max_tokens=32)
+    seen = []
+    embed = embedder.embed
+    monkeypatch.setattr(embedder, "embed", lambda given, **options: seen.append(len(given)) or embed(given, **options))
+    embed_file(embedder, tmp_path / "in.fasta", tmp_path / "out.parquet", keep=keep)
+    assert seen == [3, 3, 2]
+    found = read(tmp_path / "out.parquet")["embedding"]
+    for rows, expected in zip(found, embed(texts, keep=keep), strict=True):
+        assert np.abs(np.stack(rows) - expected).max() < 1e-6
