@@ -86,6 +86,30 @@ ClustersOption = Annotated[
 ]
 
 
+def _column_or_none(text: str | None) -> str | bool | None:
+    return False if text in ("none", "False") else text  # a file of options may have false
+
+
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        metavar="COLUMN",
+        callback=_column_or_none,
+        help="Column of train, validation and test, if its name is unusual; none: the table has none.",
+    ),
+]
+PartitionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--partition",
+        metavar="COLUMN",
+        callback=_column_or_none,
+        help="Column of homology partitions or folds, by number; none: the table has none.",
+    ),
+]
+
+
 def _shard(text: str) -> str:
     if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text) or int(text.split("/")[0]) > int(text.split("/")[1]):
         raise typer.BadParameter(f"{text!r}: expected a part and the number of parts, such as 2/5")
@@ -205,6 +229,8 @@ def data(
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
     unlabelled: UnlabelledOption = None,
+    split: SplitOption = None,
+    partition: PartitionOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
@@ -221,7 +247,8 @@ def data(
     columns = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
     columns["unlabelled"] = unlabelled
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
-    options = data_options(source, **columns, **bounds, clusters=clusters, on_error=on_error)
+    splits = {"split": split, "partition": partition, "clusters": clusters}
+    options = data_options(source, **columns, **bounds, **splits, on_error=on_error)
     with quiet():
         from esm_efficient.reporting.description import describe
         from esm_efficient.training.given import splits_from

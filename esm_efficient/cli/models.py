@@ -18,7 +18,9 @@ from esm_efficient.cli.jobs import (
     MaxResiduesOption,
     MinResiduesOption,
     OnErrorOption,
+    PartitionOption,
     SequenceOption,
+    SplitOption,
     UnlabelledOption,
     data_options,
 )
@@ -32,7 +34,7 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
-from esm_efficient.cli.training import repeating_line
+from esm_efficient.cli.run_files import repeating_line
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
 
@@ -51,6 +53,8 @@ def probe(
     label_kind: LabelKindOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
+    split: SplitOption = None,
+    partition: PartitionOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
@@ -67,8 +71,8 @@ def probe(
     existing_file(data)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
-    given = {**columns, "unlabelled": unlabelled, "clusters": clusters, **bounds, "on_error": on_error, "seed": seed}
-    options = data_options(data, **given)
+    splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
+    options = data_options(data, **columns, **bounds, **splits, unlabelled=unlabelled, on_error=on_error)
     with quiet(verbose=verbose):
         from esm_efficient.published import hub_name
         from esm_efficient.training.given import command_words, splits_from

@@ -27,6 +27,8 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show all logs an
 typed_parameters: ContextVar[Sequence[Any]] = ContextVar("typed_parameters", default=())
 """The parameters of the command that runs."""
 
+_OR_NONE = ("split", "partition")
+"""The options of a column that may be ``none``."""
 _OTHER_NAMES = {"epochs": ("num_train_epochs",), "resume": ("resume_from_checkpoint",), "output": ("output_dir",)}
 """What the functions of the library call the parameter of a command."""
 
@@ -137,7 +139,8 @@ def as_typed(message: str, parameters: Sequence[Any]) -> str:
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         if option is None:
             continue
-        off = next(iter(parameter.secondary_opts), f"no {option}")
+        nothing = f"{option} none" if parameter.name in _OR_NONE else f"no {option}"
+        off = next(iter(parameter.secondary_opts), nothing)
 
         def typed(match: re.Match[str], on: str = option, off: str = off) -> str:
             if match[1] in ('""', "''"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,7 +40,9 @@ from esm_efficient.cli.jobs import (
     MinResiduesOption,
     OnErrorOption,
     OverlapOption,
+    PartitionOption,
     SequenceOption,
+    SplitOption,
     TrainedArgument,
     UnlabelledOption,
     check_overlap,
@@ -59,15 +60,10 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
+from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, repeating_line
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
 from esm_efficient.recipes import RECIPES, get_recipe
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-RUN_FILE = "run.yaml"
-"""The file in the output folder with the options of a run."""
 
 Weights = Literal["balanced", "none"]
 _ALL_RECIPES = list(RECIPES)
@@ -119,6 +115,8 @@ def finetune(
     label_kind: LabelKindOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
+    split: SplitOption = None,
+    partition: PartitionOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
@@ -157,7 +155,7 @@ def finetune(
     changes = {"layers": layers, "cache": cache, "pooling": pooling, "quantization": quantization}
     chosen = get_recipe(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
     existing_file(data)
-    options = {name: value for name, value in locals().items() if name in _WRITTEN and value is not None}
+    options = {name: value for name, value in locals().items() if name in WRITTEN and value is not None}
     given = {"batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate, "epochs": epochs}
     sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with quiet(verbose=verbose), _resumable(output):
@@ -177,7 +175,7 @@ def finetune(
             early_stopping="auto" if early_stopping is None else early_stopping or None,
             probe=probe,
             announce=lambda plan: _begin(plan, output, resume=resume),
-            callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM)), _config_writer(output, options)],
+            callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM)), config_writer(output, options)],
             save_strategy="epoch",
             save_total_limit=1,
             **sizes,
@@ -202,66 +200,14 @@ def _begin(plan: Any, output: Path, *, resume: bool) -> None:
         )
 
 
-def _config_writer(output: Path, options: dict[str, Any]) -> TrainerCallback:
-    """Return a callback that writes the options when training begins; until then the folder has those of its model."""
-    from transformers import TrainerCallback
-
-    class ConfigWriter(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                output.mkdir(parents=True, exist_ok=True)
-                _write_config(output / RUN_FILE, options)
-
-    return ConfigWriter()
-
-
-def repeating_line(run: Path) -> str | None:
-    """Return the line that repeats a run, from any folder, into a new folder beside it.
-
-    Args:
-        run: the folder of the run.
-
-    Returns:
-        The line; None if the run was not started by a command.
-    """
-    file = run.absolute() / RUN_FILE
-    return _line(file, run.absolute().with_name(f"{run.absolute().name}-again")) if file.is_file() else None
-
-
-def _line(file: Path, output: Path) -> str:
-    import yaml
-
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
-    return shlex.join(["esm-efficient", "finetune", "--config", str(file), data, "-o", str(output)])
-
-
 @contextmanager
 def _resumable(output: Path) -> Iterator[None]:
     """Say how to go on if a signal ends a run."""
     try:
         yield
     except TrainingInterrupted as error:
-        line = _line(output.absolute() / RUN_FILE, output.absolute())
+        line = line_of(output.absolute() / RUN_FILE, output.absolute())
         raise TrainingInterrupted(f"{str(error).split(':')[0]}. It is saved. Go on with: {line} --resume") from error
-
-
-_WRITTEN = (
-    *("data", "model", "recipe", "epochs", "batch_size", "micro_batch", "learning_rate", "layers", "cache", "pooling"),
-    *("quantization", "class_weights", "sequence", "label", "label_kind", "unlabelled", "accession", "clusters"),
-    *("min_residues", "max_residues", "on_error", "early_stopping", "probe", "precision", "seed"),
-)
-"""The options of a run that its file has."""
-
-
-def _write_config(path: Path, options: dict[str, Any]) -> None:
-    """Write options as YAML; paths are whole, so that the file can be used from any folder."""
-    import yaml
-
-    plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in options.items()}
-    places = {name: str(Path(plain[name]).absolute()) for name in ("data", "model") if Path(plain[name]).exists()}
-    if isinstance(plain.get("layers"), tuple):
-        plain["layers"] = ",".join(map(str, plain["layers"]))
-    path.write_text(yaml.safe_dump(plain | places, sort_keys=False), encoding="utf-8")
 
 
 def _data_options(data: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -326,6 +272,8 @@ def compare(
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
     unlabelled: UnlabelledOption = None,
+    split: SplitOption = None,
+    partition: PartitionOption = None,
     clusters: ClustersOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
@@ -350,7 +298,8 @@ def compare(
     Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
     """
     read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
-    read |= {"clusters": clusters, "min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
+    read |= {"split": split, "partition": partition, "clusters": clusters}
+    read |= {"min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
     given = [name for name, value in ({"limit": limit} | read).items() if value not in (None, [])]
     if data is None and given:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --data: without a table nothing is trained")

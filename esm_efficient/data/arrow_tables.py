@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
-_FORMAT = 2
+_FORMAT = 3
 _SKIP = 'Correct them, or leave such rows out with on_error="skip"'
 """Of the cached tables; raise it when the same files and options give another table."""
 
@@ -209,13 +209,21 @@ class _TableWriter:
             )
         if given["split"] is None and not any(roles[role] for role in ("split", *FLAGS)):
             free = set(columns) - {column for role, column in roles.items() if role != "partition"} - taken
-            words = [name for name in columns if name in free and are_split_names(columns[name])]
+            words = [name for name in columns if name in free and are_split_names(self._cells_of(name, columns, path))]
             if len(words) > 1:
                 raise DataError(f"{path}: the split could be any of {listing(words)}. Name one with split=")
             roles["split"] = words[0] if words else None
         if roles["split"] is not None and roles["split"] == roles["partition"]:
             roles["partition"] = None
         return roles
+
+    def _cells_of(self, name: str, first: Mapping[str, list[Any]], path: str | Path) -> Iterator[list[Any]]:
+        """Yield the cells of a column: those of the first block, and then those of the file again, block by block."""
+        yield first[name]
+        leave_out = None if self.left_out is None else lambda *_: None
+        for block in read_blocks(path, header=self.plan.header, leave_out=leave_out):
+            if name in block.columns:
+                yield block.columns[name]
 
     def _parsed_columns(
         self, block: Block, roles: Mapping[str, str | None], path: str | Path, split: str
@@ -229,7 +237,8 @@ class _TableWriter:
         columns, places = block.columns, [f"{path}, {place}" for place in block.places]
         sequences = sequences_of(columns[roles["sequence"] or ""], places)
         residues = np.fromiter(map(count_residues, sequences), dtype=np.int32, count=len(sequences))
-        accessions = places if roles["accession"] is None else texts_of(columns[roles["accession"]])
+        named = roles["accession"]
+        accessions = [f"{Path(path).name}, {p}" for p in block.places] if named is None else texts_of(columns[named])
         parsed: dict[str, Any] = {"sequence": sequences, "accession": accessions, "residues": residues}
         column = roles["split"]
         flags = {role: (name, columns[name]) for role in FLAGS if (name := roles[role]) is not None}

@@ -51,8 +51,8 @@ def load_sequences(
     labels: str | Path | None = None,
     header: str | None = None,
     clusters: str | Path | None = None,
-    test_partitions: Sequence[int] = (4,),
-    validation_partitions: Sequence[int] = (3,),
+    test_partitions: Sequence[int] | None = None,
+    validation_partitions: Sequence[int] | None = None,
     test_size: float = 0.2,
     validation_size: float = 0.1,
     min_residues: int | None = None,
@@ -88,8 +88,9 @@ def load_sequences(
         header: a regular expression for FASTA headers, such as ``r"label=(?P<label>\w+)"``. It may match anywhere in a
             header; its named groups become columns.
         clusters: a file of MMseqs2 or CD-HIT with the cluster of each accession; each cluster is in one split.
-        test_partitions: partitions of the test set.
-        validation_partitions: partitions of the validation set; empty for none.
+        test_partitions: partitions of the test set; None for the highest, which is 4 of DeepLoc-2.0's.
+        validation_partitions: partitions of the validation set; empty for none; None for the highest that does not
+            test, if at least one more is left to train on.
         test_size: fraction of the rows in the test set, when the split is by cluster or at random.
         validation_size: fraction of the rows in the validation set, likewise; 0 for none.
         min_residues: the fewest residues of a sequence to keep; None for no bound.
@@ -184,7 +185,7 @@ def shuffled_splits(parts: Mapping[str, Dataset], seed: int) -> DatasetDict:
 def _split(
     whole: Dataset,
     clusters: str | Path | None,
-    partitions: tuple[Sequence[int], Sequence[int]],
+    partitions: tuple[Sequence[int] | None, Sequence[int] | None],
     sizes: dict[str, Any],
 ) -> dict[str, Dataset]:
     """The splits that the rows name; else by cluster, by partition or at random, whichever is possible first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from esm_efficient.data.schema import CellError, refuse_cells, texts_of, zeros_and_ones
@@ -26,14 +26,32 @@ def split_names(cells: Sequence[Any], column: str, places: Sequence[str]) -> lis
     return names
 
 
-def are_split_names(cells: Sequence[Any]) -> bool:
-    """Return whether all cells are usual words for two or three splits, one of which is ``train``."""
+def named_splits(cells: Sequence[Any]) -> set[str]:
+    """Return the splits that cells name by usual words; none if a cell is anything else."""
     names = set()
     for cell in cells:
         if not isinstance(cell, str) or (name := _WORDS.get(cell.strip().lower())) is None:
-            return False
+            return set()
         names.add(name)
-    return len(names) > 1 and "train" in names
+    return names
+
+
+def are_split_names(blocks: Iterable[Sequence[Any]]) -> bool:
+    """Return whether all cells of a column are usual words for two or three splits, one of which is ``train``.
+
+    Args:
+        blocks: the cells of the column, block by block. The rows may be sorted by their split, so that the first
+            block names one split only; the others are then asked for.
+    """
+    names: set[str] = set()
+    for cells in blocks:
+        found = named_splits(cells)
+        if not found:
+            return False
+        names |= found
+        if len(names) > 1 and "train" in names:
+            return True
+    return False
 
 
 def splits_of(

@@ -162,12 +162,18 @@ def binary_labels(
     return pa.StructArray.from_arrays([pa.array(value, from_pandas=True) for value in values], list(label_columns))
 
 
-def whole_numbers(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
-    """Parse cells as int32; a cell that is not a whole number is a DataError."""
+def whole_numbers(cells: Sequence[Any], column: str, places: Sequence[str], advice: str = "") -> np.ndarray:
+    """Parse cells as int32; a cell that is not a whole number is a DataError, with advice in place of the usual one."""
     values = [number_of(text) for text in texts_of(cells)]
     wrong = [value is None or value % 1 != 0 or abs(value) >= 2**31 for value in values]
-    refuse_cells(cells, places, wrong, f"{column} is not a whole number")
+    refuse_cells(cells, places, wrong, f"{column} is not a whole number", advice)
     return np.array(values, dtype=np.int32)
+
+
+def partitions_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
+    """Parse cells of a column that has a usual name of partitions, as int32."""
+    advice = 'Correct them, leave such rows out with on_error="skip", or pass partition=False if they are none'
+    return whole_numbers(cells, column, places, advice)
 
 
 def weights_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.ndarray:
@@ -178,7 +184,7 @@ def weights_of(cells: Sequence[Any], column: str, places: Sequence[str]) -> np.n
 
 
 OPTIONAL_COLUMNS = {
-    "partition": (whole_numbers, "int32"),
+    "partition": (partitions_of, "int32"),
     WEIGHT_COLUMN: (weights_of, "float32"),
 }
 """Columns that a table may have, beside the label: the parser of the cells and the dtype."""

@@ -25,19 +25,40 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
+MOST_FOLDS = 20
+"""The most partitions of which the highest are taken for test and validation without being named."""
+
 _HASH_BATCH_ROWS = 10_000
 _CD_HIT_MEMBER = re.compile(r"^\d+\t\S+, >(?P<name>.+?)\.\.\. ")
 
 
-def split_by_partition(dataset: Dataset, test: Sequence[int], validation: Sequence[int]) -> dict[str, Dataset]:
+def split_by_partition(
+    dataset: Dataset, test: Sequence[int] | None, validation: Sequence[int] | None
+) -> dict[str, Dataset]:
     """Split rows by their column ``partition``; partitions in neither list are for training.
+
+    Args:
+        dataset: the rows.
+        test: partitions for the test set; None for the highest.
+        validation: partitions for the validation set; None for the highest that does not test, if one is left to train.
 
     Raises:
         ConfigurationError: the lists overlap, name a partition that is not in the table, or leave nothing to test or
-            train on.
+            train on; or nothing is named and there are more than `MOST_FOLDS`.
     """
     partitions = _column(dataset, "partition")
-    check_partitions(np.unique(partitions).tolist(), test, validation)
+    present = np.unique(partitions).tolist()
+    if test is None:
+        if len(present) > MOST_FOLDS:
+            raise ConfigurationError(
+                f"the column of partitions has {len(present):,} different numbers: name those of the test set with "
+                "test_partitions=, or pass partition=False if they are no homology partitions"
+            )
+        test = [max(set(present) - set(validation or ()), default=present[-1])]
+    if validation is None:
+        free = sorted(set(present) - set(test))
+        validation = free[-1:] if len(free) > 1 else ()
+    check_partitions(present, test, validation)
     return _select_splits(dataset, np.isin(partitions, list(test)), np.isin(partitions, list(validation)))
 
 

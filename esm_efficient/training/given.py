@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
+import math
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_efficient.data.deeploc import load_deeploc
+from esm_efficient.data.download import cache_folder
 from esm_efficient.data.loading import load_sequences
 from esm_efficient.data.readers import read_blocks
 from esm_efficient.data.schema import USUAL_NAMES
@@ -30,8 +35,8 @@ NAMED_TABLES = ("demo", "deeploc")
 """``"demo"`` is the synthetic table of this package, and ``"deeploc"`` the DeepLoc-2.0 table, which is downloaded."""
 
 COMMAND_OPTIONS = (
-    *("sequence", "label", "label_kind", "unlabelled", "accession", "clusters", "min_residues", "max_residues"),
-    *("on_error", "seed"),
+    *("sequence", "label", "label_kind", "unlabelled", "accession", "split", "partition", "clusters", "min_residues"),
+    *("max_residues", "on_error", "seed"),
 )
 """The options of `load_sequences` that the commands have too, under the same names."""
 
@@ -116,7 +121,7 @@ def command_words(data: Any, options: Mapping[str, Any], model: str) -> tuple[st
             continue
         if name not in COMMAND_OPTIONS or not all(isinstance(entry, str | Path | int) for entry in values):
             return ()
-        texts = [_place(entry) if name == "clusters" else str(entry) for entry in values]
+        texts = [_place(e) if name == "clusters" else "none" if e is False else str(e) for e in values]
         words += [word for text in texts for word in (f"--{name.replace('_', '-')}", text)]
     return (*words, "--model", _place(model))
 
@@ -135,7 +140,8 @@ def _named_table(name: str, options: Mapping[str, Any]) -> DatasetDict:
     if name == "deeploc":
         return load_deeploc(**options)
     with tempfile.TemporaryDirectory() as folder:
-        return load_deeploc(write_demo_table(Path(folder) / "demo.csv"), **options)
+        content = write_demo_table(Path(folder) / "demo.csv").read_bytes()
+    return load_deeploc(_stored(content, "demo.csv"), **options)
 
 
 def _no_labels(path: str | Path) -> str:
@@ -186,13 +192,42 @@ def _frame_of(data: Any) -> tuple[pd.DataFrame, str]:
 
 def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
     """Read a DataFrame as a Parquet file is read, so that every check is the same."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table.parquet"
-        frame.to_parquet(path, index=False)
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = [str(column) for column in frame]
+    if repeated := sorted({column for column in names if names.count(column) > 1}):
+        raise DataError(f"{name} has several columns of the name {listing(repeated)}. Rename them")
+    columns = {}
+    for column, (_, cells) in zip(names, frame.items(), strict=True):
         try:
-            return splits_from(path, labelled=labelled, **options)
-        except DataError as error:
-            raise DataError(str(error).replace(str(path), name)) from error
+            columns[column] = pa.array(cells, from_pandas=True)
+        except pa.ArrowException:  # cells of several types, such as 10 and "10A"
+            columns[column] = pa.array([_as_text(cell) for cell in cells])
+    content = io.BytesIO()
+    parquet.write_table(pa.table(columns), content)
+    path = _stored(content.getvalue(), f"{name.removeprefix('the ')}.parquet")
+    try:
+        return splits_from(path, labelled=labelled, **options)
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), name)) from error
+
+
+def _as_text(cell: Any) -> str | None:
+    """Return a cell as a CSV file would have it; None for an empty one."""
+    is_empty = cell is None or (isinstance(cell, float) and math.isnan(cell))
+    return None if is_empty else str(cell)
+
+
+def _stored(content: bytes, name: str) -> Path:
+    """Return a file with this content in the cache folder, so that the tables that are made from it are found again."""
+    path = cache_folder() / "given" / hashlib.sha256(content).hexdigest()[:16] / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{os.getpid()}.part")
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    return path
 
 
 def evaluated_split(dataset: DatasetDict) -> str:

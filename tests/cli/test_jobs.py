@@ -303,3 +303,38 @@ def test_the_description_of_a_table_without_labels_says_so(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "read as one class: 'No' as 'no'. To keep them apart, pass --label-kind class if each" in captured.err
     assert "label no " in captured.out
+
+
+def test_columns_that_only_look_like_splits_can_be_ignored(tmp_path, capsys):
+    table = frame(40)[["id", "sequence", "label"]].assign(stage=["adult", "larva"] * 20, fold=range(40))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    command = ["data", str(tmp_path / "t.csv")]
+    assert main(command) == 1
+    assert "stage is not train, validation or test in 40 row(s)" in (error := capsys.readouterr().err)
+    assert "If it says something else, pass --split none" in error
+    assert main([*command, "--split", "none"]) == 1
+    assert "40 different numbers" in (error := capsys.readouterr().err)
+    assert "or pass --partition none" in error
+    assert main([*command, "--split", "none", "--partition", "none"]) == 0
+    table.assign(phase=["train", "train", "test", "validation"] * 10).to_csv(tmp_path / "t.csv", index=False)
+    capsys.readouterr()
+    assert main([*command, "--split", "phase", "--partition", "none", "--json"]) == 0
+    splits = json.loads(capsys.readouterr().out)["splits"]
+    assert {name: split["sequences"] for name, split in splits.items()} == {"train": 20, "validation": 10, "test": 10}
+
+
+def test_the_file_of_a_run_repeats_that_a_column_is_ignored(tmp_path, monkeypatch):
+    frame(40)[["id", "sequence", "label"]].to_csv(tmp_path / "t.csv", index=False)
+    given = []
+
+    def record(*_, data_options, callbacks, **__):
+        given.append(data_options)
+        callbacks[-1].on_train_begin(None, TrainerState(), None)
+        raise DataError("stopped")
+
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", record)
+    command = ["finetune", str(tmp_path / "t.csv"), "-o", str(tmp_path / "o")]
+    assert main([*command, "--split", "none", "--partition", "fold"]) == 1
+    assert main([*command, "--config", str(tmp_path / "o" / "run.yaml")]) == 1
+    assert given[0] == given[1]
+    assert (given[0]["split"], given[0]["partition"]) == (False, "fold")

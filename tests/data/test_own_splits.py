@@ -6,6 +6,7 @@ import pytest
 from sequence_files import frame, put, write
 
 from esm_efficient import load_sequences
+from esm_efficient.data.readers import read_blocks
 from esm_efficient.errors import ConfigurationError, DataError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
@@ -84,3 +85,40 @@ def test_an_option_that_the_splits_of_the_file_would_overrule_is_refused(tmp_pat
 def test_wrong_words_can_be_left_out(tmp_path):
     path = write(put(table().assign(set=WORDS), "set", "?"), tmp_path / "a.csv")
     assert sum(map(len, load_sequences(path, on_error="skip").values())) == 39
+
+
+def test_a_column_of_splits_is_found_in_rows_that_are_sorted_by_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(read_blocks.__kwdefaults__, "rows", 10)
+    rows = table().assign(phase=["train"] * 28 + ["val"] * 4 + ["test"] * 8, origin=["train"] * 39 + ["plane"])
+    for order in (rows, rows[::-1], rows.sample(frac=1.0, random_state=0)):
+        splits = load_sequences(write(order, tmp_path / "a.csv"))
+        assert {name: len(split) for name, split in splits.items()} == {"train": 28, "validation": 4, "test": 8}
+
+
+@pytest.mark.parametrize(
+    ("partitions", "test", "validation"),
+    [([0, 1, 2, 3, 4], 4, 3), ([0, 1, 2], 2, 1), ([1, 2], 2, None), ([5, 7, 9], 9, 7)],
+)
+def test_the_highest_partitions_test_and_validate(tmp_path, partitions, test, validation):
+    folds = [partitions[row % len(partitions)] for row in range(40)]
+    splits = load_sequences(write(table().assign(fold=folds), tmp_path / "a.csv"))
+    assert set(splits["test"]["partition"]) == {test}
+    assert ("validation" in splits) == (validation is not None)
+    if validation is not None:
+        assert set(splits["validation"]["partition"]) == {validation}
+    assert set(splits["train"]["partition"]) == set(partitions) - {test, validation}
+
+
+def test_numbers_that_may_be_no_partitions_are_asked_for(tmp_path):
+    path = write(table().assign(fold=range(40)), tmp_path / "a.csv")
+    with pytest.raises(ConfigurationError, match=r"40 different numbers.*test_partitions=, or pass partition=False"):
+        load_sequences(path)
+    assert "partition" not in load_sequences(path, partition=False)["train"].column_names
+    assert len(load_sequences(path, test_partitions=[3], validation_partitions=[])["test"]) == 1
+    with pytest.raises(DataError, match="or pass partition=False if they are none"):
+        load_sequences(write(table().assign(fold=["a.1.1"] * 40), tmp_path / "b.csv"))
+
+
+def test_one_partition_leaves_nothing_to_train_on(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"no partition of \[0\] is left to train on"):
+        load_sequences(write(table().assign(fold=0), tmp_path / "a.csv"))

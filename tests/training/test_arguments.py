@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 from esm_efficient import EsmClassifier, compat, demo_model_path, finetune, recipe_arguments
 from esm_efficient.cli import training
 from esm_efficient.errors import ConfigurationError, DivergenceError
-from esm_efficient.training import run_plan
+from esm_efficient.training import job, run_plan
 from esm_efficient.training.arguments import half_dtype, refuse_unsaved_weights
 from esm_efficient.training.divergence import DivergenceWatch
 
@@ -124,7 +124,7 @@ def test_fusion_reaches_the_estimate_and_the_lean_encoder(tmp_path, monkeypatch)
 
     monkeypatch.setattr(run_plan, "estimate", note)
     monkeypatch.setattr(sys.modules["esm_efficient.training.finetune"], "apply_lean_encoder_if_supported", note)
-    data = (["MKTAYIAK", "MKT", "AYIAK", "MAAA"] * 4, ["a", "b", "a", "b"] * 4)
+    data = (["MKT" + "A" * row for row in range(16)], ["a", "b", "a", "b"] * 4)
     with pytest.raises(Stop):
         finetune(demo_model_path(), data, output_dir=tmp_path, probe=False, fused=True, announce=lambda plan: None)
     assert options[0]["fused"] is True
@@ -159,8 +159,16 @@ def fp16_on_a_cpu(monkeypatch):
             self.native_amp, self.scaler = True, scaler
             self.state._mixed_precision = "fp16"
 
+    make = job.recipe_arguments
+
+    def with_an_accelerator(*args, **options):
+        """Torch itself must not be told of one: with a CUDA build it would look for a driver."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.accelerator, "is_available", lambda: True)
+            return make(*args, **options)
+
     monkeypatch.setattr(Accelerator, "__init__", init)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(job, "recipe_arguments", with_an_accelerator)
     yield scaler
     AcceleratorState._reset_state()
 

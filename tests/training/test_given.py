@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -109,3 +111,27 @@ def test_a_label_without_a_training_example_is_refused_before_a_model_is_loaded(
     )
     with pytest.raises(DataError, match=r"no training example has the label b.*class_weights=None"):
         finetune(str(tmp_path / "no model"), DatasetDict(train=train, test=test), output_dir=tmp_path)
+
+
+def test_a_column_with_cells_of_several_types_is_read_as_text():
+    rows = table()
+    mixed = rows.assign(number=[10, "10A", None, 1.5] * 10)
+    assert sum(map(len, splits_from(mixed, label="label").values())) == 40
+    with pytest.raises(DataError, match=r"the label is a number in the DataFrame, row \d+: '0', but not in"):
+        splits_from(rows.assign(label=["yes", 0] * 20), label="label")
+
+
+def test_a_frame_is_written_to_the_cache_once_and_its_rows_are_named_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path))
+    first = splits_from(table()[["sequence", "label"]], label="label")
+    files = sorted(tmp_path.rglob("*"))
+    splits_from(table()[["sequence", "label"]], label="label")
+    splits_from("demo")
+    with_demo = sorted(tmp_path.rglob("*"))
+    splits_from("demo")
+    assert sorted(tmp_path.rglob("*")) == with_demo
+    assert set(files) < set(with_demo)
+    with pytest.raises(DataError, match="the DataFrame has several columns of the name label"):
+        splits_from(pd.concat([table(), table()[["label"]]], axis=1))
+    assert len([file for file in files if file.suffix == ".parquet"]) == 1
+    assert all(re.fullmatch(r"DataFrame\.parquet, row \d+", name) for name in first["test"]["accession"])
