@@ -146,7 +146,7 @@ def as_typed(message: str, parameters: Sequence[Any]) -> str:
             if match[1] in ('""', "''"):
                 return f'{on} ""'
             value = (match[1] or "").strip("\"'")
-            return {"True": on, "False": off, "": on}.get(value, f"{on} {value}")
+            return {"True": on, "False": off, "": on, "None": f"{on} none"}.get(value, f"{on} {value}")
 
         for name in (parameter.name, *_OTHER_NAMES.get(parameter.name, ())):
             message = re.sub(rf"\b(?<![-\w.]){name}=({_VALUE})?", typed, message)

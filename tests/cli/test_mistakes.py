@@ -154,6 +154,9 @@ def test_mistakes_in_arguments_are_seen_without_torch(folder):
         ("token_budget=512: too small", "--token-budget 512: too small"),
         ("Name them with accession= and sequence=", "Name them with --accession and --sequence"),
         ('unlabelled="" if each is a class', '--unlabelled "" if each is a class'),
+        ("or pass class_weights=None", "or pass --class-weights none"),
+        ("pass split=False or partition=False", "pass --split none or --partition none"),
+        ("leave probe=False away", "leave --no-probe away"),
         ("the name x_keep=3 stays", "the name x_keep=3 stays"),
         ("Predictor.load(..., task=3) stays", "Predictor.load(..., task=3) stays"),
     ],
@@ -161,5 +164,5 @@ def test_mistakes_in_arguments_are_seen_without_torch(folder):
 def test_messages_name_the_options_that_are_typed(message, expected):
     from esm_efficient.cli import parameters_of
 
-    command = "finetune" if "unlabelled" in message else "predict"
+    command = "predict" if "keep" in message or "task" in message or "budget" in message else "finetune"
     assert as_typed(message, parameters_of([command, "m", "x"])) == expected
