@@ -148,11 +148,20 @@ def test_the_page_opens_in_a_browser_without_a_network(measured, tmp_path):
         ({"precision": "bf16"}, "precision: options of training, which needs a dataset"),
         ({"recipes": ["lora", RECIPES["lora"].replace(r=64)]}, "share a name"),
         ({"recipes": ["best"]}, "no recipe is named"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: give steps and epochs, and batch_size"),
     ],
 )
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         compare("8M", **options)
+
+
+def test_sizes_of_batches_are_those_of_the_runs(data):
+    options = {"recipes": ["frozen"], "steps": 2, "epochs": 1, "batch_size": 4, "seeds": [0], "disable_tqdm": True}
+    comparison = compare(demo_model_path(), data, **options)
+    rows = len(data["train"])
+    assert at(comparison, "epochs")["frozen"].steps == -(-rows // 4)
+    assert at(comparison, "steps")["frozen"].epochs == 2 * 4 / rows
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones(data):

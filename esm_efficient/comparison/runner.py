@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from esm_efficient.training.result import FinetuneResult
 
+_SIZES = ("batch_size", "micro_batch", "quantization")
+_COUNTED = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+
 
 def compare(
     model: str | Path | PreTrainedConfig | PreTrainedModel,
@@ -75,6 +78,8 @@ def compare(
         ['base', 'all']
     """
     chosen = _check_recipes(recipes)
+    if counted := [name for name in _COUNTED if name in finetune_options]:
+        raise ConfigurationError(f"{counted[0]}: give steps and epochs, and batch_size and micro_batch, instead")
     if steps < 1 or epochs <= 0 or (dataset is not None and not seeds):
         raise ConfigurationError(
             f"steps={steps}, epochs={epochs}, seeds={list(seeds)}: expected at least 1 step, more than 0 epochs, and "
@@ -82,6 +87,11 @@ def compare(
         )
     if dataset is None and finetune_options:
         raise ConfigurationError(f"{', '.join(finetune_options)}: options of training, which needs a dataset")
+    sizes = {name: finetune_options.pop(name) for name in _SIZES if name in finetune_options}
+    if sizes:
+        from esm_efficient.training.options import resolve_options
+
+        chosen = [resolve_options(recipe, sizes)[0] for recipe in chosen]
     best = "mcc"
     if dataset is None:
         lengths = data_lengths(tokens, sequences)

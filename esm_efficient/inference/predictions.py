@@ -39,9 +39,9 @@ def predict_file(
 
     The columns of the output are ``accession`` and: ``label``, ``score`` (its probability) and ``probability_NAME`` of
     each class; with several labels per sequence ``labels`` and the probabilities; with one class per residue ``labels``
-    and ``scores``, lists with an entry per residue; with numbers, a column for each of them. CSV has spaces between the
-    entries of a list. An ensemble adds ``spread_NAME`` of each of the named columns, or ``spreads``: the standard
-    deviation over its members.
+    and ``scores``, lists with an entry per residue; with numbers, a column for each of them. In CSV there is ``|``
+    between several labels of a sequence, and a space between the entries of other lists. An ensemble adds
+    ``spread_NAME`` of each of the named columns, or ``spreads``: the standard deviation over its members.
 
     Args:
         model: a `Predictor`, or what `Predictor.load` loads.
@@ -65,11 +65,17 @@ def predict_file(
     Example:
         >>> predict_file("output/adapter", "proteome.fasta", "predictions.csv")  # doctest: +SKIP
     """
-    written_as(output)
+    import pyarrow as pa
+
+    is_csv = written_as(output) == "csv"
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
 
     def compute(sequences: list[str]) -> Mapping[str, Any]:
-        return columns_of(predictor.predict(sequences, keep=keep, token_budget=token_budget), predictor.task)
+        found = predictor.predict(sequences, keep=keep, token_budget=token_budget)
+        columns = columns_of(found, predictor.task)
+        if is_csv and predictor.task.kind == "multi_label_classification":  # a name may have spaces
+            columns["labels"] = pa.array(["|".join(prediction.labels) for prediction in found])
+        return columns
 
     longest = predictor.max_tokens - SPECIAL_TOKENS
     reading = windows_for(keep, longest) or keep

@@ -92,13 +92,13 @@ def model_card(facts: CardFacts, base_model: str, *, holds: Holds, dataset: str 
     """
     base = Path(base_model).name if Path(base_model).is_absolute() else base_model
     title = f"{one_line(Path(base).name)}, fine-tuned: {one_line(facts.task.describe())}"
-    metadata = _metadata(facts, title, base, dataset, holds)
+    is_esm2 = not Path(base_model).is_absolute() and size_of(base_model) is not None  # not anyone's folder of that name
+    metadata = _metadata(facts, title, base, dataset, holds, is_esm2=is_esm2)
     thresholds = "".join(
         f"\n- {escape_markdown(name)}: {value:.3f}" for name, value in (facts.thresholds or {}).items()
     )
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     settings = {"base model": base, **facts.settings, "esm_efficient": __version__, **versions}
-    is_esm2 = size_of(base) is not None
     licence = "The base model has the MIT licence." if is_esm2 else "The licence of the base model applies."
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {escape_markdown(title)}",
@@ -139,7 +139,7 @@ def _data(facts: CardFacts, dataset: str) -> str:
     return f"## Data\n\n{named}" + format_markdown(facts.data.rows(), ("", *facts.data.splits))
 
 
-def _metadata(facts: CardFacts, title: str, base: str, dataset: str, holds: Holds) -> ModelCardData:
+def _metadata(facts: CardFacts, title: str, base: str, dataset: str, holds: Holds, *, is_esm2: bool) -> ModelCardData:
     of_tokens = facts.task.head == "token-classification"
     pipeline = "token-classification" if of_tokens else "text-classification"
     name = one_line(dataset) or "unnamed"
@@ -148,7 +148,7 @@ def _metadata(facts: CardFacts, title: str, base: str, dataset: str, holds: Hold
     return ModelCardData(
         model_name=title,
         base_model=base if "/" in base else None,
-        license=_ESM2_LICENCE if size_of(base) is not None else None,
+        license=_ESM2_LICENCE if is_esm2 else None,
         library_name=library,
         pipeline_tag=pipeline,
         tags=["esm2", "protein", "biology", *(["lora"] if holds != "model" else [])],

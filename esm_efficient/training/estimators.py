@@ -188,7 +188,12 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
         Raises:
             DataError: X and y have different lengths, y has one class or several columns, or a text is not a protein.
         """
+        import pandas as pd
+
         labels = np.asarray(y)
+        # numpy would make the text "nan" of a missing label among names.
+        if missing := sum(bool(pd.isna(cell)) for cell in y if np.ndim(cell) == 0):
+            raise DataError(f"{missing} of {len(labels)} labels are missing: remove these sequences")
         if labels.ndim != 1:
             raise DataError(
                 f"y has the shape {labels.shape}: expected one class per sequence. finetune() trains several"
@@ -199,7 +204,8 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
         names = [str(name) for name in self.classes_]
         weights: Any = self.class_weight
         if isinstance(weights, dict):
-            weights = {str(name): weight for name, weight in weights.items()}
+            known = dict(zip(self.classes_.tolist(), names, strict=True))  # 0, 0.0 and False are one key
+            weights = {known.get(name, str(name)): weight for name, weight in weights.items()}
         return self._fit(_texts(X), numbers.tolist(), ClassLabel(names=names), sample_weight, class_weights=weights)
 
     def predict_proba(self, X: Any) -> np.ndarray:

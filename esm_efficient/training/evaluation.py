@@ -133,15 +133,15 @@ def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, t
             "Splits that are tokenised already are not taken"
         )
     order = _matched_names(task_of(dataset.features), predictor.task)
-    logits = predictor.logits(dataset["sequence"], keep=keep, token_budget=token_budget)
-    if not logits:
+    if not len(dataset):
         raise DataError("the data set has no row: there is nothing to evaluate")
     labels = _labels(dataset["label"], predictor.task, order)
+    if predictor.task.kind == "token_classification":
+        _check_lengths(labels, predictor.encoder(list(dataset["sequence"])).residues)
+    logits = predictor.logits(dataset["sequence"], keep=keep, token_budget=token_budget)
     logger.info("evaluated on %d sequences", len(logits))
     if predictor.task.kind != "token_classification":
         return EvalPrediction(predictions=np.stack(logits), label_ids=np.stack(labels))
-    residues = predictor.encoder(list(dataset["sequence"])).residues
-    _check_lengths(labels, residues)
     if part := _part(keep):
         limit = predictor.max_tokens - SPECIAL_TOKENS
         labels = [row[truncation_mask(np.array([len(row)]), limit, part)] for row in labels]
@@ -180,7 +180,7 @@ def _labels(cells: Any, task: Task, order: Mapping[str, int]) -> list[np.ndarray
     if task.kind == "single_label_classification":
         return [np.array(_class(cell, places)) for cell in cells]
     if task.kind == "token_classification":
-        return [np.array([_class(cell, places) for cell in row], dtype=np.int64) for row in cells]
+        return [np.array([_class(cell, places) for cell in row or ()], dtype=np.int64) for row in cells]
     rows = np.full((len(cells), len(task.names)), np.nan)
     for row, cell in zip(rows, cells, strict=True):
         if cell is None:

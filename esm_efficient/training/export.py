@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from esm_efficient.adapters.quantization import count_parameters, merge_quantized
@@ -101,9 +103,9 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigurationError: `folder` is a file, the tokenizer or the name of the base model is missing, the model has no
-            classification head, or its adapters cannot be merged; or the packages for ONNX are not installed, or
-            onnxruntime does not compute the logits of the model.
+        ConfigurationError: `folder` is a file or has an adapter in it, the tokenizer or the name of the base model is
+            missing, the model has no classification head, or its adapters cannot be merged; or the packages for ONNX
+            are not installed, or onnxruntime does not compute the logits of the model.
 
     Example:
         >>> result = finetune("facebook/esm2_t6_8M_UR50D", data)  # doctest: +SKIP
@@ -114,6 +116,10 @@ def export_model(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is a file: expected a folder to write to")
+    if (folder / CONFIG_NAME).is_file():
+        raise ConfigurationError(
+            f"{folder} has an adapter in it, which would be applied to the merged weights again: give another folder"
+        )
     if isinstance(trained, str | Path):
         trained = _load_run(trained)
     found = _trained(trained, tokenizer, metrics, evaluated_on)
@@ -128,6 +134,8 @@ def export_model(
     if adapted:
         _save_adapter(model, folder / "adapter", found, base_model, dataset)
         model = merge_quantized(model).cpu().float().merge_and_unload()
+    elif (folder / "adapter" / CONFIG_NAME).is_file():  # of another model that was exported here before
+        shutil.rmtree(folder / "adapter")
     with portable_saving(model):
         model.save_pretrained(folder)
     save_tokenizer(found.tokenizer, folder)
@@ -238,7 +246,7 @@ def _save_adapter(model: Any, folder: Path, found: _Trained, base_model: str, da
     save_tokenizer(found.tokenizer, folder)
     card = model_card(found.facts, base_model, holds="adapter", dataset=dataset)
     (folder / "README.md").write_text(card, encoding="utf-8")  # instead of peft's template
-    for path in folder.rglob("adapter_config.json"):
+    for path in folder.rglob(CONFIG_NAME):
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from esm_efficient.adapters.registry import find_architecture, is_in_head
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import SPECIAL_TOKENS, Task
+from esm_efficient.training.losses import LARGEST_NUMBER
 from esm_efficient.training.weights import dataset_labels
 from esm_efficient.trunk.split import SkippedEmbeddings
 
@@ -69,7 +70,8 @@ def measure_scale(dataset: Any, names: Sequence[str]) -> LabelScale:
         names: names of the numbers in their order.
 
     Raises:
-        DataError: a number is infinite, none is known, or one is so large that the others cannot be told apart.
+        DataError: a number is infinite or above `LARGEST_NUMBER`, none is known, or one is so large that the others
+            cannot be told apart.
     """
     if hasattr(dataset, "__len__"):
         labels = dataset_labels(dataset)
@@ -94,6 +96,8 @@ def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
             f"{name}: the label {column[far]:g} in row {far + 1} is so far from the others that they cannot be told "
             "apart beside it: correct or remove it, or regress the logarithm"
         )
+    if (largest := float(np.abs(known).max())) > LARGEST_NUMBER:
+        raise DataError(f"{name}: a label is {largest:g}: expected at most {LARGEST_NUMBER:g}. Give a larger unit")
     spread = float(np.subtract(*np.percentile(known, (75, 25))))
     if 0 < spread < std / _MOST_SPREAD:
         logger.warning(

@@ -88,10 +88,12 @@ def starting_model(
 
 
 def name_of_model(model: Any) -> str:
-    """Return the Hub name or the folder of the model that a run begins with; empty if it is not known."""
+    """Return the Hub name or the whole path of the model that a run begins with; empty if it is not known."""
     if isinstance(model, str | Path):
-        return hub_name(str(model))
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+        name = hub_name(str(model))
+    else:
+        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def _load_pretrained(

@@ -109,6 +109,7 @@ def test_weights_of_sequences_and_of_classes_move_the_prediction(folder):
     for options, weight in (
         ({"class_weight": None}, np.where(y, 9.0, 1.0)),
         ({"class_weight": {True: 9.0, False: 1.0}}, None),
+        ({"class_weight": {1: 9.0, 0: 1.0}}, None),
     ):
         model = quick(EsmClassifier, folder, **options).fit(sequences, y, sample_weight=weight)
         assert model.predict_proba(sequences)[:, 1].mean() > 0.7
@@ -121,7 +122,11 @@ def test_weights_of_sequences_and_of_classes_move_the_prediction(folder):
         (EsmClassifier, ["MKT"] * 3, [1, 1, 1], "all sequences have the class"),
         (EsmClassifier, ["MKT"] * 2, [[0, 1], [1, 0]], "expected one class per sequence"),
         (EsmClassifier, ["proteins.fasta", "MKT"], [0, 1], "not protein sequences"),
+        (EsmClassifier, ["MKT"] * 3, ["a", "b", float("nan")], "1 of 3 labels are missing"),
+        (EsmClassifier, ["MKT"] * 3, pd.Series([1.0, None, 0.0]), "1 of 3 labels are missing"),
+        (EsmClassifier, ["MKT"] * 3, np.array(["a", None, "b"], dtype=object), "1 of 3 labels are missing"),
         (EsmRegressor, ["MKT", "MAL"], [1.0, np.nan], "not finite"),
+        (EsmRegressor, ["MKT", "MAL"], [1e23, 2e23], r"a label is 2e\+23: expected at most 1e\+18"),
     ],
 )
 def test_data_that_cannot_be_fitted_are_refused(folder, kind, X, y, message):

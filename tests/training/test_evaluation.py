@@ -116,6 +116,13 @@ def test_other_data_is_refused(tokenizer, data, message):
         evaluate(predictor_for("single_label_classification", tokenizer), data)
 
 
+def test_a_sequence_without_labels_of_residues_is_refused_before_anything_is_predicted(tokenizer, monkeypatch):
+    predictor = predictor_for("token_classification", tokenizer)
+    monkeypatch.setattr(predictor, "logits", lambda *_, **__: pytest.fail("it predicts"))
+    with pytest.raises(DataError, match=r"row 2 \(0 and 2\)"):
+        evaluate(predictor, dataset_of([[0, 1], None], List(CLASSES), ["MK", "MK"]))
+
+
 def test_other_numbers_of_labels_are_refused(tokenizer):
     data = dataset_of([[0, 1], [0]], List(CLASSES), ["MK", "MK"])
     with pytest.raises(DataError, match=r"another number of labels than of residues: row 2 \(1 and 2\)"):

@@ -118,6 +118,25 @@ def test_a_file_in_place_of_the_folder_is_refused(run, tmp_path):
         export_model(run[0], tmp_path / "file", base_model="someone/demo")
 
 
+def test_an_adapter_and_merged_weights_do_not_share_a_folder(run, tmp_path, tokenizer):
+    result, folder = run
+    if (folder / "adapter").exists():
+        with pytest.raises(ConfigurationError, match=r"has an adapter in it, which would be applied .* again"):
+            export_model(result, result.model_dir, base_model="someone/demo")
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    for source in (result, model):
+        options = {} if source is result else {"tokenizer": tokenizer}
+        export_model(source, tmp_path / "out", base_model="someone/demo", **options)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_the_licence_of_a_folder_is_not_that_of_the_model_whose_name_it_has(run, tmp_path):
+    for base, licence in (("facebook/esm2_t6_8M_UR50D", "mit"), (str(tmp_path / "esm2_t6_8M"), None)):
+        card = ModelCard.load(export_model(run[0], tmp_path / "out", base_model=base) / "README.md")
+        assert card.data.license == licence
+        assert ("has the MIT licence" in card.content) == (licence == "mit")
+
+
 # --- models of one's own ---
 
 

@@ -13,7 +13,7 @@ from transformers import EsmForSequenceClassification, EsmModel
 from esm_efficient import RECIPES, prepare_model, recipe_adapters
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import Task
-from esm_efficient.training.start import starting_model
+from esm_efficient.training.start import name_of_model, starting_model
 
 TASK = Task("single_label_classification", ("no", "yes"))
 TOP = Recipe("top", "full", 1e-4, layers="top-1")
@@ -104,3 +104,13 @@ def test_loading_needs_no_more_memory_than_the_model_as_it_is_held(tmp_path):
     held = sum(parameter.untyped_storage().nbytes() for parameter in loaded.parameters())
     assert held < 0.52 * in_float32
     assert max(seen) < held + 0.1 * in_float32
+
+
+def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert name_of_model("models/mine") == str(tmp_path / "models" / "mine")
+    assert name_of_model("8M") == "facebook/esm2_t6_8M_UR50D"
+    assert name_of_model("someone/model") == "someone/model"
+    assert name_of_model(object()) == ""
