@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +50,31 @@ def quantization_config(quantization: Quantization, *, dtype: torch.dtype | None
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype or torch.float32,
         **options,
+    )
+
+
+def quantization_of(config: Any) -> Quantization | None:
+    """Return how the weights of a model are held, by its config; None if they are not quantised.
+
+    Raises:
+        ConfigurationError: they are quantised in another way than by bitsandbytes in 4 or 8 bits.
+
+    Example:
+        >>> from transformers import EsmConfig
+        >>> quantization_of(EsmConfig(quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}))
+        '4bit'
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    options = found if isinstance(found, Mapping) else found.to_dict()
+    if options.get("load_in_4bit"):
+        return "4bit"
+    if options.get("load_in_8bit"):
+        return "8bit"
+    raise ConfigurationError(
+        f"the model is quantised with {options.get('quant_method', 'an unknown method')}: expected bitsandbytes, in 4 "
+        "or 8 bits"
     )
 
 

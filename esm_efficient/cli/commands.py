@@ -252,7 +252,8 @@ def recommend(
             padding=padding,
         )
     show(result, as_json)
-    line = _training_line(model, result.recipe, epochs, precision)
+    is_usual = optimizer == "adamw_fused" and attention == "sdpa" and padding is None
+    line = _training_line(model, result.recipe, epochs, precision) if is_usual else ""
     if line and not as_json:
         show(f"\nTrain with it: {line}", as_json)
 

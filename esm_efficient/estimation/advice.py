@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from esm_efficient import compat
+from esm_efficient.adapters.quantization import quantization_of
 from esm_efficient.adapters.registry import PRESETS, encoder_layers, find_architecture
 from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import CATEGORIES, Memory, OutOfMemoryError
@@ -18,6 +19,7 @@ from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.estimation.recommend import describe_setting
+from esm_efficient.heads import pooling_of_model
 from esm_efficient.recipes import RECIPES, Encoder, Precision, Recipe, Trains
 from esm_efficient.reporting import format_bytes
 from esm_efficient.tasks import head_of
@@ -149,7 +151,12 @@ def _recipe_of(model: Any, base: Any) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the recipe of a model in training, as far as the model shows it, and the options of its adapters."""
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     encoder: Encoder = "lean" if has_lean_encoder(base) else "plain"
+    layers = encoder_layers(base)
+    trained = tuple(n for n, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
     settings: dict[str, Any] = {"gradient_checkpointing": compat.is_checkpointing(base), "encoder": encoder}
+    if 0 < len(trained) < len(layers):
+        settings["layers"] = trained
+    settings["pooling"] = pooling_of_model(base)
     if configs:
         config = next(iter(configs.values()))
         targets = config.target_modules
@@ -160,7 +167,7 @@ def _recipe_of(model: Any, base: Any) -> tuple[Recipe, dict[str, Any] | None]:
             presets = {frozenset(suffixes(*roles)): name for name, roles in PRESETS.items()}
             preset = presets.get(frozenset(targets), ", ".join(sorted(targets)))
             options["target_modules"] = sorted(targets)
-        return Recipe("this run", "adapters", 1e-3, preset=preset, r=getattr(config, "r", 8), **settings), options
-    layers = encoder_layers(base)
-    trains: Trains = "full" if layers and all(p.requires_grad for p in layers[0].parameters()) else "head"
+        settings |= {"r": getattr(config, "r", 8), "quantization": quantization_of(base.config)}
+        return Recipe("this run", "adapters", 1e-3, preset=preset, **settings), options
+    trains: Trains = "full" if trained else "head"
     return Recipe("this run", trains, 1e-4, **settings), None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from esm_efficient.adapters.quantization import quantization_of
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device, get_device
 from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.errors import ConfigurationError
@@ -283,6 +284,8 @@ def estimate(
     name, config = resolve_config(model)
     changes = {"micro_batch": micro_batch, "accumulation": accumulation, "preset": preset}
     recipe = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})
+    if recipe.quantization is None and (held := quantization_of(config)):
+        recipe = recipe.replace(quantization=held)
     device = get_device(device)
     if precision == "auto":
         precision = device.precision
@@ -371,7 +374,7 @@ def _phase_costs(largest: Simulation, average: Simulation, device: Device) -> tu
         peaks = [memory_of(segment.peak) for segment in largest.segments if segment.phase == name]
         costs[name] = PhaseCost(max(peaks, key=lambda peak: peak.total), flops, moved, kernels, float(seconds))
     busy, kernels = totals[:, 2:].sum(axis=0)
-    return costs, bool(device.flops_per_second and kernels * device.launch_seconds > busy)
+    return costs, bool(device.flops_per_second and device.bandwidth and kernels * device.launch_seconds > busy)
 
 
 def _timeline(simulation: Simulation, device: Device, accumulation: int) -> tuple[TimelinePoint, ...]:

@@ -48,13 +48,14 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
         )
     if model == "demo":
         model = hub_name(model)
-    if (Path(model) / "config.json").is_file():
-        return Path(model).resolve().name, AutoConfig.from_pretrained(model)
+    for folder in (Path(model), Path(model) / BASE_CONFIG):  # of an adapter, the config of its base is beside it
+        if (folder / "config.json").is_file():
+            return Path(model).resolve().name, AutoConfig.from_pretrained(folder)
     size = size_of(str(model))
     if size is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         try:
             return str(model), AutoConfig.from_pretrained(model)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
             raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {error}") from error
     if size is None:
         raise ConfigurationError(
@@ -85,6 +86,16 @@ def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
     )
 
 
+BASE_CONFIG = "base_config"
+"""The folder beside an adapter with the config of its base model (`esm_efficient.saving.save_base_config`)."""
+
+MAX_TOKENS = 1024
+"""The most tokens of a sequence that `finetune` reads unless it is told otherwise."""
+
+_UNREADABLE = (
+    "tokens: got {}: expected a whole number, many of them, or a dataset, such as load_sequences returns for a file"
+)
+
 DEFAULT_SEQUENCES = 15_876
 """Sequences of a data set that is known only by the tokens of a sequence: the proteins of DeepLoc-2.0 with 100 to 512
 residues."""
@@ -111,13 +122,14 @@ class DataLengths:
         return float(total + figure(np.array(self.validation, dtype=np.int64)).sum())
 
 
-def data_lengths(tokens: Any, sequences: int | None = None) -> DataLengths:
+def data_lengths(tokens: Any, sequences: int | None = None, *, max_tokens: int = MAX_TOKENS) -> DataLengths:
     """Return the lengths of a run's sequences.
 
     Args:
         tokens: as in `token_lengths`. Of a DatasetDict the split ``validation`` is read too.
         sequences: number of training sequences. None for that of `tokens`, or `DEFAULT_SEQUENCES` if `tokens` is one
             number.
+        max_tokens: as in `token_lengths`.
 
     Raises:
         ConfigurationError: as `token_lengths`, or `sequences` is below 1.
@@ -126,24 +138,25 @@ def data_lengths(tokens: Any, sequences: int | None = None) -> DataLengths:
         return tokens
     if sequences is not None and sequences < 1:
         raise ConfigurationError(f"sequences={sequences}: expected at least 1 training sequence")
-    train = token_lengths(tokens)
+    train = token_lengths(tokens, max_tokens=max_tokens)
     validation: Any = ()
     if isinstance(tokens, dict) and "validation" in tokens:
-        validation = token_lengths(tokens["validation"])
+        validation = token_lengths(tokens["validation"], max_tokens=max_tokens)
     return DataLengths(
         train, sequences or (DEFAULT_SEQUENCES if isinstance(train, int) else len(train)), tuple(validation)
     )
 
 
-def token_lengths(tokens: Any) -> int | list[int]:
+def token_lengths(tokens: Any, *, max_tokens: int = MAX_TOKENS) -> int | list[int]:
     """Return the tokens of one sequence or of many, special tokens included.
 
     Args:
         tokens: a number; many numbers; or a dataset with one of the columns ``tokens``, ``input_ids``, ``residues`` or
             ``sequence``. Two special tokens are added to residues. In a DatasetDict the split ``train`` is read.
+        max_tokens: the most tokens that `finetune` reads of a sequence; numbers and token ids stay as they are.
 
     Raises:
-        ConfigurationError: there is no sequence, or the dataset has none of these columns.
+        ConfigurationError: there is no sequence, the dataset has none of these columns, or `tokens` is anything else.
 
     Example:
         >>> token_lengths(512), token_lengths([100, 200])
@@ -151,18 +164,24 @@ def token_lengths(tokens: Any) -> int | list[int]:
     """
     if isinstance(tokens, numbers.Integral):
         return int(tokens)
+    if isinstance(tokens, str | Path | numbers.Number):
+        raise ConfigurationError(_UNREADABLE.format(tokens))
     data = tokens["train"] if isinstance(tokens, dict) and "train" in tokens else tokens
     columns = getattr(data, "column_names", None)
     if columns is None:
-        lengths = [int(n) for n in data]
+        try:
+            lengths = [int(n) for n in data]
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(_UNREADABLE.format(f"a {type(data).__name__}")) from error
     elif "tokens" in columns:
         lengths = [int(n) for n in data["tokens"]]
     elif "input_ids" in columns:
         lengths = [len(ids) for ids in data["input_ids"]]
     elif "residues" in columns:
-        lengths = [int(n) + SPECIAL_TOKENS for n in data["residues"]]
+        lengths = [min(int(n) + SPECIAL_TOKENS, max_tokens) for n in data["residues"]]
     elif "sequence" in columns:
-        lengths = [count_residues(clean(sequence)) + SPECIAL_TOKENS for sequence in data["sequence"]]
+        residues = (count_residues(clean(sequence)) for sequence in data["sequence"])
+        lengths = [min(count + SPECIAL_TOKENS, max_tokens) for count in residues]
     else:
         raise ConfigurationError(
             f"the dataset has the columns {', '.join(columns)}: expected one of tokens, input_ids, residues, sequence. "

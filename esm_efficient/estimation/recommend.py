@@ -147,7 +147,7 @@ def recommend(
     from tqdm import tqdm
 
     target = get_device(device)
-    if not target.memory or not target.flops_per_second:
+    if not target.memory or not target.flops_per_second or not target.bandwidth:
         raise ConfigurationError(f"memory and rates of device {target.name!r} are unknown: name a GPU")
     if batch_size < 1 or not 0 <= margin < 1 or epochs <= 0:
         raise ConfigurationError(

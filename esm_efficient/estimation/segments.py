@@ -68,7 +68,7 @@ def seconds_of(costs: np.ndarray, device: Device) -> np.ndarray:
         device: the device.
     """
     busy, launching = costs[:, 2], costs[:, 3] * device.launch_seconds
-    if not device.flops_per_second:
+    if not device.flops_per_second or not device.bandwidth:
         return np.full(len(costs), np.nan)
     if device.backend == "cpu":
         return busy + launching
@@ -154,10 +154,10 @@ class Recorder:
         moved = sum(map(_size, tensors_in((args, kwargs, result))))
         seconds = 0.0
         rates = self._device.flops_per_second
-        if rates:
+        if rates and self._device.bandwidth:
             first = next(tensors_in(result), None)
             dtype = "" if first is None else str(first.dtype).removeprefix("torch.")
-            rate = rates.get(dtype, rates["float32"])
+            rate = rates.get(dtype) or rates.get("float32") or max(rates.values())
             seconds = max(flops / rate, moved / self._device.bandwidth)
         self._cost += (flops, moved, seconds, 1)
 

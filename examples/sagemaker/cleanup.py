@@ -113,9 +113,13 @@ def delete_objects(s3: Any, place: Place, objects: list[dict[str, str]]) -> None
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     steps: list[tuple[str, Callable[[], Any]]] = []
+    missing = ""
     if options.endpoint:
         sagemaker = client("sagemaker", options.region)
-        steps += find_endpoint(sagemaker, options.endpoint)
+        found = find_endpoint(sagemaker, options.endpoint)
+        if not found:  # it may be elsewhere, and billed
+            missing = f"nothing is named {options.endpoint} in {sagemaker.meta.region_name}: is --region another one?"
+        steps += found
     if options.place:
         s3, place = client("s3", options.region), Place.parse(options.place)
         objects, older = find_objects(s3, place)
@@ -123,14 +127,17 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{older} object version(s) below {place.uri()} are older than {MARKER} and are left")
         if objects:
             steps.append((f"{len(objects)} object(s) below {place.uri()}", lambda: delete_objects(s3, place, objects)))
-    if not steps:
+    if not steps and not missing:
         print("there is nothing to delete")
         return
-    if not options.yes:
-        raise SystemExit("\n".join(["with --yes this deletes:", *(f"  {name}" for name, _ in steps)]))
+    if steps and not options.yes:
+        lines = [*([missing] if missing else []), "with --yes this deletes:", *(f"  {name}" for name, _ in steps)]
+        raise SystemExit("\n".join(lines))
     for name, delete in steps:
         delete()
         print(f"deleted {name}")
+    if missing:
+        raise SystemExit(missing)
 
 
 if __name__ == "__main__":

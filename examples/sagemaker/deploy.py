@@ -58,12 +58,17 @@ def model_of(sagemaker: Any, job: str) -> str:
     return record["ModelArtifacts"]["S3ModelArtifacts"]
 
 
+def cleanup_line(name: str, region: str) -> str:
+    """Return the command that deletes an endpoint; the region may be another than the configured one."""
+    return f"cleanup.py --endpoint {name} --region {region}"
+
+
 def refuse_existing(sagemaker: Any, name: str) -> None:
     """Raise an error if anything has that name: the SDK would use the old model for the new endpoint."""
     if existing := [words_of(kind) for kind in KINDS if describe(sagemaker, kind, name)]:
         raise ConfigurationError(
-            f"{' and '.join(existing)} named {name} exist already: choose another name, or run cleanup.py --endpoint "
-            f"{name}"
+            f"{' and '.join(existing)} named {name} exist already: choose another name, or run "
+            f"{cleanup_line(name, sagemaker.meta.region_name)}"
         )
 
 
@@ -137,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         record = sagemaker.describe_endpoint(EndpointName=options.endpoint)
         raise ConfigurationError(
             f"endpoint {options.endpoint} is {record['EndpointStatus']} ({record.get('FailureReason') or error}). It "
-            f"exists and may be billed: delete it with cleanup.py --endpoint {options.endpoint} --yes"
+            f"exists and may be billed: delete it with {cleanup_line(options.endpoint, region)} --yes"
         ) from error
     rows = [
         (
@@ -148,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         for prediction in predictions
     ]
     print(format_table(rows, ("protein", "prediction", "probability")))
-    print(f"the endpoint is in service; delete it with cleanup.py --endpoint {options.endpoint} --yes")
+    print(f"the endpoint is in service; delete it with {cleanup_line(options.endpoint, region)} --yes")
 
 
 if __name__ == "__main__":

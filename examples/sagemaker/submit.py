@@ -238,10 +238,11 @@ def main(arguments: list[str] | None = None) -> str | None:
         claim(client("s3", region), place)
         session = Session(boto_session=boto3.Session(region_name=region), default_bucket=place.bucket)
         trainer = make_trainer(options, given, Path(folder), session, place)
+        # Before the job begins: waiting for one that fails ends in an error.
+        print(f"if it fails, a new job with --run {options.run} resumes from its checkpoints", flush=True)
         trainer.train(wait=options.wait, logs=options.wait)
     name = trainer._latest_training_job.training_job_name
     print(f"submitted {name}; its model will be below {place.uri('output', name)}")
-    print(f"if it fails, a new job with --run {options.run} resumes from its checkpoints")
     return name
 
 

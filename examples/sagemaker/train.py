@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -211,9 +212,19 @@ def run(arguments: list[str], root: Path) -> None:
             logger.info("%s", memory_line(used_bytes))
             publish(result, options.model_id, name)
         if tracker is not None:
-            import mlflow
+            track_metrics(result)
 
-            mlflow.log_metrics({f"{result.evaluated_on}_{name}": value for name, value in result.metrics.items()})
+
+def track_metrics(result: FinetuneResult) -> None:
+    """Log the last metrics to MLflow; the model is written already, so that an error here fails no job."""
+    import mlflow
+
+    # Names of labels may have characters that MLflow refuses; transformers replaces them in its own metrics.
+    named = {re.sub(r"[^0-9A-Za-z_./: -]", "_", f"{result.evaluated_on}_{n}"): v for n, v in result.metrics.items()}
+    try:
+        mlflow.log_metrics(named)
+    except mlflow.exceptions.MlflowException as error:
+        logger.warning("the last metrics are not in MLflow: %s", error)
 
 
 def train(

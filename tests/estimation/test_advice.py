@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig
@@ -55,6 +56,19 @@ def test_adapters_keep_their_preset_and_rank():
     found = nearest_fit(prepared, memory=40 * MIB, **options)
     assert (found.recipe.preset, found.recipe.r, found.precision) == ("qkv", 3, "bf16")
     assert found.recipe.batch_size == 16
+
+
+@pytest.mark.parametrize("trains", ["full", "adapters"])
+def test_advice_is_for_the_layers_that_train(trains):
+    model = make_model(hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    adapters = lora_config(model, layers="top-1") if trains == "adapters" else None
+    prepared = prepare_model(model, adapters=adapters, layers="top-1", dtype=torch.float32)
+    found = nearest_fit(prepared, memory=10**12, micro_batch=4, accumulation=1, tokens=200)
+    assert (found.recipe.trains, found.recipe.layers) == (trains, (3,))
+    settings = {"preset": "all-linear", "r": 8} if trains == "adapters" else {}
+    recipe = Recipe("own", trains, 1e-3, micro_batch=2, accumulation=2, layers=(3,), **settings)
+    options = {"tokens": 200, "device": gpu(1), "precision": "float32", "padding": "padded"}
+    assert found.peak.total == estimate(model, recipe=recipe, **options).peak.total
 
 
 def test_advice_takes_attention_and_adapters_from_the_model():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import make_model, slow_except, tiny_config
 from datasets import Dataset, DatasetDict
@@ -20,6 +22,7 @@ from esm_efficient import (
     peak_memory,
     prepare_model,
     recipe_adapters,
+    recommend,
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 from esm_efficient.estimation.inputs import batch_lengths, resolve_config, token_lengths
@@ -140,8 +143,49 @@ def test_token_lengths_reads_every_known_column():
     assert token_lengths(Dataset.from_dict({"residues": [5, 6]})) == [7, 8]
     assert token_lengths(Dataset.from_dict({"input_ids": [[0, 5, 2], [0, 5, 5, 2]]})) == [3, 4]
     assert token_lengths(np.int64(7)) == 7
+    long = Dataset.from_dict({"residues": [5, 30_000], "sequence": ["MKT", "M" * 30_000]})
+    assert token_lengths(long) == [7, 1024]
+    assert token_lengths(long, max_tokens=50_000) == [7, 30_002]
+    assert token_lengths(long.remove_columns("residues")) == [5, 1024]
     with pytest.raises(ConfigurationError, match="expected one of tokens, input_ids, residues, sequence"):
         token_lengths(Dataset.from_dict({"length": [5]}))  # the unit is unknown
+
+
+@pytest.mark.parametrize("tokens", ["512", Path("t.csv"), 512.0, ["MKT", "MAL"], pd.DataFrame({"residues": [5]}), None])
+def test_what_has_no_lengths_is_refused(tokens):
+    with pytest.raises(ConfigurationError, match=r"tokens: got .*expected a whole number"):
+        estimate("8M", tokens=tokens)
+
+
+def test_the_folder_of_an_adapter_is_estimated_by_the_config_of_its_base(tmp_path):
+    resolve_config("8M")[1].save_pretrained(tmp_path / "adapter" / "base_config")
+    assert resolve_config(tmp_path / "adapter")[0] == "adapter"
+    assert resolve_config(tmp_path / "adapter")[1].num_hidden_layers == 6
+
+
+def test_a_quantised_checkpoint_is_estimated_as_one():
+    config = resolve_config("8M")[1]
+    whole = estimate(config, recipe="lora", tokens=50, device="cpu")
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    held = estimate(config, recipe="lora", tokens=50, device="cpu")
+    assert held.peak.weights < whole.peak.weights
+    assert held.recipe.quantization == "4bit"
+    with pytest.raises(ConfigurationError, match="only adapters train on a quantised base"):
+        estimate(config, recipe="base", tokens=50, device="cpu")
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ConfigurationError, match="quantised with gptq: expected bitsandbytes"):
+        estimate(config, recipe="lora", tokens=50, device="cpu")
+
+
+def test_a_device_with_unknown_rates_has_memory_and_no_time():
+    for rates, bandwidth in (({"float32": 1e13}, 0.0), ({"float16": 1e13}, 1e11), ({}, 1e11)):
+        device = Device("mine", "cuda", 6 * 2**30, rates, bandwidth)
+        precision = "fp16" if "float16" in rates else "float32"
+        found = estimate("8M", recipe="lora", tokens=50, device=device, precision=precision)
+        assert found.peak.total > 0
+        assert np.isnan(found.seconds) == (not (rates and bandwidth))
+    with pytest.raises(ConfigurationError, match="memory and rates of device 'mine' are unknown"):
+        recommend("8M", Device("mine", "cuda", 2**33, {"float32": 1e13}, 0.0), 50)
 
 
 def test_lengths_of_the_largest_and_the_average_batch():

@@ -96,7 +96,9 @@ def test_an_endpoint_is_created_queried_and_deleted(aws, job, serverless):
     assert aws.run("cleanup.py", "--endpoint", name, "--yes").returncode == 0
     assert not any(exists(aws, kind, name) for kind in ("endpoint", "endpoint_config", "model"))
     last = aws.run("cleanup.py", "--endpoint", name, "--yes")
-    assert (last.returncode, last.stdout) == (0, "there is nothing to delete\n")
+    assert (last.returncode, last.stdout) == (1, "")
+    assert f"nothing is named {name} in us-east-1: is --region another one?" in last.stderr
+    assert f"cleanup.py --endpoint {name} --region us-east-1 --yes" in done.stdout
 
 
 def test_the_rest_of_an_incomplete_endpoint_is_deleted(aws, job):
@@ -190,7 +192,7 @@ def test_a_failed_endpoint_is_reported_with_its_reason_and_the_way_to_delete_it(
     done = deploy(aws, "failed", "--serverless")
     assert done.returncode == 1
     assert "endpoint failed is Failed (the container did not answer)" in done.stderr
-    assert "cleanup.py --endpoint failed --yes" in done.stderr
+    assert "cleanup.py --endpoint failed --region us-east-1 --yes" in done.stderr
 
 
 def test_a_failed_job_has_no_model_to_deploy(aws, job, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from aws_on_loopback import BUCKET, ROLE, SCRIPTS
@@ -145,6 +147,24 @@ def test_a_job_too_large_for_its_instance_is_refused_with_a_recommendation(aws, 
     assert "LoRA on all-linear" in done.stdout
     assert "ml.g4dn.xlarge is predicted to run out of memory" in done.stderr
     assert len(aws.requests) == before
+
+
+def test_the_name_of_a_run_is_printed_before_its_job_can_fail(aws, place, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("submit")
+
+    def fail(**_):
+        raise RuntimeError("the job failed")
+
+    monkeypatch.setattr(script, "make_trainer", lambda *_: SimpleNamespace(train=fail))
+    monkeypatch.setattr(script, "claim", lambda *_: None)
+    monkeypatch.setattr(script, "client", lambda *_: None)
+    monkeypatch.setattr(script, "predict_memory", lambda *_: ("it fits", True))
+    monkeypatch.setattr(script, "Session", lambda **_: None)
+    options = ["--place", "s3://bucket/work", "--role", ROLE, "--region", "us-east-1", "--tokens", "514", "--wait"]
+    with pytest.raises(RuntimeError, match="the job failed"):
+        script.main([*options, "--name", "mine", "--", *MODEL])
+    assert re.search(r"a new job with --run mine-\d{8}-\d{6} resumes from its checkpoints", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from aws_on_loopback import SCRIPTS
@@ -134,6 +135,22 @@ def test_a_tracked_run_logs_its_metrics_and_another_seed_must_not_resume_it(job)
     again = subprocess.run([*command, "--seed", "1"], env=environment, capture_output=True, text=True)
     assert again.returncode == 1
     assert "other values of seed" in (job / "output" / "failure").read_text()
+
+
+def test_names_and_errors_of_mlflow_fail_no_job_that_has_written_its_model(train, monkeypatch, caplog):
+    mlflow = pytest.importorskip("mlflow")
+    logged = []
+    monkeypatch.setattr(mlflow, "log_metrics", logged.append)
+    result = SimpleNamespace(evaluated_on="test", metrics={"mcc": 0.5, "f1_K+ channel (GO:1)": 0.25})
+    train.track_metrics(result)
+    assert logged == [{"test_mcc": 0.5, "test_f1_K_ channel _GO:1_": 0.25}]
+
+    def refuse(metrics):
+        raise mlflow.exceptions.MlflowException("the server is away")
+
+    monkeypatch.setattr(mlflow, "log_metrics", refuse)
+    train.track_metrics(result)
+    assert "the last metrics are not in MLflow: the server is away" in caplog.text
 
 
 def test_only_checkpoints_of_the_same_run_are_resumed(train, job, tmp_path, dataset):
