@@ -262,7 +262,11 @@ class _TableWriter:
             kept = np.flatnonzero(keep).tolist()
             if kept:
                 own, where = [cells[row] for row in kept], [places[row] for row in kept]
-                found = self.observed.observe(own, residues[keep], where)
+                try:
+                    found = self.observed.observe(own, residues[keep], where)
+                except CellError as error:  # its rows are counted among the kept ones
+                    rows = [kept[row] for row in error.rows]
+                    raise CellError(error.problem, rows, error.shown, error.advice) from None
                 parsed["label"] = found.take(pa.array(np.cumsum(keep) - 1, mask=~keep))
         return parsed
 

@@ -112,6 +112,8 @@ class LabelObservations:
         """
         import pyarrow as pa
 
+        empty = [cell is None or (not isinstance(cell, list) and cell != cell) for cell in cells]
+        refuse_cells(cells, places, empty, "the label is missing")
         are_lists = [isinstance(cell, list) for cell in cells]
         expected = are_lists[0] if self.are_lists is None else self.are_lists
         mixed = [is_list != expected for is_list in are_lists]

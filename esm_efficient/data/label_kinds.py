@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -353,6 +354,7 @@ def _named(spellings: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     """The names of the classes and the class of each spelling; if all are whole numbers, ``1.0`` is the class ``1``."""
     numbers = [number_of(text) for text in spellings]
     if all(number is not None and number % 1 == 0 for number in numbers):
-        names = [str(number) for number in sorted({int(float(text)) for text in spellings})]
-        return tuple(names), {text: names.index(str(int(float(text)))) for text in spellings}
+        numbers = {text: int(Decimal(text)) for text in spellings}  # a float has 16 digits
+        names = [str(number) for number in sorted(set(numbers.values()))]
+        return tuple(names), {text: names.index(str(number)) for text, number in numbers.items()}
     return tuple(spellings), {text: index for index, text in enumerate(spellings)}

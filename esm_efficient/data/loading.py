@@ -141,13 +141,17 @@ def load_sequences(
     from datasets import Dataset
 
     whole = Dataset.from_file(str(mapped_table(files, plan)))
+    named = {"test_partitions": test_partitions, "validation_partitions": validation_partitions}
+    chosen = [name for name, value in named.items() if value is not None]
     if "split" in whole.features and (
-        unused := [n for n, v in (("clusters", clusters), ("partition", partition)) if v]
+        unused := [*(n for n, v in (("clusters", clusters), ("partition", partition)) if v), *chosen]
     ):
         raise ConfigurationError(
             f"the files tell their splits, so {unused[0]}= would not be used. Remove it, or pass split=False to ignore "
             "the splits of the files"
         )
+    if chosen and (clusters is not None or "partition" not in whole.features):
+        raise ConfigurationError(f"{chosen[0]}= needs a column of partitions, and no clusters: name it with partition=")
     sizes = {"test_size": test_size, "validation_size": validation_size, "seed": seed}
     parts = _split(whole, clusters, (test_partitions, validation_partitions), sizes)
     return shuffled_splits(parts, seed)

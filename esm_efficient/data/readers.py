@@ -296,6 +296,9 @@ def _parquet_blocks(path: str | Path, rows: int) -> Iterator[Block]:
     start = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise DataError(f"{path}: more than one column is named {listing([name[:40] for name in repeated])}")
             texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
             most = _parquet_batch_rows(path, file.metadata, rows)
         with parquet.ParquetFile(path, read_dictionary=texts) as file:

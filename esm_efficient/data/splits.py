@@ -46,6 +46,7 @@ def split_by_partition(
         ConfigurationError: the lists overlap, name a partition that is not in the table, or leave nothing to test or
             train on; or nothing is named and there are more than `MOST_FOLDS`.
     """
+    _check_lists(test, validation)
     partitions = _column(dataset, "partition")
     present = np.unique(partitions).tolist()
     if test is None:
@@ -62,15 +63,21 @@ def split_by_partition(
     return _select_splits(dataset, np.isin(partitions, list(test)), np.isin(partitions, list(validation)))
 
 
+def _check_lists(test: Sequence[int] | None, validation: Sequence[int] | None) -> None:
+    for name, partitions in (("test_partitions", test), ("validation_partitions", validation)):
+        if partitions is None:
+            continue
+        if isinstance(partitions, int | str) or not all(isinstance(p, int | np.integer) for p in partitions):
+            raise ConfigurationError(f"{name}={partitions!r}: expected a list of whole numbers")
+
+
 def check_partitions(present: Sequence[int], test: Sequence[int], validation: Sequence[int]) -> None:
     """Refuse partitions that are absent, that are named twice, or that leave nothing to test or train on.
 
     Raises:
         ConfigurationError: the partitions do one of these, or a list is not a list of whole numbers.
     """
-    for name, partitions in (("test_partitions", test), ("validation_partitions", validation)):
-        if isinstance(partitions, int | str) or not all(isinstance(p, int | np.integer) for p in partitions):
-            raise ConfigurationError(f"{name}={partitions!r}: expected a list of whole numbers")
+    _check_lists(test, validation)
     if both := sorted(set(test) & set(validation)):
         raise ConfigurationError(f"partition(s) {both} are named for the test set and for the validation set")
     if absent := sorted((set(test) | set(validation)) - set(present)):

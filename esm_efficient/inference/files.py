@@ -24,9 +24,9 @@ from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.download import sha256_of
 from esm_efficient.data.readers import read_blocks
 from esm_efficient.data.schema import find_column
-from esm_efficient.data.sequences import clean, count_residues
+from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
 from esm_efficient.errors import ConfigurationError, DataError, listing
-from esm_efficient.inference.inputs import problem_of
+from esm_efficient.inference.inputs import CheckedSequences, problem_of
 from esm_efficient.reporting.files import write_tables, written_as
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def map_file(
         if file in finished:
             reused += len(block)
         elif number % ranks == rank:
-            _write_block(file, block, compute([row.sequence for row in block]))
+            _write_block(file, block, compute(CheckedSequences(row.sequence for row in block)))
             computed += len(block)
             residues += sum(count_residues(clean(row.sequence)) for row in block)
         bar.update(len(block))
@@ -207,13 +207,14 @@ def check_rows(
     """Check every row of a file; the arguments are as in `map_file`.
 
     Raises:
-        DataError: a row cannot be used, and `on_error` is not ``"skip"``; or no row can be used.
+        DataError: a row cannot be used, and `on_error` is not ``"skip"``; no row can be used; or most sequences are
+            nucleotides.
         ConfigurationError: `on_error` is unknown.
     """
     if on_error not in get_args(OnError):
         raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
     wrong: dict[int, str] = {}
-    rows, too_long = 0, False
+    rows, too_long, nucleotides = 0, False, NucleotideCount()
     for row in read_sequences(source, sequence=sequence, accession=accession):
         rows += 1
         problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
@@ -221,6 +222,8 @@ def check_rows(
             problem, too_long = f"has {size:,} residues, more than {longest:,}", True
         if problem:
             wrong[rows - 1] = f"{row.place} {problem}"
+        else:
+            nucleotides.add([row.sequence], [row.place])
     problems = f"{len(wrong):,} of {rows:,} rows cannot be used: {listing(list(wrong.values()), 3)}"
     if too_long:
         problems += '. Of sequences that are too long, read a part with keep="start", or all with keep="windows"'
@@ -229,6 +232,8 @@ def check_rows(
         raise DataError(f"{source}: {problems}{cure}")
     if wrong:
         logger.warning("left out of %s: %s", source, problems)
+    if warning := nucleotides.warning(str(source)):
+        logger.warning("%s: %s", source, warning)
     return CheckedRows(rows - len(wrong), frozenset(wrong))
 
 

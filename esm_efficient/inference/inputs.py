@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from esm_efficient.data.schema import non_letters
-from esm_efficient.data.sequences import STANDARD_RESIDUES, NucleotideCount, clean
+from esm_efficient.data.sequences import SPECIAL_PATTERN, STANDARD_RESIDUES, NucleotideCount, clean
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 _FILE = re.compile(r"\.(fa|faa|fas|fasta|csv|tsv|txt|parquet|json|jsonl|pdb|cif)(\.(gz|xz|bz2|zip))?$", re.IGNORECASE)
 _WORDS = 0.05
 """The largest share of letters that are rare in proteins (B, J, O, U, Z) in a text in small letters."""
+
+
+class CheckedSequences(list[str]):
+    """Sequences of a file whose rows `esm_efficient.inference.files.check_rows` has checked, all of them together."""
 
 
 def sequences_from(given: Any) -> list[str]:
@@ -33,6 +37,8 @@ def sequences_from(given: Any) -> list[str]:
         >>> sequences_from(np.array(["MKT", "MAL"]))
         ['MKT', 'MAL']
     """
+    if isinstance(given, CheckedSequences):
+        return given
     if isinstance(given, str | bytes):
         raise DataError("expected a list of sequences, got a single text: put it into a list")
     if isinstance(given, Mapping):
@@ -81,7 +87,8 @@ def problem_of(text: str) -> str:
         return f"contains characters that are not residues ({listing([repr(c) for c in unknown])}): {text[:40]!r}"
     lengths = [len(block) for block in re.split("[ \t]+", text.strip(" \t"))]
     evenly = len(set(lengths[:-1])) < 2 and lengths[-1] <= lengths[0]
-    rare = sum(letter not in STANDARD_RESIDUES + "X" for letter in sequence) / len(sequence)
-    if not (evenly or "\n" in text) or (text != text.upper() and rare > _WORDS):
+    letters, written = (SPECIAL_PATTERN.sub("", part) for part in (sequence, text))  # <mask> is no word
+    rare = sum(letter not in STANDARD_RESIDUES + "X" for letter in letters) / max(len(letters), 1)
+    if not (evenly or "\n" in text) or (written != written.upper() and rare > _WORDS):
         return f"looks like words ({text[:40]!r}): write a sequence in capital letters without spaces"
     return ""

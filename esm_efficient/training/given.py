@@ -202,7 +202,7 @@ def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping
     for column, (_, cells) in zip(names, frame.items(), strict=True):
         try:
             columns[column] = pa.array(cells, from_pandas=True)
-        except pa.ArrowException:  # cells of several types, such as 10 and "10A"
+        except (pa.ArrowException, OverflowError):  # cells of several types, such as 10 and "10A", or of 128 bits
             columns[column] = pa.array([_as_text(cell) for cell in cells])
     content = io.BytesIO()
     parquet.write_table(pa.table(columns), content)

@@ -250,3 +250,40 @@ def test_blocks_without_a_row_of_an_allowed_length_are_left_out(tmp_path, monkey
     table.loc[:9, "sequence"] = "MKV" * 30
     data = load_sequences(write(table, tmp_path / "table.csv"), label="label", max_residues=60)
     assert {name for part in data.values() for name in part["accession"]} == set(table.id[10:])
+
+
+@pytest.mark.parametrize("short", [[2, 5, 8], list(range(20))])
+def test_the_right_row_is_left_out_beside_rows_of_another_length(tmp_path, short):
+    table = frame(40)
+    table.loc[short, "sequence"] = "MKV"
+    table.loc[39, "label"] = ""
+    path = write(table, tmp_path / "table.csv")
+    data = load_sequences(path, label="label", min_residues=5, on_error="skip")
+    kept = {name for part in data.values() for name in part["accession"]}
+    assert kept == set(table.id) - set(table.id[[*short, 39]])
+
+
+@pytest.mark.parametrize("empty", [0, 7])
+def test_a_missing_list_of_labels_is_missing_wherever_it_is(tmp_path, empty):
+    table = frame(20)
+    labels = [list(text) for text in table.structure]
+    labels[empty] = None
+    table.assign(structure=labels)[["id", "sequence", "structure"]].to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=rf"the label is missing in 1 row.*row {empty}: "):
+        load_sequences(tmp_path / "t.parquet", label="structure")
+    data = load_sequences(tmp_path / "t.parquet", label="structure", on_error="skip")
+    assert sum(map(len, data.values())) == 19
+
+
+def test_a_table_of_parquet_with_two_columns_of_one_name_is_refused(tmp_path):
+    columns = [pa.array(["MKT", "MKA"]), pa.array(["a", "b"]), pa.array(["c", "d"])]
+    parquet.write_table(pa.Table.from_arrays(columns, ["sequence", "label", "label"]), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="more than one column is named label"):
+        load_sequences(tmp_path / "t.parquet")
+
+
+def test_long_whole_numbers_stay_different_classes(tmp_path):
+    labels = ["9007199254740992", "9007199254740993"] * 20
+    path = write(frame(40).assign(label=labels), tmp_path / "t.csv")
+    data = load_sequences(path, label="label", label_kind="class")
+    assert data["train"].features["label"].names == ["9007199254740992", "9007199254740993"]

@@ -122,3 +122,15 @@ def test_numbers_that_may_be_no_partitions_are_asked_for(tmp_path):
 def test_one_partition_leaves_nothing_to_train_on(tmp_path):
     with pytest.raises(ConfigurationError, match=r"no partition of \[0\] is left to train on"):
         load_sequences(write(table().assign(fold=0), tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("name", ["test_partitions", "validation_partitions"])
+def test_partitions_that_would_not_be_used_are_refused(tmp_path, name):
+    plain, told = write(table(), tmp_path / "a.csv"), write(table().assign(set=WORDS), tmp_path / "b.csv")
+    with pytest.raises(ConfigurationError, match=f"{name}= needs a column of partitions"):
+        load_sequences(plain, **{name: [3]})
+    with pytest.raises(ConfigurationError, match=f"{name}= would not be used"):
+        load_sequences(told, **{name: []})
+    with_folds = write(table().assign(fold=[0, 1, 2, 3] * 10), tmp_path / "c.csv")
+    with pytest.raises(ConfigurationError, match=f"{name}=3: expected a list of whole numbers"):
+        load_sequences(with_folds, **{name: 3})

@@ -288,3 +288,23 @@ def test_embeddings_per_residue_are_written_in_small_blocks(tokenizer, tmp_path,
     found = read(tmp_path / "out.parquet")["embedding"]
     for rows, expected in zip(found, embed(texts, keep=keep), strict=True):
         assert np.abs(np.stack(rows) - expected).max() < 1e-6
+
+
+def test_nucleotides_are_judged_over_the_whole_file_before_anything_is_computed(
+    tokenizer, tmp_path, small_blocks, caplog
+):
+    """One gene in a block of its own is a warning; a file of genes is an error."""
+    predictor = Predictor(model_for("regression"), tokenizer)
+    proteins = [f">p{i}\n{text}\n" for i, text in enumerate(sequences(10))]
+    (tmp_path / "mixed.fasta").write_text("".join(proteins) + ">gene\nATGGCATTACGATTACAGGCATTAC\n")
+    assert predict_file(predictor, tmp_path / "mixed.fasta", tmp_path / "out.csv").rows == 11
+    assert "1 sequence(s) may be nucleotides, not proteins: record 11" in caplog.text
+    (tmp_path / "genes.fasta").write_text(">a\nATGGCATTACGATTACAGGCATTAC\n" * 3)
+    with pytest.raises(DataError, match=r"genes\.fasta: 3 of 3 sequences consist of the letters A, C, G"):
+        predict_file(predictor, tmp_path / "genes.fasta", tmp_path / "genes.csv", on_error="skip")
+
+
+def test_masked_sequences_are_predicted(tokenizer):
+    predictor = Predictor(model_for("regression"), tokenizer)
+    masked, other = predictor.predict(["MKTAYI<mask>KQRLV", "MKTAYIAKQRLV"])
+    assert (masked.values != other.values).all()

@@ -115,7 +115,7 @@ def test_a_label_without_a_training_example_is_refused_before_a_model_is_loaded(
 
 def test_a_column_with_cells_of_several_types_is_read_as_text():
     rows = table()
-    mixed = rows.assign(number=[10, "10A", None, 1.5] * 10)
+    mixed = rows.assign(number=[10, "10A", None, 1.5] * 10, digest=[2**100 + row for row in range(40)])
     assert sum(map(len, splits_from(mixed, label="label").values())) == 40
     with pytest.raises(DataError, match=r"the label is a number in the DataFrame, row \d+: '0', but not in"):
         splits_from(rows.assign(label=["yes", 0] * 20), label="label")
