@@ -52,10 +52,11 @@ def few_resamples():
 
 @pytest.fixture(autouse=True, scope="session")
 def one_epoch():
-    """Train for one epoch instead of three, unless a test asks for more."""
+    """Train for one epoch instead of three, unless a test asks for more. Yields the usual number."""
+    usual = arguments.EPOCHS
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "EPOCHS", 1.0)
-        yield
+        yield usual
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -87,6 +87,7 @@ def test_recommend_weighs_the_cache(capsys):
     assert "cached" not in out
 
 
+@pytest.mark.slow
 def test_recommend_tries_a_quantised_base(capsys):
     command = "recommend --model 8M --device T4 --tokens 64 --recipe lora --batch-size 2 --quantization 4bit --json"
     assert main(command.split()) == 0

@@ -138,6 +138,7 @@ def test_a_run_that_cannot_read_its_data_writes_nothing(run, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_before_training_leaves_the_options_of_the_model_that_is_there(run, monkeypatch, capsys):
     def stop(*given, **options):
         raise DataError("stopped")

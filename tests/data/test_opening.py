@@ -9,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import each_value
 from pyarrow import parquet
 from sequence_files import frame
 
@@ -40,19 +41,20 @@ def peak_of(action) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("pack", [".gz", ".xz"])
-@pytest.mark.parametrize(
-    ("start", "content"),
-    [
-        (b">P1\n", b"A" * QUARTER),  # one endless line
-        (b">P1\n", (b"A" * 63 + b"\n") * (QUARTER // 64)),  # one endless record
-        (b"", b">P\nMKTVAYIAKQ\n" * (QUARTER // 14)),  # endless records
-        (b"id,sequence\n", b"P,MKTVAYIAKQ\n" * (QUARTER // 13)),  # endless rows
-        (b"id,sequence\n", b'"a\n",' * (QUARTER // 6)),  # a row over endless lines
-        (b"\n", b"\n" * QUARTER),  # empty lines
-    ],
-)
-def test_a_bomb_is_refused_in_bounded_memory(tmp_path, monkeypatch, pack, start, content):
+BOMBS = {
+    "line": (b">P1\n", b"A" * QUARTER),
+    "record": (b">P1\n", (b"A" * 63 + b"\n") * (QUARTER // 64)),
+    "records": (b"", b">P\nMKTVAYIAKQ\n" * (QUARTER // 14)),
+    "rows": (b"id,sequence\n", b"P,MKTVAYIAKQ\n" * (QUARTER // 13)),
+    "row over lines": (b"id,sequence\n", b'"a\n",' * (QUARTER // 6)),
+    "empty lines": (b"\n", b"\n" * QUARTER),
+}
+"""The beginning of a file, and what it has without end."""
+
+
+@pytest.mark.parametrize(("endless", "pack"), each_value(BOMBS, [".gz", ".xz"]))
+def test_a_bomb_is_refused_in_bounded_memory(tmp_path, monkeypatch, pack, endless):
+    start, content = BOMBS[endless]
     monkeypatch.setattr(opening, "FREE_BYTES", QUARTER)
     monkeypatch.setattr(opening, "MAX_RATIO", 4)
     path = tmp_path / f"bomb{pack}"

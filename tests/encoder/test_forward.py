@@ -182,6 +182,7 @@ def test_a_bfloat16_base_with_float32_adapters_is_as_exact_as_the_plain_model(re
     assert statistics.geometric_mean(ratios) < LARGEST_RATIO, ratios
 
 
+@pytest.mark.slow
 def test_two_hundred_training_steps_give_the_weights_of_the_plain_model():
     plain = build(trains="full", num_hidden_layers=2)
     lean = apply_lean_encoder(copy.deepcopy(plain))

@@ -123,6 +123,7 @@ def test_flops_are_six_per_weight_and_token():
     assert result.phases["backward"].flops == pytest.approx(2 * forward, rel=0.03)
 
 
+@pytest.mark.slow
 def test_lengths_of_a_dataset_decide_memory_and_time():
     lengths = [100] * 50 + [400] * 2
     mixed, longest = (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
 import pytest
 import torch
-from conftest import each_value, make_model
+from conftest import make_model
 from torch.nn import functional as F
 
 from esm_efficient import apply_lean_encoder, estimate, measure_device, prepare_model, recipe_adapters
@@ -41,7 +42,8 @@ def median_step_seconds(model):
     return statistics.median(times[2:])
 
 
-@pytest.mark.parametrize(("recipe", "width"), each_value(["base", "lora"], [32, 256]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "width"), itertools.product(["base", "lora"], [32, 256]))
 def test_the_predicted_time_is_near_that_of_a_clock(recipe, width, this_cpu):
     model = make_model(hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=4)
     predicted = estimate(model, recipe=recipe, device=this_cpu, micro_batch=ROWS, tokens=TOKENS, precision="float32")

@@ -44,7 +44,7 @@ def plain(result):
     return PeftModel.from_pretrained(base, result.model_dir)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", slow_except(RECIPES, "base", "all", "top"))
 def test_every_recipe_trains_its_part_of_the_model_and_reloads(tmp_path, data, recipe):
     result = finetune(demo_model_path(), data, recipe=recipe, output_dir=tmp_path, disable_tqdm=True)
     chosen = RECIPES[recipe]
@@ -76,6 +76,7 @@ def test_every_recipe_trains_its_part_of_the_model_and_reloads(tmp_path, data, r
         assert torch.allclose(plain(result).eval()(**batch).logits, result.model(**batch).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_an_easy_task_and_the_seed_determines_the_result(tmp_path):
     """The two classes differ in composition: hydrophobic or charged residues."""
     rng = np.random.default_rng(0)
@@ -98,6 +99,7 @@ def test_it_learns_an_easy_task_and_the_seed_determines_the_result(tmp_path):
     assert first.train_loss < 0.8 * run(0, learning_rate=0.0, num_train_epochs=1).train_loss
 
 
+@pytest.mark.slow
 def test_a_profiled_run_returns_its_profile(tmp_path, data):
     result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, profile=True, disable_tqdm=True)
     assert result.profile.steps == result.steps
