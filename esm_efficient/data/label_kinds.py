@@ -354,7 +354,7 @@ def _named(spellings: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     """The names of the classes and the class of each spelling; if all are whole numbers, ``1.0`` is the class ``1``."""
     numbers = [number_of(text) for text in spellings]
     if all(number is not None and number % 1 == 0 for number in numbers):
-        numbers = {text: int(Decimal(text)) for text in spellings}  # a float has 16 digits
-        names = [str(number) for number in sorted(set(numbers.values()))]
-        return tuple(names), {text: names.index(str(number)) for text, number in numbers.items()}
+        exact = {text: int(Decimal(text)) for text in spellings}  # a float has 16 digits
+        names = [str(number) for number in sorted(set(exact.values()))]
+        return tuple(names), {text: names.index(str(number)) for text, number in exact.items()}
     return tuple(spellings), {text: index for index, text in enumerate(spellings)}
