@@ -89,10 +89,12 @@ def test_wrong_words_can_be_left_out(tmp_path):
 
 def test_a_column_of_splits_is_found_in_rows_that_are_sorted_by_it(tmp_path, monkeypatch):
     monkeypatch.setitem(read_blocks.__kwdefaults__, "rows", 10)
-    rows = table().assign(phase=["train"] * 28 + ["val"] * 4 + ["test"] * 8, origin=["train"] * 39 + ["plane"])
+    # Other sizes than those of a random split.
+    rows = table().assign(phase=["train"] * 23 + ["val"] * 5 + ["test"] * 12, origin=["train"] * 39 + ["plane"])
     for order in (rows, rows[::-1], rows.sample(frac=1.0, random_state=0)):
         splits = load_sequences(write(order, tmp_path / "a.csv"))
-        assert {name: len(split) for name, split in splits.items()} == {"train": 28, "validation": 4, "test": 8}
+        assert {name: len(split) for name, split in splits.items()} == {"train": 23, "validation": 5, "test": 12}
+        assert set(splits["test"]["accession"]) == set(rows.id[28:])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -252,23 +253,32 @@ def test_a_folder_with_files_of_the_user_is_not_removed(tokenizer, fasta, tmp_pa
     assert (folder / "thesis.docx").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("when", ["in the middle", "after the last block"])
-def test_two_runs_with_one_output_mix_no_rows(fasta, tmp_path, small_blocks, when):
-    """The run that began last has the output, and the other one is told."""
-    output, blocks = tmp_path / "out.csv", []
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("when", [2, 5])
+def test_two_runs_with_one_output_mix_no_rows(fasta, tmp_path, small_blocks, when, ends):
+    """The run that began last has the output, also if it has not ended yet, and the other one is told."""
+    output, blocks, others = tmp_path / "out.csv", [], []
 
     def other(sequences):
+        others.append(len(sequences))
+        if len(others) == 2 and not ends:
+            raise KeyboardInterrupt
         return {"value": pa.array([2.0] * len(sequences))}
+
+    def begin_other():
+        return files.map_file(other, fasta, output, identity="other", shard=(2, 2))
 
     def compute(sequences):
         blocks.append(len(sequences))
-        if len(blocks) == (2 if when == "in the middle" else whole):
-            files.map_file(other, fasta, output, identity="other", shard=(2, 2))
+        if len(blocks) == when:
+            with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+                begin_other()
         return {"value": pa.array([1.0] * len(sequences))}
 
-    whole = -(-len(list(files.read_sequences(fasta))) // 5)
     with pytest.raises(ConfigurationError, match=r"another run has taken .*out\.csv\.parts.*output of its own"):
         files.map_file(compute, fasta, output, identity="one")
+    if not ends:
+        assert begin_other().reused == 5
     assert set(read(output)["value"]) == {2.0}
     assert files.map_file(compute, fasta, output, identity="one").reused == 0
     assert set(read(output)["value"]) == {1.0}
