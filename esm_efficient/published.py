@@ -17,6 +17,9 @@ ESM2_SIZES: dict[str, tuple[int, int, int]] = {
 }
 """Layers, width and attention heads by size (Lin et al. 2023, "Evolutionary-scale prediction...")."""
 
+BASE_CONFIG = "base_config"
+"""The folder beside an adapter with the config of its base model."""
+
 _NAME = re.compile(r"(?:facebook/)?(?:esm-?2[ _-]?)?(?:t\d+_)?(\d+[mb])(?:_ur50d)?", re.IGNORECASE)
 
 

@@ -245,14 +245,15 @@ def estimate(
 
     Args:
         model: an ESM-2 size (``"8M"``, ``"35M"``, ``"150M"``, ``"650M"``, ``"3B"``, ``"15B"``), a model id of one of
-            these (``"facebook/esm2_t33_650M_UR50D"``), a folder with a ``config.json``, a config, or a model.
+            these (``"facebook/esm2_t33_650M_UR50D"``), a folder with a ``config.json``, the folder of an adapter, a
+            config, or a model. If its config is that of a quantised model, the recipe's quantization is that too.
         recipe: a name or a `Recipe`.
         device: a name in `DEVICES` or an instance type; ``"cpu"`` gives memory and no time.
         micro_batch: sequences in one forward pass; None for the recipe's.
         accumulation: micro-batches per optimizer step; None for the recipe's.
         tokens: tokens of every sequence, special tokens included; or the tokens of many sequences, as numbers or as a
-            dataset that `token_lengths` reads. The longest sequences then decide the memory, and the average batch
-            decides the time.
+            dataset that `token_lengths` reads, up to 1,024 per sequence as `finetune` does. The longest sequences then
+            decide the memory, and the average batch decides the time.
         preset: layers with adapters; None for the recipe's.
         precision: number format; ``"auto"`` does what `finetune` does: bf16 on a CUDA device that multiplies it
             in hardware, fp16 on an older one.

@@ -14,7 +14,7 @@ import numpy as np
 
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.published import ESM2_SIZES, hub_name, size_of
+from esm_efficient.published import BASE_CONFIG, ESM2_SIZES, hub_name, size_of
 from esm_efficient.tasks import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -85,9 +85,6 @@ def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
         token_dropout=True,
     )
 
-
-BASE_CONFIG = "base_config"
-"""The folder beside an adapter with the config of its base model (`esm_efficient.saving.save_base_config`)."""
 
 MAX_TOKENS = 1024
 """The most tokens of a sequence that `finetune` reads unless it is told otherwise."""

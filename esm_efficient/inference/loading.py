@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
+from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
 
@@ -92,14 +93,14 @@ def _read_adapter(folder: Path, cache_dir: str | Path | None, task: Task | None)
     shapes = foreign.weight_shapes(weights)
     adapter = foreign.adapter_config(folder, shapes)
     record = foreign.read_json(folder / "adapter_config.json")
-    has_config = (folder / "base_config").is_dir()
+    has_config = (folder / BASE_CONFIG).is_dir()
     if not has_config and task is None:
         raise ConfigurationError(
             f"{folder} has no base_config/ with the task and the label names: peft saved the adapter without them. Say "
             'what it predicts, such as Predictor.load(..., task=Task("single_label_classification", ("no", "yes"))), '
             "or save the model with export_model"
         )
-    config = foreign.read_config(folder / "base_config") if has_config else None
+    config = foreign.read_config(folder / BASE_CONFIG) if has_config else None
     base = _base_folder(record, folder, cache_dir)
     if config is None:
         config = foreign.read_config(base)

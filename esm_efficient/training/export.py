@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from esm_efficient.encoder import remove_lean_encoder
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.heads import pooling_of_model
 from esm_efficient.inference.loading import load_model
+from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import Task, base_model_of, task_of_model
 from esm_efficient.training.card import CardFacts, Holds, model_card, run_settings
@@ -103,9 +103,9 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigurationError: `folder` is a file or has an adapter in it, the tokenizer or the name of the base model is
-            missing, the model has no classification head, or its adapters cannot be merged; or the packages for ONNX
-            are not installed, or onnxruntime does not compute the logits of the model.
+        ConfigurationError: `folder` is a file or has another adapter in it, the tokenizer or the name of the base model
+            is missing, the model has no classification head, or its adapters cannot be merged; or the packages for
+            ONNX are not installed, or onnxruntime does not compute the logits of the model.
 
     Example:
         >>> result = finetune("facebook/esm2_t6_8M_UR50D", data)  # doctest: +SKIP
@@ -123,6 +123,8 @@ def export_model(
     if isinstance(trained, str | Path):
         trained = _load_run(trained)
     found = _trained(trained, tokenizer, metrics, evaluated_on)
+    if not isinstance(found.model, PeftModel) and (folder / "adapter" / CONFIG_NAME).is_file():
+        raise ConfigurationError(f"{folder / 'adapter'} is an adapter of another model: give another folder")
     base_model, dataset = base_model or found.base_model, found.dataset if dataset is None else dataset
     if not base_model:
         raise ConfigurationError("the name of the model that was fine-tuned is not known: give base_model")
@@ -134,8 +136,6 @@ def export_model(
     if adapted:
         _save_adapter(model, folder / "adapter", found, base_model, dataset)
         model = merge_quantized(model).cpu().float().merge_and_unload()
-    elif (folder / "adapter" / CONFIG_NAME).is_file():  # of another model that was exported here before
-        shutil.rmtree(folder / "adapter")
     with portable_saving(model):
         model.save_pretrained(folder)
     save_tokenizer(found.tokenizer, folder)
@@ -242,7 +242,7 @@ def _check_model(model: Any, tokenizer: Any) -> None:
 def _save_adapter(model: Any, folder: Path, found: _Trained, base_model: str, dataset: str) -> None:
     """Save an adapter as peft does, with the base model's config, for `Predictor.load`, tokenizer and card."""
     model.save_pretrained(folder)
-    save_base_config(model, folder / "base_config")
+    save_base_config(model, folder / BASE_CONFIG)
     save_tokenizer(found.tokenizer, folder)
     card = model_card(found.facts, base_model, holds="adapter", dataset=dataset)
     (folder / "README.md").write_text(card, encoding="utf-8")  # instead of peft's template

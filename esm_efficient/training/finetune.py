@@ -120,15 +120,16 @@ def finetune(
         data_options: options of `load_sequences`, such as ``{"label": "binds"}``, for data without splits.
         early_stopping: stop after so many evaluations on ``validation`` without a better result, and keep the best
             checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split; None
-            trains to the end and keeps the last state. The model is evaluated after each epoch, unless
+            trains to the end and keeps the last state. The metric is MCC, macro-F1 or RMSE; the loss, if validation has
+            examples of one class only. The model is evaluated after each epoch, unless
             ``eval_strategy`` and ``save_strategy`` say otherwise.
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
         report: write ``report.html`` and a model card beside the model. `FinetuneResult.save_page` writes the report
             later too; a search over many runs needs none.
         announce: called with what the run will do and cost, before the model is loaded. The estimate takes seconds.
-        **training_options: ``epochs``, ``batch_size`` (sequences per optimizer step on one device), ``micro_batch``
-            (sequences in one forward pass), ``quantization`` (``"4bit"`` or ``"8bit"``,
+        **training_options: ``epochs`` (3 if not given), ``batch_size`` (sequences per optimizer step on one device),
+            ``micro_batch`` (sequences in one forward pass), ``quantization`` (``"4bit"`` or ``"8bit"``,
             `esm_efficient.recipes.Quantization`) and options of `TrainingArguments`, which override those of the
             recipe.
 

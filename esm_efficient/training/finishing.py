@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from esm_efficient.adapters.quantization import count_parameters
+from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import save_base_config
 from esm_efficient.tasks import Task
 from esm_efficient.training.cached import CachedTraining
@@ -22,7 +23,6 @@ from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.outcome import evaluate_split
 from esm_efficient.training.records import PREDICTIONS, RESULT, save_evaluation
 from esm_efficient.training.result import FinetuneResult
-from esm_efficient.training.runs import BASE_CONFIG
 from esm_efficient.training.saved_tokenizer import save_tokenizer
 from esm_efficient.training.step_memory import step_memory
 from esm_efficient.training.trainer import WeightedTrainer

@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.batches import (
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 logger = logging.getLogger(__name__)
-
-BASE_CONFIG = "base_config"
-"""The folder beside an adapter with the config of its base model."""
 
 _STATE = "WeightedTrainer"
 """The key of what a checkpoint keeps of a trainer, among the states of callbacks."""

