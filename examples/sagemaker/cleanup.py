@@ -2,9 +2,10 @@
 
     python examples/sagemaker/cleanup.py --endpoint esm2-membrane --place s3://BUCKET/esm2-membrane --yes
 
-Without ``--yes`` the script lists what it would delete. It skips what no longer exists. If the tags of an endpoint or
-the marker of a place are missing, these scripts did not create it: the script reports an error and deletes nothing. In
-a bucket with versions, the marker must be the current version, and versions older than the marker stay.
+Without ``--yes`` the script lists what it would delete. It skips what no longer exists. An endpoint of which nothing is
+found is an error at the end, because it may be in another region, and billed. If the tags of an endpoint or the marker
+of a place are missing, these scripts did not create it: the script reports an error and deletes nothing. In a bucket
+with versions, the marker must be the current version, and versions older than the marker stay.
 """
 
 from __future__ import annotations
