@@ -134,7 +134,7 @@ def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monke
     assert given["precision"] == ("fp16" if options else "auto")
 
 
-@pytest.mark.parametrize("option", ["--preset qkv", "--optimizer adamw_8bit"])
+@pytest.mark.parametrize("option", ["--preset qkv", "--optimizer adamw_foreach"])
 def test_recommend_gives_no_line_for_what_finetune_has_no_option_for(capsys, option):
     command = f"recommend --model 8M --device T4 --tokens 40 --batch-size 1 --recipe lora {option}"
     assert main(command.split()) == 0
