@@ -128,6 +128,7 @@ def tuning_methods(layers: int) -> list[Method]:
         "dropout": {"adapter_options": {"lora_dropout": 0.1}},
         "rslora": {"adapter_options": {"use_rslora": True}},
         "dora": {"adapter_options": {"use_dora": True}},
+        "eva": {"adapter_options": {"init_lora_weights": "eva"}},
         "warm-up": {"warmup_steps": 0.1},
         "cosine": {"lr_scheduler_type": "cosine"},
         "weights-none": {"class_weights": None},

@@ -64,6 +64,7 @@ TUNED = {
     "tune-dropout": "dropout of 0.1 on the inputs of the adapters",
     "tune-rslora": "rsLoRA: alpha over the root of the rank",
     "tune-dora": "DoRA",
+    "tune-eva": "EVA: first values from the training data",
     "tune-lora-plus": "LoRA+: four times the rate for the matrices B",
     "tune-head-slow": "a tenth of the rate for the head",
     "tune-head-fast": "ten times the rate for the head",

@@ -60,7 +60,8 @@ def prepare_model(
     Args:
         model: a transformers ESM-2 model with any head, also with linear layers that bitsandbytes has quantised. It is
             changed in place.
-        adapters: a peft config, such as `lora_config` returns; None to train without adapters.
+        adapters: a peft config, such as `lora_config` returns; None to train without adapters. Those of EVA
+            (``init_lora_weights="eva"``) have no values until ``peft.initialize_lora_eva_weights`` gives them some.
         head_only: freeze the encoder and train only the head.
         layers: without adapters, the encoder layers that train, as `esm_efficient.recipes.select_layers` reads them;
             the embeddings train only with all. Adapters have their own layers (`lora_config`).
@@ -100,7 +101,8 @@ def prepare_model(
     prepared: PreTrainedModel | PeftModel = model
     if adapters is not None:
         with _weights_as_float32(model, architecture, adapters):
-            prepared = get_peft_model(model, adapters)
+            # Matrices that wait for data have no values until then: nothing trains by mistake without them.
+            prepared = get_peft_model(model, adapters, low_cpu_mem_usage=needs_data(adapters))
     if gradient_checkpointing:
         compat.enable_checkpointing(model, use_reentrant=use_reentrant)
         compat.require_input_gradients(model)
@@ -177,6 +179,11 @@ def is_independent(adapters: Any) -> bool:
         and not adapters.use_dora
         and adapters.init_lora_weights in (True, False, "gaussian")
     )
+
+
+def needs_data(adapters: Any) -> bool:
+    """Return whether the first values of adapters come from data (EVA), which peft leaves to its caller."""
+    return getattr(adapters, "init_lora_weights", None) == "eva"
 
 
 def _freeze_below(model: nn.Module, architecture: Architecture, layers: str | Sequence[int]) -> None:

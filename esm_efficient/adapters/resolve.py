@@ -153,7 +153,7 @@ def lora_config(
         >>> lora_config(model, preset="qkv", r=4, use_rslora=True).lora_alpha
         8
     """
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
 
     report = resolve_targets(model, preset if target_modules is None else target_modules, layers=layers)
     logger.info("LoRA targets\n%s", report)
@@ -168,6 +168,8 @@ def lora_config(
     peft_options.setdefault("task_type", peft_task_type(model))
     if peft_options["task_type"] is None and (heads := _heads_unknown_to_peft(model)):
         peft_options.setdefault("modules_to_save", heads)
+    if peft_options.get("init_lora_weights") == "eva":
+        peft_options.setdefault("eva_config", EvaConfig())
     matched = [match.target for match in report.matches]
     if layers != "all" and all(path.split(".")[1].isdigit() for path in report.modules):
         matched = list(report.modules)  # peft finds no layer number in a path that begins with the list of layers

@@ -159,7 +159,8 @@ def finetune(
     given = {"batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate, "epochs": epochs}
     sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with quiet(verbose=verbose), _resumable(output):
-        from esm_efficient.training.checkpoints import CheckpointCallback
+        from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
+        from esm_efficient.training.export import write_card
         from esm_efficient.training.finetune import finetune
 
         result = finetune(
@@ -174,6 +175,7 @@ def finetune(
             resume_from_checkpoint=True if resume else None,
             early_stopping="auto" if early_stopping is None else early_stopping or None,
             probe=probe,
+            report=False,  # it is written below, with the line that repeats the run
             announce=lambda plan: _begin(plan, output, resume=resume),
             callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM)), config_writer(output, options)],
             save_strategy="epoch",
@@ -181,7 +183,9 @@ def finetune(
             **sizes,
         )
         if is_first_rank():
-            result.save_page(command=repeating_line(output))
+            with explain_full_disk(output):
+                result.save_page(command=repeating_line(output))
+                write_card(result)
     show(result, as_json)
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from esm_efficient import compat
-from esm_efficient.adapters.prepare import prepare_model
+from esm_efficient.adapters.prepare import needs_data, prepare_model
 from esm_efficient.adapters.resolve import recipe_adapters
 from esm_efficient.costs.memory import peak_memory
 from esm_efficient.data.tokenizing import tokenize_dataset
@@ -33,6 +33,7 @@ from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.baselines import probe_frozen
 from esm_efficient.training.cached import cache_for_training
 from esm_efficient.training.checkpoints import CheckpointCallback
+from esm_efficient.training.eva import initialize_from_data
 from esm_efficient.training.finishing import finish_job, run_figures
 from esm_efficient.training.job import begin_job
 from esm_efficient.training.metrics import compute_metrics_for
@@ -46,7 +47,7 @@ from esm_efficient.training.trainer import WeightedTrainer
 from esm_efficient.trunk.split import encoder_dropout
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def finetune(
         precision: ``"auto"``, ``"float32"``, ``"bf16"`` or ``"fp16"`` (`esm_efficient.recipes.Precision`).
         attention: how the lean encoder computes attention, as `apply_lean_encoder`.
         fused: whether torch.compile fuses the lean encoder's small kernels, as `apply_lean_encoder`.
-        adapter_options: options of `lora_config` that override those of the recipe.
+        adapter_options: options of `lora_config` that override those of the recipe. ``{"init_lora_weights": "eva"}``
+            takes the first values of the adapters from the training data (EVA, arXiv:2410.07170).
         resume_from_checkpoint: the checkpoint of a run with the same data and options; True for the newest whole one in
             `output_dir`. A damaged checkpoint is replaced by the whole one before it, with a warning.
             ``save_strategy="steps"`` writes checkpoints.
@@ -187,7 +189,10 @@ def finetune(
     frozen = None
     if probe:
         frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=seed, states=states)
-    prepared = _prepare(loaded, task, chosen, args, adapter_options or {}, attention=attention, fused=fused)
+    with job.warned:
+        adapters = recipe_adapters(chosen, loaded, **(adapter_options or {}))
+        read = splits["train"], collator if states is None else states.collator
+        prepared = _prepare(loaded, task, chosen, args, adapters, read, attention=attention, fused=fused)
     audit, profiler = AuditCallback(), ProfilerCallback() if profile else None
     own_callbacks = [audit, *([] if profiler is None else [profiler])]
     trainer = WeightedTrainer(
@@ -239,19 +244,25 @@ def _prepare(
     task: Task,
     recipe: Recipe,
     args: TrainingArguments,
-    adapter_options: Mapping[str, Any],
+    adapters: LoraConfig | None,
+    read: tuple[Any, Any],
     **encoder_options: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Return a model that trains what the recipe trains, with the recipe's encoder if the model can have it."""
-    prepared = prepare_model(
-        model,
-        adapters=recipe_adapters(recipe, model, **adapter_options),
+    """Return a model that trains what the recipe trains, with the recipe's encoder if the model can have it.
+
+    Adapters whose first values come from data read the training split by its collator.
+    """
+    prepared: Any = prepare_model(
+        model.to(args.device) if needs_data(adapters) else model,
+        adapters=adapters,
         head_only=recipe.trains == "head",
         layers=recipe.layers,
         gradient_checkpointing=compat.asks_for_checkpointing(args),
         dtype=half_dtype(args),
         label_names=task.names,
     )
+    if needs_data(adapters):
+        initialize_from_data(prepared, *read, args=args)
     return apply_lean_encoder_if_supported(prepared, **encoder_options) if recipe.encoder == "lean" else prepared
 
 
