@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from esm_efficient import __version__
-from esm_efficient.data.download import cache_folder
+from esm_efficient.data.download import cache_folder, unfinished
 from esm_efficient.data.label_cells import LabelObservations, labels_at_positions
 from esm_efficient.data.label_kinds import LabelEncoding, LabelKind, decide_encoding
 from esm_efficient.data.left_out import LeftOut, Notes
@@ -91,7 +91,7 @@ def mapped_table(files: Mapping[str, str | Path], plan: TablePlan) -> Path:
     table, notes = folder / f"{name}.arrow", folder / f"{name}.json"
     if not (table.is_file() and notes.is_file()):
         folder.mkdir(parents=True, exist_ok=True)
-        raw, encoded = (folder / f"{name}.{os.getpid()}.{step}" for step in ("raw", "encoded"))
+        raw, encoded = (unfinished(folder / f"{name}.{step}") for step in ("raw", "encoded"))
         try:
             found = _TableWriter(files, plan).write(raw, encoded)
             if _cache_name(files, plan) != name:

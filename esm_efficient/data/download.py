@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,11 @@ def sha256_of(path: str | Path) -> str:
         while chunk := handle.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def unfinished(path: Path) -> Path:
+    """Return another name in the folder of a file, to write under until it is whole; no other process has the name."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
 
 
 def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeout: float = 30.0) -> Path:

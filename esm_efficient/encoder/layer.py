@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -173,10 +174,24 @@ class RecomputedLayer(Function):
         if not states.requires_grad:  # the trainable tensors are not used, for example merged adapters
             return (None,) * len(ctx.needs_input_grad)
         wanted = [tensor for tensor in (inputs, *ctx.trainable) if tensor.requires_grad]
-        grads = iter(torch.autograd.grad(states, wanted, gradient, allow_unused=True))
+        with _without_hooks(ctx.trainable):  # autograd calls them with the gradients that this returns
+            grads = iter(torch.autograd.grad(states, wanted, gradient, allow_unused=True))
         d_inputs, *d_trainable = (next(grads) if t.requires_grad else None for t in (inputs, *ctx.trainable))
         options = (None,) * (len(ctx.needs_input_grad) - 1 - len(d_trainable))
         return d_inputs, *options, *d_trainable
+
+
+@contextmanager
+def _without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Take the hooks of tensors' gradients away in a ``with`` block."""
+    hooks = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
+    for current, _ in hooks:
+        current.clear()
+    try:
+        yield
+    finally:
+        for current, kept in hooks:
+            current.update(kept)
 
 
 def _compute_layer(

@@ -159,7 +159,7 @@ def make_packing(mask: Tensor | None, shape: tuple[int, int]) -> Packing:
         return Packing(shape, tuple(counts), begins=begins)
     order = sorted(range(rows), key=lambda row: counts[row])
     lengths = tuple(counts[row] for row in order)
-    by_length = torch.tensor(order)
+    by_length = torch.tensor(order, device="cpu")
     row, column = mask[by_length].nonzero(as_tuple=True)
     return Packing(shape, lengths, by_length[row] * columns + column, bounds_of(lengths), begins).to(device)
 
@@ -171,7 +171,7 @@ def bounds_of(lengths: Sequence[int]) -> Tensor:
         >>> bounds_of([3, 5])
         tensor([0, 3, 8], dtype=torch.int32)
     """
-    return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32)
+    return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32, device="cpu")
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -103,7 +103,7 @@ def _read_adapter(module: Any, name: str) -> Adapter | str:
         return type(dropout).__name__
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     # A fake tensor has no value to take a seed from.
-    seed = int(torch.randint(2**62, ())) if p and not _torch.is_fake(a.weight) else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if p and not _torch.is_fake(a.weight) else 0
     return Adapter(a.weight, b.weight, float(module.scaling[name]), p, seed)
 
 

@@ -195,7 +195,7 @@ def _reader(model: nn.Module, states: CachedTraining | None) -> LayerReader:
     """Return what reads the states of the frozen layers."""
     if states is None:
         return LayerReader(model)
-    if states.collator.stored.pooling != "tokens":  # the trunk has all layers, and its states are pooled
+    if states.pooling != "tokens":  # the trunk has all layers, and its states are pooled
         return LayerReader(states.trunk.esm)
     return LayerReader(model, trunk=states.trunk, collator=states.collator)
 

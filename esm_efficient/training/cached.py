@@ -36,6 +36,7 @@ class CachedTraining:
         rest: the model without its lowest layers; it takes states.
         splits: the tokenised splits with the states.
         collator: makes batches of states.
+        pooling: as in `cache_states`.
         trunk: the lowest layers, on the CPU.
         residues_per_epoch: residues of the training split.
         seconds: time to compute the states, or to check those that existed.
@@ -44,6 +45,7 @@ class CachedTraining:
     rest: PreTrainedModel
     splits: Mapping[str, Dataset]
     collator: StatesCollator
+    pooling: Pooling
     trunk: Trunk
     residues_per_epoch: int
     seconds: float
@@ -103,7 +105,8 @@ def cache_for_training(
     return CachedTraining(
         rest=rest,
         splits=cached,
-        collator=StatesCollator(collator, trunk, dtype=dtype, pooling=pooling),
+        collator=StatesCollator(collator, trunk),
+        pooling=pooling,
         trunk=trunk,
         residues_per_epoch=int(tokens.sum() - SPECIAL_TOKENS * len(tokens)),
         seconds=seconds,

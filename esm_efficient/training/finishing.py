@@ -129,7 +129,7 @@ def _memory(peak: Any, report: Any) -> dict[str, Any]:
 def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTraining | None) -> dict[str, Any]:
     """Return what the training loop did, and in what time."""
     residues, seconds = trainer.residues_trained - trainer.residues_resumed, trained.metrics["train_runtime"]
-    if states is not None and states.collator.stored.pooling != "tokens":  # no mask of all tokens to count in
+    if states is not None and states.pooling != "tokens":  # no mask of all tokens to count in
         residues = states.residues_trained(trainer)
     return {
         "train_loss": trained.training_loss,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_efficient.data.deeploc import load_deeploc
-from esm_efficient.data.download import cache_folder
+from esm_efficient.data.download import cache_folder, unfinished
 from esm_efficient.data.loading import load_sequences
 from esm_efficient.data.readers import read_blocks
 from esm_efficient.data.schema import USUAL_NAMES
@@ -224,7 +224,7 @@ def _stored(content: bytes, name: str) -> Path:
     path = cache_folder() / "given" / hashlib.sha256(content).hexdigest()[:16] / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{os.getpid()}.part")
+        partial = unfinished(path)
         partial.write_bytes(content)
         os.replace(partial, path)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ _IRRELEVANT = (
     "transformers_version",
 )
 """Settings of a config that do not change the states."""
-_FORMAT = 1
+_PASSING = ("training", "gradient_checkpointing")
+"""Switches of a module that do not change the states."""
+_FORMAT = 2
 """Number of the cache's format. Another number makes the states again."""
 
 
@@ -41,10 +43,10 @@ def cache_states(
     """Compute what enters the first trainable layer, once per sequence, and add it to a dataset.
 
     The states are written to memory-mapped Arrow files, in a subfolder named after a hash of everything that they
-    depend on: the trunk's weights, config and number of layers, the dtype, the pooling, and the token ids. A changed
-    model, file or option therefore has another subfolder. Files that exist and have the right checksum are used again;
-    so a run that was killed goes on where it stopped. Under torch.distributed, each rank computes its share of the
-    files, and `folder` must be the same for all.
+    depend on: the trunk's weights, config, modules and their hooks, the dtype, the pooling, and the token ids. A
+    changed model, file or option therefore has another subfolder. Files that exist and have the right checksum are used
+    again; so a run that was killed goes on where it stopped. Under torch.distributed, each rank computes its share of
+    the files, and `folder` must be the same for all.
 
     Args:
         dataset: splits, or one split, that `tokenize_dataset` returned.
@@ -58,7 +60,7 @@ def cache_states(
         The dataset with the column ``states`` (bytes), in the same order of rows.
 
     Raises:
-        DataError: the dataset is not tokenised or empty, the disk is full, or a file cannot be written.
+        DataError: the dataset is not tokenised, empty or padded, the disk is full, or a file cannot be written.
         ConfigurationError: an option is unknown, or `pooling` does not fit the trunk.
 
     Example:
@@ -83,7 +85,7 @@ def cache_states(
 
 def _cache_split(split: Dataset, trunk: Trunk, folder: Path, stored: StateFormat, model_key: str, name: str) -> Dataset:
     """Add the states to one split."""
-    from datasets import Dataset, concatenate_datasets
+    from datasets import Dataset, Value, concatenate_datasets
 
     if "input_ids" not in split.column_names or not len(split):
         raise DataError(
@@ -91,7 +93,11 @@ def _cache_split(split: Dataset, trunk: Trunk, folder: Path, stored: StateFormat
             "input_ids; call tokenize_dataset first"
         )
     if STATES_COLUMN in split.column_names:
+        if split.features[STATES_COLUMN] != Value("binary"):
+            raise DataError(f"{name} has a column {STATES_COLUMN} that is not of cached states: rename it")
         split = split.remove_columns(STATES_COLUMN)
+    if "attention_mask" in split.column_names and _has_padding(split):
+        raise DataError(f"{name} has padding: expected sequences of their own length, as tokenize_dataset makes them")
     lengths, ids_key = measure_ids(split)
     plan = Plan(name, folder, stored, trunk.width, lengths)
     key = hashlib.sha256(repr((model_key, ids_key, stored, plan.shards)).encode()).hexdigest()[:16]
@@ -107,13 +113,30 @@ def _hash_model(trunk: Trunk) -> str:
     config = {name: value for name, value in trunk.esm.config.to_dict().items() if name not in _IRRELEVANT}
     device = next(trunk.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    scales = [getattr(layer, "scaling_factor", None) for layer in trunk.layers]  # in ESM C, by the model's depth
-    digest = hashlib.sha256(repr((_FORMAT, sorted(config.items()), scales, autocast)).encode())
+    modules = [_settings_of(name, module) for name, module in trunk.named_modules()]
+    precision = torch.get_float32_matmul_precision()
+    digest = hashlib.sha256(repr((_FORMAT, sorted(config.items()), modules, autocast, precision)).encode())
     for name, tensor in [*trunk.named_parameters(), *trunk.named_buffers()]:
         if not name.startswith("esm.contact_head."):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(bytes_of(tensor).data)
     return digest.hexdigest()
+
+
+def _settings_of(name: str, module: Any) -> tuple[Any, ...]:
+    """Return the class of a module, its numbers and switches, and the names of its hooks."""
+    values = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _PASSING}
+    simple = sorted((key, value) for key, value in values.items() if isinstance(value, (bool, int, float, str)))
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    names = [f"{hook.__module__}.{hook.__qualname__}" for hook in hooks if hasattr(hook, "__qualname__")]
+    return name, f"{type(module).__module__}.{type(module).__qualname__}", simple, len(hooks), names
+
+
+def _has_padding(split: Dataset) -> bool:
+    import pyarrow.compute as pc
+
+    blocks = split.select_columns("attention_mask").with_format("arrow").iter(batch_size=1000)
+    return any(pc.min(pc.list_flatten(block["attention_mask"])).as_py() == 0 for block in blocks)
 
 
 def measure_ids(split: Dataset) -> tuple[np.ndarray, str]:

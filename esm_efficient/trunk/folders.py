@@ -6,11 +6,12 @@ import json
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from esm_efficient.errors import ConfigurationError
@@ -73,10 +74,15 @@ def list_states(folder: str | Path) -> list[CachedStates]:
     for path in Path(folder).glob(f"*/{ABOUT}"):
         if not re.fullmatch("[0-9a-f]{16}", path.parent.name):  # a folder of something else
             continue
-        about = json.loads(path.read_text())
+        try:
+            about = json.loads(path.read_text())
+            entry = CachedStates(folder=path.parent, size=0, used=datetime.min, **about)
+        except (ValueError, TypeError):
+            logger.warning("%s is damaged: its states are not listed. Delete the folder", path)
+            continue
         size = sum(file.stat().st_size for pattern in _FILES for file in path.parent.glob(pattern))
         used = datetime.fromtimestamp(path.stat().st_mtime)
-        found.append(CachedStates(folder=path.parent, size=size, used=used, **about))
+        found.append(replace(entry, size=size, used=used))
     return sorted(found, key=lambda states: states.used)
 
 
@@ -91,8 +97,8 @@ def delete_states(
     Args:
         folder: as in `list_states`.
         unused_days: delete states that no run has started to use for this number of days.
-        not_of: delete states that do not belong to this model, as it is before training: its weights below the states
-            are others. It has no adapters.
+        not_of: delete states that do not belong to this model, as it is before training, or to its copy in half
+            precision: its weights below the states are others. It has no adapters.
 
     Returns:
         What was deleted.
@@ -112,8 +118,12 @@ def delete_states(
         states = [entry for entry in states if entry.used.timestamp() <= time.time() - unused_days * _DAY]
     if not_of is not None:
         encoder = _whole_encoder(not_of)
-        own = {layers: hash_weights(encoder, layers) for layers in {entry.layers for entry in states}}
-        states = [entry for entry in states if entry.weights != own[entry.layers]]
+        own = {
+            hash_weights(encoder, layers, dtype)
+            for layers in {entry.layers for entry in states}
+            for dtype in (torch.bfloat16, torch.float16)
+        }
+        states = [entry for entry in states if entry.weights not in own]
     deleted = [entry for entry in states if not is_in_use(entry.folder)]
     for entry in deleted:
         for pattern in _FILES:

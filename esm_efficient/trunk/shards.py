@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets.utils import tqdm
 
-from esm_efficient.data.download import sha256_of
+from esm_efficient.data.download import sha256_of, unfinished
 from esm_efficient.errors import DataError
 from esm_efficient.reporting import format_bytes
 from esm_efficient.trunk.split import Trunk
@@ -101,10 +101,11 @@ def make_shards(split: Dataset, trunk: Trunk, plan: Plan) -> None:
     if not _all_agree(failure is None):
         if failure is None:
             raise DataError(f"another rank could not write states to {plan.folder}; its message names the reason")
+        is_full = isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT)
+        free = f"; {format_bytes(_free_bytes(plan.folder))} are free there. Free space or give" if is_full else ". Give"
         raise DataError(
-            f"the states could not be written to {plan.folder} ({failure}); "
-            f"{format_bytes(_free_bytes(plan.folder))} are free there. Free space or give another "
-            "folder, and run again: finished files are used again"
+            f"the states could not be written to {plan.folder} ({failure}){free} another folder, and run again: "
+            "finished files are used again"
         ) from failure
 
 
@@ -142,7 +143,8 @@ def _note_use(plan: Plan, trunk: Trunk) -> None:
     if rank_and_ranks()[0]:
         return
     if path.is_file():
-        path.touch()
+        with contextlib.suppress(OSError):  # states that are whole can be read where nothing can be written
+            path.touch()
         return
     about = {
         "split": plan.name,
@@ -152,7 +154,7 @@ def _note_use(plan: Plan, trunk: Trunk) -> None:
         "pooling": plan.stored.pooling,
         "weights": hash_weights(trunk.esm, len(trunk.layers)),
     }
-    partial = path.with_name(f"{ABOUT}.{os.getpid()}.part")
+    partial = unfinished(path)
     partial.write_text(json.dumps(about, indent=2) + "\n")
     os.replace(partial, path)
 
@@ -174,7 +176,7 @@ def _write_shard(split: Dataset, trunk: Trunk, plan: Plan, number: int, progress
     import pyarrow as pa
 
     path = plan.file(number)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = unfinished(path)
     try:
         with _locked(partial):
             with (
@@ -195,7 +197,7 @@ def _write_shard(split: Dataset, trunk: Trunk, plan: Plan, number: int, progress
 def _locked(path: Path) -> Iterator[None]:
     """Create a file, and lock it until the end of the block or of the process."""
     while True:
-        with path.open("wb") as file:
+        with path.open("xb") as file:
             _lock(file.fileno(), wait=True)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield

@@ -306,8 +306,7 @@ def truncate(model: Model, layers: int) -> Model:
         raise ConfigurationError("the model has adapters: merge them, or cut layers off before adding adapters")
     if not 1 <= layers <= count:
         raise ConfigurationError(f"layers={layers}: expected 1 to {count} layers to keep")
-    remove_lean_encoder(model)
-    shorter: Any = copy_modules(model)
+    shorter: Any = remove_lean_encoder(copy_modules(model))
     shorter_esm, _ = only_encoder(shorter)
     _set(shorter_esm, parts.layers, layers_of(shorter_esm)[:layers])
     for module in shorter.modules():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STATES_COLUMN = "states"
-"""The column of the cached states: the bytes of an array of shape (states, width) per sequence."""
+"""The column of the cached states: per sequence the bytes of an array of shape (states, width), and its format's."""
 
 StateDtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Literal["tokens", "first", "mean", "both"]
@@ -63,48 +64,80 @@ class StateFormat:
             width: width of the states.
         """
         states = tokens if self.pooling == "tokens" else np.full_like(tokens, len(_PLACES[self.pooling]))
-        return states * width * self.torch_dtype.itemsize
+        return states * width * self.torch_dtype.itemsize + len(self.mark)
+
+    @property
+    def mark(self) -> bytes:
+        """The byte that ends the bytes of each sequence, so that they are read as they were written."""
+        return bytes([_FORMATS.index((self.dtype, self.pooling))])
+
+    @classmethod
+    def of(cls, stored: bytes) -> StateFormat:
+        """Return the format of the bytes of a sequence."""
+        return cls(*_FORMATS[stored[-1]])
+
+
+_FORMATS = tuple(itertools.product(get_args(StateDtype), get_args(Pooling)))
+"""Number formats and poolings; what is stored has their index."""
 
 
 class StatesCollator:
     """A data collator that gives a model the cached states instead of token ids.
 
     It takes the column ``states`` away, lets another collator make the batch, and replaces ``input_ids`` by
-    ``inputs_embeds`` of shape (rows, columns, width). With pooled states, the columns are those of a protein of one
-    residue: the state of the first token, the mean over residues, and a last token. What is not stored is zero. So a
-    head that reads the first token, or the mean over residues, finds what it reads at the usual place. ``"first"`` has
-    one column and no ``attention_mask``.
+    ``inputs_embeds`` of shape (rows, columns, width); states of tokens are where ``attention_mask`` is 1. With pooled
+    states, the columns are those of a protein of one residue: the state of the first token, the mean over residues, and
+    a last token. What is not stored is zero. So a head that reads the first token, or the mean over residues, finds
+    what it reads at the usual place. ``"first"`` has one column and no ``attention_mask``.
 
     Args:
         collator: the collator of the other columns.
         trunk: the trunk that computed the states. The model gets them in the dtype of its weights, so that the numbers
             are those of a run without a cache.
-        dtype: as in `cache_states`.
-        pooling: as in `cache_states`.
+
+    Raises:
+        DataError: in a call, if an example has no states, or states of another format, width or number of tokens.
     """
 
-    def __init__(
-        self, collator: Any, trunk: Trunk, *, dtype: StateDtype = "float32", pooling: Pooling = "tokens"
-    ) -> None:
-        self.collator, self.stored = collator, StateFormat(dtype, pooling)
-        self.width, self.dtype = trunk.width, next(trunk.parameters()).dtype
+    def __init__(self, collator: Any, trunk: Trunk) -> None:
+        self.collator, self.width, self.dtype = collator, trunk.width, next(trunk.parameters()).dtype
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return a batch with ``inputs_embeds`` and without ``input_ids``."""
+        if any(STATES_COLUMN not in row for row in features):
+            raise DataError(f"an example has no column {STATES_COLUMN}: expected what cache_states returned")
+        formats = {StateFormat.of(row[STATES_COLUMN]) for row in features}
+        if len(formats) > 1:
+            raise DataError(f"a batch has states of {len(formats)} formats: expected those of one call of cache_states")
+        [stored], pooling = formats, next(iter(formats)).pooling
         rest = [{name: value for name, value in row.items() if name != STATES_COLUMN} for row in features]
         batch = dict(self.collator(rest))
-        ids, pooling = batch.pop("input_ids"), self.stored.pooling
+        ids = batch.pop("input_ids")
         columns = {"tokens": ids.shape[1], "first": 1}.get(pooling, SPECIAL_TOKENS + 1)
-        padded = np.zeros((len(ids), columns, self.width * self.stored.torch_dtype.itemsize), dtype=np.uint8)
-        for place, row in zip(padded, features, strict=True):
-            states = np.frombuffer(row[STATES_COLUMN], dtype=np.uint8).reshape(-1, padded.shape[-1])
-            place[list(_PLACES.get(pooling, range(len(states))))] = states
-        batch["inputs_embeds"] = torch.from_numpy(padded).view(self.stored.torch_dtype).to(self.dtype)
+        padded = np.zeros((len(ids), columns, self.width * stored.torch_dtype.itemsize), dtype=np.uint8)
+        for number, row in enumerate(features):
+            places = _places_of(pooling, batch, number)
+            states = np.frombuffer(row[STATES_COLUMN], dtype=np.uint8)[:-1]
+            if states.size != len(places) * padded.shape[-1]:
+                raise DataError(
+                    f"an example has {states.size} bytes of states: expected {len(places)} states of width "
+                    f"{self.width}. They are those of other tokens or of another model"
+                )
+            padded[number, places] = states.reshape(len(places), -1)
+        batch["inputs_embeds"] = torch.from_numpy(padded).view(stored.torch_dtype).to(self.dtype)
         if pooling == "first":
             del batch["attention_mask"]  # it is that of all tokens
         elif pooling != "tokens":
             batch["attention_mask"] = torch.ones(padded.shape[:2], dtype=torch.long)
         return batch
+
+
+def _places_of(pooling: Pooling, batch: Mapping[str, Any], row: int) -> list[int]:
+    """Return the columns of a row's states in a model's input."""
+    if pooling != "tokens":
+        return list(_PLACES[pooling])
+    places: list[int] = np.flatnonzero(np.asarray(batch["attention_mask"][row])).tolist()
+    return places
 
 
 def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: StateFormat) -> list[bytes]:
@@ -115,6 +148,9 @@ def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: State
         trunk: the trunk.
         rows: indices of the rows; they make one batch.
         stored: how the states are stored.
+
+    Raises:
+        DataError: a state is too large for float16.
     """
     ids, offsets = ids_of(split.with_format("arrow")[rows])
     inputs = pad_batch(ids, offsets, trunk.esm.config.pad_token_id, next(trunk.parameters()).device)
@@ -123,8 +159,11 @@ def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: State
         pooled = [] if stored.pooling == "mean" else [states[:, 0].float()]
         pooled += [] if stored.pooling == "first" else [mean_over_residues(states, lengths)]
         states, lengths = torch.stack(pooled, dim=1), np.full_like(lengths, len(pooled))
-    states = states.to(stored.torch_dtype).cpu()
-    return [bytes_of(row[:length]).tobytes() for row, length in zip(states, lengths.tolist(), strict=True)]
+    rounded = states.to(stored.torch_dtype)
+    if stored.dtype == "float16" and (rounded.isinf() & states.isfinite()).any():
+        raise DataError('a state is too large for float16: give dtype="bfloat16" or "float32"')
+    rows_of_states = zip(rounded.cpu(), lengths.tolist(), strict=True)
+    return [bytes_of(row[:length]).tobytes() + stored.mark for row, length in rows_of_states]
 
 
 def pad_batch(ids: np.ndarray, offsets: np.ndarray, padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -166,7 +205,11 @@ def mean_over_residues(states: Tensor, lengths: np.ndarray) -> Tensor:
 
 def ids_of(table: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the token ids of an Arrow table's rows, joined, and the offsets of the rows."""
+    import pyarrow as pa
+
     column = table["input_ids"].combine_chunks()
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
     offsets = column.offsets.to_numpy()
     return column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
@@ -176,14 +219,19 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def hash_weights(encoder: Any, layers: int) -> str:
+def hash_weights(encoder: Any, layers: int, rounded: torch.dtype = torch.bfloat16) -> str:
     """Return a hash of the weights of an encoder's embeddings and lowest layers.
 
-    They are rounded to bfloat16 for that, so that a model and its copy in half precision have the same hash.
+    They are rounded to bfloat16 for that, so that a model and its copy in bfloat16 have the same hash.
+
+    Args:
+        encoder: the encoder.
+        layers: number of layers.
+        rounded: what the weights are rounded to before; float16 gives the hash of a copy in float16.
     """
     digest = hashlib.sha256()
     for module in (embeddings_of(encoder), *list(layers_of(encoder))[:layers]):
         for name, parameter in module.named_parameters():
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(bytes_of(parameter.to(torch.bfloat16)).data)
+            digest.update(bytes_of(parameter.to(rounded).to(torch.bfloat16)).data)
     return digest.hexdigest()[:16]

@@ -191,7 +191,7 @@ def measure_layers(share: str, config: transformers.PreTrainedConfig, options: a
         sides = {
             "all": Side(make_model(config), count, data, collator),
             "top": Side(make_model(config), top, data, collator),
-            "cached": Side(rest, top, states, StatesCollator(collator, trunk, pooling=pooling)),
+            "cached": Side(rest, top, states, StatesCollator(collator, trunk)),
         }
         expected, got = sides["top"].gradient(), sides["cached"].gradient()
         times: dict[str, list[float]] = {"states": [], **{name: [] for name in sides}}

@@ -290,6 +290,21 @@ def test_unknown_adapters_run_their_own_forward_without_padding_and_are_logged(c
     assert counter.get_total_flops() < 0.6 * padded.get_total_flops()
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+def test_a_hook_of_a_parameter_is_called_once_with_its_gradient(recompute):
+    model = apply_lean_encoder(build(), recompute=recompute)
+    batch, calls = make_batch([9, 5]), []
+    _, expected = gradient_of(model, batch)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: calls.append(name) or 0.1 * gradient)
+    for _ in range(2):
+        calls.clear()
+        _, found = gradient_of(model, batch)
+        assert sorted(calls) == sorted(expected)
+        assert distance(found, {name: 0.1 * gradient for name, gradient in expected.items()}) < 1e-6
+
+
 def test_a_layer_without_trainable_parameters_can_be_recomputed():
     model = apply_lean_encoder(build(), recompute="layer")
     model.merge_adapter()

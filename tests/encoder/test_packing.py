@@ -52,6 +52,13 @@ def test_a_token_is_rotated_by_the_angle_of_its_column():
     assert torch.allclose(packing.rotation.flatten(), torch.polar(torch.ones(6), columns))
 
 
+def test_a_packing_is_made_on_the_host_whatever_device_is_the_default():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    with torch.device("meta"):
+        packing = make_packing(mask, (2, 3))
+    assert packing.index.tolist() == [3, 0, 1, 2]
+
+
 def test_unpacking_puts_first_tokens_into_their_rows():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     packing = make_packing(mask, (3, 3))

@@ -60,7 +60,7 @@ def cached_batch(model, top, pooling, folder):
         def pad(self, features, **_):
             return {name: torch.tensor([row[name] for row in features]) for name in features[0]}
 
-    batch = StatesCollator(DataCollatorWithPadding(Tokenizer()), trunk, pooling=pooling)(dataset.to_list())
+    batch = StatesCollator(DataCollatorWithPadding(Tokenizer()), trunk)(dataset.to_list())
     batch.pop("attention_mask", None)  # the sequences have one length
     return rest, batch, sum(len(row["states"]) for row in dataset)
 
@@ -185,16 +185,16 @@ def test_extrapolated_figures_equal_those_of_all_layers(options):
 def test_the_disk_is_that_of_the_given_lengths():
     width = 320
     one = estimate("8M", recipe="frozen", tokens=100)
-    assert (one.sequences, one.cache.bytes) == (15_876, 15_876 * width * 2)  # bf16, the first token
+    assert (one.sequences, one.cache.bytes) == (15_876, 15_876 * (width * 2 + 1))  # bf16, the first token, the format
     lora = RECIPES["lora"].replace(layers="top-1/3", cache=True)
     data = DatasetDict(
         train=Dataset.from_dict({"residues": [8, 28]}), validation=Dataset.from_dict({"residues": [18, 18, 18]})
     )
     many = estimate("8M", recipe=lora, tokens=data, precision="float32")
     assert (many.sequences, many.cache.sequences) == (2, 5)
-    assert many.cache.bytes == (10 + 30 + 3 * 20) * width * 4
+    assert many.cache.bytes == (10 + 30 + 3 * 20) * width * 4 + 5
     sample = estimate("8M", recipe=lora, tokens=[10, 30], sequences=1000, precision="float32")
-    assert sample.cache.bytes == 500 * (10 + 30) * width * 4
+    assert sample.cache.bytes == 500 * ((10 + 30) * width * 4 + 2)
     assert sample.cache.bytes == data_lengths([10, 30], 1000).total(
         lambda tokens: StateFormat("float32").bytes_for(tokens, width)
     )

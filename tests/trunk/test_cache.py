@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def small_shards(monkeypatch):
 
 
 def states_of(row, stored, width):
-    raw = torch.frombuffer(bytearray(row[STATES_COLUMN]), dtype=torch.uint8).view(stored.torch_dtype)
+    raw = torch.frombuffer(bytearray(row[STATES_COLUMN][:-1]), dtype=torch.uint8).view(stored.torch_dtype)
     return raw.view(-1, width).float()
 
 
@@ -113,7 +114,7 @@ def test_the_head_computes_from_pooled_states_what_the_model_computes(tokenizer,
     cached = cache_states(rows, trunk, tmp_path, pooling=pooling)
     if lean:
         apply_lean_encoder(rest)
-    got = rest(**StatesCollator(collator, trunk, pooling=pooling)([cached[number] for number in range(8)]))
+    got = rest(**StatesCollator(collator, trunk)([cached[number] for number in range(8)]))
     torch.testing.assert_close(got.logits, expected.logits, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got.loss, expected.loss)
 
@@ -142,11 +143,27 @@ def _other_config():
     return model
 
 
+def _changed(change):
+    model = load()
+    change(model.esm)
+    return model
+
+
+def _no_token_dropout(esm):
+    esm.embeddings.token_dropout = False
+
+
+def _hooked(esm):
+    esm.encoder.layer[0].register_forward_hook(lambda module, given, out: out)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         {"model": _other_weight},
         {"model": _other_config},
+        {"model": lambda: _changed(_no_token_dropout)},
+        {"model": lambda: _changed(_hooked)},
         {"model": lambda: load().to(torch.bfloat16)},
         {"layers": 2},
         {"rows": [1, 0, *range(2, 30)]},
@@ -174,7 +191,7 @@ def test_what_does_not_change_the_states_makes_no_new_states(data, tmp_path):
     cache_states(data, split_model(load(), 1)[0], tmp_path)
     before = set(tmp_path.iterdir())
     pooled = PooledEsmForSequenceClassification.from_pretrained(demo_model_path(), classifier_pooling="mean")
-    for other_head in (load(num_labels=5, id2label=dict(enumerate("abcde"))), pooled):
+    for other_head in (load(num_labels=5, id2label=dict(enumerate("abcde"))), pooled, load().train()):
         cache_states(data, split_model(other_head, 1)[0], tmp_path)
     assert set(tmp_path.iterdir()) == before
 
@@ -278,7 +295,7 @@ def test_a_write_that_fails_leaves_whole_files_and_no_part(data, tmp_path, small
 
     done = Copy(SCRIPT, tmp_path / "data", tmp_path / "states", 0, folder=tmp_path, before=limit_files).wait()
     assert done.returncode == 1
-    assert re.search("DataError: the states could not be written to .*Free space or give another folder", done.stderr)
+    assert re.search("DataError: the states could not be written to .*File too large.*Give another folder", done.stderr)
     assert not list((tmp_path / "states").rglob("*.part"))
     assert not list((tmp_path / "states").rglob("*.arrow"))
 
@@ -323,11 +340,19 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_no_part(data, tmp_path):
     assert ".part" not in done.stdout
 
 
+def padded(rows):
+    longest = max(map(len, rows["input_ids"]))
+    values = {"input_ids": 1, "attention_mask": 0}
+    return rows.map(lambda row: {name: row[name] + [v] * (longest - len(row[name])) for name, v in values.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda rows: rows.remove_columns("input_ids"), DataError, "call tokenize_dataset first"),
         (lambda rows: rows.select([]), DataError, "has 0 rows"),
+        (lambda rows: padded(rows), DataError, "has padding"),
+        (lambda rows: rows.rename_column("labels", STATES_COLUMN), DataError, "that is not of cached states"),
     ],
 )
 def test_a_dataset_that_is_not_tokenised_is_refused(data, tmp_path, change, error, message):
@@ -346,6 +371,70 @@ def test_a_dataset_that_is_not_tokenised_is_refused(data, tmp_path, change, erro
 def test_an_option_that_is_unknown_or_does_not_fit_the_trunk_is_refused(data, tmp_path, options, message):
     with pytest.raises(ConfigurationError, match=message):
         cache_states(data, split_model(load(), 1)[0], tmp_path, **options)
+
+
+def test_states_are_read_as_they_were_written_or_refused(data, tokenizer, tmp_path):
+    trunk, _ = split_model(load(), 0)
+    rows = data.select(range(4)).remove_columns(["labels", "tokens"])
+    collate = StatesCollator(DataCollatorWithPadding(tokenizer), trunk)
+    exact = collate(cache_states(rows, trunk, tmp_path).to_list())["inputs_embeds"]
+    for dtype in ("bfloat16", "float16"):
+        got = collate(cache_states(rows, trunk, tmp_path, dtype=dtype).to_list())["inputs_embeds"]
+        torch.testing.assert_close(got, exact, atol=0.03, rtol=0.01)
+    first, mean = (cache_states(rows, trunk, tmp_path, pooling=pooling).to_list() for pooling in ("first", "mean"))
+    torch.testing.assert_close(collate(first)["inputs_embeds"][:, 0], exact[:, 0])
+    with pytest.raises(DataError, match="states of 2 formats"):
+        collate([first[0], mean[1]])
+    with pytest.raises(DataError, match="no column states"):
+        collate(rows.to_list())
+    row = cache_states(rows, trunk, tmp_path)[0]
+    with pytest.raises(DataError, match="of other tokens or of another model"):
+        collate([row | {"input_ids": row["input_ids"][:-1], "attention_mask": row["attention_mask"][:-1]}])
+
+
+def test_padding_on_the_left_moves_the_states_with_the_tokens(data, tmp_path):
+    trunk, rest = split_model(load("token-classification"), 1)
+    left = AutoTokenizer.from_pretrained(demo_model_path(), padding_side="left")
+    rows = data.select(range(3)).remove_columns(["labels", "tokens"])
+    batch = StatesCollator(DataCollatorWithPadding(left), trunk)(cache_states(rows, trunk, tmp_path).to_list())
+    got = rest(**batch).logits[batch["attention_mask"].bool()]
+    expected = [load("token-classification")(torch.tensor([ids])).logits[0] for ids in rows["input_ids"]]
+    torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_state_too_large_for_float16_is_refused(data, tmp_path):
+    model = load()
+    with torch.no_grad():
+        model.esm.encoder.layer[0].output.dense.bias[0] = 1e5
+    with pytest.raises(DataError, match="too large for float16"):
+        cache_states(data, split_model(model, 1)[0], tmp_path, dtype="float16")
+
+
+def test_two_writers_of_one_process_number_share_a_folder(data, tmp_path, small_shards):
+    """Two containers may give their processes the same number."""
+    trunk, _ = split_model(load(), 1)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: cache_states(data, trunk, tmp_path)[STATES_COLUMN][:], range(2))
+    assert one == two == cache_states(data, trunk, tmp_path / "alone")[STATES_COLUMN][:]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_whole_states_can_be_read_where_nothing_can_be_written(data, tmp_path, monkeypatch):
+    trunk, _ = split_model(load(), 1)
+    expected = cache_states(data, trunk, tmp_path)[STATES_COLUMN][:]
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert cache_states(data, trunk, tmp_path)[STATES_COLUMN][:] == expected
+
+
+def test_a_folder_that_cannot_be_written_is_not_called_full(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"could not be written to .*file.*Give another folder") as caught:
+        cache_states(data, split_model(load(), 1)[0], tmp_path / "file")
+    assert "Free space" not in str(caught.value)
 
 
 def test_a_mean_over_no_residue_is_refused(data, tmp_path):
@@ -370,7 +459,7 @@ def train(tokenizer, rows, folder, *, layers, adapters, head, steps=50, cached=N
         model = join_model(model, trunk)
     else:
         rows = cache_states(rows, trunk, folder, dtype=cached, pooling=pooling)
-        collator = StatesCollator(collator, trunk, dtype=cached, pooling=pooling)
+        collator = StatesCollator(collator, trunk)
     count = model.config.num_hidden_layers
     apply_lean_encoder(model)
     trained = tuple(f".layer.{number}." for number in range(count - layers, count))

@@ -77,6 +77,22 @@ def test_states_of_another_model_are_deleted(tmp_path):
     assert sorted(states.sequences for states in list_states(tmp_path)) == [3, 4]
 
 
+def test_states_of_a_copy_in_half_precision_are_those_of_the_model(tmp_path):
+    for rows, dtype in ((3, torch.float16), (4, torch.bfloat16)):
+        cache(tmp_path, rows=rows, dtype=dtype)
+    assert delete_states(tmp_path, not_of=load()) == []
+
+
+def test_a_damaged_note_hides_its_own_states_alone(tmp_path, caplog):
+    cache(tmp_path, rows=3)
+    cache(tmp_path, rows=4)
+    for states, text in zip(list_states(tmp_path), ("", '{"split": "train"}'), strict=True):
+        (states.folder / shards.ABOUT).write_text(text)
+    cache(tmp_path, rows=5)
+    assert [states.sequences for states in list_states(tmp_path)] == [5]
+    assert caplog.text.count("is damaged") == 2
+
+
 def test_both_conditions_must_hold(tmp_path):
     cache(tmp_path, rows=3)
     cache(tmp_path, rows=5, change=0.1)

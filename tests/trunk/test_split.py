@@ -166,6 +166,12 @@ def test_a_truncated_model_is_an_ordinary_checkpoint_of_the_lowest_layers(layers
     torch.testing.assert_close(output(loaded, **batch), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_truncating_leaves_the_lean_encoder_on_the_model_that_is_given():
+    model = apply_lean_encoder(make_model())
+    assert not has_lean_encoder(truncate(model, 2))
+    assert has_lean_encoder(model)
+
+
 def test_a_truncated_contact_head_reads_the_attentions_of_the_layers_that_are_left(batch):
     model = make_model(EsmModel)
     model.set_attn_implementation("eager")
