@@ -212,7 +212,7 @@ RECIPES: dict[str, Recipe] = {
             gradient_checkpointing=True,
             preset="all-linear",
             r=8,
-            description="LoRA, accumulation and checkpointing; `top` scores as high in a third of the time",
+            description="LoRA, accumulation and checkpointing; `top` scores as high in less than half of the time",
         ),
         Recipe(
             "top",

@@ -12,7 +12,8 @@ chooses some by shell patterns.
 A seed draws the sample of proteins, the head, the adapters and the order of the batches. Methods with the same seed
 have the same sample, so their differences are paired by seed.
 
-CPU seconds are those of this process, before and during training, and do not depend on what else the machine does.
+CPU seconds are those of this process, before and during training. They leave out waiting, but a process beside it that
+uses the same caches or the same memory makes them longer.
 Those of a run on cached states include making the states, also if an earlier run made them. Those of a linear probe are
 of the whole sweep: one pass that gives the states of all layers, and the probes on all of them.
 """

@@ -5,7 +5,8 @@
 
 Both runs use the same numbers of training and test proteins, the same recipe and the same seed. In the random split a
 test protein may have homologues among the training proteins. Proteins of different DeepLoc partitions share at most
-30 % identity. The difference between the two scores is the part that comes from remembering homologues.
+30 % identity. A model that remembers homologues gains from them in the random split. The two splits test different
+proteins, which may differ in difficulty too, so a difference of one run is no measure of that gain.
 """
 
 from __future__ import annotations

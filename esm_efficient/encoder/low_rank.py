@@ -13,7 +13,7 @@ from esm_efficient import _torch
 
 
 class Adapter(NamedTuple):
-    """One LoRA adapter of a layer (Hu et al. 2021): it adds ``scale * dropout(input) @ a.T @ b.T``.
+    """One LoRA adapter of a layer (Hu et al. 2022): it adds ``scale * dropout(input) @ a.T @ b.T``.
 
     Attributes:
         a: shape (rank, inputs).

@@ -142,7 +142,7 @@ def recommend(
 
     Example:
         >>> print(recommend("650M", "T4", 512, batch_size=8).recipe.name)  # doctest: +SKIP
-        all
+        top
     """
     from tqdm import tqdm
 

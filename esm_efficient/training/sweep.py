@@ -139,7 +139,7 @@ class LayerSweep:
             f"Recommended: keep {count_of(self.layer, 'layer')} of {self.layers} (truncate(model, {self.layer}) in "
             f"Python), and a head that reads the {_NAMES[self.reading]}. Layer {self.best} has the best {self.metric} "
             f"({self.score(self.best):.3f}, standard error {self.standard_error:.3f}); layer {self.layer} is the "
-            f"lowest {reason}. A probe is not a promise: fine-tuning may rank layers in another "
+            f"lowest, from 1, {reason}. A probe is not a promise: fine-tuning may rank layers in another "
             "order."
         )
 
@@ -168,7 +168,7 @@ def sweep_layers(
     last layer are taken after the last layer norm. They stay in memory: 4 bytes x (layers + 1) x width per protein and
     reading, which is 0.17 MB for ESM-2 650M.
 
-    The lowest layer whose score is at most one standard error below the best is recommended (the one-standard-error
+    The lowest layer, from 1, whose score is at most one standard error below the best is recommended (the one-standard-error
     rule of Breiman et al. 1984, "Classification and regression trees"). It is the result of a probe: fine-tuning may
     rank the layers in another order.
 

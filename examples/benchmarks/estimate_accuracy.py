@@ -111,7 +111,7 @@ PUBLISHED = [
         "tutorial: all together",
         3.3e9,
         TUTORIAL,
-        "frozen",
+        RECIPES["frozen"].replace(cache=False),
         _AS_THE_TUTORIAL,
         _CACHED + "The estimate follows the actual run: the adapters received no gradient, so no layer saved "
         "activations. Context and cached blocks are as large as the rest here.",

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from esm_efficient import RECIPES
+
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,3 +43,8 @@ def test_every_plot_is_on_a_page(explanations):
     assert [
         n for n in explanations.PLOTS if not (EXAMPLES.parent / f"docs/pages/images/explain_{n}.svg").is_file()
     ] == []
+
+
+def test_the_plot_of_memory_on_the_page_has_every_recipe():
+    picture = (EXAMPLES.parent / "docs" / "pages" / "images" / "explain_memory.svg").read_text()
+    assert [name for name in RECIPES if f">{name}</text>" not in picture] == []

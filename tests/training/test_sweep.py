@@ -75,7 +75,7 @@ def test_the_recommended_layer_is_the_lowest_within_one_standard_error_of_the_be
 def test_the_report_says_why_it_does_not_recommend_the_embeddings(result):
     text = str(dataclasses.replace(result, best=0, layer=1))
     assert "Layer 0 has the best mcc" in text
-    assert "layer 1 is the lowest that can be kept." in text
+    assert "layer 1 is the lowest, from 1, that can be kept." in text
 
 
 def test_the_report_says_where_it_was_scored_and_what_it_recommends(result):
