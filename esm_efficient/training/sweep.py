@@ -168,9 +168,9 @@ def sweep_layers(
     last layer are taken after the last layer norm. They stay in memory: 4 bytes x (layers + 1) x width per protein and
     reading, which is 0.17 MB for ESM-2 650M.
 
-    The lowest layer, from 1, whose score is at most one standard error below the best is recommended (the one-standard-error
-    rule of Breiman et al. 1984, "Classification and regression trees"). It is the result of a probe: fine-tuning may
-    rank the layers in another order.
+    The lowest layer, from 1, whose score is at most one standard error below the best is recommended (the
+    one-standard-error rule of Breiman et al. 1984, "Classification and regression trees"). It is the result of a probe:
+    fine-tuning may rank the layers in another order.
 
     Args:
         model: a folder or a Hub name of an ESM-2 model, or a loaded model with any head and without adapters. It is not
