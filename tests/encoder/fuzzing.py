@@ -1,7 +1,9 @@
 """Random models and calls: the lean encoder must agree with the plain model.
 
 `run(seed)` makes one model from a seed, and calls it several times with random batches and in random states. Its errors
-name the seed and what was drawn.
+name the seed and what was drawn. The tests have the first 1,600 seeds; this tries others:
+
+    PYTHONPATH=tests python tests/encoder/fuzzing.py 1600 10000
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import copy
 import pickle
 import random
+import sys
 
 import torch
 from conftest import tiny_config
@@ -244,3 +247,8 @@ def compare(fuzz):
                     limits = [HALF_LIMIT * value + 0.25 for value in errors(compute(plain, batch, tokens), expected)]
                 found = errors(compute(lean, batch, tokens), expected)
         assert all(a <= b for a, b in zip(found, limits, strict=True)), f"{found} > {limits}: {' '.join(fuzz.drawn)}"
+
+
+if __name__ == "__main__":
+    for seed in range(*map(int, sys.argv[1:])):
+        run(seed)
