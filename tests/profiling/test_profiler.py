@@ -103,6 +103,21 @@ def test_padding_and_special_tokens_do_not_count_as_residues():
     assert report.samples_per_second / report.tokens_per_second == pytest.approx(6 / 100)
 
 
+@pytest.mark.parametrize(("columns", "line"), [(20, "residues/s"), (1, "samples/s")])
+def test_a_run_on_cached_states_has_rates(columns, line):
+    model, optimizer = make_run()
+    with Profiler(model, optimizer, warmup_steps=1, compare_with_matmul=False) as profiler:
+        train(model, optimizer, [{"inputs_embeds": torch.randn(4, columns, 64)} for _ in range(3)], profiler)
+    report = profiler.report()
+    seconds = 2 * 4 / report.samples_per_second
+    assert line in str(report)
+    assert "nan" not in str(report)
+    if columns == 1:  # pooled states
+        assert math.isnan(report.residues_per_second)
+    else:
+        assert report.residues_per_second == pytest.approx(2 * 4 * 18 / seconds)
+
+
 @pytest.mark.parametrize("recipe", ["base", "all"])
 def test_model_flops_equal_torchs_counter_without_recomputation(recipe):
     model, optimizer = make_run(recipe)
@@ -300,7 +315,9 @@ def test_a_model_without_tokens_has_no_token_rates():
     report = profiler.report()
     assert math.isnan(report.model_flops_per_second)
     assert report.phases["backward"].peak.total > 0
-    assert "residues/s" not in report.metrics()
+    assert math.isnan(report.samples_per_second)
+    assert not any(name.endswith("_per_second") for name in report.metrics())
+    assert "samples/s" not in str(report)
 
 
 def test_impossible_options_are_refused():
