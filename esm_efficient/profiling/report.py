@@ -31,8 +31,8 @@ class PhaseFigures:
 class ProfileReport:
     """Costs of a run on one rank.
 
-    Rates do not include the warm-up steps. A rate that could not be measured is NaN. If the model gets pooled states, as
-    with the recipe `frozen`, the rates of tokens are NaN.
+    Rates do not include the warm-up steps. A rate that could not be measured is NaN. If the model gets pooled states,
+    as with the recipe `frozen`, the rates of tokens are NaN.
 
     Attributes:
         device: such as ``"cuda:0"``.
