@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -95,14 +95,15 @@ def resolve_head(model: Any, head: Head | None, num_labels: int | None) -> tuple
     from transformers import PreTrainedModel
 
     base = base_model_of(model)
-    own = head_of(base) if isinstance(base, PreTrainedModel) else "sequence-classification"
-    if head is None and own is None:
+    own: tuple[Head | None, Any] = ("sequence-classification", 2)
+    if isinstance(base, PreTrainedModel):
+        own = head_of(base), base.config.num_labels
+    chosen = head or own[0]
+    if chosen is None:
         raise ConfigurationError(
             f"{type(base).__name__} has no head that can be estimated: give head=, one of {', '.join(get_args(Head))}"
         )
-    if num_labels is None:
-        num_labels = base.config.num_labels if isinstance(base, PreTrainedModel) else 2
-    return head or cast(Head, own), num_labels
+    return chosen, own[1] if num_labels is None else num_labels
 
 
 def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
