@@ -337,3 +337,11 @@ def call_after_backward(callback: Callable[[], None]) -> None:
     Without it, the end of the backward pass would be found at the optimizer's step, and clipping counted as backward.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def is_innermost(mode: TorchDispatchMode) -> bool:
+    """Return whether a mode was entered last of those that are active, so that leaving it leaves this one.
+
+    Without it, a mode of the user's that overlaps with one of the profiler's would make its figures wrong unnoticed.
+    """
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is mode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -65,6 +66,12 @@ def test_all_recipes_are_estimated_at_both_budgets(estimated):
     header, rows = estimated.rows("epochs")
     assert header[12:14] == ["cache", "caching, s"]
     assert [row[12] for row in rows if row[0] in ("base", "frozen")] == ["0 B", "625 KiB"]
+
+
+@pytest.mark.parametrize(("tokens", "described"), [(1200, "of 1,200 tokens"), ([9, 9, 1200], "of up to 1,200 tokens")])
+def test_the_note_names_the_longest_sequence(tokens, described):
+    found = compare(tiny_config(), recipes=["frozen"], tokens=tokens, device="cpu")
+    assert described in found.note
 
 
 def test_runs_are_measured_with_their_metric(measured, data):
@@ -145,6 +152,8 @@ def test_the_page_opens_in_a_browser_without_a_network(measured, tmp_path):
         ({"recipes": []}, "expected at least one"),
         ({"steps": 0}, "steps=0.*expected at least 1 step"),
         ({"epochs": 0}, "epochs=0.*more than 0 epochs"),
+        ({"epochs": math.nan}, "epochs=nan.*finite"),
+        ({"seeds": (0, 1, 0)}, r"seeds=\[0, 1, 0\].*each of them once"),
         ({"precision": "bf16"}, "precision: options of training, which needs a dataset"),
         ({"recipes": ["lora", RECIPES["lora"].replace(r=64)]}, "share a name"),
         ({"recipes": ["best"]}, "no recipe is named"),

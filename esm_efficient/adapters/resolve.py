@@ -110,6 +110,8 @@ def resolve_targets(
     else:
         if not targets:
             raise ConfigurationError("the list of target modules is empty: expected at least one path suffix")
+        if wrong := [target for target in targets if not isinstance(target, str)]:
+            raise ConfigurationError(f"target modules: got {wrong[0]!r}: expected path suffixes such as 'query'")
         matched = {target: [path for path in paths if ends_with(path, target)] for target in targets}
     matches = tuple(TargetMatch(target, tuple(found)) for target, found in matched.items())
     _check(model, matches, paths)
@@ -275,6 +277,8 @@ def _suggestion(model: nn.Module, target: str, layers: list[str]) -> str:
         if is_in_head(architecture, inside[0]):
             return reason + "leave it out, a head needs no adapter"
         return reason + f"use {_role_suffix(architecture, inside[0])!r}"
+    if any(path.endswith(".base_layer") for path in layers):
+        return "the model has adapters already: give the model before it was wrapped, or model.unload()"
     suffixes = sorted({".".join(path.split(".")[-n:]) for path in layers for n in (1, 2, 3)})
     close = difflib.get_close_matches(target, suffixes, n=3)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "no layer of the model has a similar name"

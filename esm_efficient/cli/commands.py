@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import Annotated, Any, get_args
 
@@ -63,6 +64,12 @@ def change_recipes(names: list[str], *, layers: Any, cache: bool | None, pooling
     return [get_recipe(name).replace(**given) for name in names]
 
 
+def check_epochs(epochs: float) -> None:
+    """Refuse a number of epochs that no run has."""
+    if not 0 < epochs < math.inf:  # false for NaN too
+        raise typer.BadParameter(f"{epochs}: expected more than 0 and a finite number", param_hint="--epochs")
+
+
 def _check_quantizations(kinds: Any) -> list[str]:  # with Python 3.10, typer cannot read list[str] here
     for kind in kinds:
         if kind not in get_args(Quantization):
@@ -70,6 +77,13 @@ def _check_quantizations(kinds: Any) -> list[str]:  # with Python 3.10, typer ca
                 f"{kind!r} is not one of {listing([repr(known) for known in get_args(Quantization)])}"
             )
     return kinds
+
+
+def _check_cache(cache: bool | None, quantization: str | list[str] | None) -> None:
+    if cache and quantization:
+        raise typer.BadParameter(
+            "a base in 4 or 8 bits trains without a cache: leave out --cache or --quantization", param_hint="--cache"
+        )
 
 
 def _with_quantized(recipes: list[Recipe], kinds: list[str]) -> list[Recipe]:
@@ -163,6 +177,7 @@ def estimate(
 
     Example: esm-efficient estimate --model 650M --device A10G --recipe lora --tokens 512
     """
+    _check_cache(cache, quantization)
     [changed] = change_recipes([recipe], layers=layers, cache=cache, pooling=pooling)
     target = get_device(device)
     check_depth(model, layers)
@@ -225,13 +240,16 @@ def recommend(
 
     Example: esm-efficient recommend --model 650M --device T4 --tokens 1024
     """
-    if epochs <= 0:
-        raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
+    check_epochs(epochs)
+    if disk == math.inf:
+        raise typer.BadParameter("inf: expected a finite number of GiB", param_hint="--disk")
+    _check_cache(cache, quantization)
     changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
     changed = _with_quantized(changed, quantization)
     target = get_device(device)
     check_depth(model, layers)
     with quiet():
+        from esm_efficient.estimation.inputs import MAX_TOKENS
         from esm_efficient.estimation.recommend import recommend
 
         result = recommend(
@@ -252,7 +270,7 @@ def recommend(
             padding=padding,
         )
     show(result, as_json)
-    is_usual = optimizer == "adamw_fused" and attention == "sdpa" and padding is None
+    is_usual = optimizer == "adamw_fused" and attention == "sdpa" and padding is None and tokens <= MAX_TOKENS
     line = _training_line(model, result.recipe, epochs, precision) if is_usual else ""
     if line and not as_json:
         show(f"\nTrain with it: {line}", as_json)

@@ -27,6 +27,7 @@ from esm_efficient.cli.commands import (
     app,
     change_recipes,
     check_depth,
+    check_epochs,
 )
 from esm_efficient.cli.jobs import (
     AccessionOption,
@@ -311,8 +312,7 @@ def compare(
         raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32, bf16 or fp16")
     if data is not None and sequences is not None:
         raise typer.BadParameter("--sequences is for estimates: --data has its own sequences; use --limit")
-    if epochs <= 0:
-        raise typer.BadParameter(f"{epochs}: expected more than 0", param_hint="--epochs")
+    check_epochs(epochs)
     if data is not None:
         existing_file(data)
     changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)

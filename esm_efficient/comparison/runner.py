@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from esm_efficient.comparison.figures import BUDGETS, MethodFigures, estimated_figures, measured_figures
 from esm_efficient.comparison.record import Comparison
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device
@@ -80,10 +82,10 @@ def compare(
     chosen = _check_recipes(recipes)
     if counted := [name for name in _COUNTED if name in finetune_options]:
         raise ConfigurationError(f"{counted[0]}: give steps and epochs, and batch_size and micro_batch, instead")
-    if steps < 1 or epochs <= 0 or (dataset is not None and not seeds):
+    if steps < 1 or not 0 < epochs < math.inf or (dataset is not None and not seeds) or len(set(seeds)) < len(seeds):
         raise ConfigurationError(
-            f"steps={steps}, epochs={epochs}, seeds={list(seeds)}: expected at least 1 step, more than 0 epochs, and "
-            "at least one seed"
+            f"steps={steps}, epochs={epochs}, seeds={list(seeds)}: expected at least 1 step, more than 0 epochs and a "
+            "finite number of them, and at least one seed, each of them once"
         )
     if dataset is None and finetune_options:
         raise ConfigurationError(f"{', '.join(finetune_options)}: options of training, which needs a dataset")
@@ -122,8 +124,8 @@ def compare(
         first = next(iter(estimates.values()))
         note = (
             f"Estimated for {first.device.name}, {first.precision}, sequences of "
-            f"{'' if isinstance(lengths.train, int) else 'up to '}{first.tokens:,} tokens: peaks of tensors, counted "
-            "operation by operation; times by a roofline, so real ones are longer."
+            f"{'' if isinstance(lengths.train, int) else 'up to '}{np.max(lengths.train):,} tokens: peaks of tensors, "
+            "counted operation by operation; times by a roofline, so real ones are longer."
         )
         seeds = ()
     else:

@@ -138,7 +138,7 @@ def get_device(device: str | Device) -> Device:
         device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; upper and lower case are equal.
 
     Raises:
-        ConfigurationError: no device and no instance type has the name.
+        ConfigurationError: no device and no instance type has the name, or it is no name.
 
     Example:
         >>> get_device("ml.g5.2xlarge").name
@@ -146,6 +146,11 @@ def get_device(device: str | Device) -> Device:
     """
     if isinstance(device, Device):
         return device
+    if not isinstance(device, str):
+        raise ConfigurationError(
+            f"device={device!r} is a {type(device).__name__}: expected a name such as {DEFAULT_DEVICE!r}, or a Device; "
+            "measure_device makes one of a device of this machine"
+        )
     wanted = device.lower().removeprefix("ml.")
     for known in DEVICES.values():
         if wanted == known.name.lower() or wanted in known.instances:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from esm_efficient._torch import (
     with_flex_attention,
 )
 from esm_efficient.costs.devices import Backend, Device
+from esm_efficient.tasks import SPECIAL_TOKENS
 
 _CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = cpu_attention_operations()
 
@@ -76,7 +78,7 @@ class TokenCounter:
 
     Attributes:
         samples: number of sequences.
-        slots: number of tokens, padding included.
+        slots: number of tokens, padding included; 0 if the model gets pooled states only.
     """
 
     def __init__(self) -> None:
@@ -85,25 +87,36 @@ class TokenCounter:
         self._sums: Tensor | None = None
 
     def add(self, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Count a batch by its ``input_ids`` and ``attention_mask``; return its shape, or None without tokens."""
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
+        """Count a batch by its ``input_ids`` or ``inputs_embeds``, and its ``attention_mask``.
+
+        States with no more columns than a protein of one residue are pooled (`StatesCollator`): they count as
+        sequences and have no tokens.
+
+        Returns:
+            Sequences and tokens per sequence; None without tokens.
+        """
+        tokens, mask, pooled = inputs.get("input_ids"), inputs.get("attention_mask"), 0
+        if tokens is None:
+            tokens, pooled = inputs.get("inputs_embeds"), SPECIAL_TOKENS + 1
+        if not isinstance(tokens, Tensor) or tokens.dim() != (3 if pooled else 2):
             return None
-        rows, width = ids.shape
+        rows, width = tokens.shape[:2]
         self.samples += rows
+        if width <= pooled:
+            return None
         self.slots += rows * width
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        if isinstance(mask, Tensor) and mask.shape == (rows, width):
             lengths = mask.sum(1, dtype=torch.float64 if mask.device.type != "mps" else torch.float32)
         else:
-            lengths = torch.full((rows,), float(width), device=ids.device)
+            lengths = torch.full((rows,), float(width), device=tokens.device)
         sums = torch.stack([lengths.sum(), lengths.square().sum()])
         self._sums = sums if self._sums is None else self._sums + sums
         return rows, width
 
     def totals(self) -> tuple[float, float]:
-        """Return the number of tokens without padding, and the sum of the squared lengths of the sequences."""
+        """Return the number of tokens without padding, and the sum of squared lengths; NaN if there were no tokens."""
         if self._sums is None:
-            return 0.0, 0.0
+            return math.nan, math.nan
         tokens, squares = self._sums.tolist()
         return tokens, squares
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,17 +13,25 @@ from torch import nn
 
 from esm_efficient import compat
 from esm_efficient.adapters.quantization import quantization_of
-from esm_efficient.adapters.registry import PRESETS, encoder_layers, find_architecture
+from esm_efficient.adapters.registry import (
+    PRESETS,
+    encoder_layers,
+    find_architecture,
+    is_in_head,
+    is_unread,
+    linear_layers,
+)
 from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import CATEGORIES, Memory, OutOfMemoryError
 from esm_efficient.encoder import has_lean_encoder
-from esm_efficient.errors import EsmEfficientError
+from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.estimation.recommend import describe_setting
 from esm_efficient.heads import pooling_of_model
 from esm_efficient.recipes import RECIPES, Encoder, Precision, Recipe, Trains
 from esm_efficient.reporting import format_bytes
 from esm_efficient.tasks import head_of
+from esm_efficient.trunk.split import SkippedModule
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +62,23 @@ def nearest_fit(
 
     Returns:
         The costs of the first setting that fits, or None.
+
+    Raises:
+        ConfigurationError: the head or the adapters of the model are of an unknown kind.
+        EsmEfficientError: no setting could be estimated.
     """
     base = getattr(model, "get_base_model", lambda: model)()
     head = head_of(model)
     if head is None:
-        return None  # the memory of an unknown head cannot be estimated
-    try:
-        recipe, adapter_options = _recipe_of(model, base)
-    except EsmEfficientError as error:
-        logger.info("no advice: %s", error)
-        return None
+        raise ConfigurationError(f"{type(base).__name__} has an unknown head, so its memory cannot be estimated")
+    recipe, adapter_options = _recipe_of(model, base)
     recipe = recipe.replace(micro_batch=micro_batch, accumulation=accumulation)
     half: dict[torch.dtype | None, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     precision: Precision = half.get(dtype, "float32")
     if {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}:
         precision = "pure-bf16"
-    for changed in _nearer_to_farther(recipe):
+    tried, refusals = list(_nearer_to_farther(recipe)), []
+    for changed in tried:
         try:
             result = estimate(
                 base.config,
@@ -85,9 +95,12 @@ def nearest_fit(
             )
         except EsmEfficientError as error:
             logger.info("no advice for %s: %s", describe_setting(changed), error)
+            refusals.append(error)
             continue
         if result.fits():
             return result
+    if refusals and len(refusals) == len(tried):
+        raise refusals[0]
     return None
 
 
@@ -120,15 +133,26 @@ def explain_out_of_memory(
     if batch is not None:
         message += f", with a micro-batch of {batch[0]} x {batch[1]:,} tokens"
     if batch is not None and memory:
+        message += _advice(model, memory, batch, run)
+    return OutOfMemoryError(f"{message}. torch said: {error}", phase=phase, held=held.to_dict())
+
+
+def _advice(model: nn.Module, memory: int, batch: tuple[int, int], run: Mapping[str, Any]) -> str:
+    """Return a sentence with what would fit; empty if nothing is known."""
+    try:
         fit = nearest_fit(model, memory=memory, micro_batch=batch[0], tokens=batch[1], **run)
-        message += (
+    except Exception as error:  # the error that is explained must reach the user, whatever is wrong here
+        logger.warning("no advice: %s", error, exc_info=not isinstance(error, EsmEfficientError))
+        return ""
+    if fit is None:
+        return (
             ". By the estimator no setting would fit (smaller micro-batches, gradient checkpointing and adapters were "
             "tried): use a smaller model or shorter sequences"
-            if fit is None
-            else f". By the estimator this setting would fit {format_bytes(memory)}, with a peak of "
-            f"{format_bytes(fit.peak.total)}: {describe_setting(fit.recipe)}"
         )
-    return OutOfMemoryError(f"{message}. torch said: {error}", phase=phase, held=held.to_dict())
+    return (
+        f". By the estimator this setting would fit {format_bytes(memory)}, with a peak of "
+        f"{format_bytes(fit.peak.total)}: {describe_setting(fit.recipe)}"
+    )
 
 
 def _nearer_to_farther(recipe: Recipe) -> Iterator[Recipe]:
@@ -157,17 +181,37 @@ def _recipe_of(model: Any, base: Any) -> tuple[Recipe, dict[str, Any] | None]:
     if 0 < len(trained) < len(layers):
         settings["layers"] = trained
     settings["pooling"] = pooling_of_model(base)
+    settings["cache"] = any(isinstance(module, SkippedModule) for module in base.modules())
     if configs:
         config = next(iter(configs.values()))
-        targets = config.target_modules
-        options: dict[str, Any] = {"lora_dropout": getattr(config, "lora_dropout", 0.0)}
-        preset = "all-linear"
-        if not isinstance(targets, str):
-            suffixes = find_architecture(base).suffixes
-            presets = {frozenset(suffixes(*roles)): name for name, roles in PRESETS.items()}
-            preset = presets.get(frozenset(targets), ", ".join(sorted(targets)))
-            options["target_modules"] = sorted(targets)
-        settings |= {"r": getattr(config, "r", 8), "quantization": quantization_of(base.config)}
+        kinds = _adapted_layers(base, config)
+        suffixes = find_architecture(base).suffixes
+        presets = {frozenset(suffixes(*roles)): name for name, roles in PRESETS.items()}
+        preset = presets.get(frozenset(kinds), ", ".join(kinds))
+        options: dict[str, Any] = {"lora_dropout": config.lora_dropout}
+        if preset not in PRESETS:
+            options["target_modules"] = kinds
+        settings |= {"r": config.r, "quantization": quantization_of(base.config)}
         return Recipe("this run", "adapters", 1e-3, preset=preset, **settings), options
     trains: Trains = "full" if trained else "head"
     return Recipe("this run", trains, 1e-4, **settings), None
+
+
+def _adapted_layers(base: Any, config: Any) -> list[str]:
+    """Return the kinds of the encoder's linear layers that have LoRA, as path suffixes.
+
+    They are read from the model, since targets may be a pattern, and peft's own "all-linear" also names the contact
+    head, which no loss uses, and layers of a head, which are small.
+
+    Raises:
+        ConfigurationError: the adapters are not LoRA, or no linear layer of the encoder has one.
+    """
+    architecture = find_architecture(base)
+    paths = [path.removesuffix(".base_layer") for path, _ in linear_layers(base) if path.endswith(".base_layer")]
+    read = [path for path in paths if not is_unread(architecture, path) and not is_in_head(architecture, path)]
+    if config.peft_type != "LORA" or not read:
+        raise ConfigurationError(
+            f"the adapters are those of {type(config).__name__}, in {len(read)} linear layers of the encoder: expected "
+            "LoRA in at least one"
+        )
+    return sorted({re.sub(r"^.*\.\d+\.", "", path) for path in read})

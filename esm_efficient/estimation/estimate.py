@@ -17,7 +17,7 @@ from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.caching import CacheCost, cache_cost
 from esm_efficient.estimation.extrapolate import simulate_model
-from esm_efficient.estimation.inputs import DataLengths, batch_lengths, data_lengths, resolve_config
+from esm_efficient.estimation.inputs import DataLengths, batch_lengths, data_lengths, resolve_config, resolve_head
 from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
 from esm_efficient.estimation.step import Attention, Padding, Step
 from esm_efficient.recipes import Precision, Recipe, get_recipe
@@ -73,7 +73,8 @@ class Estimate:
         optimizer: name of the optimizer.
         attention: attention implementation.
         padding: layout of the batches.
-        tokens: tokens of the longest sequence, which decides the memory.
+        tokens: tokens per sequence of the largest micro-batch, which decides the memory: those of the longest
+            sequence, or without padding the mean of the longest sequences.
         peak: bytes in use at the highest moment, by category.
         peak_phase: phase of that moment; ``"caching"`` if the pass that computes the cache needs more than a step.
         phases: costs by phase of a step.
@@ -221,8 +222,8 @@ def estimate(
     optimizer: str = "adamw_fused",
     attention: str = "sdpa",
     padding: Padding | None = None,
-    head: Head = "sequence-classification",
-    num_labels: int = 2,
+    head: Head | None = None,
+    num_labels: int | None = None,
     adapter_options: Mapping[str, Any] | None = None,
     sequences: int | None = None,
     fused: bool = False,
@@ -262,8 +263,9 @@ def estimate(
         padding: ``"padded"``, or ``"equal-length"`` for batches of one length, with transformers' own encoder;
             ``"padding-free"`` with the lean encoder. None for the layout of the recipe's encoder, or ``"padded"`` if
             the lean encoder does not support the model.
-        head: ``"sequence-classification"``, ``"token-classification"`` or ``"masked-lm"``.
-        num_labels: labels of a classification head.
+        head: ``"sequence-classification"``, ``"token-classification"`` or ``"masked-lm"``; None for the head of a model
+            object, and the first of these for anything else.
+        num_labels: labels of a classification head; None for those of a model object, or 2.
         adapter_options: options of `lora_config` that override the recipe's.
         sequences: training sequences of an epoch; by default those of `tokens`, or 15,876 if `tokens` is one number. If
             `tokens` is a dataset with a split ``validation``, the cache has that split too.
@@ -283,6 +285,7 @@ def estimate(
         True
     """
     name, config = resolve_config(model)
+    head, num_labels = resolve_head(model, head, num_labels)
     changes = {"micro_batch": micro_batch, "accumulation": accumulation, "preset": preset}
     recipe = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})
     if recipe.quantization is None and (held := quantization_of(config)):
@@ -296,7 +299,8 @@ def estimate(
     lengths = data_lengths(tokens, sequences)
     train = [lengths.train] if isinstance(lengths.train, int) else lengths.train
     batch = batch_lengths(train, recipe.micro_batch, padding)
-    options = {k: tuple(sorted(v)) if isinstance(v, (list, set)) else v for k, v in (adapter_options or {}).items()}
+    given = (adapter_options or {}).items()
+    options = {k: tuple(sorted(v, key=str)) if isinstance(v, (list, set)) else v for k, v in given}
     if encoder_dropout(config):
         recipe = recipe.replace(cache=False)
     # Simulations are cached. A step depends on these fields of recipe and device only, so that others share its entry.

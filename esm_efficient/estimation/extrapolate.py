@@ -61,7 +61,9 @@ def _simulate_cached(
         return simulate(config, step, layers=count)
 
     def run(depths: Depths) -> Simulation:
-        layers = recipe.layers if recipe.layers == "all" else tuple(range(depths[0], sum(depths)))
+        # A recipe for the head alone trains no layer, whatever its `layers` are.
+        is_all = recipe.layers == "all" or recipe.trains == "head"
+        layers = "all" if is_all else tuple(range(depths[0], sum(depths)))
         return simulate(config, replace(step, recipe=replace(recipe, layers=layers)), layers=sum(depths))
 
     # A cached trunk's layers do nothing in a step, so that they cost nothing to simulate.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.published import BASE_CONFIG, ESM2_SIZES, hub_name, size_of
-from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.tasks import SPECIAL_TOKENS, Head, base_model_of, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,7 +29,8 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
         model: as in `estimate`.
 
     Raises:
-        ConfigurationError: no size and no folder has this name, or the config of a model id cannot be loaded.
+        ConfigurationError: no size and no folder has this name, the config of a model id cannot be loaded, or an
+            adapter does not name its base model.
 
     Example:
         >>> resolve_config("facebook/esm2_t12_35M_UR50D")[1].hidden_size
@@ -46,11 +48,13 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
             f"model is a {type(model).__name__}, which has no config of transformers: expected a size, a folder, a "
             "model id, or a config or a model of transformers"
         )
-    if model == "demo":
-        model = hub_name(model)
-    for folder in (Path(model), Path(model) / BASE_CONFIG):  # of an adapter, the config of its base is beside it
+    path = Path(hub_name("demo") if model == "demo" else model)
+    name = "demo" if model == "demo" else path.resolve().name
+    for folder in (path, path / BASE_CONFIG):  # of an adapter, the config of its base is beside it
         if (folder / "config.json").is_file():
-            return Path(model).resolve().name, AutoConfig.from_pretrained(folder)
+            return name, AutoConfig.from_pretrained(folder)
+    if (path / "adapter_config.json").is_file():
+        return name, resolve_config(_base_of(path))[1]
     size = size_of(str(model))
     if size is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         try:
@@ -63,6 +67,43 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
             f"{', '.join(ESM2_SIZES)}"
         )
     return f"ESM-2 {size}", _esm2_config(*ESM2_SIZES[size])
+
+
+def _base_of(folder: Path) -> str:
+    """Return the name of the base model of an adapter that peft saved."""
+    file = folder / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{file} is not a JSON object: {error}") from error
+    if not base or Path(base).resolve() == folder.resolve():
+        raise ConfigurationError(f"{file} has base_model_name_or_path={base!r}: expected the base model; estimate that")
+    return str(base)
+
+
+def resolve_head(model: Any, head: Head | None, num_labels: int | None) -> tuple[Head, int]:
+    """Return the kind of head and the number of labels to estimate: what is given, or what a model object has.
+
+    Args:
+        model: as in `estimate`.
+        head: as in `estimate`.
+        num_labels: as in `estimate`.
+
+    Raises:
+        ConfigurationError: no head is given, and the model object has an unknown one or none.
+    """
+    from transformers import PreTrainedModel
+
+    base = base_model_of(model)
+    own: tuple[Head | None, Any] = ("sequence-classification", 2)
+    if isinstance(base, PreTrainedModel):
+        own = head_of(base), base.config.num_labels
+    chosen = head or own[0]
+    if chosen is None:
+        raise ConfigurationError(
+            f"{type(base).__name__} has no head that can be estimated: give head=, one of {', '.join(get_args(Head))}"
+        )
+    return chosen, own[1] if num_labels is None else num_labels
 
 
 def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
@@ -138,7 +179,10 @@ def data_lengths(tokens: Any, sequences: int | None = None, *, max_tokens: int =
     train = token_lengths(tokens, max_tokens=max_tokens)
     validation: Any = ()
     if isinstance(tokens, dict) and "validation" in tokens:
-        validation = token_lengths(tokens["validation"], max_tokens=max_tokens)
+        try:
+            validation = np.atleast_1d(token_lengths(tokens["validation"], max_tokens=max_tokens)).tolist()
+        except ConfigurationError as error:
+            raise ConfigurationError(f"the split validation: {error}") from error
     return DataLengths(
         train, sequences or (DEFAULT_SEQUENCES if isinstance(train, int) else len(train)), tuple(validation)
     )
@@ -153,7 +197,8 @@ def token_lengths(tokens: Any, *, max_tokens: int = MAX_TOKENS) -> int | list[in
         max_tokens: the most tokens that `finetune` reads of a sequence; numbers and token ids stay as they are.
 
     Raises:
-        ConfigurationError: there is no sequence, the dataset has none of these columns, or `tokens` is anything else.
+        ConfigurationError: there is no sequence, the dataset has none of these columns or a row without a value, a
+            DatasetDict has no split ``train``, or `tokens` is anything else.
 
     Example:
         >>> token_lengths(512), token_lengths([100, 200])
@@ -163,29 +208,45 @@ def token_lengths(tokens: Any, *, max_tokens: int = MAX_TOKENS) -> int | list[in
         return int(tokens)
     if isinstance(tokens, str | Path | numbers.Number):
         raise ConfigurationError(_UNREADABLE.format(tokens))
-    data = tokens["train"] if isinstance(tokens, dict) and "train" in tokens else tokens
+    if isinstance(tokens, dict) and "train" not in tokens:
+        raise ConfigurationError(f"tokens: got the splits {', '.join(map(str, tokens))}: expected a split train")
+    data = tokens["train"] if isinstance(tokens, dict) else tokens
     columns = getattr(data, "column_names", None)
     if columns is None:
         try:
             lengths = [int(n) for n in data]
         except (TypeError, ValueError) as error:
             raise ConfigurationError(_UNREADABLE.format(f"a {type(data).__name__}")) from error
-    elif "tokens" in columns:
-        lengths = [int(n) for n in data["tokens"]]
-    elif "input_ids" in columns:
-        lengths = [len(ids) for ids in data["input_ids"]]
-    elif "residues" in columns:
-        lengths = [min(int(n) + SPECIAL_TOKENS, max_tokens) for n in data["residues"]]
-    elif "sequence" in columns:
-        residues = (count_residues(clean(sequence)) for sequence in data["sequence"])
-        lengths = [min(count + SPECIAL_TOKENS, max_tokens) for count in residues]
     else:
-        raise ConfigurationError(
-            f"the dataset has the columns {', '.join(columns)}: expected one of tokens, input_ids, residues, sequence. "
-            "Rename a column of lengths to tokens or to residues"
-        )
+        lengths = _lengths_of(data, columns, max_tokens)
     if not lengths:
         raise ConfigurationError("tokens: got no sequence; expected at least one")
+    return lengths
+
+
+def _lengths_of(data: Any, columns: Sequence[str], max_tokens: int) -> list[int]:
+    """Return the tokens of the sequences of a dataset, by the first known column."""
+    known: dict[str, tuple[str, Callable[[Any], int]]] = {
+        "tokens": ("a number", int),
+        "input_ids": ("a list of token ids", len),
+        "residues": ("a number", lambda n: min(int(n) + SPECIAL_TOKENS, max_tokens)),
+        "sequence": ("a text", lambda text: min(count_residues(clean(text)) + SPECIAL_TOKENS, max_tokens)),
+    }
+    column = next((name for name in known if name in columns), None)
+    if column is None:
+        raise ConfigurationError(
+            f"the dataset has the columns {', '.join(columns)}: expected one of {', '.join(known)}. Rename a column of "
+            "lengths to tokens or to residues"
+        )
+    expected, measure = known[column]
+    lengths = []
+    for row, value in enumerate(data[column]):
+        try:
+            lengths.append(measure(value))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"row {row} of the column {column!r} is {value!r:.60}: expected {expected}"
+            ) from error
     return lengths
 
 

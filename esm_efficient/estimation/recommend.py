@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esm_efficient.adapters.quantization import quantization_of
+from esm_efficient.adapters.registry import PRESETS
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device, get_device
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.estimate import MARGIN, Estimate, estimate
-from esm_efficient.estimation.inputs import data_lengths
+from esm_efficient.estimation.inputs import data_lengths, resolve_config
 from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.reporting import count_of, format_bytes, format_seconds, format_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ def recommend(
         tokens: as in `estimate`.
         batch_size: sequences per optimizer step; the micro-batch and the accumulation divide it.
         recipes: the methods to try. Head-only training must be named: it is the cheapest method, and it learns less.
+            With a quantised checkpoint, those without adapters are left out, with a warning.
         presets: adapters to try, with the recipes that have adapters.
         precision: as in `estimate`.
         margin: share of the device's memory to leave free.
@@ -149,13 +155,15 @@ def recommend(
     target = get_device(device)
     if not target.memory or not target.flops_per_second or not target.bandwidth:
         raise ConfigurationError(f"memory and rates of device {target.name!r} are unknown: name a GPU")
-    if batch_size < 1 or not 0 <= margin < 1 or epochs <= 0:
+    if batch_size < 1 or not 0 <= margin < 1 or not 0 < epochs < math.inf or not 0 <= (disk or 0) < math.inf:
         raise ConfigurationError(
-            f"batch_size={batch_size}, margin={margin}, epochs={epochs}: expected a batch size of at least 1, a margin "
-            "from 0 to below 1, and more than 0 epochs"
+            f"batch_size={batch_size}, margin={margin}, epochs={epochs}, disk={disk}: expected a batch of at least "
+            "1, a margin from 0 to below 1, more than 0 epochs, and at least 0 bytes or None, all of them finite"
         )
+    if unknown := [preset for preset in presets if preset not in PRESETS]:
+        raise ConfigurationError(f"presets={unknown[0]!r}: expected some of {', '.join(PRESETS)}")
     lengths = data_lengths(tokens, sequences)
-    candidates = list(_candidates(recipes, presets, batch_size, cache))
+    candidates = list(_candidates(_for_model(model, recipes), presets, batch_size, cache))
     estimates = [
         estimate(model, recipe=recipe, device=target, tokens=lengths, precision=precision, **options)
         for recipe in tqdm(candidates, desc="settings", disable=None if progress else True)
@@ -206,15 +214,28 @@ def describe_setting(recipe: Recipe) -> str:
     return f"{part}, micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}{checkpointing}{cached}{base}"
 
 
+def _for_model(model: Any, recipes: Sequence[str | Recipe]) -> list[Recipe]:
+    """Return the recipes that can train a model: on a quantised checkpoint, those with adapters."""
+    chosen, held = [get_recipe(recipe) for recipe in recipes], quantization_of(resolve_config(model)[1])
+    if held is None:
+        return chosen
+    if others := [recipe.name for recipe in chosen if recipe.trains != "adapters"]:
+        logger.warning("not tried, since only adapters train on a base in %s: %s", held, ", ".join(others))
+    adapted = [recipe for recipe in chosen if recipe.trains == "adapters"]
+    if not adapted:
+        raise ConfigurationError(f"only adapters train on a base in {held}: expected a recipe such as 'lora'")
+    return [recipe if recipe.quantization else recipe.replace(quantization=held) for recipe in adapted]
+
+
 def _candidates(
-    recipes: Sequence[str | Recipe], presets: Sequence[str], batch_size: int, cache: bool | None
+    recipes: Sequence[Recipe], presets: Sequence[str], batch_size: int, cache: bool | None
 ) -> Iterator[Recipe]:
     """Yield every setting to try, once."""
     seen = set()
-    for recipe in map(get_recipe, recipes):
+    for recipe in recipes:
         is_partial = recipe.trains == "head" or recipe.layers != "all"
         caches = [cache] if cache is not None else [False, True] if is_partial else [recipe.cache]
-        if recipe.quantization:
+        if recipe.quantization and not cache:
             caches = [False]
         for preset in presets if recipe.preset is not None else (None,):
             for micro_batch in (n for n in range(batch_size, 0, -1) if batch_size % n == 0):

@@ -138,6 +138,8 @@ def _check(step: Step) -> None:
             raise ConfigurationError(f"{name}={value!r}: expected one of {', '.join(known)}")
     if step.tokens < 1:
         raise ConfigurationError(f"tokens={step.tokens}: expected at least 1 token per sequence")
+    if step.num_labels < 1:
+        raise ConfigurationError(f"num_labels={step.num_labels}: expected at least 1 label")
     if step.padding == "padding-free" and step.attention != "sdpa":
         raise ConfigurationError(
             f"attention={step.attention!r} needs padding='padded' or 'equal-length': the lean encoder computes "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from esm_efficient._torch import storage_key
+from esm_efficient._torch import is_innermost, storage_key
 from esm_efficient.adapters.registry import encoder_layers
 from esm_efficient.costs.allocations import AllocationTracker, model_tensors, storage_bytes, tensors_in
 from esm_efficient.costs.memory import Memory, Phase
 from esm_efficient.profiling.phases import PassStage, PhaseTracker, Stage
+
+logger = logging.getLogger(__name__)
 
 
 class Backend(ABC):
@@ -159,6 +162,11 @@ class CpuBackend(Backend):
         if self._counts:
             self._close(self._phases.phase)
             self._counts = False
+            if not is_innermost(self._tracker):
+                logger.warning(
+                    "another dispatch mode of torch, such as FlopCounterMode, began or ended within a profiled step, "
+                    "so the figures of this step are wrong: enter it before the Profiler, and leave it after"
+                )
             self._tracker.__exit__(None, None, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -26,28 +27,28 @@ from esm_efficient.profiling.throughput import ThroughputMeter
 class Profiler:
     """Measures memory and throughput of a training loop by phase; a context manager around the loop.
 
-    Hooks find the phases: on the model (forward, evaluation), on the gradient of its output (backward), on the end of
-    the backward pass, and on the optimizer. The time between an optimizer step and the next forward pass is the phase
-    ``data``. No hook is left after the block.
+    Hooks find the phases: on the model (forward, or evaluation if gradients are off), on the gradient of its output
+    (backward), on the end of the backward pass, and on the optimizer. The time between an optimizer step and the next
+    forward pass is the phase ``data``. No hook is left after the block.
 
     On CUDA, memory is read from the allocator's counters, and the profiler resets the peak at every phase. On a CPU
-    every operation of a step is counted, in the warm-up, in every tenth step, and whenever a batch is larger than all
-    counted before. What other steps leave behind is not seen: use ``every=1`` to measure a leak. On MPS there is no
-    peak: memory is read when a phase begins or ends.
+    every operation of a step is counted, in the warm-up and the first two steps, in every tenth step, and whenever a
+    batch is larger than all counted before. What other steps leave behind is not seen: use ``every=1`` to measure a
+    leak. On MPS there is no peak: memory is read when a phase begins or ends.
 
     Args:
         model: the model in training; its forward pass takes ``input_ids`` and ``attention_mask`` by keyword.
         optimizer: torch's, or accelerate's wrapper of one. Without it there is no optimizer phase.
         warmup_steps: optimizer steps that no rate includes. FLOPs are counted in these steps, so with 0 there is no
-            ``model_flops_per_second``.
+            ``model_flops_per_second``. With less than 2, the rates of a CPU include steps that counting slows down.
         compare_with_matmul: measure the device's rate of matrix products at the end of the warm-up.
         every: number of optimizer steps from one detailed look at memory to the next: operation by operation on a CPU,
             layer by layer on a GPU.
         accumulation: micro-batches per optimizer step, for the advice when memory runs out.
 
     Raises:
-        ConfigurationError: the model has no parameters, `warmup_steps` is negative, `every` is below 1, or `step` or
-            `report` is called before the block is entered.
+        ConfigurationError: the model has no parameters, `warmup_steps` is negative, `every` is below 1, `step` or
+            `report` is called before the block is entered, or the block is entered while another `Profiler` runs.
         OutOfMemoryError: from the block, in place of torch's own error. It says what filled the memory and what would
             fit.
 
@@ -83,9 +84,13 @@ class Profiler:
 
     def __enter__(self) -> Profiler:
         """Install the hooks and start to measure."""
-        if self._run is not None and self._run.active:
-            raise ConfigurationError("this Profiler is running already: use one Profiler per loop")
+        if any(run.active for run in _RUNS):
+            raise ConfigurationError(
+                "a Profiler is running already, and two would count each other's work: use one Profiler per loop, and "
+                "none around a Trainer with a ProfilerCallback or around finetune(profile=True)"
+            )
         self._run = self._new_run()
+        _RUNS.add(self._run)
         return self
 
     def __exit__(
@@ -109,6 +114,10 @@ class Profiler:
         if self._run is None:
             raise ConfigurationError("this Profiler has not been started: put the loop in `with profiler:`")
         return self._run
+
+
+_MIN_DETAILED_STEPS = 2
+"""Steps at the beginning that are always looked at closely: the first one that has optimizer state is the second."""
 
 
 @dataclass(eq=False)
@@ -152,7 +161,8 @@ class _ProfiledRun:
         self._backend.switch(ended, stage)
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        stage: PassStage = "forward" if model.training and torch.is_grad_enabled() else "evaluation"
+        # Not by `model.training`: from_pretrained returns a model in evaluation mode, and a loop may train it so.
+        stage: PassStage = "forward" if torch.is_grad_enabled() else "evaluation"
         self._begin_stage(stage)
         if stage == "forward":
             self._throughput.begin_batch(kwargs)
@@ -186,7 +196,8 @@ class _ProfiledRun:
         held = self._backend.end_step()
         if held is not None:
             self._growth.add(held)
-        self._backend.detailed = self._steps < self.warmup_steps or self._steps % self.every == 0
+        first = max(self.warmup_steps, _MIN_DETAILED_STEPS)
+        self._backend.detailed = self._steps < first or self._steps % self.every == 0
         if self._steps == self.warmup_steps:
             self._throughput.end_warmup(self._device, compare_with_matmul=self.compare_with_matmul)
             self._growth.restart()
@@ -196,6 +207,7 @@ class _ProfiledRun:
 
     def stop(self, *, failed: bool) -> None:
         """Stop to measure and remove all hooks; the last phase counts unless an error ended it."""
+        self.active = False
         if not failed:
             self._begin_stage("between")
         self._resident = resident_peak()
@@ -203,7 +215,6 @@ class _ProfiledRun:
         self._throughput.stop_counting_flops()
         for handle in self._handles:
             handle.remove()
-        self.active = False
 
     def report(self) -> ProfileReport:
         """Return what was measured so far."""
@@ -251,3 +262,7 @@ class _ProfiledRun:
 
     def _optimizer_state(self) -> list[Tensor]:
         return [] if self.optimizer is None else list(tensors_in(self.optimizer.state))
+
+
+_RUNS: weakref.WeakSet[_ProfiledRun] = weakref.WeakSet()
+"""The runs that exist in this process."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.profiling.growth import Growth
-from esm_efficient.reporting import format_bytes, format_table
+from esm_efficient.reporting import format_bytes, format_number, format_table
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class PhaseFigures:
 class ProfileReport:
     """Costs of a run on one rank.
 
-    Rates do not include the warm-up steps. A rate that could not be measured is NaN.
+    Rates do not include the warm-up steps. A rate that could not be measured is NaN. If the model gets pooled states,
+    as with the recipe `frozen`, the rates of tokens are NaN.
 
     Attributes:
         device: such as ``"cuda:0"``.
@@ -146,11 +147,14 @@ class ProfileReport:
             lines.append(f"reserved by torch's allocator: at most {format_bytes(self.reserved)}")
         if self.driver_bytes is not None:
             lines.append(f"used on the device by all processes: {format_bytes(self.driver_bytes)} ({self.driver})")
-        if not math.isnan(self.residues_per_second):
-            lines.append(
-                f"{self.samples_per_second:,.2f} samples/s, {self.residues_per_second:,.0f} residues/s, "
-                f"{self.tokens_per_second:,.0f} tokens/s, {self.non_padding:.1%} of them not padding"
+        if not math.isnan(self.samples_per_second):
+            tokens = (
+                ""
+                if math.isnan(self.residues_per_second)
+                else f", {self.residues_per_second:,.0f} residues/s, {self.tokens_per_second:,.0f} tokens/s, "
+                f"{self.non_padding:.1%} of them not padding"
             )
+            lines.append(f"{self.samples_per_second:,.2f} samples/s{tokens}")
         if not math.isnan(self.utilisation):
             lines.append(
                 f"{self.model_flops_per_second / 1e12:.3g} model TFLOP/s, {self.utilisation:.1%} of the "
@@ -201,9 +205,10 @@ class RankReports:
         if len(self.reports) == 1:
             return str(self.reports[0])
         rows: list[tuple[str, ...]] = [
-            (f"rank {r.rank}", r.device, format_bytes(r.peak.total), f"{r.residues_per_second:,.0f}")
+            (f"rank {r.rank}", r.device, format_bytes(r.peak.total), format_number(r.residues_per_second, "{:,.0f}"))
             for r in self.reports
         ]
         sums = self.sums
-        rows.append(("sum", "", format_bytes(int(sums["peak_bytes"])), f"{sums['residues_per_second']:,.0f}"))
+        total = format_number(sums["residues_per_second"], "{:,.0f}")
+        rows.append(("sum", "", format_bytes(int(sums["peak_bytes"])), total))
         return f"{self.reports[0]}\n\n{format_table(rows, ('', 'device', 'peak', 'residues/s'))}"

@@ -67,11 +67,12 @@ class ThroughputMeter:
         """Return the rates of `ProfileReport`, for the seconds since the warm-up; NaN where there is no figure."""
         tokens, squares = self._tokens.totals()
         linear, square = flops_per_token(self._flops_of_batches)
+        samples, slots = self._tokens.samples or math.nan, self._tokens.slots or math.nan
         return {
-            "samples_per_second": self._tokens.samples / seconds,
-            "residues_per_second": (tokens - SPECIAL_TOKENS * self._tokens.samples) / seconds,
-            "tokens_per_second": self._tokens.slots / seconds,
-            "non_padding": tokens / self._tokens.slots if self._tokens.slots else math.nan,
+            "samples_per_second": samples / seconds,
+            "residues_per_second": (tokens - SPECIAL_TOKENS * samples) / seconds,
+            "tokens_per_second": slots / seconds,
+            "non_padding": tokens / slots,
             "model_flops_per_second": (linear * tokens + square * squares or math.nan) / seconds,
             "matmul_flops_per_second": self._matmul_rate,
         }

@@ -108,6 +108,16 @@ def test_an_unknown_preset_and_an_empty_list_are_refused(tiny_model):
         resolve_targets(tiny_model(), "all_linear")
     with pytest.raises(ConfigurationError, match="empty"):
         resolve_targets(tiny_model(), [])
+    with pytest.raises(ConfigurationError, match="got 3: expected path suffixes"):
+        resolve_targets(tiny_model(), ["query", 3])
+
+
+def test_a_model_that_has_adapters_is_named_as_the_reason(tiny_model):
+    model = tiny_model()
+    wrapped_model = get_peft_model(model, lora_config(model))
+    with pytest.raises(TargetModuleError, match=r"query: the model has adapters already.*unload"):
+        resolve_targets(wrapped_model, ["query"])
+    assert len(resolve_targets(wrapped_model.unload(), ["query"]).modules) == 2
 
 
 def test_every_peft_option_is_passed_on(tiny_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from esm_efficient.costs.devices import DEVICES, GIB, get_device
 from esm_efficient.errors import ConfigurationError
@@ -30,6 +31,8 @@ def test_devices_are_found_by_their_names_and_by_instance_types(name, device):
 def test_an_unknown_name_is_an_error_that_lists_the_known_names():
     with pytest.raises(ConfigurationError, match=r"(?s)'V100'.*A100-80.*g5\.2xlarge"):
         get_device("V100")
+    with pytest.raises(ConfigurationError, match="is a device: expected a name such as 'A10G', or a Device"):
+        get_device(torch.device("cuda"))
 
 
 def test_figures_are_in_the_stated_units():

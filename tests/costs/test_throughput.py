@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,11 +31,34 @@ def test_without_batches_there_are_no_flops():
     assert flops_per_token([]) == (0.0, 0.0)
 
 
-def test_batches_without_a_mask_count_as_unpadded():
+PADDED = torch.tensor([[1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shape", "samples", "totals"),
+    [
+        ({"input_ids": torch.zeros(2, 7)}, (2, 7), 2, (14.0, 98.0)),
+        ({"input_ids": torch.zeros(1, 4), "attention_mask": PADDED}, (1, 4), 1, (3.0, 9.0)),
+        ({"inputs_embeds": torch.zeros(2, 7, 3)}, (2, 7), 2, (14.0, 98.0)),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 3), "attention_mask": PADDED}, (1, 4), 1, (3.0, 9.0)),
+        ({"inputs_embeds": torch.zeros(2, 1, 3)}, None, 2, (math.nan, math.nan)),
+        ({"inputs_embeds": torch.zeros(2, 3, 3), "attention_mask": torch.ones(2, 3)}, None, 2, (math.nan, math.nan)),
+        ({"input": torch.zeros(2, 7)}, None, 0, (math.nan, math.nan)),
+    ],
+    ids=["ids", "padded ids", "states", "padded states", "first states", "mean states", "no tokens"],
+)
+def test_tokens_are_counted_from_ids_and_from_states(inputs, shape, samples, totals):
     counter = TokenCounter()
-    assert counter.add({"input_ids": torch.zeros(2, 7)}) == (2, 7)
-    assert counter.add({"inputs_embeds": torch.zeros(2, 7, 3)}) is None
-    assert counter.add({"input_ids": torch.zeros(1, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])}) == (1, 4)
+    assert counter.add(inputs) == shape
+    assert counter.samples == samples
+    assert counter.slots == (0 if shape is None else shape[0] * shape[1])
+    assert counter.totals() == pytest.approx(totals, nan_ok=True)
+
+
+def test_tokens_of_batches_are_summed():
+    counter = TokenCounter()
+    for inputs in ({"input_ids": torch.zeros(2, 7)}, {"input_ids": torch.zeros(1, 4), "attention_mask": PADDED}):
+        counter.add(inputs)
     assert (counter.samples, counter.slots) == (3, 18)
     assert counter.totals() == (17.0, 2 * 49.0 + 9.0)
 

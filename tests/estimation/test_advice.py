@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 
-from esm_efficient import Device, Recipe, apply_lean_encoder, estimate, lora_config, prepare_model
+from esm_efficient import Device, Recipe, apply_lean_encoder, estimate, lora_config, prepare_model, split_model
 from esm_efficient.costs.memory import Memory
 from esm_efficient.estimation.advice import explain_out_of_memory, nearest_fit
 
@@ -88,8 +88,61 @@ def test_advice_takes_attention_and_adapters_from_the_model():
         adapter_options={"target_modules": ["query", "value"], "lora_dropout": 0.1},
     )
     assert found.peak == expected.peak
-    assert found.recipe.preset == "query, value"
-    assert nearest_fit(torch.nn.Linear(2, 2), memory=1, micro_batch=1, accumulation=1, tokens=1) is None
+    assert found.recipe.preset == "attention.self.query, attention.self.value"
+
+
+def test_advice_for_a_run_on_cached_states_is_for_the_part_that_trains():
+    _, rest = split_model(make_model(hidden_size=128, intermediate_size=512, num_hidden_layers=4), 1)
+    prepared = prepare_model(rest, adapters=lora_config(rest, layers="top-1"), dtype=torch.float32)
+    found = nearest_fit(prepared, memory=10**12, micro_batch=4, accumulation=1, tokens=200)
+    assert (found.recipe.cache, found.recipe.layers) == (True, (3,))
+    recipe = Recipe("own", "adapters", 1e-3, 2, 2, preset="all-linear", r=8, layers=(3,), cache=True)
+    options = {"tokens": 200, "device": gpu(1), "precision": "float32", "padding": "padded"}
+    assert found.peak == estimate(rest, recipe=recipe, **(options | {"optimizer": "adamw_foreach"})).peak
+
+
+def lora_on(targets):
+    return LoraConfig(task_type="SEQ_CLS", target_modules=targets)
+
+
+ADAPTERS = {
+    "all-linear": (lora_on("all-linear"), "all-linear"),
+    "embeddings": (lora_on(["query", "word_embeddings"]), "attention.self.query"),
+    "pattern": (lora_on(r".*\.query"), "attention.self.query"),
+    "no linear layer": (lora_on(["word_embeddings"]), ""),
+    "prompt": (PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4), ""),
+    "IA3": (IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[]), ""),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_advice_is_for_the_adapters_that_can_be_estimated(kind):
+    config, setting = ADAPTERS[kind]
+    model = get_peft_model(make_model(), config)
+    error, held = torch.OutOfMemoryError("CUDA out of memory."), Memory()
+    explained = explain_out_of_memory(
+        error, phase="backward", held=held, model=model, batch=(2, 9), memory=2**37, accumulation=1
+    )
+    assert ("By the estimator" in str(explained)) == bool(setting)
+    assert f"LoRA on {setting}, micro-batch 1 x accumulation 2" in str(explained) or not setting
+    assert "no setting would fit" not in str(explained)
+    assert str(explained).endswith("torch said: CUDA out of memory.")
+
+
+class WithoutConfigForSequenceClassification(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "logged"),
+    [(torch.nn.Linear, "Linear has an unknown head"), (WithoutConfigForSequenceClassification, "Traceback")],
+)
+def test_an_error_is_explained_even_if_nothing_can_be_advised(kind, logged, caplog):
+    model = kind(2, 2)
+    options = {"phase": "forward", "held": Memory(), "batch": (2, 9), "memory": 2**37}
+    explained = explain_out_of_memory(torch.OutOfMemoryError("no memory"), model=model, **options)
+    assert "micro-batch of 2 x 9 tokens. torch said: no memory" in str(explained)
+    assert logged in caplog.text
 
 
 def test_an_out_of_memory_error_names_a_setting_that_fits():

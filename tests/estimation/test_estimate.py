@@ -11,7 +11,14 @@ import pandas as pd
 import pytest
 from conftest import make_model, slow_except, tiny_config
 from datasets import Dataset, DatasetDict
-from transformers import EsmForSequenceClassification, EsmForTokenClassification
+from peft import LoraConfig
+from transformers import (
+    EsmForMaskedLM,
+    EsmForProteinFolding,
+    EsmForSequenceClassification,
+    EsmForTokenClassification,
+    EsmModel,
+)
 
 from esm_efficient import (
     RECIPES,
@@ -25,7 +32,7 @@ from esm_efficient import (
     recommend,
 )
 from esm_efficient.errors import ConfigurationError, TargetModuleError
-from esm_efficient.estimation.inputs import batch_lengths, resolve_config, token_lengths
+from esm_efficient.estimation.inputs import batch_lengths, data_lengths, resolve_config, resolve_head, token_lengths
 from esm_efficient.published import ESM2_SIZES
 
 
@@ -152,6 +159,26 @@ def test_token_lengths_reads_every_known_column():
         token_lengths(Dataset.from_dict({"length": [5]}))  # the unit is unknown
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (Dataset.from_dict({"tokens": [["M", "K"], ["M"]]}), r"row 0 of the column 'tokens' is \['M', 'K'\]"),
+        (Dataset.from_dict({"sequence": ["MKT", None]}), "row 1 of the column 'sequence' is None: expected a text"),
+        (Dataset.from_dict({"residues": [5, None]}), "row 1 of the column 'residues' is None: expected a number"),
+        (Dataset.from_dict({"input_ids": [[1], None]}), "row 1 of the column 'input_ids' is None: expected a list"),
+        (DatasetDict(test=Dataset.from_dict({"residues": [5]})), "got the splits test: expected a split train"),
+        ({"train": [5], "validation": []}, "the split validation: .*got no sequence"),
+    ],
+)
+def test_a_dataset_without_a_length_in_each_row_is_refused(tokens, message):
+    with pytest.raises(ConfigurationError, match=message):
+        data_lengths(tokens)
+
+
+def test_the_validation_split_may_be_one_number():
+    assert data_lengths({"train": [5, 6], "validation": 7}).validation == (7,)
+
+
 @pytest.mark.parametrize("tokens", ["512", Path("t.csv"), 512.0, ["MKT", "MAL"], pd.DataFrame({"residues": [5]}), None])
 def test_what_has_no_lengths_is_refused(tokens):
     with pytest.raises(ConfigurationError, match=r"tokens: got .*expected a whole number"):
@@ -162,6 +189,22 @@ def test_the_folder_of_an_adapter_is_estimated_by_the_config_of_its_base(tmp_pat
     resolve_config("8M")[1].save_pretrained(tmp_path / "adapter" / "base_config")
     assert resolve_config(tmp_path / "adapter")[0] == "adapter"
     assert resolve_config(tmp_path / "adapter")[1].num_hidden_layers == 6
+
+
+def test_the_folder_of_a_plain_peft_adapter_is_estimated_by_its_base(tmp_path):
+    model = make_model(num_hidden_layers=3)
+    model.config.save_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], base_model_name_or_path=str(tmp_path / "base"))
+    config.save_pretrained(tmp_path / "adapter")
+    name, found = resolve_config(tmp_path / "adapter")
+    assert (name, found.num_hidden_layers) == ("adapter", 3)
+    LoraConfig(target_modules=["query"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match="base_model_name_or_path=None: expected the base model"):
+        resolve_config(tmp_path / "adapter")
+
+
+def test_the_demo_is_named_as_it_is_typed():
+    assert resolve_config("demo")[0] == "demo"
 
 
 def test_a_quantised_checkpoint_is_estimated_as_one():
@@ -215,6 +258,10 @@ def test_lengths_of_the_largest_and_the_average_batch():
         ("8M", {"padding": "some"}, "padding='some'"),
         ("8M", {"padding": "padding-free", "attention": "eager"}, "the lean encoder computes attention itself"),
         ("8M", {"head": "regression"}, "head='regression'"),
+        ("8M", {"num_labels": 0}, "num_labels=0: expected at least 1"),
+        (EsmForProteinFolding, {}, "EsmForProteinFolding has no head that can be estimated: give head="),
+        (EsmModel, {}, "EsmModel has no head that can be estimated: give head="),
+        ("8M", {"adapter_options": {"target_modules": ["query", 3]}}, "target modules: got 3"),
         ("8M", {"tokens": 0}, "tokens=0: expected at least 1"),
         ("8M", {"tokens": []}, "got no sequence"),
         ("8M", {"micro_batch": 0}, "at least 1"),
@@ -223,6 +270,9 @@ def test_lengths_of_the_largest_and_the_average_batch():
     ],
 )
 def test_invalid_options_are_refused(model, options, message):
+    if not isinstance(model, str):
+        model = model.__new__(model)  # its class is all that is read
+        model.config = tiny_config()
     with pytest.raises(ConfigurationError, match=message):
         estimate(model, **options)
 
@@ -251,6 +301,28 @@ def test_a_model_object_is_estimated_by_its_config():
     model = make_model(EsmForTokenClassification, num_hidden_layers=3)
     name, config = resolve_config(model)
     assert (name, config.num_hidden_layers) == ("EsmForTokenClassification", 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "expected"),
+    [
+        (EsmForTokenClassification, {}, ("token-classification", 5)),
+        (EsmForSequenceClassification, {}, ("sequence-classification", 5)),
+        (EsmForMaskedLM, {}, ("masked-lm", 5)),
+        (EsmForTokenClassification, {"head": "masked-lm"}, ("masked-lm", 5)),
+        (EsmModel, {"head": "token-classification", "num_labels": 3}, ("token-classification", 3)),
+        (None, {}, ("sequence-classification", 2)),
+    ],
+)
+def test_the_head_is_that_of_a_model_object(kind, given, expected):
+    model = tiny_config(num_labels=5) if kind is None else make_model(kind, num_labels=5)
+    assert resolve_head(model, given.get("head"), given.get("num_labels")) == expected
+
+
+def test_a_model_object_is_estimated_with_its_head():
+    model = make_model(EsmForTokenClassification, num_labels=5)
+    found = estimate(model, recipe=RECIPES["frozen"].replace(cache=False), tokens=9, device="cpu")
+    assert found.trainable_parameters == sum(p.numel() for p in model.classifier.parameters())
 
 
 def test_the_8_bit_optimizer_has_a_quarter_of_the_state():

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import slow_except
+from conftest import slow_except, tiny_config
 
-from esm_efficient import estimate
+from esm_efficient import RECIPES, estimate
 
 CASES = [
     ("8M", {"recipe": "base", "device": "cpu"}),
@@ -53,3 +53,9 @@ def test_extrapolated_figures_equal_those_of_all_layers(size, options):
         assert np.abs(bytes_of(ours.memory) - bytes_of(theirs.memory)).max() <= block
     assert short.trainable_parameters == full.trainable_parameters
     assert short.total_parameters == full.total_parameters
+
+
+def test_the_layers_of_a_recipe_that_trains_the_head_alone_change_nothing():
+    config, frozen = tiny_config(num_hidden_layers=5), RECIPES["frozen"].replace(cache=False)
+    whole, top = (estimate(config, recipe=frozen.replace(layers=layers), tokens=9) for layers in ("all", "top-2"))
+    assert top.phases == whole.phases

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +108,13 @@ def test_settings_without_a_cache_can_be_asked_for():
     ("options", "message"),
     [
         ({"epochs": 0}, "more than 0 epochs"),
+        ({"epochs": math.nan}, "epochs=nan.* finite"),
+        ({"epochs": math.inf}, "epochs=inf.* finite"),
+        ({"margin": math.nan}, "margin=nan.* finite"),
+        ({"disk": math.inf}, "disk=inf.* finite"),
+        ({"disk": math.nan}, "disk=nan.* finite"),
+        ({"presets": ["bogus"], "recipes": ["base"]}, "presets='bogus': expected some of qkv"),
+        ({"cache": True, "recipes": [RECIPES["lora"].replace(quantization="4bit")]}, "without a cache"),
         ({"cache": True}, "nothing can be computed once"),
         ({"device": "cpu"}, "name a GPU"),
         ({"batch_size": 0}, "at least 1"),
@@ -116,3 +125,16 @@ def test_settings_without_a_cache_can_be_asked_for():
 def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         recommend("8M", options.pop("device", gpu(1000)), 50, progress=False, **options)
+
+
+def test_on_a_quantised_checkpoint_the_recipes_with_adapters_are_tried(caplog):
+    config = tiny_config()
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    options = {"batch_size": 1, "progress": False}
+    result = recommend(config, "A10G", 9, recipes=["base", "top"], **options)
+    [attempt] = result.attempts
+    assert (attempt.estimate.recipe.name, attempt.estimate.recipe.quantization) == ("top", "4bit")
+    assert attempt.estimate.cache is None
+    assert "only adapters train on a base in 4bit: base" in caplog.text
+    with pytest.raises(ConfigurationError, match="only adapters train on a base in 4bit: expected a recipe"):
+        recommend(config, "A10G", 9, recipes=["base", "frozen"], **options)

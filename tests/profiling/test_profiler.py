@@ -93,6 +93,24 @@ def test_phases_share_the_whole_time():
     assert report.samples_per_second == pytest.approx(3 * 4 / trained)
 
 
+def test_a_loop_that_trains_in_evaluation_mode_is_measured_as_training():
+    model, optimizer = make_run()
+    with Profiler(model.eval(), optimizer, warmup_steps=1, compare_with_matmul=False) as profiler:
+        train(model, optimizer, [make_batch()] * 3, profiler)
+    report = profiler.report()
+    assert list(report.phases) == ["data", "forward", "backward", "optimizer"]
+    assert report.samples_per_second > 0
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_the_peak_of_a_short_warmup_has_the_optimizers_state(warmup_steps):
+    model, optimizer = make_run()
+    with Profiler(model, optimizer, warmup_steps=warmup_steps, compare_with_matmul=False) as profiler:
+        train(model, optimizer, [make_batch(4, 60, padding=1)] * 2, profiler)
+    expected = estimate(model.config, device="cpu", recipe="base", micro_batch=4, tokens=60, padding="padded")
+    assert profiler.report().peak.total == pytest.approx(expected.peak.total, rel=0.01)
+
+
 def test_padding_and_special_tokens_do_not_count_as_residues():
     model, optimizer = make_run()
     with Profiler(model, optimizer, warmup_steps=0) as profiler:
@@ -101,6 +119,21 @@ def test_padding_and_special_tokens_do_not_count_as_residues():
     assert report.non_padding == pytest.approx((4 * 15 + 20) / 100)
     assert report.residues_per_second / report.tokens_per_second == pytest.approx((4 * 13 + 2 * 8) / 100)
     assert report.samples_per_second / report.tokens_per_second == pytest.approx(6 / 100)
+
+
+@pytest.mark.parametrize(("columns", "line"), [(20, "residues/s"), (1, "samples/s")])
+def test_a_run_on_cached_states_has_rates(columns, line):
+    model, optimizer = make_run()
+    with Profiler(model, optimizer, warmup_steps=1, compare_with_matmul=False) as profiler:
+        train(model, optimizer, [{"inputs_embeds": torch.randn(4, columns, 64)} for _ in range(3)], profiler)
+    report = profiler.report()
+    seconds = 2 * 4 / report.samples_per_second
+    assert line in str(report)
+    assert "nan" not in str(report)
+    if columns == 1:  # pooled states
+        assert math.isnan(report.residues_per_second)
+    else:
+        assert report.residues_per_second == pytest.approx(2 * 4 * 18 / seconds)
 
 
 @pytest.mark.parametrize("recipe", ["base", "all"])
@@ -300,7 +333,9 @@ def test_a_model_without_tokens_has_no_token_rates():
     report = profiler.report()
     assert math.isnan(report.model_flops_per_second)
     assert report.phases["backward"].peak.total > 0
-    assert "residues/s" not in report.metrics()
+    assert math.isnan(report.samples_per_second)
+    assert not any(name.endswith("_per_second") for name in report.metrics())
+    assert "samples/s" not in str(report)
 
 
 def test_impossible_options_are_refused():
@@ -324,12 +359,23 @@ def test_a_profiler_measures_loops_in_turn_and_refuses_two_at_once():
     profiler = Profiler(model, optimizer, compare_with_matmul=False)
     with profiler:
         train(model, optimizer, [make_batch()] * 3, profiler)
-        with pytest.raises(ConfigurationError, match="running already"):
-            profiler.__enter__()
+        for second in (profiler, Profiler(*make_run())):
+            with pytest.raises(ConfigurationError, match="running already"):
+                second.__enter__()
     with profiler:
         train(model, optimizer, [make_batch()] * 2, profiler)
     assert profiler.report().steps == 2
     assert hooks_of(model, optimizer) == before
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_dispatch_mode_that_overlaps_with_a_profiled_step_is_warned_of(overlaps, caplog):
+    model, optimizer = make_run()
+    profiler, flops = Profiler(model, optimizer, warmup_steps=0), FlopCounterMode(display=False)
+    with profiler if overlaps else flops, flops if overlaps else profiler:
+        train(model, optimizer, [make_batch()], profiler if not overlaps else None)
+    assert ("another dispatch mode" in caplog.text) == overlaps
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 @pytest.mark.cuda
