@@ -252,8 +252,9 @@ def _prepare(
 
     Adapters whose first values come from data read the training split by its collator.
     """
+    movable: Any = model
     prepared: Any = prepare_model(
-        model.to(args.device) if needs_data(adapters) else model,
+        movable.to(args.device) if needs_data(adapters) else model,
         adapters=adapters,
         head_only=recipe.trains == "head",
         layers=recipe.layers,

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments
 
 from esm_efficient import compat
@@ -40,7 +41,8 @@ def resolve_options(
         >>> resolve_options(RECIPES["lora"], {"micro_batch": 4})[0].accumulation
         2
     """
-    options = dict(options)
+    # A number of numpy, such as one of a grid search, is no int for transformers, nor for JSON.
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     names = {field.name for field in dataclasses.fields(TrainingArguments)} | {
         "epochs",
         "batch_size",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_dataset
 from datasets import DatasetDict
 from transformers import EsmForSequenceClassification, TrainerCallback
 
-from conftest import make_dataset
 from esm_efficient import RECIPES, Predictor, demo_model_path, finetune, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError
 
