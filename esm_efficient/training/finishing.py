@@ -19,7 +19,7 @@ from esm_efficient.training.calibration import calibrate
 from esm_efficient.training.checkpoints import explain_full_disk
 from esm_efficient.training.export import write_card
 from esm_efficient.training.job import Job
-from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
+from esm_efficient.training.metrics import compute_metrics_for, logits_of, tune_thresholds
 from esm_efficient.training.outcome import evaluate_split
 from esm_efficient.training.records import PREDICTIONS, RESULT, save_evaluation
 from esm_efficient.training.result import FinetuneResult
@@ -151,7 +151,7 @@ def _tune_thresholds(
     if task.kind != "multi_label_classification" or not {"validation", "test"} <= dataset.keys():
         return None
     prediction = trainer.predict(dataset["validation"], metric_key_prefix="validation")
-    tuned = tune_thresholds(np.asarray(prediction.label_ids), np.asarray(prediction.predictions), task.names)
+    tuned = tune_thresholds(np.asarray(prediction.label_ids), logits_of(prediction.predictions), task.names)
     thresholds = dict(zip(task.names, tuned.tolist(), strict=True))
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     model.config.label_thresholds = thresholds
