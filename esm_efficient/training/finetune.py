@@ -226,6 +226,8 @@ def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments)
     reason = "the training data are a stream" if not hasattr(train, "__len__") else ""
     if args.fsdp or args.deepspeed:
         reason = "the model is sharded over the ranks"
+    if args.neftune_noise_alpha:
+        reason = "neftune_noise_alpha adds noise to the embeddings, so that states differ in every step"
     if encoder_dropout(config):
         reason = "the model has dropout, so that states differ in every epoch"
     if reason:
