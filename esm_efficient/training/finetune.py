@@ -163,15 +163,18 @@ def finetune(
         training_options=training_options,
         early_stopping=early_stopping,
     )
-    if isinstance(class_weights, str) and class_weights == "balanced":
-        job.check_balance()
-    if token_budget is None:
-        job.check_steps()
+    job.check(
+        class_weights,
+        focal_gamma=focal_gamma,
+        token_budget=token_budget,
+        attention=attention,
+        adapter_options=adapter_options or {},
+    )
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:
         announce(job.plan)
-    set_seed(seed)
+    set_seed(job.seed)
     task, args = job.task, job.args
     half = None if args.deepspeed else half_dtype(args)  # deepspeed divides weights while they are made
     with job.warned:
@@ -188,7 +191,7 @@ def finetune(
         loaded, splits = states.rest, states.splits
     frozen = None
     if probe:
-        frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=seed, states=states)
+        frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=job.seed, states=states)
     with job.warned:
         adapters = recipe_adapters(chosen, loaded, **(adapter_options or {}))
         read = splits["train"], collator if states is None else states.collator

@@ -50,9 +50,7 @@ def load_result(folder: str | Path) -> FinetuneResult:
     try:
         record = json.loads((run / RESULT).read_text(encoding="utf-8"))
         if run != given and given.name != (saved := Path(record["model_dir"]).name):
-            raise ConfigurationError(
-                f"{given} is not the model of the run in {run}, which is {run / saved}: give that one"
-            )
+            raise ConfigurationError(f"{given} is not the model of the run in {run}: give {run / saved}")
         task = Task(record["task"]["kind"], tuple(record["task"]["names"]))
         metrics = _numbers(record["metrics"])
         baselines = {name: _numbers(values) for name, values in record["baselines"].items()}

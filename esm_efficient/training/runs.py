@@ -18,6 +18,7 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.training.arguments import check_token_budget
 from esm_efficient.training.batches import (
     EndlessStream,
     EpochCallback,
@@ -66,8 +67,7 @@ class WatchedTrainer(Trainer):
     def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.token_budget = token_budget
-        if token_budget is not None and self.args.dataloader_drop_last:
-            raise ConfigurationError("token_budget keeps all batches: leave dataloader_drop_last out")
+        check_token_budget(token_budget, self.args)
         self._watch = DivergenceWatch(self.accelerator)
         compat.check_loaded_weights(self, self._refuse_missing_weights)
         self.add_callback(EpochCallback(self))

@@ -203,9 +203,11 @@ def resolve_class_weights(
         float64 of shape (classes,).
 
     Raises:
-        ConfigurationError: as `check_class_weights` and `dataset_labels`.
+        ConfigurationError: as `check_class_weights` and `dataset_labels`, or the task is regression.
         DataError: as `balanced_class_weights` and `balanced_label_weights`.
     """
+    if problem_type == "regression":
+        raise ConfigurationError("class_weights with regression: expected None, because numbers have no classes")
     if not (isinstance(weights, str) and weights == "balanced"):
         return check_class_weights(weights, label_names)
     labels = dataset_labels(dataset)
