@@ -35,7 +35,7 @@ from esm_efficient.training.cached import cache_for_training
 from esm_efficient.training.checkpoints import CheckpointCallback
 from esm_efficient.training.eva import initialize_from_data
 from esm_efficient.training.finishing import finish_job, run_figures
-from esm_efficient.training.job import begin_job
+from esm_efficient.training.job import Job, begin_job
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.training.options import resolve_options
 from esm_efficient.training.progress import show_progress
@@ -163,13 +163,12 @@ def finetune(
         training_options=training_options,
         early_stopping=early_stopping,
     )
-    job.check(
-        class_weights,
-        focal_gamma=focal_gamma,
-        token_budget=token_budget,
-        attention=attention,
-        adapter_options=adapter_options or {},
-    )
+    trainer_options: dict[str, Any] = {
+        "class_weights": class_weights,
+        "focal_gamma": focal_gamma,
+        "token_budget": token_budget,
+    }
+    job.check(attention=attention, adapter_options=adapter_options or {}, **trainer_options)
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:
@@ -197,20 +196,8 @@ def finetune(
         read = splits["train"], collator if states is None else states.collator
         prepared = _prepare(loaded, task, chosen, args, adapters, read, attention=attention, fused=fused)
     audit, profiler = AuditCallback(), ProfilerCallback() if profile else None
-    own_callbacks = [audit, *([] if profiler is None else [profiler])]
-    trainer = WeightedTrainer(
-        prepared,
-        args,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("validation"),
-        data_collator=collator if states is None else states.collator,
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics_for(task),
-        callbacks=[*own_callbacks, *callbacks, *job.stopping.callbacks(), *_checkpoints(args, callbacks)],
-        class_weights=None if task.kind == "regression" and class_weights == "balanced" else class_weights,
-        focal_gamma=focal_gamma,
-        token_budget=token_budget,
-    )
+    all_callbacks = [audit, *([] if profiler is None else [profiler]), *callbacks]
+    trainer = _make_trainer(job, prepared, splits, read[1], tokenizer, all_callbacks, **trainer_options)
     show_progress(trainer)
     with job.warned, peak_memory() as peak, standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -220,6 +207,33 @@ def finetune(
     figures = {"model": prepared, "trained_layers": audit.report.layers, "probe": frozen}
     figures |= run_figures(trainer, prepared, trained, peak, profiler and profiler.report, states)
     return finish_job(job, trainer, tokenized, figures, report=report)
+
+
+def _make_trainer(
+    job: Job,
+    model: Any,
+    splits: Mapping[str, Any],
+    collator: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    class_weights: Any,
+    **options: Any,
+) -> WeightedTrainer:
+    """Return the trainer of a run."""
+    is_default = isinstance(class_weights, str) and class_weights == "balanced"
+    return WeightedTrainer(
+        model,
+        job.args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics_for(job.task),
+        callbacks=[*callbacks, *job.stopping.callbacks(), *_checkpoints(job.args, callbacks)],
+        class_weights=None if job.task.kind == "regression" and is_default else class_weights,
+        **options,
+    )
 
 
 def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments) -> bool:

@@ -89,8 +89,8 @@ class Job:
 
     def check(
         self,
-        class_weights: Any,
         *,
+        class_weights: Any,
         focal_gamma: float,
         token_budget: int | None,
         attention: str,
