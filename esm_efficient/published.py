@@ -58,6 +58,20 @@ def hub_name(name: str) -> str:
     return name
 
 
+def refuse_adapter(name: str) -> None:
+    """Refuse the folder of an adapter where a whole model is needed.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"the folder {name} has an adapter, not a whole model: merge it first with `esm-efficient export {name} "
+            "MERGED` (in Python, export_model), and give the folder MERGED"
+        )
+
+
 def check_name(name: str) -> str:
     """Return the name of a model, unless it can be seen without the Hub that there is no such model.
 

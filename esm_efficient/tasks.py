@@ -93,7 +93,9 @@ def task_of(features: Features, column: str = "label") -> Task:
     """
     from datasets import ClassLabel, List, Value
 
-    feature = features.get(column)
+    if column not in features:
+        raise DataError(f"there is no column {column!r}: the data have the columns {', '.join(map(repr, features))}")
+    feature = features[column]
     if isinstance(feature, ClassLabel):
         return Task("single_label_classification", tuple(feature.names))
     if isinstance(feature, Mapping) and feature and all(_is_number(inner) for inner in feature.values()):

@@ -70,8 +70,8 @@ def test_a_feature_without_a_task_is_refused_with_what_to_do(feature):
 
 
 def test_a_missing_label_column_is_refused():
-    with pytest.raises(DataError, match="has the feature None"):
-        task_of(Features({"sequence": Value("string")}))
+    with pytest.raises(DataError, match="no column 'label': the data have the columns 'sequence', 'labels'"):
+        task_of(Features({"sequence": Value("string"), "labels": Value("float32")}))
 
 
 class Subclass(EsmForTokenClassification):

@@ -95,6 +95,30 @@ def refuse_unsaved_weights(args: TrainingArguments) -> None:
         )
 
 
+def refuse_no_predictions(args: TrainingArguments) -> None:
+    """Refuse options under which a Trainer gives no predictions, or only parts of them, to be evaluated.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    whole = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
+    if changed := [f"{name}={not value}" for name, value in whole.items() if bool(getattr(args, name)) != value]:
+        raise ConfigurationError(
+            f"{', '.join(changed)}: a run is evaluated by its predictions for a whole split. Leave "
+            f"{'it' if len(changed) == 1 else 'them'} out"
+        )
+
+
+def check_token_budget(token_budget: int | None, args: TrainingArguments) -> None:
+    """Refuse a token budget whose last batch would be dropped.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if token_budget is not None and args.dataloader_drop_last:
+        raise ConfigurationError("token_budget keeps all batches: leave dataloader_drop_last out")
+
+
 def half_dtype(args: TrainingArguments) -> torch.dtype | None:
     """Return the half precision in which a run computes, and holds frozen parameters; None for float32."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

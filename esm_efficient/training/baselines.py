@@ -93,7 +93,7 @@ def majority_metrics(task: Task, labels: np.ndarray) -> dict[str, dict[str, floa
     Args:
         task: the task.
         labels: labels as a Trainer gives them: class ids, of shape (examples,) or (examples, tokens), -100 if unknown;
-            or floats of shape (examples, labels), NaN if unknown.
+            or floats of shape (examples, labels), NaN if unknown; -100 is a number, but an unknown label.
 
     Returns:
         With classes, the metrics of always predicting the most frequent one; with several labels, the more frequent
@@ -113,7 +113,9 @@ def majority_metrics(task: Task, labels: np.ndarray) -> dict[str, dict[str, floa
         labels = labels[known]
     else:
         table = labels.reshape(len(labels), -1).astype(np.float64)
-        known = ~np.isnan(table) & (table != IGNORE)
+        known = ~np.isnan(table)
+        if task.kind == "multi_label_classification":  # a number may be -100
+            known &= table != IGNORE
         means = np.where(known, table, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
         if not known.any():
             return {}

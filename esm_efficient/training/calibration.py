@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from esm_efficient.tasks import IGNORE, Task
+from esm_efficient.training.metrics import logits_of
 from esm_efficient.training.standardizing import find_output_layer
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def calibrate(trainer: Any, splits: Mapping[str, Any], task: Task, tokenizer: An
     if layer is None:
         return None
     found = trainer.predict(splits["validation"], metric_key_prefix="validation")
-    temperature = fit_temperature(task, np.asarray(found.label_ids), np.asarray(found.predictions))
+    temperature = fit_temperature(task, np.asarray(found.label_ids), logits_of(found.predictions))
     if temperature is not None:
         scale_logits(layer, temperature)
         logger.info("probabilities are calibrated on validation: logits are divided by %.3f", temperature)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from esm_efficient.reporting.description import DataDescription
     from esm_efficient.training.result import FinetuneResult
 
+CARD = "README.md"
+"""The file of a model card, which the Hub reads."""
+
 Holds = Literal["model", "adapter", "merged"]
 """What a folder holds: a whole model, an adapter, or a model with which an adapter was merged."""
 

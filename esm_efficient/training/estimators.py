@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import random
 import tempfile
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from esm_efficient.data.schema import WEIGHT_COLUMN
+from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.errors import DataError
 from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.predictor import Predictor
+from esm_efficient.published import hub_name
 from esm_efficient.recipes import Precision, Recipe, get_recipe
-from esm_efficient.tasks import Pooling
+from esm_efficient.tasks import SPECIAL_TOKENS, Pooling, task_of
 from esm_efficient.training.finetune import finetune
+
+logger = logging.getLogger(__name__)
 
 _EVALUATED = 8
 """`finetune` evaluates a split. An estimator is scored by its user, so it gets a few training rows."""
@@ -36,15 +45,15 @@ class _EsmEstimator(BaseEstimator):
         model: str | Path = "35M",
         *,
         recipe: str | Recipe = "top",
-        layers: str | tuple[int, ...] = "top-1/3",
-        pooling: Pooling = "first",
+        layers: str | tuple[int, ...] | None = None,
+        pooling: Pooling | None = None,
         epochs: float = 3.0,
         learning_rate: float | None = None,
         batch_size: int | None = None,
         max_tokens: int = 1024,
         precision: Precision = "auto",
         states_dir: str | Path | None = None,
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         self.model = model
         self.recipe = recipe
@@ -64,21 +73,29 @@ class _EsmEstimator(BaseEstimator):
         columns: dict[str, Any] = {"sequence": sequences, "label": labels}
         features = Features({"sequence": Value("string"), "label": feature})
         if sample_weight is not None:
-            columns[WEIGHT_COLUMN] = np.asarray(sample_weight, dtype=np.float32).tolist()
+            weights = np.asarray(sample_weight, dtype=np.float32)
+            if weights.shape != (len(sequences),):
+                raise DataError(f"sample_weight has the shape {weights.shape}: expected ({len(sequences)},)")
+            columns[WEIGHT_COLUMN] = weights.tolist()
             features[WEIGHT_COLUMN] = Value("float32")
-        rows = Dataset.from_dict(columns, features=features)
-        splits = DatasetDict(train=rows, validation=rows.select(range(min(len(rows), _EVALUATED))))
+        recipe, seed = self._recipe(), self._seed()
         given: dict[str, Any] = {"learning_rate": self.learning_rate, "batch_size": self.batch_size}
-        with tempfile.TemporaryDirectory() as folder, _without_bars():
+        with tempfile.TemporaryDirectory() as folder, _without_bars(), _kept_random_states():
+            # Tokenised here, so that no warning counts or names the rows that are evaluated too.
+            splits = DatasetDict(train=Dataset.from_dict(columns, features=features))
+            tokenizer = AutoTokenizer.from_pretrained(hub_name(str(self.model)))
+            splits, _ = tokenize_dataset(splits, tokenizer, max_tokens=self.max_tokens)
+            splits["validation"] = splits["train"].select(range(min(len(sequences), _EVALUATED)))
             result = finetune(
                 self.model,
                 splits,
-                recipe=self._recipe(),
+                recipe=recipe,
                 output_dir=folder,
                 states_dir=self.states_dir,
                 max_tokens=self.max_tokens,
                 precision=self.precision,
-                seed=self.random_state,
+                seed=seed,
+                task=task_of(features),
                 epochs=self.epochs,
                 probe=False,
                 report=False,
@@ -94,15 +111,31 @@ class _EsmEstimator(BaseEstimator):
         return self
 
     def _recipe(self) -> Recipe:
-        recipe = get_recipe(self.recipe)
-        if recipe.trains == "head":
-            return recipe.replace(pooling=self.pooling)
-        return recipe.replace(layers=self.layers, cache=self.layers != "all", pooling=self.pooling)
+        """Return the recipe with the layers and the pooling that were given."""
+        changes = {"layers": self.layers, "pooling": self.pooling}
+        return get_recipe(self.recipe).replace(**{name: value for name, value in changes.items() if value is not None})
+
+    def _seed(self) -> int:
+        """Return the seed of a fit: `random_state` if it is a number, and otherwise one that is drawn from it."""
+        if isinstance(self.random_state, Integral):
+            return int(self.random_state)
+        return int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     def _values(self, X: Any) -> np.ndarray:
-        """Return what the model predicts, of shape (sequences, classes or numbers)."""
+        """Return what the model predicts, of shape (sequences, classes or numbers); of a long sequence, its start."""
         check_is_fitted(self, "predictor_")
-        return np.stack([prediction.values for prediction in self.predictor_.predict(_texts(X))])
+        texts, longest = _texts(X), self.predictor_.max_tokens - SPECIAL_TOKENS
+        if not texts:
+            return np.empty((0, len(self.predictor_.task.names)))
+        _, _, residues = self.predictor_.encoder(texts, max_residues=longest, keep="start")
+        if long := int((residues > longest).sum()):
+            logger.warning(
+                "%d of %d sequences have more than %d residues: their start is read, as in training",
+                long,
+                len(texts),
+                longest,
+            )
+        return np.stack([prediction.values for prediction in self.predictor_.predict(texts, keep="start")])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -122,17 +155,19 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
     Args:
         model: a folder, a Hub name or a size of an ESM-2 model.
         recipe: as `finetune`.
-        layers: the layers that train (`esm_efficient.recipes.select_layers`). Unless they are ``"all"``, the states
-            below them are computed once per fit.
-        pooling: what the head reads: ``"first"``, ``"mean"`` or ``"attention"``.
+        layers: the layers that train (`esm_efficient.recipes.select_layers`); None for those of the recipe. With the
+            recipe ``"top"``, the states below them are computed once per fit.
+        pooling: what the head reads: ``"first"``, ``"mean"`` or ``"attention"``; None for that of the recipe.
         epochs: passes over the training sequences.
         learning_rate: peak learning rate; None for that of the recipe.
         batch_size: sequences per optimizer step; None for that of the recipe.
         class_weight: ``"balanced"``, a dict of weights by class, or None.
-        max_tokens: maximal number of tokens of a sequence, special tokens included.
+        max_tokens: maximal number of tokens of a sequence, special tokens included. Of a longer one, its start is read,
+            in training and in prediction, with a warning.
         precision: as `finetune`.
         states_dir: folder for cached states. Fits on the same sequences share them, as those of a grid search do.
-        random_state: seed of the head, the adapters and the order of the batches.
+        random_state: seed of the head, the adapters and the order of the batches; or what draws it for each fit: a
+            `numpy.random.RandomState`, or None for numpy's global one. A fit changes no other random numbers.
 
     Attributes:
         classes_: the classes, sorted.
@@ -148,8 +183,8 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
         model: str | Path = "35M",
         *,
         recipe: str | Recipe = "top",
-        layers: str | tuple[int, ...] = "top-1/3",
-        pooling: Pooling = "first",
+        layers: str | tuple[int, ...] | None = None,
+        pooling: Pooling | None = None,
         epochs: float = 3.0,
         learning_rate: float | None = None,
         batch_size: int | None = None,
@@ -157,7 +192,7 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
         max_tokens: int = 1024,
         precision: Precision = "auto",
         states_dir: str | Path | None = None,
-        random_state: int = 0,
+        random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         super().__init__(
             model,
@@ -186,7 +221,8 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
             The estimator.
 
         Raises:
-            DataError: X and y have different lengths, y has one class or several columns, or a text is not a protein.
+            DataError: X, y and the weights have different lengths, y has one class or several columns, or a text is not
+                a protein.
         """
         import pandas as pd
 
@@ -231,10 +267,12 @@ class EsmRegressor(RegressorMixin, _EsmEstimator):
         epochs: passes over the training sequences.
         learning_rate: peak learning rate; None for that of the recipe.
         batch_size: sequences per optimizer step; None for that of the recipe.
-        max_tokens: maximal number of tokens of a sequence, special tokens included.
+        max_tokens: maximal number of tokens of a sequence, special tokens included. Of a longer one, its start is read,
+            in training and in prediction, with a warning.
         precision: as `finetune`.
         states_dir: as `EsmClassifier`.
-        random_state: seed of the head, the adapters and the order of the batches.
+        random_state: seed of the head, the adapters and the order of the batches; or what draws it for each fit: a
+            `numpy.random.RandomState`, or None for numpy's global one. A fit changes no other random numbers.
 
     Attributes:
         predictor_: the fitted `Predictor`.
@@ -255,9 +293,12 @@ class EsmRegressor(RegressorMixin, _EsmEstimator):
             The estimator.
 
         Raises:
-            DataError: X and y have different lengths, a number is not finite, or a text is not a protein.
+            DataError: X, y and the weights have different lengths, y is one number or has three dimensions, a number is
+                not finite, or a text is not a protein.
         """
         numbers = np.asarray(y, dtype=np.float32)
+        if numbers.ndim not in (1, 2):
+            raise DataError(f"y has the shape {numbers.shape}: expected (sequences,) or (sequences, numbers)")
         self.one_number_ = numbers.ndim == 1
         feature = Value("float32") if self.one_number_ else List(Value("float32"), length=numbers.shape[1])
         if not np.isfinite(numbers).all():
@@ -268,6 +309,22 @@ class EsmRegressor(RegressorMixin, _EsmEstimator):
         """Return the number of each sequence, float64 of shape (sequences,), or of the shape of `y`."""
         values = self._values(X)
         return values[:, 0] if self.one_number_ else values
+
+
+@contextlib.contextmanager
+def _kept_random_states() -> Iterator[None]:
+    """Leave the global random numbers of Python, numpy and torch as they are found: `finetune` seeds them.
+
+    Otherwise every fold of a splitter without a seed would be drawn again after each fit.
+    """
+    numpy_numbers = check_random_state(None)
+    of_python, of_numpy = random.getstate(), numpy_numbers.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        numpy_numbers.set_state(of_numpy)
 
 
 @contextlib.contextmanager

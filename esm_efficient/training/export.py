@@ -23,7 +23,7 @@ from esm_efficient.inference.loading import load_model
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import Task, base_model_of, task_of_model
-from esm_efficient.training.card import CardFacts, Holds, model_card, run_settings
+from esm_efficient.training.card import CARD, CardFacts, Holds, model_card, run_settings
 from esm_efficient.training.onnx_file import remove_onnx, require_onnx, write_onnx
 from esm_efficient.training.records import load_result
 from esm_efficient.training.result import FinetuneResult
@@ -143,7 +143,7 @@ def export_model(
     (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     holds: Holds = "merged" if adapted else "model"
     card = model_card(found.facts, base_model, holds=holds, dataset=dataset, description=description)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
     remove_onnx(folder)
     if onnx:
         write_onnx(folder)
@@ -245,7 +245,7 @@ def _save_adapter(model: Any, folder: Path, found: _Trained, base_model: str, da
     save_base_config(model, folder / BASE_CONFIG)
     save_tokenizer(found.tokenizer, folder)
     card = model_card(found.facts, base_model, holds="adapter", dataset=dataset)
-    (folder / "README.md").write_text(card, encoding="utf-8")  # instead of peft's template
+    (folder / CARD).write_text(card, encoding="utf-8")  # instead of peft's template
     for path in folder.rglob(CONFIG_NAME):
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n")
@@ -258,4 +258,4 @@ def write_card(result: FinetuneResult) -> None:
     card = model_card(
         found.facts, result.base_model or "unknown", holds="adapter" if adapted else "model", dataset=result.dataset
     )
-    (result.model_dir / "README.md").write_text(card, encoding="utf-8")
+    (result.model_dir / CARD).write_text(card, encoding="utf-8")

@@ -35,7 +35,7 @@ from esm_efficient.training.cached import cache_for_training
 from esm_efficient.training.checkpoints import CheckpointCallback
 from esm_efficient.training.eva import initialize_from_data
 from esm_efficient.training.finishing import finish_job, run_figures
-from esm_efficient.training.job import begin_job
+from esm_efficient.training.job import Job, begin_job
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.training.options import resolve_options
 from esm_efficient.training.progress import show_progress
@@ -163,15 +163,17 @@ def finetune(
         training_options=training_options,
         early_stopping=early_stopping,
     )
-    if isinstance(class_weights, str) and class_weights == "balanced":
-        job.check_balance()
-    if token_budget is None:
-        job.check_steps()
+    trainer_options: dict[str, Any] = {
+        "class_weights": class_weights,
+        "focal_gamma": focal_gamma,
+        "token_budget": token_budget,
+    }
+    job.check(attention=attention, adapter_options=adapter_options or {}, **trainer_options)
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:
         announce(job.plan)
-    set_seed(seed)
+    set_seed(job.seed)
     task, args = job.task, job.args
     half = None if args.deepspeed else half_dtype(args)  # deepspeed divides weights while they are made
     with job.warned:
@@ -188,26 +190,14 @@ def finetune(
         loaded, splits = states.rest, states.splits
     frozen = None
     if probe:
-        frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=seed, states=states)
+        frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=job.seed, states=states)
     with job.warned:
         adapters = recipe_adapters(chosen, loaded, **(adapter_options or {}))
         read = splits["train"], collator if states is None else states.collator
         prepared = _prepare(loaded, task, chosen, args, adapters, read, attention=attention, fused=fused)
     audit, profiler = AuditCallback(), ProfilerCallback() if profile else None
-    own_callbacks = [audit, *([] if profiler is None else [profiler])]
-    trainer = WeightedTrainer(
-        prepared,
-        args,
-        train_dataset=splits["train"],
-        eval_dataset=splits.get("validation"),
-        data_collator=collator if states is None else states.collator,
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics_for(task),
-        callbacks=[*own_callbacks, *callbacks, *job.stopping.callbacks(), *_checkpoints(args, callbacks)],
-        class_weights=None if task.kind == "regression" and class_weights == "balanced" else class_weights,
-        focal_gamma=focal_gamma,
-        token_budget=token_budget,
-    )
+    all_callbacks = [audit, *([] if profiler is None else [profiler]), *callbacks]
+    trainer = _make_trainer(job, prepared, splits, read[1], tokenizer, all_callbacks, **trainer_options)
     show_progress(trainer)
     with job.warned, peak_memory() as peak, standardized(trainer, scale):
         trained = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -219,6 +209,33 @@ def finetune(
     return finish_job(job, trainer, tokenized, figures, report=report)
 
 
+def _make_trainer(
+    job: Job,
+    model: Any,
+    splits: Mapping[str, Any],
+    collator: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    class_weights: Any,
+    **options: Any,
+) -> WeightedTrainer:
+    """Return the trainer of a run."""
+    is_default = isinstance(class_weights, str) and class_weights == "balanced"
+    return WeightedTrainer(
+        model,
+        job.args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("validation"),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics_for(job.task),
+        callbacks=[*callbacks, *job.stopping.callbacks(), *_checkpoints(job.args, callbacks)],
+        class_weights=None if job.task.kind == "regression" and is_default else class_weights,
+        **options,
+    )
+
+
 def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments) -> bool:
     """Whether a recipe asks for cached states and this run can have them."""
     if not recipe.cache:
@@ -226,6 +243,8 @@ def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments)
     reason = "the training data are a stream" if not hasattr(train, "__len__") else ""
     if args.fsdp or args.deepspeed:
         reason = "the model is sharded over the ranks"
+    if args.neftune_noise_alpha:
+        reason = "neftune_noise_alpha adds noise to the embeddings, so that states differ in every step"
     if encoder_dropout(config):
         reason = "the model has dropout, so that states differ in every epoch"
     if reason:
@@ -252,8 +271,9 @@ def _prepare(
 
     Adapters whose first values come from data read the training split by its collator.
     """
+    movable: Any = model
     prepared: Any = prepare_model(
-        model.to(args.device) if needs_data(adapters) else model,
+        movable.to(args.device) if needs_data(adapters) else model,
         adapters=adapters,
         head_only=recipe.trains == "head",
         layers=recipe.layers,

@@ -16,13 +16,14 @@ from esm_efficient.saving import save_base_config
 from esm_efficient.tasks import Task
 from esm_efficient.training.cached import CachedTraining
 from esm_efficient.training.calibration import calibrate
+from esm_efficient.training.card import CARD
 from esm_efficient.training.checkpoints import explain_full_disk
 from esm_efficient.training.export import write_card
 from esm_efficient.training.job import Job
-from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
+from esm_efficient.training.metrics import compute_metrics_for, logits_of, tune_thresholds
 from esm_efficient.training.outcome import evaluate_split
 from esm_efficient.training.records import PREDICTIONS, RESULT, save_evaluation
-from esm_efficient.training.result import FinetuneResult
+from esm_efficient.training.result import PAGE, FinetuneResult
 from esm_efficient.training.saved_tokenizer import save_tokenizer
 from esm_efficient.training.step_memory import step_memory
 from esm_efficient.training.trainer import WeightedTrainer
@@ -51,6 +52,9 @@ def finish_job(
     tokenizer: Any = trainer.processing_class
     # The model is saved before anything else can fail.
     folder = job.output_dir / ("adapter" if job.recipe.trains == "adapters" else "model")
+    if trainer.is_world_process_zero():
+        for former in (*(job.output_dir / name for name in (RESULT, PREDICTIONS, PAGE)), folder / CARD):
+            former.unlink(missing_ok=True)  # of the model of a former run, which is replaced
     _save_model(trainer, folder, tokenizer)
     with job.warned:
         temperature = calibrate(trainer, dataset, job.task, tokenizer)
@@ -151,7 +155,7 @@ def _tune_thresholds(
     if task.kind != "multi_label_classification" or not {"validation", "test"} <= dataset.keys():
         return None
     prediction = trainer.predict(dataset["validation"], metric_key_prefix="validation")
-    tuned = tune_thresholds(np.asarray(prediction.label_ids), np.asarray(prediction.predictions), task.names)
+    tuned = tune_thresholds(np.asarray(prediction.label_ids), logits_of(prediction.predictions), task.names)
     thresholds = dict(zip(task.names, tuned.tolist(), strict=True))
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     model.config.label_thresholds = thresholds

@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from esm_efficient.training.metrics import logits_of
+
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
 RESAMPLES = 200
 """Draws of the bootstrap."""
 
-MOST_LABELS = 100_000
-"""The most labels for which intervals are computed: 200 draws of more would take minutes."""
+MOST_SCORES = 500_000
+"""The most scores for which intervals are computed: examples times classes, labels or numbers."""
 
 
 def intervals_of(
     prediction: EvalPrediction, compute: Callable[[EvalPrediction], Mapping[str, float]]
 ) -> dict[str, tuple[float, float]]:
-    """Return the intervals of `bootstrap_intervals`; none of a single example, or of more labels than `MOST_LABELS`."""
-    labels = np.asarray(prediction.label_ids)
-    return bootstrap_intervals(prediction, compute) if len(labels) > 1 and labels.size <= MOST_LABELS else {}
+    """Return the intervals of `bootstrap_intervals`; none of a single example, or of more scores than `MOST_SCORES`."""
+    scores = logits_of(prediction.predictions)
+    return bootstrap_intervals(prediction, compute) if len(scores) > 1 and scores.size <= MOST_SCORES else {}
 
 
 def bootstrap_intervals(
@@ -60,7 +62,7 @@ def bootstrap_intervals(
     """
     from transformers import EvalPrediction
 
-    scores, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    scores, labels = logits_of(prediction.predictions), np.asarray(prediction.label_ids)
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {}
     with warnings.catch_warnings():

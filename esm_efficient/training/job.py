@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import TrainingArguments
 
+from esm_efficient.encoder.attention import BACKENDS
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Precision, Recipe
 from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
-from esm_efficient.training.arguments import recipe_arguments, refuse_data_parallel, refuse_unsaved_weights
+from esm_efficient.training.arguments import (
+    check_token_budget,
+    recipe_arguments,
+    refuse_data_parallel,
+    refuse_no_predictions,
+    refuse_unsaved_weights,
+)
 from esm_efficient.training.baselines import reason_against_probe
 from esm_efficient.training.given import (
     command_words,
@@ -23,11 +32,13 @@ from esm_efficient.training.given import (
     splits_from,
     task_of_splits,
 )
+from esm_efficient.training.losses import make_loss
+from esm_efficient.training.options import check_adapter_options
 from esm_efficient.training.outcome import WarningList
 from esm_efficient.training.run_plan import RunPlan, plan_run, warn_of_few_steps
 from esm_efficient.training.start import name_of_model
 from esm_efficient.training.stopping import EarlyStopping
-from esm_efficient.training.weights import check_all_present
+from esm_efficient.training.weights import check_all_present, resolve_class_weights
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -76,18 +87,39 @@ class Job:
         """Whether the splits were given as token ids."""
         return "input_ids" in next(iter(self.raw.values())).features
 
-    def check_steps(self) -> None:
-        """Warn if the run has few optimizer steps; of a stream, their number is not known."""
-        if hasattr(self.raw["train"], "__len__"):
+    def check(
+        self,
+        *,
+        class_weights: Any,
+        focal_gamma: float,
+        token_budget: int | None,
+        attention: str,
+        adapter_options: Mapping[str, Any],
+    ) -> None:
+        """Refuse options that do not fit the task, the data or each other, before anything is computed.
+
+        It also warns if the run has few optimizer steps; of a stream, their number is not known. The arguments are as
+        in `finetune`.
+
+        Raises:
+            ConfigurationError: an option is wrong.
+            DataError: a label has no training example, and so no balanced weight.
+        """
+        problem_type = self.task.problem_type or "single_label_classification"
+        if isinstance(class_weights, str) and class_weights == "balanced":
+            self._check_balance()
+        elif class_weights is not None:
+            resolve_class_weights(class_weights, None, self.task.names, problem_type=problem_type)
+        make_loss(problem_type, None, label_smoothing=self.args.label_smoothing_factor, focal_gamma=focal_gamma)
+        check_token_budget(token_budget, self.args)
+        if attention not in BACKENDS:
+            raise ConfigurationError(f"attention={attention!r}: expected one of {', '.join(BACKENDS)}")
+        check_adapter_options(self.recipe, adapter_options)
+        if token_budget is None and hasattr(self.raw["train"], "__len__"):
             with self.warned:
                 warn_of_few_steps(len(self.raw["train"]), self.args)
 
-    def check_balance(self) -> None:
-        """Refuse a label without a training example, which has no balanced weight, before anything is computed.
-
-        Raises:
-            DataError: as above.
-        """
+    def _check_balance(self) -> None:
         if self.data is not None and self.task.kind != "regression":
             labels = self.data.splits["train"].labels
             check_all_present([labels.get(name, 0) for name in self.task.names], self.task.names)
@@ -136,6 +168,11 @@ def begin_job(
         DataError: as `finetune`.
         ConfigurationError: the options contradict each other.
     """
+    if not isinstance(seed, Integral):
+        raise ConfigurationError(f"seed={seed!r}: expected a whole number")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigurationError(f"output_dir={str(output_dir)!r} is a file: expected a folder")
+    seed = int(seed)  # a number of numpy is none for Python's generator
     warned, data_name, base_model = WarningList(), name_of(dataset), name_of_model(model)
     with warned:
         raw = splits_from(dataset, **data_options)
@@ -146,6 +183,7 @@ def begin_job(
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
     refuse_data_parallel(args)
     refuse_unsaved_weights(args)
+    refuse_no_predictions(args)
     with warned:
         for gap in () if data is None else data.label_gaps():
             logger.warning("%s", gap)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
+from inspect import signature
 from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments
 
 from esm_efficient import compat
+from esm_efficient.adapters.resolve import lora_config
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Recipe
 
@@ -40,7 +43,8 @@ def resolve_options(
         >>> resolve_options(RECIPES["lora"], {"micro_batch": 4})[0].accumulation
         2
     """
-    options = dict(options)
+    # A number of numpy, such as one of a grid search, is no int for transformers, nor for JSON.
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     names = {field.name for field in dataclasses.fields(TrainingArguments)} | {
         "epochs",
         "batch_size",
@@ -65,9 +69,29 @@ def resolve_options(
     return recipe, options
 
 
-def _advice(name: str, names: Collection[str]) -> str:
+def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:
+    """Refuse options of adapters that a recipe cannot have.
+
+    Raises:
+        ConfigurationError: an option is unknown, or the recipe has no adapters.
+    """
+    from peft import LoraConfig
+
+    if options and recipe.preset is None:
+        raise ConfigurationError(
+            f"a recipe that trains {recipe.trains!r} has no adapters: leave out {', '.join(options)}"
+        )
+    names = {field.name for field in dataclasses.fields(LoraConfig)} | signature(lora_config).parameters.keys()
+    names -= {"model", "peft_options"}
+    for name in options:
+        if name not in names:
+            advice = _advice(name, names, "an option of lora_config or of peft.LoraConfig")
+            raise ConfigurationError(f"adapter_options has the unknown option {name!r}{advice}")
+
+
+def _advice(name: str, names: Collection[str], known: str = "an option of finetune or of TrainingArguments") -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f": did you mean {near[0]!r}?" if near else ": expected an option of finetune or of TrainingArguments"
+    return f": did you mean {near[0]!r}?" if near else f": expected {known}"
 
 
 def _with_sizes(recipe: Recipe, options: Mapping[str, Any], **sizes: Any) -> Recipe:

@@ -21,6 +21,7 @@ from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metric
 from esm_efficient.training.evaluation_page import Evaluation, draw, evaluation_sections, verdict
 from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.layer_probes import METRICS
+from esm_efficient.training.metrics import logits_of
 from esm_efficient.training.step_memory import memory_section
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def evaluate_split(
         for name, value in (output.metrics or {}).items()
         if not name.endswith(_NO_METRICS)
     }
-    scores = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    labels: Any = output.label_ids
+    scores, labels = logits_of(output.predictions), np.asarray(output.label_ids)
     intervals = {}
     if trainer.compute_metrics is not None:
         intervals = intervals_of(EvalPrediction(scores, labels), trainer.compute_metrics)
@@ -70,14 +70,14 @@ def evaluate_split(
     numbered = [str(number) for number in range(1, len(labels) + 1)]
     return Evaluation(
         task=task,
-        scores=np.asarray(scores),
-        labels=np.asarray(labels),
+        scores=scores,
+        labels=labels,
         metrics=metrics,
         intervals=intervals,
         names=list(map(str, raw["accession"])) if "accession" in columns else numbered,
         sequences=list(raw["sequence"]) if "sequence" in columns else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
-        baselines=majority_metrics(task, np.asarray(labels)) | ({} if probe is None else {PROBE: probe.metrics}),
+        baselines=majority_metrics(task, labels) | ({} if probe is None else {PROBE: probe.metrics}),
         baseline_intervals={} if probe is None else {PROBE: probe.intervals},
     )
 

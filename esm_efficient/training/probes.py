@@ -72,7 +72,9 @@ def fit_probe(task: Task, features: np.ndarray, labels: np.ndarray, *, weights: 
     one = _label_logits if task.kind == "multi_label_classification" else _numbers
     columns = []
     for column in table.T:
-        known = ~np.isnan(column) & (column != IGNORE)
+        known = ~np.isnan(column)
+        if task.kind == "multi_label_classification":  # a number may be -100
+            known &= column != IGNORE
         columns.append(one(x[known], column[known], variance, _select(weights, known)))
     return lambda others: np.stack([column((others - mean) / spread) for column in columns], axis=1)
 

@@ -35,7 +35,8 @@ def load_result(folder: str | Path) -> FinetuneResult:
         folder: the ``output_dir`` of the run, or the folder of its model or adapter.
 
     Raises:
-        ConfigurationError: the folder has no ``result.json`` of this version of the library.
+        ConfigurationError: the folder has no ``result.json`` of this version of the library, or is another folder than
+            that of the run's model, such as a checkpoint or the adapter of a former run.
 
     Example:
         >>> load_result("output").save_page()  # doctest: +SKIP
@@ -48,6 +49,8 @@ def load_result(folder: str | Path) -> FinetuneResult:
         raise ConfigurationError(f"{given} has no {RESULT}: expected the folder that finetune wrote")
     try:
         record = json.loads((run / RESULT).read_text(encoding="utf-8"))
+        if run != given and given.name != (saved := Path(record["model_dir"]).name):
+            raise ConfigurationError(f"{given} is not the model of the run in {run}: give {run / saved}")
         task = Task(record["task"]["kind"], tuple(record["task"]["names"]))
         metrics = _numbers(record["metrics"])
         baselines = {name: _numbers(values) for name, values in record["baselines"].items()}

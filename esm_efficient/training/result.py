@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from esm_efficient.profiling.report import ProfileReport
 
+PAGE = "report.html"
+"""The file of the report of a run, beside its record."""
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -132,7 +135,7 @@ class FinetuneResult:
     @property
     def page(self) -> Path:
         """Path of the report."""
-        return self.result_path.with_name("report.html")
+        return self.result_path.with_name(PAGE)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields but the model and its predictions, ready for JSON; an undefined number becomes None."""

@@ -18,6 +18,7 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.training.arguments import check_token_budget
 from esm_efficient.training.batches import (
     EndlessStream,
     EpochCallback,
@@ -33,7 +34,7 @@ from esm_efficient.training.resuming import start_run
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
-    from transformers import TrainerState
+    from transformers import TrainerState, TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class WatchedTrainer(Trainer):
 
     A run stops at the next logging step, evaluation or save after a number is NaN or infinite
     (`esm_efficient.training.divergence`). A stream without a length fills every accumulated batch. Residues are
-    counted.
+    counted. Evaluation and prediction read all rows in their order, whatever the options of the training batches.
 
     Args:
         *args: as `transformers.Trainer`.
@@ -66,8 +67,7 @@ class WatchedTrainer(Trainer):
     def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.token_budget = token_budget
-        if token_budget is not None and self.args.dataloader_drop_last:
-            raise ConfigurationError("token_budget keeps all batches: leave dataloader_drop_last out")
+        check_token_budget(token_budget, self.args)
         self._watch = DivergenceWatch(self.accelerator)
         compat.check_loaded_weights(self, self._refuse_missing_weights)
         self.add_callback(EpochCallback(self))
@@ -148,17 +148,17 @@ class WatchedTrainer(Trainer):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the evaluation batches: those of Trainer, or of a stream."""
+        """Return the evaluation batches of all rows in their order: those of Trainer, or of a stream."""
         sets: Any = self.eval_dataset
         chosen = sets[eval_dataset] if isinstance(eval_dataset, str) else sets if eval_dataset is None else eval_dataset
-        with packing_collator(self):
+        with packing_collator(self), _all_rows_in_order(self.args):
             if is_stream(chosen) and self.accelerator.dispatch_batches is None:
                 return stream_evaluation_dataloader(self, chosen)
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return the batches to predict from: those of Trainer, or of a stream."""
-        with packing_collator(self):
+        """Return the batches to predict from, of all rows in their order: those of Trainer, or of a stream."""
+        with packing_collator(self), _all_rows_in_order(self.args):
             if is_stream(test_dataset) and self.accelerator.dispatch_batches is None:
                 return stream_evaluation_dataloader(self, test_dataset)
             return super().get_test_dataloader(test_dataset)
@@ -228,6 +228,21 @@ class WatchedTrainer(Trainer):
                 f"the checkpoint lacks {len(lost)} weights of the model ({listing(lost)}): training cannot resume "
                 "from it. Use another checkpoint, or load this one with from_pretrained() and start a new run"
             )
+
+
+@contextmanager
+def _all_rows_in_order(args: TrainingArguments) -> Iterator[None]:
+    """Make the data loaders that a Trainer creates in a ``with`` block read every row, in the order of the rows.
+
+    Trainer evaluates with options of training too: sorted by length, predictions would be given to other rows, and
+    without the last batch, rows would have none.
+    """
+    before = args.train_sampling_strategy, args.dataloader_drop_last
+    args.train_sampling_strategy, args.dataloader_drop_last = "sequential", False
+    try:
+        yield
+    finally:
+        args.train_sampling_strategy, args.dataloader_drop_last = before
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from esm_efficient.adapters.quantization import quantization_config
 from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_pooling
-from esm_efficient.published import hub_name
+from esm_efficient.published import hub_name, refuse_adapter
 from esm_efficient.recipes import Recipe
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, head_of
@@ -88,9 +88,14 @@ def starting_model(
 
 
 def name_of_model(model: Any) -> str:
-    """Return the Hub name or the whole path of the model that a run begins with; empty if it is not known."""
+    """Return the Hub name or the whole path of the model that a run begins with; empty if it is not known.
+
+    Raises:
+        ConfigurationError: it is the folder of an adapter, or a folder without a model.
+    """
     if isinstance(model, str | Path):
         name = hub_name(str(model))
+        refuse_adapter(name)
     else:
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name

@@ -16,6 +16,7 @@ from esm_efficient.adapters.registry import find_architecture, is_in_head, is_un
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.loading import find_folder
+from esm_efficient.published import refuse_adapter
 from esm_efficient.reporting import count_of, finite_values, format_number, format_table
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task
@@ -191,7 +192,8 @@ def sweep_layers(
         The scores, and the layer that is recommended.
 
     Raises:
-        DataError: a split is missing, empty or streamed, or the labels are not those of a task.
+        DataError: a split is missing, empty or streamed, the labels are not those of a task, or they tell no layer from
+            another.
         ConfigurationError: the model has adapters or an encoder that cannot be split, or an option is unknown.
 
     Example:
@@ -230,6 +232,7 @@ def sweep_layers(
         for (layer, reading), predictions in logits.items()
     )
     metric = METRICS[task.kind][0]
+    _refuse_equal_scores([score.metrics[metric] for score in scores], metric, evaluated_on)
     best = max(scores, key=lambda score: np.nan_to_num(score.metrics[metric], nan=-np.inf))
     error = _standard_error(task, metric, logits[best.layer, best.reading], other, seed)
     least = best.metrics[metric] - error
@@ -269,6 +272,7 @@ def _load(
     if isinstance(model, torch.nn.Module):
         return model, tokenizer
     folder = find_folder(model, None, None)
+    refuse_adapter(str(folder))
     loaded, missing, mismatched = load_pretrained(AutoModel, folder, dtype=torch.float32)
     architecture = find_architecture(loaded)
     unread = ("pooler", *architecture.heads)
@@ -300,6 +304,20 @@ def _tokenised(splits: Mapping[str, Dataset], tokenizer: Any, max_tokens: int) -
     if missing := [name for name, split in tokenised.items() if "labels" not in split.column_names]:
         raise DataError(f"the split(s) {', '.join(missing)} have no labels: expected a column label")
     return tokenised
+
+
+def _refuse_equal_scores(scores: Sequence[float], metric: str, split: str) -> None:
+    """Refuse scores that say nothing about the layers: none is defined, or all are the same and not the best one, 1.
+
+    Raises:
+        DataError: as above.
+    """
+    finite = [score for score in scores if np.isfinite(score)]
+    if not finite or (len(set(finite)) == 1 and finite[0] < 1):
+        raise DataError(
+            f"the {metric} on {split} is {format_number(scores[0], '{:.3f}')} for every layer, so that no layer can be "
+            f"recommended. Expected labels that differ, in train and in {split}: two classes, or two numbers"
+        )
 
 
 def _standard_error(task: Task, metric: str, logits: np.ndarray, other: Examples, seed: int) -> float:

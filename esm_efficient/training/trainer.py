@@ -230,10 +230,6 @@ class WeightedTrainer(WatchedTrainer):
         if kind is not None and kind not in LOSSES:
             raise ConfigurationError(f"problem_type={kind!r} in the model's config: expected {', '.join(LOSSES)}")
         if class_weights is not None:
-            if kind == "regression":
-                raise ConfigurationError(
-                    "class_weights with regression: expected None, because numbers have no classes"
-                )
             self.class_weights = resolve_class_weights(
                 class_weights, self.train_dataset, label_names_of(self.model), problem_type=kind
             )

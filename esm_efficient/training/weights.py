@@ -69,16 +69,22 @@ def check_labels(dataset: Any, collator: Any, model: Any, problem_type: str | No
     column = next((name for name in ("labels", "label") if is_plain and name in dataset.column_names), None)
     if column is None or not _keeps_labels(collator):
         return
+    feature = dataset.features[column]
+    while hasattr(feature, "feature"):  # of lists
+        feature = feature.feature
+    is_whole = "int" in str(getattr(feature, "dtype", ""))
+    has_ids = problem_type == "single_label_classification" or (problem_type is None and is_whole)
     start, is_any_known = 0, False
     for block in dataset.select_columns(column).with_format("numpy").iter(10_000):
         rows = [np.asarray(row) for row in block[column]]
         values = np.concatenate([row.ravel() for row in rows]) if rows else np.empty(0)
         if values.dtype.kind not in "iuf":
             return
-        known, wrong, expected = _judge(values, model, problem_type)
+        known, wrong, expected = _judge(values, model, problem_type, has_ids=has_ids)
         if wrong.any():
             row = start + int(np.repeat(np.arange(len(rows)), [row.size for row in rows])[wrong][0])
-            raise DataError(f"row {row} of the training set has the label {values[wrong][0]:g}: expected {expected}")
+            label = "null" if np.isnan(values[wrong][0]) else f"{values[wrong][0]:g}"
+            raise DataError(f"row {row} of the training set has the label {label}: expected {expected}")
         is_any_known = is_any_known or bool(known.any())
         start += len(rows)
     if not is_any_known:
@@ -92,8 +98,13 @@ def _keeps_labels(collator: Any) -> bool:
     return module.startswith("transformers.") and "Language" not in name and "WholeWord" not in name
 
 
-def _judge(values: np.ndarray, model: Any, problem_type: str | None) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return masks of the labels that are known and that are wrong, and what is expected."""
+def _judge(
+    values: np.ndarray, model: Any, problem_type: str | None, *, has_ids: bool
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return masks of the labels that are known and that are wrong, and what is expected.
+
+    Class ids are floats here if some are null, as numpy has no other place for a null.
+    """
     is_float = values.dtype.kind == "f"
     if problem_type == "regression":
         known = ~np.isnan(values) if is_float else np.ones(len(values), dtype=bool)
@@ -103,11 +114,11 @@ def _judge(values: np.ndarray, model: Any, problem_type: str | None) -> tuple[np
             f"a number of at most {LARGEST_NUMBER:g}; standardise the numbers",
         )
     known = (values != IGNORE) & ~np.isnan(values) if is_float else values != IGNORE
-    if is_float:
+    if is_float and not has_ids:
         return known, known & ((values < 0) | (values > 1)), "a number from 0 to 1, or NaN or -100 if it is unknown"
     head, config = head_of(model), model.config
     classes = config.vocab_size if head == "masked-lm" else config.num_labels
-    wrong = known & ((values < 0) | (values >= classes))
+    wrong = np.isnan(values) | (known & ((values < 0) | (values >= classes)))
     return (
         known,
         wrong,
@@ -192,9 +203,11 @@ def resolve_class_weights(
         float64 of shape (classes,).
 
     Raises:
-        ConfigurationError: as `check_class_weights` and `dataset_labels`.
+        ConfigurationError: as `check_class_weights` and `dataset_labels`, or the task is regression.
         DataError: as `balanced_class_weights` and `balanced_label_weights`.
     """
+    if problem_type == "regression":
+        raise ConfigurationError("class_weights with regression: expected None, because numbers have no classes")
     if not (isinstance(weights, str) and weights == "balanced"):
         return check_class_weights(weights, label_names)
     labels = dataset_labels(dataset)

@@ -103,13 +103,33 @@ def test_deepspeed_options_that_save_no_weights_are_refused(tmp_path, zero, refu
         refuse_unsaved_weights(args)
 
 
-def test_attention_reaches_the_lean_encoder(tmp_path):
-    data = DatasetDict(train=make_dataset(2), test=make_dataset(2))
-    with pytest.raises(ConfigurationError, match="attention='fast': expected one of auto, flash"):
-        finetune(demo_model_path(), data, output_dir=tmp_path, attention="fast")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_weights": {"class0": 1, "typo": 2}}, "wrong or missing: class1, typo"),
+        ({"class_weights": [1.0]}, r"class_weights has shape \(1,\)"),
+        ({"focal_gamma": -1.0}, "focal_gamma=-1.0 with label_smoothing=0.0"),
+        ({"focal_gamma": 2.0, "label_smoothing_factor": 0.1}, "focal_gamma=2.0 with label_smoothing=0.1"),
+        ({"token_budget": 100, "dataloader_drop_last": True}, "token_budget keeps all batches"),
+        ({"attention": "fast"}, "attention='fast': expected one of auto, flash"),
+        ({"adapter_options": {"lora_alhpa": 3}}, "unknown option 'lora_alhpa': did you mean 'lora_alpha'"),
+        ({"adapter_options": {"frobnicate": 3}}, "expected an option of lora_config or of peft.LoraConfig"),
+        ({"adapter_options": {"r": 3}, "recipe": "base"}, "has no adapters: leave out r"),
+        ({"prediction_loss_only": True}, "prediction_loss_only=True: a run is evaluated by its predictions"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics=True"),
+        ({"seed": None}, "seed=None: expected a whole number"),
+        ({"output_dir": __file__}, "is a file: expected a folder"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_a_wrong_option_is_refused_before_anything_is_loaded(tmp_path, options, message):
+    data = DatasetDict(train=make_dataset(4), test=make_dataset(2))
+    with pytest.raises(ConfigurationError, match=message):
+        finetune(tmp_path / "no model", data, **({"output_dir": tmp_path} | options))
 
 
-def test_fusion_reaches_the_estimate_and_the_lean_encoder(tmp_path, monkeypatch):
+def test_attention_and_fusion_reach_the_lean_encoder(tmp_path, monkeypatch):
     class Stop(Exception):
         """Raised where the model would be trained."""
 
@@ -122,10 +142,11 @@ def test_fusion_reaches_the_estimate_and_the_lean_encoder(tmp_path, monkeypatch)
     monkeypatch.setattr(run_plan, "estimate", note)
     monkeypatch.setattr(sys.modules["esm_efficient.training.finetune"], "apply_lean_encoder_if_supported", note)
     data = (["MKT" + "A" * row for row in range(16)], ["a", "b", "a", "b"] * 4)
+    given = {"attention": "sequences", "fused": True}
     with pytest.raises(Stop):
-        finetune(demo_model_path(), data, output_dir=tmp_path, probe=False, fused=True, announce=lambda plan: None)
-    assert options[0]["fused"] is True
-    assert options[1] == {"attention": "auto", "fused": True}
+        finetune(demo_model_path(), data, output_dir=tmp_path, probe=False, announce=lambda plan: None, **given)
+    assert options[0]["fused"] is True  # in the estimate
+    assert options[1] == given
 
 
 class Steps(TrainerCallback):

@@ -320,6 +320,7 @@ def test_the_table_the_page_and_the_record_show_both_and_name_the_cheaper_way(tm
             {"subset_accuracy": 0.75, "auroc": 0.5, "f1_b": 0.0},
         ),
         ("regression", [[1.0, 2.0], [3.0, np.nan], [5.0, 4.0]], "mean of the labels", {"r2": 0.0}),
+        ("regression", [[-100.0, 2.0], [-100.0, 4.0], [200.0, 6.0]], "mean of the labels", {"r2": 0.0}),
     ],
 )
 def test_the_majority_is_the_best_constant_prediction(kind, labels, name, expected):

@@ -139,6 +139,15 @@ def test_a_model_with_dropout_trains_without_a_cache_and_says_so(tmp_path, data,
     assert result.states_seconds == 0
 
 
+def test_noise_in_the_embeddings_reaches_the_model_and_the_run_says_why_it_has_no_cache(tmp_path, data, caplog):
+    plain, noisy = (
+        finetune(demo_model_path(), data, output_dir=tmp_path, max_steps=2, report=False, disable_tqdm=True, **options)
+        for options in ({}, {"neftune_noise_alpha": 500.0})
+    )
+    assert noisy.train_loss != pytest.approx(plain.train_loss, rel=1e-4)
+    assert "neftune_noise_alpha adds noise to the embeddings" in caplog.text
+
+
 def test_a_stream_trains_without_a_cache_and_says_so(tmp_path, data, caplog):
     tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
     streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in tokenized.items()})

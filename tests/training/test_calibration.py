@@ -93,7 +93,8 @@ def test_finetune_saves_a_model_whose_logits_are_divided_and_whose_classes_are_t
 ):
     recipe = Recipe("quick", trains, 1e-2, **({"preset": "qkv", "r": 2} if trains == "adapters" else {}))
     splits = {name: make_split(8, seed) for seed, name in enumerate(("train", "validation", "test"))}
-    make_model().save_pretrained(tmp_path / "base")
+    states = {"output_hidden_states": True} if trains == "full" else {}  # beside the logits
+    make_model(**states).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     results = []
     for least in (10**6, 8):

@@ -18,6 +18,12 @@ from esm_efficient.errors import DataError, DivergenceError
 from esm_efficient.training.divergence import DivergenceWatch, check_parameters
 
 
+def with_nulls(labels):
+    """Return a data set with these class ids, of which some are null."""
+    rows = make_dataset(len(labels)).remove_columns("labels")
+    return rows.add_column("labels", labels)
+
+
 def numbers(values):
     data = make_dataset(len(values)).remove_columns("labels")
     return data.add_column("labels", [float(value) for value in values])
@@ -156,6 +162,8 @@ def test_healthy_runs_raise_and_warn_of_nothing(tmp_path, tokenizer, caplog):
         (numbers([float("nan")] * 8), {"num_labels": 1}, "no label of"),
         (numbers([0.5] * 5 + [1e30] + [0.5] * 2), {"num_labels": 1}, r"row 5 .*1e\+30"),
         (make_dataset(8, classes=5), {}, r"row 2 .* label 2: expected a class id from 0 to 1"),
+        (with_nulls([0, 1, 1, None]), {}, r"row 3 .* label null: expected a class id from 0 to 1"),
+        (with_nulls([0, None, 1, 1]), {"problem_type": "single_label_classification"}, "row 1 .* label null"),
         (make_dataset(8).remove_columns("labels").add_column("labels", [[0, 1, 1]] * 8), {"num_labels": 3}, "floats"),
         (
             make_dataset(8).remove_columns("labels").add_column("labels", [[0.0, 1.0, 4.0]] * 8),
@@ -164,7 +172,7 @@ def test_healthy_runs_raise_and_warn_of_nothing(tmp_path, tokenizer, caplog):
         ),
         (make_dataset(8).select([]), {}, "no rows"),
     ],
-    ids=["all -100", "all NaN", "huge", "out of range", "multi-hot integers", "not 0 to 1", "empty"],
+    ids=["all -100", "all NaN", "huge", "out of range", "null", "null id", "multi-hot integers", "not 0 to 1", "empty"],
 )
 def test_labels_that_do_not_fit_are_refused_before_the_first_step(tmp_path, tokenizer, data, options, message):
     trainer, train = run(tmp_path, tokenizer, model=make_model(**options), data=data)

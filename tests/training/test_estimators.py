@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import pickle
+import random
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import make_model
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils import estimator_checks
+from sklearn.utils import check_random_state, estimator_checks
 
-from esm_efficient import ConfigurationError, DataError, EsmClassifier, EsmRegressor, FinetuneResult, list_states
+from esm_efficient import (
+    RECIPES,
+    ConfigurationError,
+    DataError,
+    EsmClassifier,
+    EsmRegressor,
+    FinetuneResult,
+    list_states,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +92,49 @@ def test_a_fit_makes_no_report_that_it_would_discard(folder, monkeypatch):
 def test_a_grid_search_shares_the_states_of_its_folds(folder, tmp_path):
     sequences, rich = proteins()
     search = GridSearchCV(
-        quick(EsmClassifier, folder, states_dir=tmp_path, epochs=1), {"learning_rate": [1e-4, 1e-2]}, cv=2, refit=False
+        quick(EsmClassifier, folder, states_dir=tmp_path, epochs=1),
+        {"learning_rate": [1e-4, 1e-2], "batch_size": np.array([8])},
+        cv=2,
+        refit=False,
+        error_score="raise",
     )
     search.fit(np.array(sequences), rich)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     assert len(list_states(tmp_path)) == 2 * 2  # a training and an evaluated split per fold
+
+
+def test_a_fit_leaves_the_global_random_numbers_as_they_are(folder):
+    """Otherwise a splitter without a seed draws the same fold after every fit."""
+    sequences, rich = proteins(8)
+    drawn = []
+    for is_fitted in (False, True):
+        random.seed(7)
+        check_random_state(None).seed(7)
+        torch.manual_seed(7)
+        if is_fitted:
+            quick(EsmClassifier, folder, epochs=1).fit(sequences, rich)
+        drawn.append((random.random(), check_random_state(None).rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+def test_the_random_state_is_a_number_or_draws_one_for_each_fit(folder, monkeypatch):
+    seeds = []
+
+    def stop(model, data, *, seed, **_):
+        seeds.append(seed)
+        raise RuntimeError
+
+    monkeypatch.setattr("esm_efficient.training.estimators.finetune", stop)
+    state = np.random.RandomState(0)
+    check_random_state(None).seed(0)
+    for random_state in (np.int64(3), state, state, None, None):
+        with pytest.raises(RuntimeError):
+            EsmClassifier(folder, random_state=random_state).fit(["MKT", "MAL"], [0, 1])
+    assert {type(seed) for seed in seeds} == {int}
+    number, first, second, *of_none = seeds
+    assert number == 3
+    assert first != second
+    assert of_none == [first, second]  # None is numpy's global state, which had the same seed
 
 
 def test_it_works_in_cross_validation_and_in_a_pipeline(folder):
@@ -115,6 +163,59 @@ def test_weights_of_sequences_and_of_classes_move_the_prediction(folder):
         assert model.predict_proba(sequences)[:, 1].mean() > 0.7
 
 
+def test_a_long_protein_is_read_from_its_start_in_training_and_in_prediction(folder, caplog):
+    sequences, rich = proteins(8)
+    sequences[3] += "W" * 30
+    model = quick(EsmClassifier, folder, epochs=1, max_tokens=22).fit(sequences, rich)
+    assert "1 of 8 sequences have more than 20 residues: their start was kept" in caplog.text
+    caplog.clear()
+    probabilities = model.predict_proba(sequences)
+    assert "1 of 8 sequences have more than 20 residues: their start is read" in caplog.text
+    np.testing.assert_allclose(probabilities, model.predict_proba([s[:20] for s in sequences]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("top-1", True, "mean")),
+        ({"pooling": "attention"}, ("top-1", True, "attention")),
+        ({"layers": "top-2"}, ("top-2", True, "mean")),
+        ({"layers": "all"}, ("all", False, "mean")),
+        ({"recipe": "lora"}, ("all", False, "first")),
+    ],
+)
+def test_a_recipe_keeps_what_is_not_given(folder, monkeypatch, options, expected):
+    def stop(model, data, *, recipe, **_):
+        raise RuntimeError((recipe.layers, recipe.cache, recipe.pooling))
+
+    monkeypatch.setattr("esm_efficient.training.estimators.finetune", stop)
+    own = RECIPES["top"].replace(layers="top-1", pooling="mean")
+    with pytest.raises(RuntimeError) as caught:
+        EsmClassifier(folder, **({"recipe": own} | options)).fit(["MKT", "MAL"], [0, 1])
+    assert caught.value.args == (expected,)
+
+
+def test_the_rows_that_are_evaluated_too_make_no_warning(folder, caplog):
+    sequences, rich = proteins()
+    quick(EsmClassifier, folder, epochs=1).fit(sorted(sequences), sorted(rich))  # the first rows are of one class
+    own = [record.getMessage() for record in caplog.records if record.name.startswith("esm_efficient")]
+    assert [message for message in own if "optimizer steps may be too few" not in message] == []
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(EsmClassifier, (0, 2)), (EsmRegressor, (0,))])
+def test_no_sequences_have_no_predictions(folder, kind, shape):
+    sequences, rich = proteins(4)
+    model = quick(kind, folder, epochs=1).fit(sequences, rich)
+    assert model.predict([]).shape == (0,)
+    assert getattr(model, "predict_proba", model.predict)([]).shape == shape
+
+
+@pytest.mark.parametrize("weights", [[1.0], [[1.0]] * 2, [1.0, -1.0]])
+def test_weights_that_do_not_fit_the_sequences_are_refused(folder, weights):
+    with pytest.raises(DataError, match="sample_weight"):
+        quick(EsmClassifier, folder).fit(["MKT", "MAL"], [0, 1], sample_weight=weights)
+
+
 @pytest.mark.parametrize(
     ("kind", "X", "y", "message"),
     [
@@ -126,6 +227,7 @@ def test_weights_of_sequences_and_of_classes_move_the_prediction(folder):
         (EsmClassifier, ["MKT"] * 3, pd.Series([1.0, None, 0.0]), "1 of 3 labels are missing"),
         (EsmClassifier, ["MKT"] * 3, np.array(["a", None, "b"], dtype=object), "1 of 3 labels are missing"),
         (EsmRegressor, ["MKT", "MAL"], [1.0, np.nan], "not finite"),
+        (EsmRegressor, ["MKT", "MAL"], 3.0, r"y has the shape \(\): expected \(sequences,\)"),
         (EsmRegressor, ["MKT", "MAL"], [1e23, 2e23], r"a label is 2e\+23: expected at most 1e\+18"),
     ],
 )

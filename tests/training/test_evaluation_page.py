@@ -14,8 +14,9 @@ from esm_efficient import Task, compute_metrics_for
 from esm_efficient.reporting.html import html_page
 from esm_efficient.reporting.score_plots import reliability
 from esm_efficient.tasks import IGNORE
+from esm_efficient.training import intervals as intervals_module
 from esm_efficient.training.evaluation_page import Evaluation, evaluation_sections, verdict
-from esm_efficient.training.intervals import bootstrap_intervals
+from esm_efficient.training.intervals import bootstrap_intervals, intervals_of
 from esm_efficient.training.outcome import curves_of
 from esm_efficient.training.residue_page import letters_for
 
@@ -203,3 +204,11 @@ def test_a_curve_has_two_values_or_more():
     log = [{"loss": 0.7, "step": 10}, {"eval_mcc": 0.2, "step": 20}, {"loss": 0.6, "step": 20}, {"loss": float("nan")}]
     assert curves_of(log) == {"loss": [(10, 0.7), (20, 0.6)]}
     assert curves_of([*log, {"eval_mcc": 0.3, "step": 40}])["validation: mcc"] == [(20, 0.2), (40, 0.3)]
+
+
+@pytest.mark.parametrize(("most", "has_intervals"), [(30, True), (29, False)])
+def test_intervals_are_left_out_where_examples_times_classes_are_too_many(monkeypatch, most, has_intervals):
+    monkeypatch.setattr(intervals_module, "MOST_SCORES", most)
+    labels = np.arange(10) % 3
+    prediction = EvalPrediction((np.eye(3)[labels], np.zeros((10, 5))), labels)  # a model may give more than logits
+    assert bool(intervals_of(prediction, compute_metrics_for(["a", "b", "c"]))) == has_intervals

@@ -310,6 +310,7 @@ def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monke
     monkeypatch.setattr(
         module, "evaluate_split", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("the evaluation failed"))
     )
+    (tmp_path / "result.json").write_text("{}")  # of a former run, whose model is replaced
     with pytest.raises(RuntimeError, match="the evaluation failed"):
         finetune(demo_model_path(), data, recipe="frozen", output_dir=tmp_path, max_steps=2, disable_tqdm=True)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
@@ -318,7 +319,10 @@ def test_the_model_is_saved_before_the_evaluation_can_fail(tmp_path, data, monke
 
 
 def test_without_a_report_there_is_the_record_and_the_report_can_follow(tmp_path, data):
-    options = {"recipe": "frozen", "max_steps": 1, "disable_tqdm": True}
+    options = {"recipe": "frozen", "max_steps": 1, "disable_tqdm": True, "seed": np.int64(3)}
+    former = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
+    assert former.page.exists()
+    assert (former.model_dir / "README.md").exists()
     result = finetune(demo_model_path(), data, output_dir=tmp_path, report=False, **options)
     assert json.loads(result.result_path.read_text()) == result.to_dict()
     assert not result.page.exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
 from transformers import EvalPrediction
 
 from esm_efficient import classification_metrics, compute_metrics_for
@@ -57,6 +57,71 @@ def test_three_classes_and_an_absent_one():
     assert unseen["f1_macro"] == pytest.approx((2 / 3 + 0.8) / 2)  # c is neither there nor predicted
     one = classification_metrics(np.array([1, 1, 1, 1]), logits, ["a", "b", "c"])
     assert math.isnan(one["auroc"])
+
+
+DRAWN = np.random.default_rng(1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted"),
+    [
+        (DRAWN.integers(0, 4, 200), DRAWN.integers(0, 4, 200)),
+        (DRAWN.integers(0, 2, 50), DRAWN.integers(0, 4, 50)),
+        (DRAWN.integers(1, 4, 50), DRAWN.integers(0, 2, 50)),
+        (np.zeros(9, int), np.zeros(9, int)),
+        (np.zeros(9, int), np.full(9, 3)),
+        (np.zeros(9, int), np.arange(9) % 4),
+        (np.arange(9) % 4, np.full(9, 2)),
+        (np.arange(9) % 4, np.arange(9) % 4),
+        (np.array([2]), np.array([2])),
+    ],
+    ids=[
+        "all",
+        "absent",
+        "not predicted",
+        "one",
+        "one, wrong",
+        "one true",
+        "one predicted",
+        "all right",
+        "one example",
+    ],
+)
+@pytest.mark.parametrize("classes", [4, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_classes_have_exactly_the_scores_of_scikit_learn(labels, predicted, classes):
+    labels, predicted, names = labels % classes, predicted % classes, "abcd"[:classes]
+    found = classification_metrics(labels, np.eye(classes)[predicted], list(names))
+    assert found["accuracy"] == accuracy_score(labels, predicted)
+    assert found["mcc"] == matthews_corrcoef(labels, predicted)
+    f1 = f1_score(labels, predicted, labels=range(classes), average=None, zero_division=0.0)
+    assert [found[f"f1_{name}"] for name in names] == f1.tolist()
+    assert found["f1_macro"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0.0))
+    for index, name in enumerate(names if classes > 2 else ""):
+        assert found[f"mcc_{name}"] == matthews_corrcoef(labels == index, predicted == index)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0], ids=["none predicted", "some predicted", "all predicted"])
+@pytest.mark.filterwarnings("ignore")
+def test_labels_have_exactly_the_scores_of_scikit_learn(share, shift):
+    rng = np.random.default_rng(0)
+    labels, logits = (rng.random((60, 3)) < share).astype(float), rng.normal(shift, 1, (60, 3)).round(1)  # with ties
+    found, predicted = multi_label_metrics(labels, logits, list("abc")), logits >= 0
+    assert found["f1_micro"] == f1_score(labels, predicted, average="micro", zero_division=0.0)
+    assert found["f1_macro"] == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0.0))
+    areas = [roc_auc_score(*pair) for pair in zip(labels.T, logits.T, strict=True) if len(set(pair[0])) == 2]
+    assert found["auroc"] == pytest.approx(np.mean(areas) if areas else NAN, abs=1e-12, nan_ok=True)
+    for index, name in enumerate("abc"):
+        pair = labels[:, index], predicted[:, index]
+        assert found[f"f1_{name}"] == f1_score(*pair, zero_division=0.0)
+        assert found[f"mcc_{name}"] == matthews_corrcoef(*pair)
+
+
+def test_a_label_that_is_called_macro_does_not_replace_the_mean():
+    labels, logits = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, -1.0], [-1.0, -1.0]])
+    assert multi_label_metrics(labels, logits, ["macro", "b"])["f1_macro"] == 0.5
+    assert classification_metrics(np.array([0, 1]), np.array([[1.0, 0.0]] * 2), ["macro", "b"])["f1_macro"] < 0.5
 
 
 def test_wrong_shapes_and_logits_that_are_not_finite_are_refused():

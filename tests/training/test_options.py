@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from esm_efficient import RECIPES
@@ -55,6 +56,12 @@ def test_a_learning_rate_is_taken_as_it_is_given():
 def test_a_wrong_option_is_refused_with_advice(options, message):
     with pytest.raises(ConfigurationError, match=message):
         resolve_options(RECIPES["all"], options, known=["pooling"])
+
+
+def test_numbers_of_numpy_are_numbers():
+    chosen, options = resolve_options(RECIPES["base"], {"batch_size": np.int64(16), "epochs": np.float32(0.5)})
+    assert (chosen.micro_batch, chosen.accumulation) == (8, 2)
+    assert {type(value) for value in (chosen.accumulation, options["num_train_epochs"])} == {int, float}
 
 
 def test_steps_instead_of_epochs_are_allowed():

@@ -41,6 +41,12 @@ def test_numbers_are_those_of_ridge_regression_in_their_unit(features):
     np.testing.assert_allclose(probe(NUMBERS, x, numbers[:150], z), expected, rtol=1e-4)
 
 
+def test_minus_100_is_a_number(features):
+    numbers = np.where(features[:, :2] > 3, 100.0, -100.0)
+    found = probe(NUMBERS, features, numbers, features)
+    np.testing.assert_allclose(found, probe(NUMBERS, features, numbers + 1000, features) - 1000, atol=1e-6)
+
+
 @pytest.mark.parametrize("unknown", [np.nan, -100])
 def test_each_label_is_fitted_on_the_proteins_for_which_it_is_known(features, unknown):
     labels = np.stack([features[:, 1] > 3, features[:, 3] > 3], axis=1).astype(float)

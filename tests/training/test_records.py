@@ -42,6 +42,9 @@ def test_a_folder_gives_the_result_again(tmp_path, demo_table, kind):
     assert loaded.model is None
     assert loaded.probe == result.probe is not None
     assert load_result(tmp_path / "model").result_path == loaded.result_path
+    (tmp_path / "adapter").mkdir()  # of a former run in the same folder
+    with pytest.raises(ConfigurationError, match=r"adapter is not the model of the run in .*: give .*model"):
+        load_result(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import each_value, make_model
+from peft import LoraConfig, get_peft_model
 from transformers import EsmForSequenceClassification, EsmModel
 
-from esm_efficient import RECIPES, prepare_model, recipe_adapters
+from esm_efficient import RECIPES, finetune, load_deeploc, prepare_model, recipe_adapters, sweep_layers
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import Task
 from esm_efficient.training.start import name_of_model, starting_model
@@ -114,3 +116,10 @@ def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
     assert name_of_model("8M") == "facebook/esm2_t6_8M_UR50D"
     assert name_of_model("someone/model") == "someone/model"
     assert name_of_model(object()) == ""
+
+
+@pytest.mark.parametrize("begin", [finetune, sweep_layers])
+def test_the_folder_of_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path, demo_table, begin):
+    get_peft_model(make_model(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match=r"merge it first with `esm-efficient export .*adapter MERGED`"):
+        begin(tmp_path / "adapter", load_deeploc(demo_table))

@@ -183,6 +183,24 @@ def test_every_task_has_a_probe(data, name):
         assert found.score(0) > 0.95  # the embedding of a residue is its letter
 
 
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ((0, 1), ClassLabel(names=["no", "yes"]), "the mcc on validation is 0.000 for every layer"),
+        ((0.5, 2.5), Value("float32"), "the spearman on validation is - for every layer"),
+    ],
+    ids=["one class", "one number"],
+)
+def test_validation_that_tells_no_layer_from_another_gives_no_recommendation(data, labels, feature, message):
+    def make(split, low, high):
+        return relabelled(data[split].select(range(12)), lambda number, _: high if number % 2 else low, feature)
+
+    low, high = labels
+    splits = DatasetDict(train=make("train", low, high), validation=make("validation", low, low))
+    with pytest.raises(DataError, match=message):
+        sweep_layers(demo_model_path(), splits)
+
+
 def test_the_standard_error_of_residues_is_that_of_proteins():
     """Residues of a protein are no independent examples: ten copies of each say no more than one."""
     task = Task("token_classification", ("no", "yes"))

@@ -247,6 +247,20 @@ def test_without_weights_the_loss_of_every_step_is_trainers(
     assert losses[Trainer][0] != pytest.approx(losses[Trainer][-1], rel=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}])
+def test_predictions_are_of_all_rows_in_their_order(tmp_path, tiny_model, tiny_dataset, tokenizer, options):
+    rows = tiny_dataset(13)  # the last batch is not full
+    expected = weighted(tiny_model(), arguments(tmp_path), rows, tokenizer).predict(rows)
+    args = arguments(tmp_path, **options)
+    trainer = weighted(tiny_model(), args, rows, tokenizer, eval_dataset=rows)
+    found = trainer.predict(rows)
+    np.testing.assert_array_equal(found.label_ids, rows["labels"])
+    np.testing.assert_allclose(found.predictions, expected.predictions, atol=1e-6)
+    evaluated = torch.cat([batch["labels"] for batch in trainer.get_eval_dataloader()])
+    assert evaluated.tolist() == rows["labels"][:]
+    assert {name: getattr(args, name) for name in options} == options
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
 def test_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path, tiny_model, tiny_dataset, tokenizer, batch_size):
     data, model = tiny_dataset(21), tiny_model()
