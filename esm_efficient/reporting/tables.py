@@ -20,8 +20,11 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories: controls, formats such as a change of the direction of writing, half characters, line breaks."""
 
 _FORMULA = ("=", "+", "-", "@")
-_NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?|-", re.IGNORECASE)
+_NUMBER = r"(?:[+-]?[\d.,]+(?:e[+-]?\d+)?|-)"
 """A number as text, or the dash for a missing one."""
+
+_NUMBERS = re.compile(rf"{_NUMBER}(?: {_NUMBER})*", re.IGNORECASE)
+"""One number, or the numbers of a list with spaces between them, as of an embedding."""
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
@@ -183,8 +186,8 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def _without_formula(cell: object) -> object:
-    """Return a cell; a text that begins as a formula, and is not a number, gets an apostrophe before it."""
-    if isinstance(cell, str) and cell.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(cell):
+    """Return a cell; a text that begins as a formula, and has more than numbers, gets an apostrophe before it."""
+    if isinstance(cell, str) and cell.lstrip().startswith(_FORMULA) and not _NUMBERS.fullmatch(cell):
         return f"'{cell}"
     return cell
 
