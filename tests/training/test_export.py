@@ -118,6 +118,15 @@ def test_a_file_in_place_of_the_folder_is_refused(run, tmp_path):
         export_model(run[0], tmp_path / "file", base_model="someone/demo")
 
 
+@pytest.mark.parametrize("name", ["result.json", "run.yaml", "checkpoint-3"])
+def test_nothing_is_exported_into_the_folder_of_a_run(tokenizer, tmp_path, name):
+    (tmp_path / name).mkdir()
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    with pytest.raises(ConfigurationError, match=rf"is the folder of a run \({name}\)"):
+        export_model(model, tmp_path, base_model="someone/demo", tokenizer=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_adapter_and_merged_weights_do_not_share_a_folder(run, tmp_path, tokenizer):
     result, folder = run
     if (folder / "adapter").exists():
