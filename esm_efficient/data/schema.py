@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from esm_efficient.data.sequences import SPECIAL_PATTERN, clean
+from esm_efficient.data.sequences import SPECIAL_PATTERN, clean, looks_like_words
 from esm_efficient.errors import DataError, listing
 
 if TYPE_CHECKING:
@@ -124,12 +124,13 @@ def non_letters(sequence: str) -> list[str]:
 
 
 def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
-    """Parse cells as sequences of letters, cleaned by `esm_efficient.data.sequences.clean`; others are a CellError."""
+    """Parse cells as sequences, cleaned by `esm_efficient.data.sequences.clean`; other cells are a CellError."""
     refuse_cells(cells, places, [not isinstance(cell, str) for cell in cells], "the sequence is not text")
     sequences = [clean(cell) for cell in cells]
     refuse_cells(cells, places, [not sequence for sequence in sequences], "the sequence is empty")
     wrong = [bool(non_letters(sequence)) for sequence in sequences]
     refuse_cells(cells, places, wrong, "the sequence contains characters that are not letters")
+    refuse_cells(cells, places, [looks_like_words(cell) for cell in cells], "the sequence looks like words")
     return sequences
 
 

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.u
         (lambda t: put(t, "sequence", " -* "), {}, r"the sequence is empty in 1 row\(s\): .*line 4"),
         (lambda t: put(t, "sequence", "MK1V"), {}, "not letters in 1 row.*line 4: 'MK1V'"),
         (lambda t: put(t, "sequence", "MK*V"), {}, r"not letters in 1 row.*line 4: 'MK\*V'"),
+        (lambda t: put(t, "sequence", "NOT A PROTEIN"), {}, "looks like words in 1 row.*line 4: 'NOT A PROTEIN'"),
         (lambda t: put(t, "label", ""), {}, "the label is missing in 1 row.*line 4"),
         (lambda t: put(t, "stability", "NA"), {"label": "stability"}, "a number in .*line 2.*not in .*line 4: 'NA'"),
         (
