@@ -170,15 +170,17 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
         return "residues", reading
     if most:
         raise DataError(
-            f"most labels have one {reading[:-1]} per residue, but not {labels.first_mismatch}. Correct the row, leave "
+            f"most labels have one {reading[:-1]} per residue, but not {labels.describe_mismatch()}. Correct the row, leave "
             'such rows out with on_error="skip", or say what the labels are with label_kind='
         )
     if _all_lists(observed):
         raise DataError(
             f"the label is a list in every row, but label count differs from residue count in {labels.mismatches} "
-            f'row(s), first in {labels.first_mismatch}. Pass label_kind="several" if each list names the labels of a '
+            f'row(s), first in {labels.describe_mismatch()}. Pass label_kind="several" if each list names the labels of a '
             "sequence; write lists of 0 and 1 as one column per label"
         )
+    if 2 * labels.gapped > observed.rows:
+        raise DataError(f"label count differs from residue count, first in {labels.describe_mismatch()}")
     if doubt := _numbers_doubt(observed):
         raise DataError(doubt)
     if observed.first_number is None:
@@ -231,7 +233,7 @@ def _residue_encoding(
     labels = observed.readings[reading]
     if labels.mismatches and not skip:
         raise DataError(
-            f"{labels.mismatches} row(s): label count differs from residue count, first in {labels.first_mismatch}"
+            f"{labels.mismatches} row(s): label count differs from residue count, first in {labels.describe_mismatch()}"
         )
     spellings = sorted(labels.names)
     marks = [name for name in spellings if name in _UNLABELLED]

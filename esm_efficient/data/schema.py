@@ -34,6 +34,12 @@ USUAL_NAMES = {
 }
 """Names by which a column is found, in upper or lower case, when the user does not name it."""
 
+ONE_NUMBER = (
+    "A run reads one column of numbers from a table, so name one of them. In Python, the column label of a data set may "
+    "have a list of numbers of a fixed length in each row, which are trained together"
+)
+"""What to do with several columns of numbers."""
+
 Column = str | Literal[False] | None
 """The column that plays a role: its name, False for no column, or None to find it by a usual name."""
 
@@ -144,7 +150,9 @@ def zeros_and_ones(cells: Sequence[Any], column: str, places: Sequence[str], *, 
         refuse_cells(cells, places, [not text for text in texts], f"the {column} label is missing")
     values = [{"true": 1.0, "false": 0.0}.get(text, number_of(text)) for text in texts]
     wrong = [bool(text) and value not in (0, 1) for text, value in zip(texts, values, strict=True)]
-    refuse_cells(cells, places, wrong, f"the {column} label is neither 0 nor 1")
+    numbers = sum(bad and value is not None for bad, value in zip(wrong, values, strict=True))
+    advice = ONE_NUMBER if 2 * numbers > sum(map(bool, texts)) else ""
+    refuse_cells(cells, places, wrong, f"the {column} label is neither 0 nor 1", advice)
     return np.array(values, dtype=np.float32)
 
 

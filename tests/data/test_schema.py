@@ -45,6 +45,25 @@ pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.u
             {"label": ["nucleus", "golgi"]},
             "golgi label is neither 0 nor 1.*line 4: '2'",
         ),
+        (
+            lambda t: t,
+            {"label": ["stability", "nucleus"]},
+            "stability label is neither 0 nor 1.*one column of numbers from a table, so name one of them. In Python",
+        ),
+        (
+            lambda t: t,
+            {"label": ["stability", "nucleus"], "on_error": "skip"},
+            r"no sequence is left; left out 40 row.s., the stability label is neither 0 nor 1",
+        ),
+        *(
+            (
+                lambda t: t.assign(sequence=t.sequence + "--*", structure=t.structure + "-.-"),
+                {"label": "structure"} | kind,
+                "label count differs from residue count, first in .*line 2: 30 labels for 27 residues.*remove the "
+                "labels at these columns too, which makes the numbers equal in 40 row",
+            )
+            for kind in ({}, {"label_kind": "residues"})
+        ),
         (lambda t: put(t, "fold", "x"), {"partition": "fold"}, "fold is not a whole number in 1 row.*line 4: 'x'"),
         (lambda t: t.assign(split="later"), {}, "split is not train, validation or test in 40 row.*and 35 more"),
         (lambda t: put(t.assign(w="1"), "w", "-1"), {"sample_weight": "w"}, "w is not a number >= 0 in 1 row.*line 4"),
