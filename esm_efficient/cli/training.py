@@ -84,6 +84,12 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(options, dict) or (unknown := sorted(set(map(str, options)) - known)):
         wrong = ", ".join(unknown) if isinstance(options, dict) else "no options"
         raise typer.BadParameter(f"{path} has {wrong}: expected names of options, such as recipe or epochs")
+    for parameter in context.command.params:
+        value = options.get(parameter.name)
+        if getattr(parameter, "multiple", False) and value is not None and not isinstance(value, list):
+            options[parameter.name] = [value]
+        if parameter.name == "layers" and isinstance(value, list):
+            options["layers"] = ",".join(map(str, value))
     context.default_map = {**(context.default_map or {}), **options}
     return path
 
@@ -250,7 +256,8 @@ def evaluate(
         from esm_efficient.training.outcome import evaluation_page
 
         split = splits_from({"test": data}, split=False, **given)["test"]
-        result = evaluate_in_full(model, split, keep=reading_of(keep, overlap), token_budget=token_budget)
+        reading = reading_of(keep, overlap)
+        result = evaluate_in_full(model, split, keep=reading, token_budget=token_budget, on_error=on_error)
         if report is not None:
             report.write_text(evaluation_page(result, model=model, dataset=data), encoding="utf-8")
     show(result, as_json)

@@ -170,14 +170,15 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
         return "residues", reading
     if most:
         raise DataError(
-            f"most labels have one {reading[:-1]} per residue, but not {labels.describe_mismatch()}. Correct the row, leave "
-            'such rows out with on_error="skip", or say what the labels are with label_kind='
+            f"most labels have one {reading[:-1]} per residue, but not {labels.describe_mismatch()}. Correct the row, "
+            'leave such rows out with on_error="skip", or say what the labels are with label_kind='
         )
     if _all_lists(observed):
         raise DataError(
             f"the label is a list in every row, but label count differs from residue count in {labels.mismatches} "
-            f'row(s), first in {labels.describe_mismatch()}. Pass label_kind="several" if each list names the labels of a '
-            "sequence; write lists of 0 and 1 as one column per label"
+            f"row(s), first in {labels.describe_mismatch()}. "
+            'Pass label_kind="several" if each list names the labels of a sequence; '
+            "write lists of 0 and 1 as one column per label"
         )
     if 2 * labels.gapped > observed.rows:
         raise DataError(f"label count differs from residue count, first in {labels.describe_mismatch()}")

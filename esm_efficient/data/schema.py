@@ -35,8 +35,8 @@ USUAL_NAMES = {
 """Names by which a column is found, in upper or lower case, when the user does not name it."""
 
 ONE_NUMBER = (
-    "A run reads one column of numbers from a table, so name one of them. In Python, the column label of a data set may "
-    "have a list of numbers of a fixed length in each row, which are trained together"
+    "A run reads one column of numbers from a table, so name one of them. In Python, the column label of a data set "
+    "may have a list of numbers of a fixed length in each row, which are trained together"
 )
 """What to do with several columns of numbers."""
 

@@ -104,9 +104,9 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigurationError: `folder` is a file, is the folder of a run, or has another adapter in it, the tokenizer or the name of the base model
-            is missing, the model has no classification head, or its adapters cannot be merged; or the packages for
-            ONNX are not installed, or onnxruntime does not compute the logits of the model.
+        ConfigurationError: `folder` is a file, is the folder of a run, or has another adapter in it, the tokenizer or
+            the name of the base model is missing, the model has no classification head, or its adapters cannot be
+            merged; or the packages for ONNX are not installed, or onnxruntime does not compute the logits of the model.
 
     Example:
         >>> result = finetune("facebook/esm2_t6_8M_UR50D", data)  # doctest: +SKIP
