@@ -339,3 +339,17 @@ def test_the_file_of_a_run_repeats_that_a_column_is_ignored(tmp_path, monkeypatc
     assert main([*command, "--config", str(tmp_path / "o" / "run.yaml")]) == 1
     assert given[0] == given[1]
     assert (given[0]["split"], given[0]["partition"]) == (False, "fold")
+
+
+def test_a_file_of_options_may_have_one_label_as_a_text_and_layers_as_a_list(tmp_path, monkeypatch):
+    given = []
+
+    def record(*_, data_options, recipe, **__):
+        given.append((data_options["label"], recipe.layers))
+        raise DataError("stopped")
+
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", record)
+    for text in ("label: binds\nlayers: [1, 3]", 'label: [binds]\nlayers: "1,3"'):
+        (tmp_path / "o.yaml").write_text(text)
+        assert main(["finetune", "demo", "--config", str(tmp_path / "o.yaml"), "-o", str(tmp_path / "o")]) == 1
+    assert given == [("binds", (1, 3))] * 2
