@@ -164,10 +164,11 @@ def count_of(number: float, noun: str) -> str:
     """Format a number of things in words; the plural of the noun ends with s.
 
     Example:
-        >>> count_of(1, "epoch"), count_of(2.5, "epoch")
-        ('1 epoch', '2.5 epochs')
+        >>> count_of(1, "epoch"), count_of(2.5, "epoch"), count_of(2_000_000, "row")
+        ('1 epoch', '2.5 epochs', '2,000,000 rows')
     """
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def format_seconds(seconds: float | None) -> str:
