@@ -60,7 +60,7 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
-from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, repeating_line
+from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, save_page
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
 from esm_efficient.recipes import RECIPES, get_recipe
@@ -190,7 +190,7 @@ def finetune(
         )
         if is_first_rank():
             with explain_full_disk(output):
-                result.save_page(command=repeating_line(output))
+                save_page(result, output)
                 write_card(result)
     show(result, as_json)
 

@@ -74,7 +74,7 @@ class Embedder:
         body: Any = model.base_model.eval().requires_grad_(False)
         layers = body.config.num_hidden_layers
         if layer is not None and not 0 <= layer <= layers:
-            raise ConfigurationError(f"layer={layer}: expected 0 to {layers}, or None for the last")
+            raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")
         self.pooling, self.max_tokens = pooling, max_tokens
         self.encoder, self.padding = ResidueEncoder(tokenizer), tokenizer.pad_token_id
         self.config: Any = body.config
