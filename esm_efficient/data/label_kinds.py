@@ -262,6 +262,7 @@ def _several_encoding(observed: LabelObservations) -> LabelEncoding:
     separator = separators[0] if separators else "" if is_list else SEPARATORS[0]
     names = sorted(observed.parts[separator])
     _refuse_names(names)
+    refuse_bars(names)
     if all(number_of(name) in (0, 1) for name in names):
         raise DataError(
             f"the labels of a sequence are {listing(names)}, which name nothing: write lists of 0 and 1 as one column "
@@ -304,6 +305,16 @@ def _usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[st
     for text in texts:
         groups.setdefault(spelling(text), []).append(text)
     return {text: max(groups[spelling(text)], key=lambda each: counts[each]) for text in texts}
+
+
+def refuse_bars(names: Sequence[str]) -> None:
+    """Refuse names of several labels with a bar, which separates the labels of a sequence in a table.
+
+    Raises:
+        DataError: a name has one.
+    """
+    if wrong := [repr(name) for name in names if "|" in name]:
+        raise DataError(f"the label name {listing(wrong)} has a |, which separates several labels: rename it")
 
 
 def _refuse_names(names: Sequence[str]) -> None:

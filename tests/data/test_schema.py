@@ -64,6 +64,12 @@ pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.u
             )
             for kind in ({}, {"label_kind": "residues"})
         ),
+        (lambda t: t, {"label": {"a|b": "golgi"}}, r"the label name 'a\|b' has a \|.*: rename it"),
+        (
+            lambda t: t.assign(label="['a|b', 'c']"),
+            {"label_kind": "several"},
+            r"the label name 'a\|b' has a \|, which separates several labels: rename it",
+        ),
         (lambda t: put(t, "fold", "x"), {"partition": "fold"}, "fold is not a whole number in 1 row.*line 4: 'x'"),
         (lambda t: t.assign(split="later"), {}, "split is not train, validation or test in 40 row.*and 35 more"),
         (lambda t: put(t.assign(w="1"), "w", "-1"), {"sample_weight": "w"}, "w is not a number >= 0 in 1 row.*line 4"),
