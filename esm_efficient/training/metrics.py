@@ -99,8 +99,9 @@ def multi_label_metrics(
         thresholds: probability from which each label is positive, of shape (labels,); 0.5 if None.
 
     Returns:
-        ``f1_micro``, ``f1_macro``, ``jaccard`` (mean over examples of true positives / labels that are positive in
-        truth or in prediction; 1 if there are none), ``subset_accuracy`` (share of examples with all known labels
+        ``f1_micro``, ``f1_macro`` (the mean over the labels that have positive examples or are predicted; 0 without
+        one), ``jaccard`` (mean over examples of true positives / labels that are positive in truth or in prediction; 1
+        if there are none), ``subset_accuracy`` (share of examples with all known labels
         right), ``auroc`` (mean over the labels with positive and negative examples), and ``mcc_<name>`` and
         ``f1_<name>`` of each label. Those of a label that is always unknown are NaN, and no mean counts them. If all
         labels are unknown, each is NaN, with a warning.
@@ -134,10 +135,11 @@ def multi_label_metrics(
             areas.append(float(roc_auc_score(labels, y_score[rows, index])))
     counted = known.any(axis=1)
     common, union = (true & predicted).sum(1)[counted], (true | predicted).sum(1)[counted]
+    shown = (true | predicted).any(axis=0)
     jaccard = np.where(union, common / np.maximum(union, 1), 1.0)
     return {
         "f1_micro": float(f1_score(true, predicted, average="micro", zero_division=0.0)),
-        "f1_macro": statistics.fmean(value for value in f1.values() if not math.isnan(value)),
+        "f1_macro": float(np.array(list(f1.values()))[shown].mean()) if shown.any() else 0.0,
         "jaccard": float(jaccard.mean()),
         "subset_accuracy": float((true == predicted).all(axis=1)[counted].mean()),
         "auroc": statistics.fmean(areas) if areas else float("nan"),
