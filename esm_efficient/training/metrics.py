@@ -101,10 +101,10 @@ def multi_label_metrics(
     Returns:
         ``f1_micro``, ``f1_macro`` (the mean over the labels that have positive examples or are predicted; 0 without
         one), ``jaccard`` (mean over examples of true positives / labels that are positive in truth or in prediction; 1
-        if there are none), ``subset_accuracy`` (share of examples with all known labels
-        right), ``auroc`` (mean over the labels with positive and negative examples), and ``mcc_<name>`` and
-        ``f1_<name>`` of each label. Those of a label that is always unknown are NaN, and no mean counts them. If all
-        labels are unknown, each is NaN, with a warning.
+        if there are none), ``subset_accuracy`` (share of examples with all known labels right), ``auroc`` (mean over
+        the labels with positive and negative examples), and ``mcc_<name>`` and ``f1_<name>`` of each label. Those of a
+        label that is always unknown are NaN, and no mean counts them. If all labels are unknown, each is NaN, with a
+        warning.
 
     Raises:
         DataError: the shapes do not fit, or the logits are not finite.
