@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -175,7 +175,7 @@ def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, t
     order = _matched_names(task_of(dataset.features), predictor.task)
     labels = _labels(dataset["label"], predictor.task, order)
     if predictor.task.kind == "token_classification":
-        _check_lengths(labels, predictor.encoder(list(dataset["sequence"])).residues)
+        _check_lengths(labels, predictor.encoder(list(dataset["sequence"])).residues, _names_of(dataset))
     logits = predictor.logits(dataset["sequence"], keep=keep, token_budget=token_budget)
     logger.info("evaluated on %d sequences", len(logits))
     if predictor.task.kind != "token_classification":
@@ -232,8 +232,8 @@ def _class(cell: int | None, places: list[int]) -> int:
     return IGNORE if cell is None or cell < 0 else places[cell]
 
 
-def _check_lengths(labels: list[np.ndarray], residues: np.ndarray) -> None:
+def _check_lengths(labels: list[np.ndarray], residues: np.ndarray, names: Sequence[str]) -> None:
     """Refuse sequences with another number of labels than of residues."""
-    pairs = enumerate(zip(map(len, labels), residues.tolist(), strict=True), 1)
-    if wrong := [f"row {i} ({count} and {length})" for i, (count, length) in pairs if count != length]:
+    rows = zip(names, map(len, labels), residues.tolist(), strict=True)
+    if wrong := [f"row {name} ({count} and {length})" for name, count, length in rows if count != length]:
         raise DataError(f"{len(wrong)} row(s) have another number of labels than of residues: {listing(wrong)}")

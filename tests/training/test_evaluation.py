@@ -147,6 +147,8 @@ def test_other_numbers_of_labels_are_refused(tokenizer):
     data = dataset_of([[0, 1], [0]], List(CLASSES), ["MK", "MK"])
     with pytest.raises(DataError, match=r"another number of labels than of residues: row 2 \(1 and 2\)"):
         evaluate(predictor_for("token_classification", tokenizer), data)
+    with pytest.raises(DataError, match=r"row P7 \(1 and 2\)"):
+        evaluate(predictor_for("token_classification", tokenizer), data.add_column("accession", ["P6", "P7"]))
     data = dataset_of([[0.0, 1.0]], List(Value("float32"), length=2), ["MK"])
     with pytest.raises(DataError, match="labels are 2 numbers, but the model predicts 3"):
         evaluate(predictor_for("regression", tokenizer), data)
