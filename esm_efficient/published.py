@@ -35,6 +35,14 @@ def size_of(name: str) -> str | None:
     return size if size in ESM2_SIZES else None
 
 
+def no_model_in(folder: Path) -> str:
+    """Return the message for a folder that is not the folder of a model; that of a run has one in it."""
+    for inner, config in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        if (folder / inner / config).is_file():
+            return f"{folder} is the folder of a run: give {folder / inner}"
+    return f"the folder {folder} has no config.json: expected the folder of a saved model"
+
+
 def hub_name(name: str) -> str:
     """Return the Hub name of a published ESM-2 model, or the folder of the demo model; any other name as it is.
 
@@ -54,7 +62,7 @@ def hub_name(name: str) -> str:
     if (size := size_of(name)) is not None:
         return f"facebook/esm2_t{ESM2_SIZES[size][0]}_{size}_UR50D"
     if Path(name).is_dir():
-        raise ConfigurationError(f"the folder {name} has no config.json: expected the folder of a saved model")
+        raise ConfigurationError(no_model_in(Path(name)))
     return name
 
 

@@ -34,7 +34,7 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
-from esm_efficient.cli.run_files import repeating_line
+from esm_efficient.cli.run_files import save_page
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
 
@@ -94,8 +94,7 @@ def probe(
             report.write_text(page, encoding="utf-8")
     show(result, as_json)
     if not as_json:
-        pooling = [] if result.reading == "residues" else ["--pooling", result.reading]
-        training = ["--recipe", "top", "--epochs", "3", *pooling]
+        training = ["--recipe", "top", "--epochs", "3"]
         show(f"\nNext, train: {shlex.join(['esm-efficient', 'finetune', *words, *training])}", as_json)
 
 
@@ -144,5 +143,5 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
         from esm_efficient.training.records import load_result
 
         result = load_result(run)
-        result.save_page(command=repeating_line(result.result_path.parent))
+        save_page(result, result.result_path.parent)
     show(result, as_json)

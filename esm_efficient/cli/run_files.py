@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import typer
+
+from esm_efficient.cli.commands import app
+from esm_efficient.cli.output import as_typed
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from esm_efficient.training.result import FinetuneResult
 
 RUN_FILE = "run.yaml"
 """The file in the output folder with the options of a run."""
@@ -45,6 +53,15 @@ def repeating_line(run: Path) -> str | None:
     """
     file = run.absolute() / RUN_FILE
     return line_of(file, run.absolute().with_name(f"{run.absolute().name}-again")) if file.is_file() else None
+
+
+def save_page(result: FinetuneResult, run: Path) -> None:
+    """Write the page of a run; if a command started it, with the line that repeats it and options as they are typed."""
+    command, group = repeating_line(run), typer.main.get_command(app)
+    if command is not None:
+        parameters = cast(Any, group).commands["finetune"].params
+        result = dataclasses.replace(result, warnings=tuple(as_typed(text, parameters) for text in result.warnings))
+    result.save_page(command=command)
 
 
 def line_of(file: Path, output: Path) -> str:

@@ -61,7 +61,7 @@ from esm_efficient.cli.output import (
     show,
     writable_folder,
 )
-from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, repeating_line
+from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, save_page
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
 from esm_efficient.recipes import RECIPES, get_recipe
@@ -85,6 +85,12 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(options, dict) or (unknown := sorted(set(map(str, options)) - known)):
         wrong = ", ".join(unknown) if isinstance(options, dict) else "no options"
         raise typer.BadParameter(f"{path} has {wrong}: expected names of options, such as recipe or epochs")
+    for parameter in context.command.params:
+        value = options.get(parameter.name)
+        if getattr(parameter, "multiple", False) and value is not None and not isinstance(value, list):
+            options[parameter.name] = [value]
+        if parameter.name == "layers" and isinstance(value, list):
+            options["layers"] = ",".join(map(str, value))
     context.default_map = {**(context.default_map or {}), **options}
     return path
 
@@ -185,7 +191,7 @@ def finetune(
         )
         if is_first_rank():
             with explain_full_disk(output):
-                result.save_page(command=repeating_line(output))
+                save_page(result, output)
                 write_card(result)
     show(result, as_json)
 
@@ -251,7 +257,8 @@ def evaluate(
         from esm_efficient.training.outcome import evaluation_page
 
         split = splits_from({"test": data}, split=False, **given)["test"]
-        result = evaluate_in_full(model, split, keep=reading_of(keep, overlap), token_budget=token_budget)
+        reading = reading_of(keep, overlap)
+        result = evaluate_in_full(model, split, keep=reading, token_budget=token_budget, on_error=on_error)
         if report is not None:
             report.write_text(evaluation_page(result, model=model, dataset=data), encoding="utf-8")
     show(result, as_json)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,9 +43,10 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
-_FORMAT = 3
-_SKIP = 'Correct them, or leave such rows out with on_error="skip"'
+_FORMAT = 4
 """Of the cached tables; raise it when the same files and options give another table."""
+
+_SKIP = 'Correct them, or leave such rows out with on_error="skip"'
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,14 @@ class _TableWriter:
                         "than the rows before them"
                     )
                 writer.write_table(rows)
-        self.counts.check(self.files, self.notes)
+        left_out = [] if self.left_out is None else self.left_out.notes()
+        self.counts.check(self.files, self.notes, left_out)
         if self.second is not None and self.second.unused:
             unused = sorted(self.second.unused)
             message = f"{len(unused)} row(s) of the second table have no sequence: {listing(unused)}"
             self.notes.add(logging.WARNING, message)
         self._encode(raw, encoded)
-        for note in () if self.left_out is None else self.left_out.notes():
+        for note in () if self.left_out is None else self.left_out.notes():  # with those of wrong labels
             self.notes.add(logging.WARNING, note)
         return self.notes
 
@@ -349,11 +351,14 @@ class _RowCounts:
         for split, kept in zip(columns.get("split", ()), keep, strict=False):
             self.by_split[split] += int(kept)
 
-    def check(self, files: Mapping[str, str | Path], notes: Notes) -> None:
-        """Refuse an empty table or split and nucleotides, and take note of rows that were left out."""
+    def check(self, files: Mapping[str, str | Path], notes: Notes, left_out: Sequence[str]) -> None:
+        """Refuse an empty table or split and nucleotides, and take note of rows that were left out.
+
+        `left_out` says why other rows were left out.
+        """
         paths = listing([str(path) for path in files.values()])
         if not self.kept:
-            raise DataError(f"{paths}: no sequence is left")
+            raise DataError("; ".join([f"{paths}: no sequence is left", *left_out]))
         if empty := sorted(split for split, kept in self.by_split.items() if not kept):
             raise DataError(f"no sequence of {', '.join(empty)} is within the bounds of length")
         if warning := self.nucleotides.warning(paths):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from esm_efficient.data.schema import number_of, refuse_cells, texts_of
+from esm_efficient.data.sequences import GAPS, STOP
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +33,8 @@ Reading = Literal["letters", "items"]
 _NO_LABEL = frozenset(("", "None", "nan", "NaN", "NA", "<NA>", "null", "-100"))
 """How a list shows an item without a label; -100 is what transformers ignores."""
 
+_GAP_LABELS = frozenset(GAPS + STOP)
+
 _POSITIONS = re.compile(r"[^\s,;|\[\]()]+")
 
 _QUOTES = "'\""
@@ -45,23 +48,35 @@ class ResidueLabels:
         rows: rows of two or more residues with one label per residue.
         mismatches: rows in which the number of labels differs from the number of residues.
         first_mismatch: the first of these rows; None without one.
+        gapped: rows of these in which the labels without those of gaps and stops are as many as the residues.
         names: the different labels of the other rows, with the first row of each; at most `MAX_CLASSES` + 1.
     """
 
     rows: int = 0
     mismatches: int = 0
     first_mismatch: str | None = None
+    gapped: int = 0
     names: dict[str, str] = field(default_factory=dict)
 
     def observe(self, labels: Sequence[str | None], residues: int, place: str) -> None:
         """Take note of the labels of one row."""
         if len(labels) != residues:
             self.mismatches += 1
+            self.gapped += sum(label not in _GAP_LABELS for label in labels) == residues
             self.first_mismatch = self.first_mismatch or f"{place}: {len(labels)} labels for {residues} residues"
             return
         self.rows += residues > 1
         if len(self.names) <= MAX_CLASSES and (new := set(labels) - self.names.keys()):
             self.names |= {name: place for name in new if name is not None}
+
+    def describe_mismatch(self) -> str:
+        """Return the first row whose number of labels is wrong, with the cure if the labels have gaps."""
+        if not self.gapped:
+            return f"{self.first_mismatch}"
+        return (
+            f"{self.first_mismatch}. The gaps (- and .) and the final stop (*) of a sequence are dropped: remove the "
+            f"labels at these columns too, which makes the numbers equal in {self.gapped} row(s)"
+        )
 
 
 @dataclass

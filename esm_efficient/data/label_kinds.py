@@ -170,15 +170,18 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
         return "residues", reading
     if most:
         raise DataError(
-            f"most labels have one {reading[:-1]} per residue, but not {labels.first_mismatch}. Correct the row, leave "
-            'such rows out with on_error="skip", or say what the labels are with label_kind='
+            f"most labels have one {reading[:-1]} per residue, but not {labels.describe_mismatch()}. Correct the row, "
+            'leave such rows out with on_error="skip", or say what the labels are with label_kind='
         )
     if _all_lists(observed):
         raise DataError(
             f"the label is a list in every row, but label count differs from residue count in {labels.mismatches} "
-            f'row(s), first in {labels.first_mismatch}. Pass label_kind="several" if each list names the labels of a '
-            "sequence; write lists of 0 and 1 as one column per label"
+            f"row(s), first in {labels.describe_mismatch()}. "
+            'Pass label_kind="several" if each list names the labels of a sequence; '
+            "write lists of 0 and 1 as one column per label"
         )
+    if 2 * labels.gapped > observed.rows:
+        raise DataError(f"label count differs from residue count, first in {labels.describe_mismatch()}")
     if doubt := _numbers_doubt(observed):
         raise DataError(doubt)
     if observed.first_number is None:
@@ -231,7 +234,7 @@ def _residue_encoding(
     labels = observed.readings[reading]
     if labels.mismatches and not skip:
         raise DataError(
-            f"{labels.mismatches} row(s): label count differs from residue count, first in {labels.first_mismatch}"
+            f"{labels.mismatches} row(s): label count differs from residue count, first in {labels.describe_mismatch()}"
         )
     spellings = sorted(labels.names)
     marks = [name for name in spellings if name in _UNLABELLED]
@@ -259,6 +262,7 @@ def _several_encoding(observed: LabelObservations) -> LabelEncoding:
     separator = separators[0] if separators else "" if is_list else SEPARATORS[0]
     names = sorted(observed.parts[separator])
     _refuse_names(names)
+    refuse_bars(names)
     if all(number_of(name) in (0, 1) for name in names):
         raise DataError(
             f"the labels of a sequence are {listing(names)}, which name nothing: write lists of 0 and 1 as one column "
@@ -301,6 +305,16 @@ def _usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[st
     for text in texts:
         groups.setdefault(spelling(text), []).append(text)
     return {text: max(groups[spelling(text)], key=lambda each: counts[each]) for text in texts}
+
+
+def refuse_bars(names: Sequence[str]) -> None:
+    """Refuse names of several labels with a bar, which separates the labels of a sequence in a table.
+
+    Raises:
+        DataError: a name has one.
+    """
+    if wrong := [repr(name) for name in names if "|" in name]:
+        raise DataError(f"the label name {listing(wrong)} has a |, which separates several labels: rename it")
 
 
 def _refuse_names(names: Sequence[str]) -> None:

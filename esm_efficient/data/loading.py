@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError, TablePlan, mapped_table
-from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind
+from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind, refuse_bars
 from esm_efficient.data.leaks import check_leaks
 from esm_efficient.data.own_splits import FLAGS
-from esm_efficient.data.schema import WEIGHT_COLUMN, Column
+from esm_efficient.data.schema import ONE_NUMBER, WEIGHT_COLUMN, Column
 from esm_efficient.data.splits import (
     SPLITS,
     check_sizes,
@@ -165,7 +165,9 @@ def _label_columns(label: Column | Sequence[str] | Mapping[str, str], kind: Labe
         return {}
     columns = dict(label) if isinstance(label, Mapping) else {name: name for name in label}
     if not columns or kind is not None:
-        raise ConfigurationError(f"label={label!r}: expected columns of 0 and 1, without a label_kind")
+        advice = f". {ONE_NUMBER}" if kind == "number" else ""
+        raise ConfigurationError(f"label={label!r}: expected columns of 0 and 1, without a label_kind{advice}")
+    refuse_bars(list(columns))
     return columns
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from esm_efficient.data.sequences import SPECIAL_PATTERN, clean
+from esm_efficient.data.sequences import SPECIAL_PATTERN, clean, looks_like_words
 from esm_efficient.errors import DataError, listing
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ USUAL_NAMES = {
     WEIGHT_COLUMN: (WEIGHT_COLUMN,),
 }
 """Names by which a column is found, in upper or lower case, when the user does not name it."""
+
+ONE_NUMBER = (
+    "A run reads one column of numbers from a table, so name one of them. In Python, the column label of a data set "
+    "may have a list of numbers of a fixed length in each row, which are trained together"
+)
+"""What to do with several columns of numbers."""
 
 Column = str | Literal[False] | None
 """The column that plays a role: its name, False for no column, or None to find it by a usual name."""
@@ -124,12 +130,13 @@ def non_letters(sequence: str) -> list[str]:
 
 
 def sequences_of(cells: Sequence[Any], places: Sequence[str]) -> list[str]:
-    """Parse cells as sequences of letters, cleaned by `esm_efficient.data.sequences.clean`; others are a CellError."""
+    """Parse cells as sequences, cleaned by `esm_efficient.data.sequences.clean`; other cells are a CellError."""
     refuse_cells(cells, places, [not isinstance(cell, str) for cell in cells], "the sequence is not text")
     sequences = [clean(cell) for cell in cells]
     refuse_cells(cells, places, [not sequence for sequence in sequences], "the sequence is empty")
     wrong = [bool(non_letters(sequence)) for sequence in sequences]
     refuse_cells(cells, places, wrong, "the sequence contains characters that are not letters")
+    refuse_cells(cells, places, [looks_like_words(cell) for cell in cells], "the sequence looks like words")
     return sequences
 
 
@@ -143,7 +150,9 @@ def zeros_and_ones(cells: Sequence[Any], column: str, places: Sequence[str], *, 
         refuse_cells(cells, places, [not text for text in texts], f"the {column} label is missing")
     values = [{"true": 1.0, "false": 0.0}.get(text, number_of(text)) for text in texts]
     wrong = [bool(text) and value not in (0, 1) for text, value in zip(texts, values, strict=True)]
-    refuse_cells(cells, places, wrong, f"the {column} label is neither 0 nor 1")
+    numbers = sum(bad and value is not None for bad, value in zip(wrong, values, strict=True))
+    advice = ONE_NUMBER if 2 * numbers > sum(map(bool, texts)) else ""
+    refuse_cells(cells, places, wrong, f"the {column} label is neither 0 nor 1", advice)
     return np.array(values, dtype=np.float32)
 
 

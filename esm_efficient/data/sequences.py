@@ -47,6 +47,9 @@ _CERTAIN_RESIDUES = 20
 
 _NUCLEOTIDE_TEXT = NUCLEOTIDES + NUCLEOTIDES.lower() + GAPS + STOP + string.whitespace
 
+_WORDS = 0.05
+"""The largest share of letters that are rare in proteins (B, J, O, U, Z) in a text that may be words."""
+
 _EXAMPLES = 5
 
 _FOLD = str.maketrans({letter: letter.upper() for letter in "abcdefghijklmnopqrstuvwxyz"} | dict.fromkeys(GAPS))
@@ -75,6 +78,26 @@ def count_residues(sequence: str) -> int:
         4
     """
     return len(SPECIAL_PATTERN.sub("?", sequence) if "<" in sequence else sequence)
+
+
+def looks_like_words(text: str) -> bool:
+    """Return whether a text of letters is written as words are, and not as a sequence.
+
+    Such a text is in small letters or has spaces at uneven distances, and many of its letters are rare in proteins. If
+    it is in small letters and has such spaces, it is words, whatever its letters are.
+
+    Example:
+        >>> [looks_like_words(text) for text in ("mktaylakqr", "MKTAYIA KQR QISFVK", "THIS IS NOT A PROTEIN")]
+        [False, False, True]
+    """
+    written = SPECIAL_PATTERN.sub("", text) if "<" in text else text  # <mask> is no word
+    lengths = [len(block) for block in re.split("[ \t]+", text.strip(" \t"))]
+    spaced = "\n" not in text and (len(set(lengths[:-1])) > 1 or lengths[-1] > lengths[0])
+    small = written != written.upper()
+    if spaced == small:
+        return spaced
+    letters = clean(written)
+    return sum(letter not in STANDARD_RESIDUES + "X" for letter in letters) > _WORDS * len(letters)
 
 
 def is_nucleotides(sequence: str) -> bool:

@@ -20,6 +20,7 @@ from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.loading import find_folder, load_model
 from esm_efficient.inference.windows import LongReading, describe_reading, windows_for
+from esm_efficient.published import no_model_in
 from esm_efficient.reporting.files import written_as
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import SPECIAL_TOKENS
@@ -73,7 +74,7 @@ class Embedder:
         body: Any = model.base_model.eval().requires_grad_(False)
         layers = body.config.num_hidden_layers
         if layer is not None and not 0 <= layer <= layers:
-            raise ConfigurationError(f"layer={layer}: expected 0 to {layers}, or None for the last")
+            raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")
         self.pooling, self.max_tokens = pooling, max_tokens
         self.encoder, self.padding = ResidueEncoder(tokenizer), tokenizer.pad_token_id
         self.config: Any = body.config
@@ -109,6 +110,8 @@ class Embedder:
             ConfigurationError: as `Embedder` and `Predictor.load`.
         """
         folder = find_folder(name_or_path, None, None)
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ConfigurationError(no_model_in(folder))
         model: Any
         if (folder / "adapter_config.json").is_file():
             model, tokenizer = load_model(folder, revision=None, cache_dir=None, task=None)

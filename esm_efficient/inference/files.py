@@ -27,6 +27,7 @@ from esm_efficient.data.schema import find_column
 from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.inputs import CheckedSequences, problem_of
+from esm_efficient.reporting import count_of
 from esm_efficient.reporting.files import write_tables, written_as
 
 if TYPE_CHECKING:
@@ -67,10 +68,14 @@ class FileResult:
 
     def __str__(self) -> str:
         speed = f"{self.residues / self.seconds:,.0f} residues/s"
-        reused = f"; {self.reused:,} rows were there from a run that was stopped" if self.reused else ""
+        reused = f"; {_were(self.reused)} there from a run that was stopped" if self.reused else ""
         long = "" if self.long_sequences == "refused" else f"; of longer sequences {self.long_sequences}"
-        left_out = f"; {self.left_out:,} rows of the file were left out" if self.left_out else ""
-        return f"{self.output}: {self.rows:,} rows, {self.seconds:.1f} s, {speed}{reused}{long}{left_out}"
+        left_out = f"; of the file, {_were(self.left_out)} left out" if self.left_out else ""
+        return f"{self.output}: {count_of(self.rows, 'row')}, {self.seconds:.1f} s, {speed}{reused}{long}{left_out}"
+
+
+def _were(rows: int) -> str:
+    return f"{count_of(rows, 'row')} {'was' if rows == 1 else 'were'}"
 
 
 class Row(NamedTuple):
@@ -131,7 +136,8 @@ def map_file(
     total, wrong = check_rows(source, longest=longest, on_error=on_error, **columns)
     rows = range(total * (part - 1) // parts, total * part // parts)
     if not rows:
-        raise ConfigurationError(f"shard={part}/{parts}: {source} has only {total} rows to use, so this part is empty")
+        usable_rows = count_of(total, "row")
+        raise ConfigurationError(f"shard={part}/{parts}: {source} has only {usable_rows} to use, so this part is empty")
     block_rows = block_rows or BLOCK_ROWS
     what = (identity, sha256_of(source), rows, sequence, accession, block_rows)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()
@@ -207,7 +213,7 @@ def check_rows(
     """Check every row of a file; the arguments are as in `map_file`.
 
     Raises:
-        DataError: a row cannot be used, and `on_error` is not ``"skip"``; no row can be used; or most sequences are
+        DataError: a row cannot be used, and `on_error` is not ``"skip"``; there is no row to use; or most sequences are
             nucleotides.
         ConfigurationError: `on_error` is unknown.
     """
@@ -224,6 +230,8 @@ def check_rows(
             wrong[rows - 1] = f"{row.place} {problem}"
         else:
             nucleotides.add([row.sequence], [row.place])
+    if not rows:
+        raise DataError(f"{source} has no sequence")
     problems = f"{len(wrong):,} of {rows:,} rows cannot be used: {listing(list(wrong.values()), 3)}"
     if too_long:
         problems += '. Of sequences that are too long, read a part with keep="start", or all with keep="windows"'

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError, listing
+from esm_efficient.published import no_model_in
 from esm_efficient.tasks import pooling_of
 
 if TYPE_CHECKING:
@@ -96,9 +97,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise ConfigurationError(
-            f"{folder.parent} has no {folder.name}/config.json: expected the folder of a saved model"
-        )
+        raise ConfigurationError(no_model_in(folder))
     record = read_json(path)
     if record.get("model_type") not in _MODEL_TYPES:
         raise ConfigurationError(

@@ -8,14 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from esm_efficient.data.schema import non_letters
-from esm_efficient.data.sequences import SPECIAL_PATTERN, STANDARD_RESIDUES, NucleotideCount, clean
+from esm_efficient.data.sequences import STOP, NucleotideCount, clean, looks_like_words
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
 
 _FILE = re.compile(r"\.(fa|faa|fas|fasta|csv|tsv|txt|parquet|json|jsonl|pdb|cif)(\.(gz|xz|bz2|zip))?$", re.IGNORECASE)
-_WORDS = 0.05
-"""The largest share of letters that are rare in proteins (B, J, O, U, Z) in a text in small letters."""
 
 
 class CheckedSequences(list[str]):
@@ -83,12 +81,10 @@ def problem_of(text: str) -> str:
     sequence = clean(text)
     if not sequence:
         return "is empty"
-    if unknown := non_letters(sequence.replace("*", "")):
+    if STOP in sequence:
+        return f"has a stop (*) inside: cut it there, or write X in its place: {text[:40]!r}"
+    if unknown := non_letters(sequence):
         return f"contains characters that are not residues ({listing([repr(c) for c in unknown])}): {text[:40]!r}"
-    lengths = [len(block) for block in re.split("[ \t]+", text.strip(" \t"))]
-    evenly = len(set(lengths[:-1])) < 2 and lengths[-1] <= lengths[0]
-    letters, written = (SPECIAL_PATTERN.sub("", part) for part in (sequence, text))  # <mask> is no word
-    rare = sum(letter not in STANDARD_RESIDUES + "X" for letter in letters) / max(len(letters), 1)
-    if not (evenly or "\n" in text) or (written != written.upper() and rare > _WORDS):
+    if looks_like_words(text):
         return f"looks like words ({text[:40]!r}): write a sequence in capital letters without spaces"
     return ""

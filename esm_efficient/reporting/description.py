@@ -36,7 +36,8 @@ class SplitDescription:
         repeated: sequences that equal an earlier one of the split.
         unusual: sequences with a letter that is not one of the 20 amino acids.
         labels: label name to the number of sequences, or of residues, that have it; empty for numbers.
-        labelled: number of sequences, or of residues, of which the labels are counted; their shares are of these.
+        labelled: label name to the number of sequences, or of residues, of which it is known whether they have it; the
+            share of a label is of these.
         numbers: mean and standard deviation of numbers; None for other labels.
         relatives: share of the sequences with a close relative in ``train`` (`esm_efficient.data.relatives`), from at
             most `MOST_QUERIES` of them; None for ``train`` itself, and if it has more than `MOST_REFERENCES` sequences.
@@ -47,7 +48,7 @@ class SplitDescription:
     repeated: int
     unusual: int
     labels: Mapping[str, int]
-    labelled: int
+    labelled: Mapping[str, int]
     numbers: tuple[float, float] | None
     relatives: float | None
 
@@ -92,7 +93,7 @@ class DataDescription:
             return []
         gaps = []
         for name, labels in found.items():
-            if not self.splits[name].labelled:
+            if not any(self.splits[name].labelled.values()):
                 continue
             if unscored := [label for label in train if label not in labels]:
                 gaps.append(
@@ -112,8 +113,9 @@ class DataDescription:
 
     @staticmethod
     def _label(split: SplitDescription, label: str) -> str:
-        count = split.labels.get(label, 0)
-        return f"{count:,} ({100 * count / split.labelled:.1f} %)" if split.labelled else "0"
+        count, known = split.labels.get(label, 0), split.labelled.get(label, 0)
+        of = f" of {known:,} known" if known < split.sequences else ""
+        return f"{count:,} ({100 * count / known:.1f} %{of})" if known else "0"
 
     def __str__(self) -> str:
         from esm_efficient.reporting.tables import format_table
@@ -166,18 +168,20 @@ def _relatives(sequences: Sequence[str], train: Sequence[str]) -> float | None:
     return close_relatives([sequences[index] for index in chosen], train)
 
 
-def _count_labels(split: Dataset) -> tuple[dict[str, int], int, tuple[float, float] | None]:
-    """Return the count of each label, of what it is a share, and mean and standard deviation of numbers."""
+def _count_labels(split: Dataset) -> tuple[dict[str, int], dict[str, int], tuple[float, float] | None]:
+    """Return the count of each label, that of its known cells, and mean and standard deviation of numbers."""
     if "label" not in split.column_names:
-        return {}, 0, None
+        return {}, {}, None
     feature, cells = split.features["label"], split["label"][:]
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if isinstance(feature, Mapping):
         # An unknown label is None, NaN or -100.
-        return {name: sum((cell[name] or 0) > 0 for cell in cells) for name in feature}, len(cells), None
+        known = {name: [cell[name] for cell in cells if cell[name] is not None and cell[name] >= 0] for name in feature}
+        counts = {name: sum(value > 0 for value in values) for name, values in known.items()}
+        return counts, {name: len(values) for name, values in known.items()}, None
     if names is None:
         values = np.array(cells, dtype=np.float64)
-        return {}, 0, (float(np.nanmean(values)), float(np.nanstd(values)))
-    counts = Counter(label for cell in cells for label in (cell if isinstance(cell, list) else [cell]))
-    labels = {name: counts[index] for index, name in enumerate(names)}
-    return labels, sum(labels.values()), None
+        return {}, {}, (float(np.nanmean(values)), float(np.nanstd(values)))
+    found = Counter(label for cell in cells for label in (cell if isinstance(cell, list) else [cell]))
+    labels = {name: found[index] for index, name in enumerate(names)}
+    return labels, dict.fromkeys(labels, sum(labels.values())), None

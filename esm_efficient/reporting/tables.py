@@ -20,8 +20,11 @@ _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories: controls, formats such as a change of the direction of writing, half characters, line breaks."""
 
 _FORMULA = ("=", "+", "-", "@")
-_NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?|-", re.IGNORECASE)
+_NUMBER = r"(?:[+-]?[\d.,]+(?:e[+-]?\d+)?|-)"
 """A number as text, or the dash for a missing one."""
+
+_NUMBERS = re.compile(rf"{_NUMBER}(?: {_NUMBER})*", re.IGNORECASE)
+"""One number, or the numbers of a list with spaces between them, as of an embedding."""
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
@@ -161,10 +164,11 @@ def count_of(number: float, noun: str) -> str:
     """Format a number of things in words; the plural of the noun ends with s.
 
     Example:
-        >>> count_of(1, "epoch"), count_of(2.5, "epoch")
-        ('1 epoch', '2.5 epochs')
+        >>> count_of(1, "epoch"), count_of(2.5, "epoch"), count_of(2_000_000, "row")
+        ('1 epoch', '2.5 epochs', '2,000,000 rows')
     """
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -183,8 +187,8 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def _without_formula(cell: object) -> object:
-    """Return a cell; a text that begins as a formula, and is not a number, gets an apostrophe before it."""
-    if isinstance(cell, str) and cell.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(cell):
+    """Return a cell; a text that begins as a formula, and has more than numbers, gets an apostrophe before it."""
+    if isinstance(cell, str) and cell.lstrip().startswith(_FORMULA) and not _NUMBERS.fullmatch(cell):
         return f"'{cell}"
     return cell
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import truncation_mask
 from esm_efficient.data.sequences import Keep, count_residues
 from esm_efficient.errors import DataError, listing
 from esm_efficient.inference import Predictor
+from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.windows import LongReading
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 from esm_efficient.training.baselines import majority_metrics
@@ -34,6 +36,7 @@ def evaluate(
     *,
     keep: LongReading | None = None,
     token_budget: int = 8192,
+    on_error: OnError = "raise",
 ) -> dict[str, float]:
     """Return the metrics of a trained model on the sequences and labels of a data set.
 
@@ -45,6 +48,7 @@ def evaluate(
         dataset: one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
         keep: as `Predictor.predict`; labels per residue are truncated with their sequence.
         token_budget: as `Predictor.predict`.
+        on_error: ``"skip"`` leaves out sequences that are too long, and logs how many and which are the first.
 
     Returns:
         The metrics of `compute_metrics_for` for the model's task, with the model's tuned thresholds.
@@ -58,7 +62,9 @@ def evaluate(
         >>> evaluate("output/adapter", load_sequences("other.csv")["test"])["mcc"]  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    return _metrics_of(predictor)(_predict(predictor, dataset, keep, token_budget))
+    return _metrics_of(predictor)(
+        _predict(predictor, _readable(predictor, dataset, keep, on_error), keep, token_budget)
+    )
 
 
 def evaluate_in_full(
@@ -67,6 +73,7 @@ def evaluate_in_full(
     *,
     keep: LongReading | None = None,
     token_budget: int = 8192,
+    on_error: OnError = "raise",
 ) -> Evaluation:
     """Return the metrics of `evaluate` with their 95 % intervals, and what the model predicts for each sequence.
 
@@ -77,6 +84,7 @@ def evaluate_in_full(
         dataset: as `evaluate`.
         keep: as `evaluate`.
         token_budget: as `evaluate`.
+        on_error: as `evaluate`.
 
     Raises:
         DataError: as `evaluate`.
@@ -86,16 +94,16 @@ def evaluate_in_full(
         >>> print(evaluate_in_full("output/adapter", load_sequences("other.csv")["test"]))  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
+    dataset = _readable(predictor, dataset, keep, on_error)
     prediction, compute = _predict(predictor, dataset, keep, token_budget), _metrics_of(predictor)
     labels: Any = prediction.label_ids
-    numbered = [str(number) for number in range(1, len(labels) + 1)]
     return Evaluation(
         task=predictor.task,
         scores=np.asarray(prediction.predictions),
         labels=labels,
         metrics=compute(prediction),
         intervals=intervals_of(prediction, compute),
-        names=list(map(str, dataset["accession"])) if "accession" in dataset.column_names else numbered,
+        names=_names_of(dataset),
         sequences=_kept(list(dataset["sequence"]), predictor, keep),
         thresholds=predictor.thresholds,
         baselines=majority_metrics(predictor.task, np.asarray(labels)),
@@ -121,10 +129,18 @@ def _part(keep: LongReading | None) -> Keep | None:
     return next((part for part in get_args(Keep) if part == keep), None)
 
 
-def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, token_budget: int) -> EvalPrediction:
-    """Return logits and labels as a Trainer does; those of residues are padded, and have a place for <cls>."""
-    from transformers import EvalPrediction
+def _names_of(dataset: Dataset) -> list[str]:
+    """Return the accession of each row, or else its number."""
+    named = "accession" in dataset.column_names
+    return list(map(str, dataset["accession"] if named else range(1, len(dataset) + 1)))
 
+
+def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, on_error: OnError) -> Dataset:
+    """Return the rows that the model reads; sequences that are too long are an error or are left out.
+
+    Raises:
+        DataError: the data set is not one of sequences and labels, has no row, or has sequences that are refused.
+    """
     if isinstance(dataset, Mapping):
         raise DataError(f"got all splits ({', '.join(map(str, dataset))}): expected one of them, such as data['test']")
     if missing := [name for name in ("sequence", "label") if name not in dataset.column_names]:
@@ -132,12 +148,34 @@ def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, t
             f"the data set has the columns {', '.join(dataset.column_names)}: expected {' and '.join(missing)} too. "
             "Splits that are tokenised already are not taken"
         )
-    order = _matched_names(task_of(dataset.features), predictor.task)
     if not len(dataset):
         raise DataError("the data set has no row: there is nothing to evaluate")
+    residues = predictor.encoder(sequences_from(dataset)).residues
+    long = np.flatnonzero(residues > (longest := predictor.max_tokens - SPECIAL_TOKENS))
+    if keep is not None or not long.size:
+        return dataset
+    names = _names_of(dataset)
+    problem = (
+        f"{len(long):,} of {len(dataset):,} sequences have more than {longest:,} residues: "
+        f"{listing([f'{names[row]} ({residues[row]:,})' for row in long])}"
+    )
+    if on_error == "skip" and len(long) < len(dataset):
+        logger.warning("left out %s", problem)
+        return dataset.select(np.flatnonzero(residues <= longest))
+    raise DataError(
+        f'{problem}. Read a part of them with keep="start", keep="end" or keep="both", or all with keep="windows"; or '
+        'leave them out with on_error="skip"'
+    )
+
+
+def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, token_budget: int) -> EvalPrediction:
+    """Return logits and labels as a Trainer does; those of residues are padded, and have a place for <cls>."""
+    from transformers import EvalPrediction
+
+    order = _matched_names(task_of(dataset.features), predictor.task)
     labels = _labels(dataset["label"], predictor.task, order)
     if predictor.task.kind == "token_classification":
-        _check_lengths(labels, predictor.encoder(list(dataset["sequence"])).residues)
+        _check_lengths(labels, predictor.encoder(list(dataset["sequence"])).residues, _names_of(dataset))
     logits = predictor.logits(dataset["sequence"], keep=keep, token_budget=token_budget)
     logger.info("evaluated on %d sequences", len(logits))
     if predictor.task.kind != "token_classification":
@@ -194,8 +232,8 @@ def _class(cell: int | None, places: list[int]) -> int:
     return IGNORE if cell is None or cell < 0 else places[cell]
 
 
-def _check_lengths(labels: list[np.ndarray], residues: np.ndarray) -> None:
+def _check_lengths(labels: list[np.ndarray], residues: np.ndarray, names: Sequence[str]) -> None:
     """Refuse sequences with another number of labels than of residues."""
-    pairs = enumerate(zip(map(len, labels), residues.tolist(), strict=True), 1)
-    if wrong := [f"row {i} ({count} and {length})" for i, (count, length) in pairs if count != length]:
+    rows = zip(names, map(len, labels), residues.tolist(), strict=True)
+    if wrong := [f"row {name} ({count} and {length})" for name, count, length in rows if count != length]:
         raise DataError(f"{len(wrong)} row(s) have another number of labels than of residues: {listing(wrong)}")

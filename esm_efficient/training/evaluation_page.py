@@ -199,14 +199,15 @@ def _several_sections(evaluation: Evaluation) -> list[Section]:
     right = np.where(predicted, true == 1, true == 0)[known]
     sure = np.where(predicted, chances, 1 - chances)[known]
     bins, error = reliability(sure, right)
+    is_wrong = known & (predicted != (true == 1))
     wrong = [
         (
-            float(np.where(predicted[row], chances[row], 1 - chances[row])[known[row]].max()),
+            float(np.where(predicted[row], chances[row], 1 - chances[row])[is_wrong[row]].max()),
             row,
-            _joined(names, true[row] == 1),
+            _joined(names, true[row] == 1) + _unknown(names, ~known[row]),
             _joined(names, predicted[row]),
         )
-        for row in np.flatnonzero(((predicted != (true == 1)) & known).any(axis=1))
+        for row in np.flatnonzero(is_wrong.any(axis=1))
     ]
     reliable = Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))])
     return [_ranking(ranked), reliable, _mistakes(evaluation, wrong)]
@@ -214,6 +215,10 @@ def _several_sections(evaluation: Evaluation) -> list[Section]:
 
 def _joined(names: Sequence[str], chosen: np.ndarray) -> str:
     return " | ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or "none"
+
+
+def _unknown(names: Sequence[str], chosen: np.ndarray) -> str:
+    return f"; unknown: {_joined(names, chosen)}" if chosen.any() else ""
 
 
 def _regression_sections(evaluation: Evaluation) -> list[Section]:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from esm_efficient.adapters.quantization import count_parameters, merge_quantized
 from esm_efficient.encoder import remove_lean_encoder
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import pooling_of_model
 from esm_efficient.inference.loading import load_model
 from esm_efficient.published import BASE_CONFIG
@@ -25,7 +25,7 @@ from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import Task, base_model_of, task_of_model
 from esm_efficient.training.card import CARD, CardFacts, Holds, model_card, run_settings
 from esm_efficient.training.onnx_file import remove_onnx, require_onnx, write_onnx
-from esm_efficient.training.records import load_result
+from esm_efficient.training.records import RESULT, load_result
 from esm_efficient.training.result import FinetuneResult
 from esm_efficient.training.saved_tokenizer import save_tokenizer
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NOT_EXPORTED = ("model_dir", "result_path", "history")
+_RUN_FILES = (RESULT, "run.yaml", "checkpoint-*")
 _READS = {
     "first": "the first token",
     "mean": "the mean over the residues",
@@ -103,9 +104,9 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigurationError: `folder` is a file or has another adapter in it, the tokenizer or the name of the base model
-            is missing, the model has no classification head, or its adapters cannot be merged; or the packages for
-            ONNX are not installed, or onnxruntime does not compute the logits of the model.
+        ConfigurationError: `folder` is a file, is the folder of a run, or has another adapter in it, the tokenizer or
+            the name of the base model is missing, the model has no classification head, or its adapters cannot be
+            merged; or the packages for ONNX are not installed, or onnxruntime does not compute the logits of the model.
 
     Example:
         >>> result = finetune("facebook/esm2_t6_8M_UR50D", data)  # doctest: +SKIP
@@ -114,12 +115,7 @@ def export_model(
     if onnx:
         require_onnx()
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder} is a file: expected a folder to write to")
-    if (folder / CONFIG_NAME).is_file():
-        raise ConfigurationError(
-            f"{folder} has an adapter in it, which would be applied to the merged weights again: give another folder"
-        )
+    _check_folder(folder)
     if isinstance(trained, str | Path):
         trained = _load_run(trained)
     found = _trained(trained, tokenizer, metrics, evaluated_on)
@@ -148,6 +144,25 @@ def export_model(
     if onnx:
         write_onnx(folder)
     return folder
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder to write to that is a file, or has what must not be published or loaded with the model.
+
+    Raises:
+        ConfigurationError: it is such a folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder} is a file: expected a folder to write to")
+    if (folder / CONFIG_NAME).is_file():
+        raise ConfigurationError(
+            f"{folder} has an adapter in it, which would be applied to the merged weights again: give another folder"
+        )
+    if files := sorted(path.name for name in _RUN_FILES for path in folder.glob(name)):
+        raise ConfigurationError(
+            f"{folder} is the folder of a run ({listing(files)}): its training states and test sequences would be "
+            "published with the model. Give another folder"
+        )
 
 
 def _load_run(folder: str | Path) -> FinetuneResult:

@@ -106,11 +106,12 @@ def multi_label_metrics(
         thresholds: probability from which each label is positive, of shape (labels,); 0.5 if None.
 
     Returns:
-        ``f1_micro``, ``f1_macro``, ``jaccard`` (mean over examples of true positives / labels that are positive in
-        truth or in prediction; 1 if there are none), ``subset_accuracy`` (share of examples with all known labels
-        right), ``auroc`` (mean over the labels with positive and negative examples), and ``mcc_<name>`` and
-        ``f1_<name>`` of each label. Those of a label that is always unknown are NaN, and no mean counts them. If all
-        labels are unknown, each is NaN, with a warning.
+        ``f1_micro``, ``f1_macro`` (the mean over the labels that have positive examples or are predicted; 0 without
+        one), ``jaccard`` (mean over examples of true positives / labels that are positive in truth or in prediction; 1
+        if there are none), ``subset_accuracy`` (share of examples with all known labels right), ``auroc`` (mean over
+        the labels with positive and negative examples), and ``mcc_<name>`` and ``f1_<name>`` of each label. Those of a
+        label that is always unknown are NaN, and no mean counts them. If all labels are unknown, each is NaN, with a
+        warning.
 
     Raises:
         DataError: the shapes do not fit, or the logits are not finite.
@@ -137,9 +138,10 @@ def multi_label_metrics(
     ]
     counted = known.any(axis=1)
     common, union = (true & predicted).sum(axis=1)[counted], (true | predicted).sum(axis=1)[counted]
+    shown = (positive > 0) | (found > 0)
     overall = {
         "f1_micro": float(_f1(right.sum(), positive.sum(), found.sum())),
-        "f1_macro": float(f1[is_known].mean()),
+        "f1_macro": float(f1[shown].mean()) if shown.any() else 0.0,
         "jaccard": float(np.where(union, common / np.maximum(union, 1), 1.0).mean()),
         "subset_accuracy": float((true == predicted).all(axis=1)[counted].mean()),
         "auroc": statistics.fmean(areas) if areas else float("nan"),

@@ -54,6 +54,7 @@ def test_one_line_gives_a_model_a_table_and_a_page(run, capsys):
     again = f"--config {run / 'out' / 'run.yaml'} {run / 'proteins.csv'} -o {run / 'out-again'}"
     assert f"esm-efficient finetune {again}" in page
     assert "label membrane" in page
+    assert "by cluster (--clusters)" in page
     assert Predictor.load(run / "out" / "model").task.names == ("membrane", "soluble")
 
 
@@ -215,10 +216,11 @@ def test_a_run_is_exported_for_plain_transformers(run, capsys):
 
 @pytest.mark.usefixtures("drawn_figures")
 def test_the_layers_are_probed(run, capsys):
-    command = ["probe", str(run / "proteins.csv"), "--label", "binds", "--model", demo_model_path()]
-    assert main([*command, "--json", "--report", str(run / "probe.html")]) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert {score["layer"] for score in record["scores"]} == set(range(5))
+    command = ["probe", str(run / "proteins.csv"), "--label", "binds", "--model", "demo"]
+    assert main([*command, "--report", str(run / "probe.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[:1].isdigit()] == list("01234")
+    assert lines[-1].endswith("--recipe top --epochs 3")
     page = (run / "probe.html").read_text()
     assert "Recommended: keep " in page
     assert "<pre>esm-efficient probe " in page
@@ -339,3 +341,17 @@ def test_the_file_of_a_run_repeats_that_a_column_is_ignored(tmp_path, monkeypatc
     assert main([*command, "--config", str(tmp_path / "o" / "run.yaml")]) == 1
     assert given[0] == given[1]
     assert (given[0]["split"], given[0]["partition"]) == (False, "fold")
+
+
+def test_a_file_of_options_may_have_one_label_as_a_text_and_layers_as_a_list(tmp_path, monkeypatch):
+    given = []
+
+    def record(*_, data_options, recipe, **__):
+        given.append((data_options["label"], recipe.layers))
+        raise DataError("stopped")
+
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", record)
+    for text in ("label: binds\nlayers: [1, 3]", 'label: [binds]\nlayers: "1,3"'):
+        (tmp_path / "o.yaml").write_text(text)
+        assert main(["finetune", "demo", "--config", str(tmp_path / "o.yaml"), "-o", str(tmp_path / "o")]) == 1
+    assert given == [("binds", (1, 3))] * 2

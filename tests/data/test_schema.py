@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.u
         (lambda t: put(t, "sequence", " -* "), {}, r"the sequence is empty in 1 row\(s\): .*line 4"),
         (lambda t: put(t, "sequence", "MK1V"), {}, "not letters in 1 row.*line 4: 'MK1V'"),
         (lambda t: put(t, "sequence", "MK*V"), {}, r"not letters in 1 row.*line 4: 'MK\*V'"),
+        (lambda t: put(t, "sequence", "NOT A PROTEIN"), {}, "looks like words in 1 row.*line 4: 'NOT A PROTEIN'"),
         (lambda t: put(t, "label", ""), {}, "the label is missing in 1 row.*line 4"),
         (lambda t: put(t, "stability", "NA"), {"label": "stability"}, "a number in .*line 2.*not in .*line 4: 'NA'"),
         (
@@ -43,6 +44,31 @@ pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.u
             lambda t: put(t, "golgi", "2"),
             {"label": ["nucleus", "golgi"]},
             "golgi label is neither 0 nor 1.*line 4: '2'",
+        ),
+        (
+            lambda t: t,
+            {"label": ["stability", "nucleus"]},
+            "stability label is neither 0 nor 1.*one column of numbers from a table, so name one of them. In Python",
+        ),
+        (
+            lambda t: t,
+            {"label": ["stability", "nucleus"], "on_error": "skip"},
+            r"no sequence is left; left out 40 row.s., the stability label is neither 0 nor 1",
+        ),
+        *(
+            (
+                lambda t: t.assign(sequence=t.sequence + "--*", structure=t.structure + "-.-"),
+                {"label": "structure"} | kind,
+                "label count differs from residue count, first in .*line 2: 30 labels for 27 residues.*remove the "
+                "labels at these columns too, which makes the numbers equal in 40 row",
+            )
+            for kind in ({}, {"label_kind": "residues"})
+        ),
+        (lambda t: t, {"label": {"a|b": "golgi"}}, r"the label name 'a\|b' has a \|.*: rename it"),
+        (
+            lambda t: t.assign(label="['a|b', 'c']"),
+            {"label_kind": "several"},
+            r"the label name 'a\|b' has a \|, which separates several labels: rename it",
         ),
         (lambda t: put(t, "fold", "x"), {"partition": "fold"}, "fold is not a whole number in 1 row.*line 4: 'x'"),
         (lambda t: t.assign(split="later"), {}, "split is not train, validation or test in 40 row.*and 35 more"),

@@ -42,7 +42,11 @@ def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(layer, monkeypat
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layer": 9}, "layer=9: expected 0 to"), ({"layer": -1}, "layer=-1"), ({"pooling": "max"}, "pooling='max'")],
+    [
+        ({"layer": 9}, "layer=9: expected 0 to 4; the last is read if no layer is given"),
+        ({"layer": -1}, "layer=-1"),
+        ({"pooling": "max"}, "pooling='max'"),
+    ],
 )
 def test_a_layer_or_a_pooling_that_does_not_exist_is_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -192,7 +193,8 @@ def test_ranks_share_the_work(tmp_path, fasta):
         ("name,text\na,MKT\n", {}, DataError, "none has a usual name of sequences"),
         ("name,text\na,MKT\n", {"sequence": "txt"}, DataError, "no column 'txt'"),
         (">a\nMKT\n", {"shard": (2, 2)}, None, ""),
-        (">a\nMKT\n", {"shard": (1, 2)}, ConfigurationError, "has only 1 rows"),
+        (">a\nMKT\n", {"shard": (1, 2)}, ConfigurationError, "has only 1 row to use"),
+        ("id,sequence\n", {}, DataError, "source has no sequence"),
         (">a\nMKT\n", {"shard": (3, 2)}, ConfigurationError, "shard=3/2"),
     ],
 )
@@ -218,7 +220,9 @@ def test_rows_that_cannot_be_used_are_left_out_and_named(tokenizer, tmp_path, sm
         predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv")
     whole = predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
     assert (whole.rows, whole.computed, whole.left_out) == (11, 11, 3)
-    assert "; 3 rows of the file were left out" in str(whole)
+    assert "11 rows, " in str(whole)
+    assert "; of the file, 3 rows were left out" in str(whole)
+    assert "; of the file, 1 row was left out" in str(dataclasses.replace(whole, left_out=1))
     assert "3 of 14 rows cannot be used: line 9 is empty, line 10 has 60 residues, more than 38" in caplog.text
     found = read(tmp_path / "out.csv")
     kept = [index for index in range(14) if index not in (7, 8, 13)]

@@ -78,7 +78,7 @@ def test_other_values_are_refused_with_advice(given, message):
         " MKT ",
         "MK-TA..YI*",
         "MUXBZOJ",
-        "ACDE*FGH",
+        "MNVSSEKREP YFMIMWGAFAGAAMWLIGGGLLVLMGL",
     ],
 )
 def test_what_may_be_a_protein_is_taken(text):
@@ -102,6 +102,8 @@ def test_what_may_be_a_protein_is_taken(text):
         ("table.CSV", "name of a file"),
         ("MKT\x00", "not residues"),
         ("MKÄ", "not residues"),
+        ("ACDE*FGH", "has a stop .* inside: cut it there, or write X"),
+        ("that is a hen", "looks like words"),
         ("<script>", "not residues"),
     ],
 )

@@ -47,12 +47,14 @@ def test_every_kind_of_label_is_counted(path, options, names):
         assert sum(sum(split.labels.values()) for split in found.splits.values()) == residues
 
 
-def test_the_share_of_a_label_among_several_is_that_of_the_sequences(path):
+def test_the_share_of_a_label_among_several_is_that_of_the_sequences_where_it_is_known(path):
     found = describe(load_sequences(path, label=["nucleus", "golgi"]))
     split = found.splits["train"]
-    assert split.labelled == split.sequences
-    [row] = [row for row in found.rows() if row[0] == "label nucleus"]
-    assert row[1] == f"{split.labels['nucleus']:,} ({100 * split.labels['nucleus'] / split.sequences:.1f} %)"
+    assert split.labelled["golgi"] == split.sequences > split.labelled["nucleus"]
+    [nucleus, golgi] = [row[1] for row in found.rows() if row[0].startswith("label ")]
+    count, known = split.labels["nucleus"], split.labelled["nucleus"]
+    assert nucleus == f"{count} ({100 * count / known:.1f} % of {known} known)"
+    assert golgi == f"{split.labels['golgi']} ({100 * split.labels['golgi'] / split.sequences:.1f} %)"
 
 
 def test_the_table_names_what_it_shows(path):
@@ -92,9 +94,13 @@ def test_full_splits_and_numbers_have_no_gaps(path):
         assert describe(load_sequences(path, label=label)).label_gaps() == []
 
 
-def test_unknown_labels_are_not_counted():
+def test_unknown_labels_are_not_counted_and_no_part_of_a_share():
     feature = {name: Value("float32") for name in ("a", "b")}
     cells = [{"a": 1.0, "b": 0.0}, {"a": float("nan"), "b": 1.0}, {"a": -100.0, "b": None}, {"a": 0.5, "b": 1.0}]
     rows = {"sequence": ["MKV", "MKA", "MKC", "MKD"], "label": cells}
     split = Dataset.from_dict(rows, features=Features({"sequence": Value("string"), "label": feature}))
-    assert describe({"train": split}).splits["train"].labels == {"a": 2, "b": 2}
+    found = describe({"train": split})
+    assert found.splits["train"].labels == {"a": 2, "b": 2}
+    assert found.splits["train"].labelled == {"a": 2, "b": 3}
+    shares = [row for row in found.rows() if row[0].startswith("label ")]
+    assert shares == [("label a", "2 (100.0 % of 2 known)"), ("label b", "2 (66.7 % of 3 known)")]

@@ -34,7 +34,7 @@ def test_rows_of_different_widths_are_refused():
 
 
 def test_csv_reads_back_as_it_was():
-    rows = [["a, b", 'say "x"'], ["two\nlines", ""], ["-1.5", "-"], ["+3", "-2,000"]]
+    rows = [["a, b", 'say "x"'], ["two\nlines", ""], ["-1.5", "-"], ["+3", "-2,000"], ["-0.5 1e-05 -2", "- -1"]]
     assert list(csv.reader(io.StringIO(format_csv(rows, ("n", "v"))))) == [["n", "v"], *rows]
 
 

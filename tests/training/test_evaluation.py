@@ -11,6 +11,7 @@ from transformers import EsmForSequenceClassification, EsmForTokenClassification
 from esm_efficient import Predictor, classification_metrics, evaluate, multi_label_metrics, regression_metrics
 from esm_efficient.errors import DataError
 from esm_efficient.saving import portable_saving
+from esm_efficient.training.evaluation import evaluate_in_full
 
 RNG = np.random.default_rng(0)
 SEQUENCES = ["".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), int(n))) for n in RNG.integers(5, 40, 24)]
@@ -116,6 +117,25 @@ def test_other_data_is_refused(tokenizer, data, message):
         evaluate(predictor_for("single_label_classification", tokenizer), data)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_sequences_that_are_too_long_are_named_and_left_out(tokenizer, caplog, named):
+    predictor = predictor_for("single_label_classification", tokenizer, max_tokens=22)
+    data = GOOD.add_column("accession", [f"P{row}" for row in range(len(GOOD))]) if named else GOOD
+    long = [row for row, text in enumerate(SEQUENCES) if len(text) > 20]
+    first = f"P{long[0]}" if named else long[0] + 1
+    with pytest.raises(
+        DataError, match=rf'more than 20 residues: {first} \({len(SEQUENCES[long[0]])}\).*on_error="skip"'
+    ):
+        evaluate(predictor, data)
+    found = evaluate_in_full(predictor, data, on_error="skip")
+    assert f"left out {len(long)} of 24 sequences" in caplog.text
+    assert len(found.labels) == len(found.names) == 24 - len(long)
+    short = data.select([row for row in range(24) if row not in long])
+    assert found.metrics == evaluate(predictor, short)
+    with pytest.raises(DataError, match="1 of 1 sequences have more than 20 residues"):
+        evaluate(predictor, data.select(long[:1]), on_error="skip")
+
+
 def test_a_sequence_without_labels_of_residues_is_refused_before_anything_is_predicted(tokenizer, monkeypatch):
     predictor = predictor_for("token_classification", tokenizer)
     monkeypatch.setattr(predictor, "logits", lambda *_, **__: pytest.fail("it predicts"))
@@ -127,6 +147,8 @@ def test_other_numbers_of_labels_are_refused(tokenizer):
     data = dataset_of([[0, 1], [0]], List(CLASSES), ["MK", "MK"])
     with pytest.raises(DataError, match=r"another number of labels than of residues: row 2 \(1 and 2\)"):
         evaluate(predictor_for("token_classification", tokenizer), data)
+    with pytest.raises(DataError, match=r"row P7 \(1 and 2\)"):
+        evaluate(predictor_for("token_classification", tokenizer), data.add_column("accession", ["P6", "P7"]))
     data = dataset_of([[0.0, 1.0]], List(Value("float32"), length=2), ["MK"])
     with pytest.raises(DataError, match="labels are 2 numbers, but the model predicts 3"):
         evaluate(predictor_for("regression", tokenizer), data)

@@ -93,6 +93,18 @@ def test_the_worst_mistakes_are_those_of_which_the_model_was_surest():
     assert [row[1:3] for row in table.rows] == [("no", "yes"), ("yes", "no"), ("no", "yes")]
 
 
+def test_the_worst_mistakes_of_several_labels_are_ranked_by_the_wrong_labels_alone():
+    labels = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, np.nan], [1.0, 1.0, np.nan]])
+    scores = np.array([[9.0, -9.0, 0.5], [-1.0, 2.0, 9.0], [3.0, 3.0, -9.0]])  # the last row is right
+    task = Task("multi_label_classification", ("a", "b", "c"))
+    found = Evaluation(task, scores, labels, {}, {}, names=["first", "second", "third"])
+    rows = evaluation_sections(found)[-1].parts[1].rows
+    assert [row[:4] for row in rows] == [
+        ("second", "none; unknown: c", "b | c", "0.881"),
+        ("first", "a", "a | c", "0.622"),
+    ]
+
+
 def test_a_class_without_examples_has_no_score_in_the_table():
     task = Task("single_label_classification", ("a", "b", "c"))
     scores, labels = 3.0 * np.eye(3)[[0, 1, 1, 0]], np.array([0, 1, 1, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -22,6 +23,8 @@ from transformers import (
 
 from esm_efficient import Predictor, WeightedTrainer, demo_model_path, export_model, finetune, load_deeploc
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.training.card import run_settings
+from esm_efficient.training.outcome import cost_rows
 
 SEQUENCES = ["MKTAYIAKQR", "MALWMRLLPLLALLALWGPDPAAA"]
 
@@ -116,6 +119,22 @@ def test_a_file_in_place_of_the_folder_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="is a file"):
         export_model(run[0], tmp_path / "file", base_model="someone/demo")
+
+
+def test_the_card_and_the_table_of_a_run_have_the_same_times(run):
+    result = dataclasses.replace(run[0], seconds=1200.0, states_seconds=7.0)
+    card, table = run_settings(result), dict(cost_rows(result))
+    assert card["time of the cached states"] == table["time of the cached states"] == "7 s"
+    assert card["time of the training loop"] == table["time of the training loop"].split(" (")[0] == "1,200 s"
+
+
+@pytest.mark.parametrize("name", ["result.json", "run.yaml", "checkpoint-3"])
+def test_nothing_is_exported_into_the_folder_of_a_run(tokenizer, tmp_path, name):
+    (tmp_path / name).mkdir()
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    with pytest.raises(ConfigurationError, match=rf"is the folder of a run \({name}\)"):
+        export_model(model, tmp_path, base_model="someone/demo", tokenizer=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_adapter_and_merged_weights_do_not_share_a_folder(run, tmp_path, tokenizer):

@@ -173,6 +173,17 @@ def test_no_metric_counts_unknown_labels():
     assert metrics["f1_b"] == 0.0
 
 
+def test_the_macro_f1_leaves_out_labels_that_have_no_example_and_are_not_predicted():
+    labels, logits = LABELS.copy(), PREDICTED * 4 - 2
+    labels[:, 1] = 0
+    metrics = multi_label_metrics(labels, logits, ["a", "b", "c"])
+    assert metrics["f1_macro"] == pytest.approx((1 + 2 / 3) / 2)
+    logits[0, 1] = 2  # b is predicted once, wrongly
+    assert multi_label_metrics(labels, logits, ["a", "b", "c"])["f1_macro"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    none = np.zeros_like(labels)
+    assert multi_label_metrics(none, none - 2, ["a", "b", "c"])["f1_macro"] == 0
+
+
 def test_no_metric_counts_examples_without_known_labels():
     labels = np.concatenate([1 - LABELS, np.full_like(LABELS, NAN)])
     logits = np.concatenate([LABELS, LABELS]) * 4 - 2
