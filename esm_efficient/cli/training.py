@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,10 +156,9 @@ def finetune(
 
     Example: esm-efficient finetune proteins.csv --model 35M
     """
-    if epochs <= 0:
-        raise typer.BadParameter(f"--epochs {epochs}: expected more than 0")
-    if learning_rate is not None and learning_rate <= 0:
-        raise typer.BadParameter(f"--learning-rate {learning_rate}: expected more than 0")
+    check_epochs(epochs)
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise typer.BadParameter(f"--learning-rate {learning_rate}: expected more than 0 and a finite number")
     changes = {"layers": layers, "cache": cache, "pooling": pooling, "quantization": quantization}
     chosen = get_recipe(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
     existing_file(data)
