@@ -67,17 +67,18 @@ def hub_name(name: str) -> str:
 
 
 def refuse_adapter(name: str) -> None:
-    """Refuse the folder of an adapter where a whole model is needed.
+    """Refuse the folder of an adapter, or of a run that has one, where a whole model is needed.
 
     Raises:
         ConfigurationError: as above.
     """
-    folder = Path(name)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigurationError(
-            f"the folder {name} has an adapter, not a whole model: merge it first with `esm-efficient export {name} "
-            "MERGED` (in Python, export_model), and give the folder MERGED"
-        )
+    is_model = name == "demo" or size_of(name) is not None or (Path(name) / "config.json").is_file()
+    for folder in (Path(name), *([] if is_model else [Path(name) / "adapter"])):
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ConfigurationError(
+                f"the folder {folder} has an adapter, not a whole model: merge it first with `esm-efficient export "
+                f"{folder} MERGED` (in Python, export_model), and give the folder MERGED"
+            )
 
 
 def check_name(name: str) -> str:

@@ -94,8 +94,8 @@ def name_of_model(model: Any) -> str:
         ConfigurationError: it is the folder of an adapter, or a folder without a model.
     """
     if isinstance(model, str | Path):
+        refuse_adapter(str(model))
         name = hub_name(str(model))
-        refuse_adapter(name)
     else:
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name

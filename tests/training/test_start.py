@@ -118,8 +118,16 @@ def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
     assert name_of_model(object()) == ""
 
 
+@pytest.mark.parametrize("name", ["demo", "8M"])
+def test_a_run_in_a_folder_with_the_name_of_a_model_hides_no_model(tmp_path, monkeypatch, name):
+    get_peft_model(make_model(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / name / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert not name_of_model(name).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("inside", ["adapter", ""], ids=["adapter", "run"])
 @pytest.mark.parametrize("begin", [finetune, sweep_layers])
-def test_the_folder_of_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path, demo_table, begin):
+def test_the_folder_of_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path, demo_table, begin, inside):
     get_peft_model(make_model(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigurationError, match=r"merge it first with `esm-efficient export .*adapter MERGED`"):
-        begin(tmp_path / "adapter", load_deeploc(demo_table))
+        begin(tmp_path / inside, load_deeploc(demo_table))
