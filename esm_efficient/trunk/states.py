@@ -112,7 +112,7 @@ class StatesCollator:
         [stored], pooling = formats, next(iter(formats)).pooling
         rest = [{name: value for name, value in row.items() if name != STATES_COLUMN} for row in features]
         batch = dict(self.collator(rest))
-        ids = batch.pop("input_ids")
+        ids = batch["input_ids"]
         columns = {"tokens": ids.shape[1], "first": 1}.get(pooling, SPECIAL_TOKENS + 1)
         padded = np.zeros((len(ids), columns, self.width * stored.torch_dtype.itemsize), dtype=np.uint8)
         for number, row in enumerate(features):
@@ -124,9 +124,10 @@ class StatesCollator:
                     f"{self.width}. They are those of other tokens or of another model"
                 )
             padded[number, places] = states.reshape(len(places), -1)
+        del batch["input_ids"]
         batch["inputs_embeds"] = torch.from_numpy(padded).view(stored.torch_dtype).to(self.dtype)
         if pooling == "first":
-            del batch["attention_mask"]  # it is that of all tokens
+            batch.pop("attention_mask", None)  # it is that of all tokens
         elif pooling != "tokens":
             batch["attention_mask"] = torch.ones(padded.shape[:2], dtype=torch.long)
         return batch
@@ -136,7 +137,8 @@ def _places_of(pooling: Pooling, batch: Mapping[str, Any], row: int) -> list[int
     """Return the columns of a row's states in a model's input."""
     if pooling != "tokens":
         return list(_PLACES[pooling])
-    places: list[int] = np.flatnonzero(np.asarray(batch["attention_mask"][row])).tolist()
+    mask = batch.get("attention_mask")  # a collator of sequences of one length may give none
+    places: list[int] = np.flatnonzero(np.ones(batch["input_ids"].shape[1]) if mask is None else mask[row]).tolist()
     return places
 
 

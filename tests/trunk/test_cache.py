@@ -402,6 +402,18 @@ def test_padding_on_the_left_moves_the_states_with_the_tokens(data, tmp_path):
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
+def test_a_batch_without_a_mask_has_no_padding(data, tmp_path):
+    trunk, _ = split_model(load(), 1)
+    [row] = cache_states(data.select([0]), trunk, tmp_path).to_list()
+
+    def collate(rows):
+        return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+    batch = StatesCollator(collate, trunk)([row, row])
+    assert batch.keys() == {"inputs_embeds"}
+    torch.testing.assert_close(batch["inputs_embeds"][1:], trunk(torch.tensor([row["input_ids"]])))
+
+
 def test_a_state_too_large_for_float16_is_refused(data, tmp_path):
     model = load()
     with torch.no_grad():
