@@ -98,6 +98,28 @@ def exporter() -> str:
     return "torch.export" if is_exporting is not None and is_exporting() else ""
 
 
+def global_hooks() -> list[Any]:
+    """Return the hooks that torch runs for every module.
+
+    torch has functions that add such hooks, and none that lists them. Without it, these hooks would see packed tokens,
+    or modules that the lean encoder does not run.
+    """
+    from torch.nn.modules import module
+
+    kinds = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    return [hook for name in (*kinds, "_global_backward_pre_hooks") for hook in getattr(module, name, {}).values()]
+
+
+def transform() -> str:
+    """Return the name of the transformation of torch.func or of forward-mode autograd that runs; empty if none does.
+
+    Without it, the lean encoder's autograd Functions would fail with the name of a method that they lack.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    return "forward-mode autograd" if torch.autograd.forward_ad._current_level >= 0 else ""
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor is a fake tensor, which has no values; without it a training step could not be simulated."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -62,12 +62,14 @@ class Recipe:
             It needs adapters, and the extra ``quantized``.
         encoder: ``"lean"`` for the encoder that computes without padding and saves less for the backward pass
             (`esm_efficient.encoder`), ``"plain"`` for that of transformers. Loss and gradient are the same.
+        keep_layers: number of the lowest encoder layers to keep; the others are dropped before anything is trained
+            (`esm_efficient.truncate`). `layers` are then chosen among those that are kept. None for all.
         description: one line for a table.
 
     Raises:
-        ConfigurationError: preset and rank do not fit `trains`, a size is below 1, the encoder, the layers, the pooling
-            or the quantization are unknown, everything trains and there is nothing to cache, or a base is to be
-            quantised that trains or is cached.
+        ConfigurationError: preset and rank do not fit `trains`, a size or `keep_layers` is below 1, the encoder,
+            the layers, the pooling or the quantization are unknown, everything trains and there is nothing to cache,
+            or a base is to be quantised that trains or is cached.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Recipe:
     pooling: Pooling = "first"
     quantization: Quantization | None = None
     encoder: Encoder = "lean"
+    keep_layers: int | None = None
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -108,6 +111,10 @@ class Recipe:
                 "as 'lora' or 'all'"
             )
         object.__setattr__(self, "layers", check_layers(self.layers))
+        if self.keep_layers is not None and self.keep_layers < 1:
+            raise ConfigurationError(
+                f"recipe {self.name!r}: keep_layers={self.keep_layers}: expected at least 1 layer, or None for all"
+            )
         if self.cache and self.trains == "full" and self.layers == "all":
             raise ConfigurationError(
                 f"recipe {self.name!r}: cache=True with all parameters training: nothing stays the same, so nothing "

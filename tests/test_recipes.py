@@ -71,6 +71,7 @@ def test_a_change_that_leaves_nothing_to_cache_turns_the_cache_off(name, changes
         {"trains": "full", "layers": ()},
         {"trains": "full", "layers": [-1]},
         {"trains": "full", "pooling": "max"},
+        {"trains": "full", "keep_layers": 0},
     ],
 )
 def test_contradictory_settings_are_refused(options):

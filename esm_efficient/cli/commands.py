@@ -94,18 +94,22 @@ def _with_quantized(recipes: list[Recipe], kinds: list[str]) -> list[Recipe]:
     return recipes + [recipe.replace(quantization=kind, cache=False) for kind in kinds for recipe in adapted]
 
 
-def check_depth(model: str, layers: Any) -> None:
-    """Refuse layers that the model does not have."""
-    if layers is None:
+def check_depth(model: str, layers: Any, kept: int | None = None) -> None:
+    """Refuse layers that the model does not have, or that are not among the lowest ones that are kept."""
+    if layers is None and kept is None:
         return
     from esm_efficient.estimation.inputs import resolve_config
 
     config: Any = resolve_config(model)[1]
+    count = config.num_hidden_layers
+    if kept is not None and kept > count:
+        raise typer.BadParameter(f"{kept}: {model} has {count} layers", param_hint="--keep-layers")
     try:
-        select_layers(layers, config.num_hidden_layers)
+        select_layers("all" if layers is None else layers, kept or count)
     except ConfigurationError as error:
         raise typer.BadParameter(
-            f"{layers!r}: {model} has {config.num_hidden_layers} layers, from 0 on", param_hint="--layers"
+            f"{layers!r}: {model} has {count} layers, from 0 on{f', and keeps {kept} of them' if kept else ''}",
+            param_hint="--layers",
         ) from error
 
 
@@ -131,6 +135,12 @@ PoolingOption = Annotated[Pooling | None, typer.Option("--pooling", help="What t
 QuantizationOption = Annotated[
     Quantization | None,
     typer.Option("--quantization", help="Hold the frozen linear layers in 4 or 8 bits; default: the run's precision."),
+]
+KeepLayersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--keep-layers", min=1, help="Drop the encoder layers above so many; probe says how many. Default: keep all."
+    ),
 ]
 SequencesOption = Annotated[
     int | None, typer.Option("--sequences", min=1, help="Training sequences of an epoch; default: 15,876.")
@@ -163,6 +173,7 @@ def estimate(
     cache: CacheOption = None,
     pooling: PoolingOption = None,
     quantization: QuantizationOption = None,
+    keep_layers: KeepLayersOption = None,
     sequences: SequencesOption = None,
     precision: PrecisionOption = "auto",
     optimizer: OptimizerOption = "adamw_fused",
@@ -179,15 +190,16 @@ def estimate(
     """
     _check_cache(cache, quantization)
     [changed] = change_recipes([recipe], layers=layers, cache=cache, pooling=pooling)
+    changed = changed.replace(keep_layers=keep_layers, **({"quantization": quantization} if quantization else {}))
     target = get_device(device)
-    check_depth(model, layers)
+    check_depth(model, layers, keep_layers)
     with quiet():
         from esm_efficient.comparison import estimate_page
         from esm_efficient.estimation.estimate import estimate
 
         result = estimate(
             model,
-            recipe=changed.replace(quantization=quantization) if quantization else changed,
+            recipe=changed,
             device=target,
             micro_batch=micro_batch,
             accumulation=accumulation,

@@ -15,6 +15,7 @@ from esm_efficient.cli.commands import (
     AttentionOption,
     CacheOption,
     DeviceOption,
+    KeepLayersOption,
     LayersOption,
     OptimizerOption,
     PaddingOption,
@@ -117,6 +118,7 @@ def finetune(
     cache: CacheOption = None,
     pooling: PoolingOption = None,
     quantization: QuantizationOption = None,
+    keep_layers: KeepLayersOption = None,
     class_weights: Annotated[Weights, typer.Option(help="Weigh classes inversely to their frequency.")] = "balanced",
     sequence: SequenceOption = None,
     label: LabelOption = None,
@@ -159,7 +161,8 @@ def finetune(
     check_epochs(epochs)
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise typer.BadParameter(f"--learning-rate {learning_rate}: expected more than 0 and a finite number")
-    changes = {"layers": layers, "cache": cache, "pooling": pooling, "quantization": quantization}
+    changes: dict[str, Any] = {"layers": layers, "cache": cache, "pooling": pooling, "quantization": quantization}
+    changes["keep_layers"] = keep_layers
     chosen = get_recipe(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
     existing_file(data)
     options = {name: value for name, value in locals().items() if name in WRITTEN and value is not None}

@@ -25,6 +25,7 @@ from esm_efficient.encoder.structure import (
     check_structure,
     esm_layers,
     has_foreign_hooks,
+    is_harmless,
     path_of,
 )
 from esm_efficient.errors import ConfigurationError
@@ -309,8 +310,8 @@ def _lean_call(esm: Any, layers: list[Any], arguments: dict[str, Any], first_onl
     bind(esm.encoder, encoder_forward)  # a part may be new since the last call
     for layer in layers:
         bind(layer, layer_forward)
-    state = esm._lean_state
-    reason, level = _reason_in_arguments(esm, arguments), logging.INFO
+    state, transform = esm._lean_state, _torch.transform()
+    reason, level = f"it runs under {transform}" if transform else _reason_in_arguments(esm, arguments), logging.INFO
     if not reason:
         tree, changed = _torch.tree_of(esm.encoder)
         reason = _reason_in_hooks(esm.encoder, changed)
@@ -358,6 +359,8 @@ def _reason_in_hooks(encoder: Any, changed: list[Any]) -> str:
     """Name a module that has hooks or a replaced forward, if there is one in or among the layers."""
     if not is_bound(encoder):
         return "the encoder has a replaced forward"
+    if not all(map(is_harmless, _torch.global_hooks())):
+        return "there are hooks for all modules"
     for module in changed:
         if _is_observed(module):
             path = path_of(encoder, module).removeprefix("layer.")

@@ -25,7 +25,10 @@ from esm_efficient.encoder.origins import (
     undecorated,
 )
 
-HARMLESS_HOOKS = ("torch.distributed.", "transformers.utils.output_capturing", "esm_efficient.")
+HARMLESS_HOOKS = (
+    *("torch.distributed.", "torch.utils.module_tracker", "transformers.utils.output_capturing"),
+    "esm_efficient.",
+)
 """Prefixes of modules that define hooks which work on packed tokens."""
 PARTS = {
     (): "EsmLayer",
@@ -105,8 +108,12 @@ def check_structure(esm: Any, layers: list[Any], tree: list[Any], known: Structu
 
 def has_foreign_hooks(module: Any) -> bool:
     """Whether a module has hooks that do not work on packed tokens."""
-    functions = map(_function_of, _torch.hooks_of(module))
-    return any(not getattr(function, "__module__", "").startswith(HARMLESS_HOOKS) for function in functions)
+    return not all(map(is_harmless, _torch.hooks_of(module)))
+
+
+def is_harmless(hook: Any) -> bool:
+    """Whether a hook works on packed tokens, by the module that defines it."""
+    return (getattr(_function_of(hook), "__module__", "") or "").startswith(HARMLESS_HOOKS)
 
 
 def _function_of(hook: Any) -> Any:

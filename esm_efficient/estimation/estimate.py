@@ -202,7 +202,8 @@ class Estimate:
         return (
             f"{self.model}, recipe {recipe.name}: micro-batch {recipe.micro_batch} x {recipe.accumulation}, "
             f"{self.tokens:,} tokens, {self.precision}, {self.optimizer}, {self.attention} attention, padding: "
-            f"{self.padding}{f', base in {quantization[0]} bits' if (quantization := recipe.quantization) else ''}\n"
+            f"{self.padding}{f', the lowest {recipe.keep_layers} layers alone' if recipe.keep_layers else ''}"
+            f"{f', base in {quantization[0]} bits' if (quantization := recipe.quantization) else ''}\n"
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train\n\n"
             f"{format_table(rows, ('peak of phase', *CATEGORIES, 'total', 'time at least'))}\n\n"
             f"peak: {format_bytes(self.peak.total)} in {self.peak_phase}{verdict}{speed}"
@@ -284,7 +285,7 @@ def estimate(
         >>> result.fits()
         True
     """
-    name, config = resolve_config(model)
+    name, config = resolve_config(model, keep_layers=get_recipe(recipe).keep_layers)
     head, num_labels = resolve_head(model, head, num_labels)
     changes = {"micro_batch": micro_batch, "accumulation": accumulation, "preset": preset}
     recipe = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})

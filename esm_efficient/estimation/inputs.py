@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import numbers
@@ -22,20 +23,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
+def resolve_config(
+    model: str | Path | PreTrainedConfig | PreTrainedModel, *, keep_layers: int | None = None
+) -> tuple[str, PreTrainedConfig]:
     """Return the name and the config of a model; the six ESM-2 sizes need no file and no network.
 
     Args:
         model: as in `estimate`.
+        keep_layers: number of the lowest layers that are kept; None for all.
 
     Raises:
-        ConfigurationError: no size and no folder has this name, the config of a model id cannot be loaded, or an
-            adapter does not name its base model.
+        ConfigurationError: no size and no folder has this name, the config of a model id cannot be loaded, an adapter
+            does not name its base model, or there are fewer layers than are to be kept.
 
     Example:
         >>> resolve_config("facebook/esm2_t12_35M_UR50D")[1].hidden_size
         480
     """
+    name, config = _resolve(model)
+    return name, config if keep_layers is None else _shortened(config, keep_layers)
+
+
+def _resolve(model: Any) -> tuple[str, PreTrainedConfig]:
     from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
     model = getattr(model, "get_base_model", lambda: model)()
@@ -54,7 +63,7 @@ def resolve_config(model: str | Path | PreTrainedConfig | PreTrainedModel) -> tu
         if (folder / "config.json").is_file():
             return name, AutoConfig.from_pretrained(folder)
     if (path / "adapter_config.json").is_file():
-        return name, resolve_config(_base_of(path))[1]
+        return name, _resolve(_base_of(path))[1]
     size = size_of(str(model))
     if size is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         try:
@@ -79,6 +88,16 @@ def _base_of(folder: Path) -> str:
     if not base or Path(base).resolve() == folder.resolve():
         raise ConfigurationError(f"{file} has base_model_name_or_path={base!r}: expected the base model; estimate that")
     return str(base)
+
+
+def _shortened(config: PreTrainedConfig, kept: int) -> PreTrainedConfig:
+    """Return the config of a model's lowest layers."""
+    count = config.num_hidden_layers
+    if kept > count:
+        raise ConfigurationError(f"keep_layers={kept}: expected 1 to {count} layers to keep")
+    shorter = copy.deepcopy(config)
+    shorter.num_hidden_layers = kept
+    return shorter
 
 
 def resolve_head(model: Any, head: Head | None, num_labels: int | None) -> tuple[Head, int]:

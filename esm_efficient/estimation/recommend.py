@@ -18,6 +18,7 @@ from esm_efficient.estimation.estimate import MARGIN, Estimate, estimate
 from esm_efficient.estimation.inputs import data_lengths, resolve_config
 from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.reporting import count_of, format_bytes, format_seconds, format_table
+from esm_efficient.trunk.split import encoder_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -163,6 +164,8 @@ def recommend(
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         raise ConfigurationError(f"presets={unknown[0]!r}: expected some of {', '.join(PRESETS)}")
     lengths = data_lengths(tokens, sequences)
+    if encoder_dropout(resolve_config(model)[1]):
+        cache = False  # states differ in every epoch
     candidates = list(_candidates(_for_model(model, recipes), presets, batch_size, cache))
     estimates = [
         estimate(model, recipe=recipe, device=target, tokens=lengths, precision=precision, **options)
@@ -210,8 +213,10 @@ def describe_setting(recipe: Recipe) -> str:
         part += f" of layers {layers}"
     checkpointing = ", gradient checkpointing" if recipe.gradient_checkpointing else ""
     cached = ", cached states" if recipe.cache else ""
+    kept = f", {count_of(recipe.keep_layers, 'layer')} kept" if recipe.keep_layers else ""
     base = f", base in {recipe.quantization[0]} bits" if recipe.quantization else ""
-    return f"{part}, micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}{checkpointing}{cached}{base}"
+    sizes = f"micro-batch {recipe.micro_batch} x accumulation {recipe.accumulation}"
+    return f"{part}, {sizes}{checkpointing}{cached}{kept}{base}"
 
 
 def _for_model(model: Any, recipes: Sequence[str | Recipe]) -> list[Recipe]:

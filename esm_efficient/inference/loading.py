@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from esm_efficient.inference import foreign
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
+from esm_efficient.trunk.split import truncate
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt")
 """The files to download from the Hub: weights, configs and vocabulary, and never a pickle."""
@@ -118,8 +120,8 @@ def build_adapted(saved: SavedAdapter, *, name: str = "default") -> Any:
     """
     from peft import PeftModel
 
-    folder, base, config, adapter, shapes = saved
-    model = _load_whole(base, config, shapes, adapter_folder=folder)
+    folder, base, _, adapter, _ = saved
+    model = _load_base(saved)
     modules = dict(model.named_modules())
     if unknown := [path for path in adapter.target_modules or () if path not in modules]:
         raise ConfigurationError(f"the adapter {folder} is for layers that {base} does not have: {listing(unknown)}")
@@ -128,6 +130,18 @@ def build_adapted(saved: SavedAdapter, *, name: str = "default") -> Any:
         return PeftModel.from_pretrained(whole, str(folder), adapter_name=name, config=adapter)
     except LOAD_ERRORS as error:
         raise ConfigurationError(f"the adapter {folder} does not fit its base model {base}: {error}") from error
+
+
+def _load_base(saved: SavedAdapter) -> PreTrainedModel:
+    """Load the base model of an adapter, with the layers that the adapter was trained on."""
+    folder, base, config, _, shapes = saved
+    kept = config.num_hidden_layers
+    count = foreign.read_config(base).num_hidden_layers if (base / "config.json").is_file() else kept
+    if count <= kept:
+        return _load_whole(base, config, shapes, adapter_folder=folder)
+    whole = copy.deepcopy(config)
+    whole.num_hidden_layers = count
+    return truncate(_load_whole(base, whole, shapes, adapter_folder=folder), kept)
 
 
 def load_tokenizer(saved: SavedAdapter) -> PreTrainedTokenizerBase:

@@ -109,6 +109,20 @@ def refuse_no_predictions(args: TrainingArguments) -> None:
         )
 
 
+def reason_against_cache(train: Any, args: TrainingArguments) -> str:
+    """Return why a run cannot train on cached states; empty if nothing speaks against it.
+
+    Args:
+        train: the training split.
+        args: the options of training.
+    """
+    if args.neftune_noise_alpha:
+        return "neftune_noise_alpha adds noise to the embeddings, so that states differ in every step"
+    if args.fsdp or args.deepspeed:
+        return "the model is sharded over the ranks"
+    return "" if hasattr(train, "__len__") else "the training data are a stream"
+
+
 def check_token_budget(token_budget: int | None, args: TrainingArguments) -> None:
     """Refuse a token budget whose last batch would be dropped.
 

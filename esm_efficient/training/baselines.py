@@ -227,7 +227,8 @@ def _fit(
 
     train, thresholds, place = read("train"), None, 0
     if picked:
-        place, thresholds = _pick(task, train, read("validation"), default=kept.index(middle))
+        best, thresholds = _pick(task, train, read("validation"), default=kept.index(middle))
+        place, picked = (kept.index(middle), False) if best is None else (best, True)
     predict = fit_probe(task, train.states[place, 0], train.labels, weights=train.weights)
     prediction = _predict(reader, dataset["test"], task, kept[place], predict)
     compute = compute_metrics_for(task, thresholds=thresholds)
@@ -248,15 +249,22 @@ def _of_the_probe(values: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in values.items() if name != "majority_accuracy"}
 
 
-def _pick(task: Task, train: Examples, validation: Examples, *, default: int) -> tuple[int, np.ndarray | None]:
-    """Return the place of the best layer on validation, and the thresholds of several labels there."""
+def _pick(task: Task, train: Examples, validation: Examples, *, default: int) -> tuple[int | None, np.ndarray | None]:
+    """Return the place of the best layer on validation, and the thresholds of several labels there.
+
+    The place is None if validation tells no layer from another, as with examples of one class; the thresholds are then
+    those at the place `default`.
+    """
     compute, metric = compute_metrics_for(task), METRICS[task.kind][0]
     logits = [found for found in fit_probes(task, train, validation, ("",)).values()]
     scores = [compute(EvalPrediction(predictions=z, label_ids=validation.labels))[metric] for z in logits]
-    best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else default
+    finite = np.asarray(scores)[np.isfinite(scores)]
+    is_flat = len(scores) > 1 and (not len(finite) or np.ptp(finite) == 0)
+    best = None if is_flat or not len(finite) else int(np.nanargmax(scores))
     if task.kind != "multi_label_classification":
         return best, None
-    return best, tune_thresholds(validation.labels, logits[best], task.names)
+    chosen = default if best is None else best
+    return best, tune_thresholds(validation.labels, logits[chosen], task.names)
 
 
 def _predict(reader: LayerReader, test: Dataset, task: Task, layer: int, predict: Fitted) -> EvalPrediction:

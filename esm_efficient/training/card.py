@@ -56,6 +56,7 @@ class CardFacts:
         evaluated_on: the split of the metrics.
         thresholds: label name -> probability from which the label is positive, or None.
         settings: how it was trained, by name.
+        is_truncated: whether the base model has more layers than the model.
         intervals: 95 % interval of metrics.
         data: description of the splits, or None.
     """
@@ -66,6 +67,7 @@ class CardFacts:
     evaluated_on: str
     thresholds: Mapping[str, float] | None
     settings: Mapping[str, str]
+    is_truncated: bool = False
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     data: DataDescription | None = None
 
@@ -179,6 +181,8 @@ def _usage(facts: CardFacts, holds: Holds) -> str:
     )
     kind = model_class(facts.task.head, facts.pooling)
     name, library = kind.__name__, kind.__module__.split(".")[0]
+    if holds == "adapter" and facts.is_truncated:  # transformers would load the whole base model
+        return f"## Usage\n\n{own}"
     if library != "transformers":
         if holds == "adapter":
             return f"## Usage\n\n{own}"

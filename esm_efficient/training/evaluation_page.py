@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.reporting import finite_values, format_number, format_table
+from esm_efficient.reporting import count_of, finite_values, format_number, format_table
 from esm_efficient.reporting.html import Part, Plot, Section, Table
 from esm_efficient.reporting.score_plots import (
     confusion_plot,
@@ -233,7 +233,7 @@ def _regression_sections(evaluation: Evaluation) -> list[Section]:
     errors = np.nan_to_num(np.abs(predicted - true)).max(axis=1)
     rows = np.argsort(-errors)[:MISTAKES]
     wrong = [(float(errors[row]), row, _numbers(true[row]), _numbers(predicted[row])) for row in rows]
-    text = f"The {len(rows)} largest errors of {len(errors):,} sequences:"
+    text = f"Largest errors, {len(rows)} of {count_of(len(errors), 'sequence')}:"
     return [Section("Predicted and true", plots), _mistakes(evaluation, wrong, score="error", text=text)]
 
 

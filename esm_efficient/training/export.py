@@ -212,6 +212,8 @@ def _facts(
 ) -> CardFacts:
     pooling = pooling_of_model(model)
     read = {"head reads": _READS[pooling]} if task.head == "sequence-classification" else {}
+    whole = getattr(model.config, "truncated_from", None)
+    kept = {} if whole is None else {"encoder layers kept": f"the lowest {model.config.num_hidden_layers} of {whole}"}
     total = count_parameters(model.parameters())
     return CardFacts(
         task=task,
@@ -219,7 +221,8 @@ def _facts(
         metrics={name: float(value) for name, value in sorted(metrics.items()) if np.isfinite(value)},
         evaluated_on=evaluated_on,
         thresholds=getattr(model.config, "label_thresholds", None),
-        settings={**settings, **read, "trainable parameters": f"{trainable:,} of {total:,}"},
+        is_truncated=whole is not None,
+        settings={**settings, **kept, **read, "trainable parameters": f"{trainable:,} of {total:,}"},
     )
 
 

@@ -28,6 +28,7 @@ from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.tasks import Task
 from esm_efficient.training.arguments import (
     half_dtype,
+    reason_against_cache,
 )
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.baselines import probe_frozen
@@ -240,11 +241,7 @@ def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments)
     """Whether a recipe asks for cached states and this run can have them."""
     if not recipe.cache:
         return False
-    reason = "the training data are a stream" if not hasattr(train, "__len__") else ""
-    if args.fsdp or args.deepspeed:
-        reason = "the model is sharded over the ranks"
-    if args.neftune_noise_alpha:
-        reason = "neftune_noise_alpha adds noise to the embeddings, so that states differ in every step"
+    reason = reason_against_cache(train, args)
     if encoder_dropout(config):
         reason = "the model has dropout, so that states differ in every epoch"
     if reason:

@@ -181,6 +181,7 @@ def begin_job(
     data = describe_if_known(raw)
     stopping = EarlyStopping.check(early_stopping, raw, task, data=data)
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
+    stopping.check_metric(args, task)
     refuse_data_parallel(args)
     refuse_unsaved_weights(args)
     refuse_no_predictions(args)

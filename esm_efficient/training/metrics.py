@@ -16,6 +16,7 @@ import numpy as np
 
 from esm_efficient.errors import DataError
 from esm_efficient.tasks import IGNORE, Task
+from esm_efficient.training.number_metrics import number_metrics
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -172,9 +173,6 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
         >>> regression_metrics(np.array([1.0, 3.0, 9.0]), np.array([1.0, 2.0, 4.0]), ["stability"])["spearman"]
         1.0
     """
-    from scipy import stats
-    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
-
     true, predicted = (v.reshape(len(v), -1) if v.size else v.reshape(0, len(names)) for v in (y_true, y_pred))
     if predicted.shape != true.shape or predicted.shape[1] != len(names):
         raise DataError(
@@ -183,24 +181,11 @@ def regression_metrics(y_true: np.ndarray, y_pred: np.ndarray, names: Sequence[s
     _check_finite(predicted)
     if infinite := int(np.isinf(true).any(axis=1).sum()):
         raise DataError(f"{infinite} of {len(true)} labels are infinite: expected numbers, or NaN for unknown ones")
-    each: dict[str, list[float]] = {key: [] for key in ("spearman", "pearson", "rmse", "mae", "r2")}
-    for index in range(len(names)):
-        rows = ~np.isnan(true[:, index])
-        x, y = predicted[rows, index].astype(np.float64), true[rows, index].astype(np.float64)
-        varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
-        each["spearman"].append(float(stats.spearmanr(x, y).statistic) if varies else float("nan"))
-        each["pearson"].append(float(stats.pearsonr(x, y).statistic) if varies else float("nan"))
-        for key, metric, least in (
-            ("rmse", root_mean_squared_error, 1),
-            ("mae", mean_absolute_error, 1),
-            ("r2", r2_score, 2),
-        ):
-            each[key].append(float(metric(y, x)) if len(x) >= least else float("nan"))
-    known = np.flatnonzero((~np.isnan(true)).any(axis=0))
-    spearman = {f"spearman_{name}": value for name, value in zip(names, each["spearman"], strict=True)}
-    if not len(known):
+    each, known = number_metrics(true, predicted), ~np.isnan(true).all(axis=0)
+    spearman = {f"spearman_{name}": float(value) for name, value in zip(names, each["spearman"], strict=True)}
+    if not len(true) or not known.any():
         return _undefined([*each, *(spearman if len(names) > 1 else ())])
-    result = {key: statistics.fmean(values[index] for index in known) for key, values in each.items()}
+    result = {key: statistics.fmean(values[known].tolist()) for key, values in each.items()}
     return result | (spearman if len(names) > 1 else {})
 
 

@@ -20,12 +20,12 @@ from esm_efficient.recipes import Recipe
 def resolve_options(
     recipe: Recipe, options: Mapping[str, Any], known: Collection[str] = ()
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe with the batch size and quantization asked for, and the options of `TrainingArguments`.
+    """Return the recipe with what was asked for, and the options of `TrainingArguments`.
 
     ``epochs`` is another name of ``num_train_epochs``. ``batch_size`` is the number of sequences per optimizer step on
     one device: the recipe's micro-batch stays as it is where it divides the batch, and the accumulation changes.
     ``micro_batch`` is the number of sequences in one forward pass, which divides the batch; the batch stays as it is.
-    ``quantization`` is that of the recipe.
+    ``quantization`` and ``keep_layers`` are those of the recipe.
 
     Args:
         recipe: the recipe.
@@ -50,6 +50,7 @@ def resolve_options(
         "batch_size",
         "micro_batch",
         "quantization",
+        "keep_layers",
         *known,
     }
     for name in options:
@@ -61,8 +62,8 @@ def resolve_options(
         options["num_train_epochs"] = options.pop("epochs")
     if options.get("num_train_epochs", 1) <= 0 and options.get("max_steps", -1) <= 0:
         raise ConfigurationError(f"epochs={options['num_train_epochs']}: expected more than 0, or nothing is trained")
-    if "quantization" in options:
-        recipe = recipe.replace(quantization=options.pop("quantization"))
+    changes = {name: options.pop(name) for name in ("quantization", "keep_layers") if name in options}
+    recipe = recipe.replace(**changes) if changes else recipe
     sizes = {name: options.pop(name) for name in ("batch_size", "micro_batch") if name in options}
     if sizes:
         recipe = _with_sizes(recipe, options, **sizes)

@@ -18,6 +18,7 @@ from esm_efficient.recipes import Recipe
 from esm_efficient.reporting import count_of, format_bytes, one_line
 from esm_efficient.reporting.tables import format_duration
 from esm_efficient.tasks import SPECIAL_TOKENS, Task
+from esm_efficient.training.arguments import reason_against_cache
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -126,6 +127,8 @@ def plan_run(
     batch_size = batch_size_of(args)
     steps = planned_steps(len(train), args)
     found, reason = None, ""
+    if reason_against_cache(train, args):
+        recipe = recipe.replace(cache=False)
     try:
         found = estimate(
             model,

@@ -20,6 +20,7 @@ from esm_efficient.recipes import Recipe
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, head_of
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
+from esm_efficient.trunk.split import truncate
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,12 @@ def starting_model(
         if recipe.quantization:
             how = quantization_config(recipe.quantization, dtype=half)
             quantized = {"quantization_config": how, "device_map": {"": device}}
-        return _load_pretrained(name, tokenizer, task, recipe, half if plain else None, quantized)
+        # Which layers train is known only of those that are kept.
+        plain = plain and not (recipe.keep_layers and recipe.trains == "full")
+        loaded, tokenizer, has_unit = _load_pretrained(
+            name, tokenizer, task, recipe, half if plain else None, quantized
+        )
+        return _kept(loaded, recipe), tokenizer, has_unit
     if recipe.quantization and not getattr(model, "is_quantized", False):
         raise ConfigurationError(
             f"quantization={recipe.quantization!r} with a loaded model that is not quantised: give the folder or the "
@@ -84,7 +90,12 @@ def starting_model(
     if config.problem_type not in (None, task.problem_type):
         raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
     config.problem_type = task.problem_type
-    return model, tokenizer, _forget_labels(config)
+    return _kept(model, recipe), tokenizer, _forget_labels(config)
+
+
+def _kept(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """Return a model with the layers that a recipe keeps."""
+    return model if recipe.keep_layers is None else truncate(model, recipe.keep_layers)
 
 
 def name_of_model(model: Any) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+import numpy as np
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, TrainingArguments
 
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
+from esm_efficient.training.metrics import compute_metrics_for
 
 AUTOMATIC = 3
 """The patience of ``"auto"`` where there is a validation split."""
@@ -22,6 +25,10 @@ BEST: Mapping[str, tuple[str, bool]] = {
     "regression": ("rmse", False),  # a rank correlation is undefined while all predictions are equal
 }
 """The metric that decides which model is best, by kind of task, and whether more of it is better."""
+
+
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+"""What a Trainer adds to the metrics of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,19 @@ class EarlyStopping:
                 metric = ("loss", False)
         return cls(patience, metric)
 
+    def check_metric(self, args: TrainingArguments, task: Task) -> None:
+        """Refuse the name of a metric that the evaluations of a task do not have.
+
+        Raises:
+            ConfigurationError: ``metric_for_best_model`` is such a name.
+        """
+        name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+        known = ["loss", *_metric_names(task)]
+        if name not in known and name not in _SPEEDS:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"expected one of {listing(known, 20)}"
+            raise ConfigurationError(f"metric_for_best_model={name!r}: no evaluation has this metric: {advice}")
+
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options of `TrainingArguments`: those given, and what early stopping needs beside them."""
         if self.patience is None:
@@ -87,3 +107,15 @@ class EarlyStopping:
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callback that stops the run."""
         return [] if self.patience is None else [EarlyStoppingCallback(early_stopping_patience=self.patience)]
+
+
+def _metric_names(task: Task) -> list[str]:
+    """Return the names of the metrics of a task, from those of an evaluation in which each label occurs."""
+    count = len(task.names)
+    scores = np.eye(max(count, 2), count)
+    labels = scores if task.problem_type else np.arange(count)
+    if task.kind == "single_label_classification":
+        labels = np.arange(count)
+    elif task.kind == "token_classification":
+        scores, labels = scores[None], np.arange(count)[None]
+    return list(compute_metrics_for(task)(EvalPrediction(predictions=scores, label_ids=labels)))

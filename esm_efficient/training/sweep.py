@@ -132,16 +132,18 @@ class LayerSweep:
             numbers = [self.score(layer, reading, metric) for reading in self.readings for metric in shown]
             rows.append([layer, *(format_number(number, "{:.3f}") for number in numbers), ", ".join(marks)])
         reason = "within one standard error of it" if self.layer <= self.best else "that can be kept"
+        how = (
+            f" (--keep-layers {self.layer}, or keep_layers={self.layer} in Python)" if self.layer < self.layers else ""
+        )
         unit = "residues" if self.task.kind == "token_classification" else "proteins"
         return (
             f"Linear probes on the states of each layer, fitted on {self.examples[0]:,} {unit} of train, scored on "
             f"{self.examples[1]:,} of {self.evaluated_on}; {self.task.describe()}\n\n"
             f"{format_table(rows, header)}\n\n"
-            f"Recommended: keep {count_of(self.layer, 'layer')} of {self.layers} (truncate(model, {self.layer}) in "
-            f"Python), and a head that reads the {_NAMES[self.reading]}. Layer {self.best} has the best {self.metric} "
-            f"({self.score(self.best):.3f}, standard error {self.standard_error:.3f}); layer {self.layer} is the "
-            f"lowest, from 1, {reason}. A probe is not a promise: fine-tuning may rank layers in another "
-            "order."
+            f"Recommended: keep {count_of(self.layer, 'layer')} of {self.layers}{how}, and a head that reads the "
+            f"{_NAMES[self.reading]}. Layer {self.best} has the best {self.metric} ({self.score(self.best):.3f}, "
+            f"standard error {self.standard_error:.3f}); layer {self.layer} is the lowest, from 1, {reason}. A probe "
+            "is not a promise: fine-tuning may rank layers in another order."
         )
 
 

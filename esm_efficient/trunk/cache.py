@@ -23,7 +23,7 @@ Data = TypeVar("Data", bound="Dataset | DatasetDict")
 _IRRELEVANT = (
     *("_name_or_path", "architectures", "classifier_pooling", "dtype", "id2label", "label2id", "label_thresholds"),
     *("num_hidden_layers", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
-    "transformers_version",
+    *("transformers_version", "truncated_from"),
 )
 """Settings of a config that do not change the states."""
 _PASSING = ("training", "gradient_checkpointing")

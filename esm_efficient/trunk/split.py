@@ -287,7 +287,8 @@ def truncate(model: Model, layers: int) -> Model:
         layers: number of layers to keep.
 
     Returns:
-        A model of the same class, with ``config.num_hidden_layers == layers``.
+        A model of the same class, with ``config.num_hidden_layers == layers``, and with the former number of layers in
+        ``config.truncated_from``.
 
     Raises:
         ConfigurationError: the model has no ``EsmModel`` or ``EsmcModel`` or several, has adapters, or has fewer
@@ -306,12 +307,14 @@ def truncate(model: Model, layers: int) -> Model:
         raise ConfigurationError("the model has adapters: merge them, or cut layers off before adding adapters")
     if not 1 <= layers <= count:
         raise ConfigurationError(f"layers={layers}: expected 1 to {count} layers to keep")
+    whole = getattr(esm.config, "truncated_from", count)
     shorter: Any = remove_lean_encoder(copy_modules(model))
     shorter_esm, _ = only_encoder(shorter)
     _set(shorter_esm, parts.layers, layers_of(shorter_esm)[:layers])
     for module in shorter.modules():
         if hasattr(module, "config"):
             module.config.num_hidden_layers = layers
+            module.config.truncated_from = whole
     if hasattr(shorter_esm, "contact_head"):
         contacts = shorter_esm.contact_head.regression
         contacts.in_features = layers * esm.config.num_attention_heads
@@ -343,12 +346,21 @@ def encoder_dropout(config: Any) -> tuple[str, ...]:
 
 
 def only_encoder(model: nn.Module) -> tuple[Any, _Parts]:
-    """Return the encoder in a model and where its parts are."""
+    """Return the encoder in a model and where its parts are.
+
+    Raises:
+        ConfigurationError: the model has no encoder that can be split, several, or a part that reads all its layers.
+    """
     found = [(module, parts) for module in model.modules() if (parts := _parts_of(module)) is not None]
     if len(found) != 1:
         raise ConfigurationError(
             f"{type(model).__name__} has {len(found)} modules of transformers' classes {' and '.join(_ENCODERS)}: "
             "expected one. Other encoders train without a cache (cache=False in the recipe)"
+        )
+    if any(parent.__name__ == "EsmForProteinFolding" for parent in type(model).__mro__):
+        raise ConfigurationError(
+            "EsmForProteinFolding reads the states of all layers of its encoder, so that none can be split off or "
+            "dropped: give the encoder alone, model.esm"
         )
     return found[0]
 

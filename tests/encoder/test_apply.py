@@ -21,6 +21,7 @@ from conftest import make_dataset, make_model, tiny_config
 from lean_models import HEADS, build, distance, gradient_of, loss_of, make_batch, nodes_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     DataCollatorWithPadding,
     EsmForSequenceClassification,
@@ -232,6 +233,44 @@ def test_a_hook_in_a_layer_gets_the_tensors_of_the_plain_model(path, caplog):
         apply_lean_encoder(model)(**batch)
     assert torch.equal(*seen)
     assert f"layer {path.removeprefix('encoder.layer.')} has hooks" in caplog.text
+
+
+def test_a_hook_for_all_modules_gets_the_tensors_of_the_plain_model(caplog):
+    model, seen = build(trains="full").eval(), []
+    batch = make_batch([9, 5, 12])
+
+    def note(module, inputs, output):
+        if isinstance(module, nn.Linear):
+            seen.append(output)
+
+    handle = register_module_forward_hook(note)
+    try:
+        with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
+            model(**batch)
+            plain = list(seen)
+            seen.clear()
+            apply_lean_encoder(model)(**batch)
+    finally:
+        handle.remove()
+    assert len(seen) == len(plain) > 10
+    assert all(map(torch.equal, seen, plain))
+    assert "there are hooks for all modules" in caplog.text
+
+
+def test_a_transformation_of_torch_func_gives_the_gradient(caplog):
+    model = apply_lean_encoder(build(trains="full").eval())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    batch = make_batch([9, 5, 12])
+
+    def loss(values):
+        return torch.func.functional_call(model, values, kwargs=batch).logits.square().sum()
+
+    with caplog.at_level(logging.INFO, "esm_efficient"):
+        found = torch.func.grad(loss)(parameters)
+    assert "runs under torch.func" in caplog.text
+    expected = dict(zip(parameters, torch.autograd.grad(loss(parameters), parameters.values()), strict=True))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("path", ["esm", "esm.encoder", "classifier", "classifier.dense"])

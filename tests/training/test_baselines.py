@@ -229,6 +229,13 @@ def test_every_task_has_a_probe(data, tokenizer, kind):
         assert found.examples == min(labelled, 20_000)
 
 
+def test_with_one_class_in_validation_it_reads_the_middle_layer(tokenized):
+    one = tokenized["validation"].filter(lambda row: row["labels"] == 0)
+    found = measure({**tokenized, "validation": one})
+    assert (found.layer, found.picked) == (2, False)
+    assert "nearest to the middle" in found.describe()
+
+
 def one_class(splits):
     rows = splits["train"].filter(lambda row: row["labels"] == 0)
     return {**splits, "train": rows}

@@ -183,7 +183,7 @@ def test_a_model_of_numbers_below_the_mean_is_called_so():
 
 
 def test_the_largest_errors_of_numbers_are_said_to_be_those_of_all_sequences():
-    assert evaluation_sections(evaluation("regression"))[-1].parts[0] == "The 12 largest errors of 60 sequences:"
+    assert evaluation_sections(evaluation("regression"))[-1].parts[0] == "Largest errors, 12 of 60 sequences:"
 
 
 def test_a_model_without_a_mistake_has_no_empty_table():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import TrainingArguments
 
 from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc
 from esm_efficient.errors import ConfigurationError
@@ -43,6 +44,39 @@ def test_options_and_callbacks():
     assert options["load_best_model_at_end"]
     assert options["save_total_limit"] == 5
     assert stopping.callbacks()[0].early_stopping_patience == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "is_known"),
+    [
+        (CLASSES, "mcc", True),
+        (CLASSES, "eval_f1_yes", True),
+        (CLASSES, "loss", True),
+        (CLASSES, "samples_per_second", True),
+        (CLASSES, "rmse", False),
+        (Task("token_classification", ("H", "E", "C")), "mcc_E", True),
+        (Task("multi_label_classification", ("a", "b")), "jaccard", True),
+        (Task("multi_label_classification", ("a",)), "accuracy", False),
+        (Task("regression", ("x",)), "r2", True),
+        (Task("regression", ("x", "y")), "spearman_y", True),
+        (Task("regression", ("x",)), "spearman_x", False),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused(tmp_path, task, name, is_known):
+    args = TrainingArguments(output_dir=str(tmp_path), metric_for_best_model=name, report_to="none", use_cpu=True)
+    stopping = EarlyStopping.check(None, ["train"], task)
+    if is_known:
+        stopping.check_metric(args, task)
+    else:
+        with pytest.raises(ConfigurationError, match=f"metric_for_best_model='{name}': no evaluation has"):
+            stopping.check_metric(args, task)
+
+
+def test_a_wrong_metric_is_refused_before_training_with_the_nearest_right_one(tmp_path):
+    rows = Dataset.from_dict({"sequence": ["MKT", "MAL"] * 4, "label": [0, 1] * 4})
+    rows = rows.cast_column("label", ClassLabel(names=["no", "yes"]))
+    with pytest.raises(ConfigurationError, match="'acuracy': no evaluation has this metric: did you mean 'accuracy'"):
+        finetune("no/model", DatasetDict(train=rows, test=rows), output_dir=tmp_path, metric_for_best_model="acuracy")
 
 
 @pytest.mark.parametrize(("splits", "patience"), [(["train", "validation"], 3), (["train", "test"], None)])

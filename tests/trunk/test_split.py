@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     EsmConfig,
     EsmForMaskedLM,
+    EsmForProteinFolding,
     EsmForSequenceClassification,
     EsmForTokenClassification,
     EsmModel,
@@ -30,6 +31,23 @@ def make_model(kind=EsmForSequenceClassification, **options):
         **(rates | sizes | options),
     )
     return kind(config).eval()
+
+
+def folding_model():
+    """A tiny model of the kind of ESMFold, on the meta device."""
+    sizes = {"sequence_state_dim": 32, "pairwise_state_dim": 32, "num_blocks": 1, "max_recycles": 1}
+    sizes |= {"sequence_head_width": 32, "pairwise_head_width": 32, "position_bins": 4}
+    config = EsmConfig(
+        vocab_size=33,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        is_folding_model=True,
+        esmfold_config={"trunk": sizes, "fp16_esm": False},
+    )
+    with torch.device("meta"):
+        return EsmForProteinFolding(config)
 
 
 @pytest.fixture
@@ -144,6 +162,8 @@ def test_a_trained_rest_with_adapters_joins_to_an_ordinary_model(lean, batch, ca
         (lambda: split_model(get_peft_model(m := make_model(), lora_config(m)), 1), "has adapters"),
         (lambda: truncate(get_peft_model(m := make_model(), lora_config(m)), 1), "has adapters"),
         (lambda: truncate(make_model(), 0), "layers=0: expected 1 to 4"),
+        (lambda: truncate(folding_model(), 1), "EsmForProteinFolding reads the states of all layers"),
+        (lambda: split_model(folding_model(), 1), "EsmForProteinFolding reads the states of all layers"),
         (lambda: join_model(split_model(make_model(), 1)[1], split_model(make_model(), 2)[0]), "lacks 3 layers"),
     ],
 )
