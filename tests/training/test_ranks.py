@@ -48,6 +48,10 @@ EVERY = [
 ]
 
 
+FEW = {*(f"{kind} {name}" for kind in ("ddp", "fsdp") for name in ("base", "all", "budget", "mean")), "ddp frozen"}
+"""Cases that run on four ranks too."""
+
+
 def resumed(case, ranks):
     """The same case, resumed from the third optimizer step of a run on `ranks` ranks."""
     return case | {"name": f"{case['name']} resumed", "resume": f"{case['name']}-{ranks}/checkpoint-3"}
@@ -115,12 +119,12 @@ def test_two_ranks_train_to_the_weights_of_one_process_which_resumes_their_run(f
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=without_fsdp2)], ids=["ddp", "fsdp"])
 def test_every_recipe_trains_on_several_ranks_and_resumes_on_other_numbers(folder, ranks, sharded):
-    cases = [case for case in EVERY if case.get("sharded", False) == sharded]
+    cases = [case for case in EVERY if case.get("sharded", False) == sharded and (ranks == 2 or case["name"] in FEW)]
     wholes = {case["name"]: alone(folder, case) for case in cases}
     results = on_ranks(folder, ranks, cases)
     for case in cases:
         assert_as_one_process(folder, case, ranks, results, alone=wholes[case["name"]])
-    saved = [case for case in cases if "save_steps" in case.get("options", {})]
+    saved = [case for case in cases if "save_steps" in case.get("options", {}) and case["name"] in FEW]
     for other in {1, 2, 4} - {ranks}:
         # A checkpoint of sharded ranks resumes on sharded ranks only.
         again = [resumed(case, ranks) for case in saved if other > 1 or not sharded]

@@ -19,7 +19,7 @@ from conftest import make_model
 from esm_efficient import Predictor
 from esm_efficient.saving import portable_saving
 
-REQUESTS, CLIENTS, BAD = 10_000, 8, 2_000
+REQUESTS, CLIENTS, BAD = 5_000, 8, 2_000
 JSON = {"Content-Type": "application/json"}
 
 
@@ -75,7 +75,7 @@ def test_ping_and_the_three_content_types(server, model_dir):
         assert answer["probabilities"] == pytest.approx(expected.to_dict()["probabilities"], abs=1e-6)
 
 
-def test_ten_thousand_requests_from_eight_clients(server, model_dir):
+def test_five_thousand_requests_from_eight_clients(server, model_dir):
     rng = random.Random(0)
     pool = [sequence(rng) for _ in range(200)]
     expected = [p.to_dict()["probabilities"]["membrane"] for p in Predictor.load(model_dir).predict(pool)]
@@ -104,8 +104,8 @@ def test_ten_thousand_requests_from_eight_clients(server, model_dir):
     with ThreadPoolExecutor(CLIENTS) as clients:
         assert sum(clients.map(client, range(CLIENTS))) == REQUESTS
     assert len(resident) == REQUESTS // 1000
-    # A leak of one kilobyte per request would be 9 MB after nine thousand requests.
-    assert max(resident[1:]) - resident[0] < 4 * 1024**2, [r / 1024**2 for r in resident]
+    # A leak of one kilobyte per request would be 4 MB between the first thousand requests and the last.
+    assert max(resident[1:]) - resident[0] < 3 * 1024**2, [r / 1024**2 for r in resident]
 
 
 def bad_request(rng: random.Random) -> tuple[bytes, dict[str, str]]:
