@@ -46,7 +46,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from study_methods import GroupRates, Method, list_methods, quick_rows
 from study_results import append_result, identity, read_results, report
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from tutorial_methods import train_as_the_tutorial
 
@@ -60,7 +60,6 @@ from esm_efficient import (
     load_deeploc,
     stratified_sample,
     sweep_layers,
-    truncate,
     write_demo_table,
 )
 from esm_efficient.reporting.score_plots import reliability
@@ -182,7 +181,7 @@ class Study:
         work, clock, before = self.options.work / "run", CpuClock(), state_folders(self.states)
         shutil.rmtree(work, ignore_errors=True)
         result = finetune(
-            self.truncated(method.truncated) if method.truncated else self.model,
+            self.model,
             data,
             recipe=method.recipe,
             output_dir=work,
@@ -191,6 +190,7 @@ class Study:
             num_train_epochs=method.epochs,
             probe=False,
             profile=True,
+            keep_layers=method.truncated or None,
             callbacks=[clock, *([GroupRates(method.rates)] if method.rates else [])],
             **method.options,
         )
@@ -231,14 +231,6 @@ class Study:
         folder, clock = self.options.work / "run", CpuClock()
         figures = train_as_the_tutorial(kind, self.model, data, seed=seed, folder=folder, callbacks=[clock])
         return {**figures, "prepare_cpu_seconds": clock.prepared, "train_cpu_seconds": clock.trained}
-
-    def truncated(self, layers: int) -> Path:
-        """Write the model's lowest layers, without a head, as a checkpoint."""
-        folder = self.options.work / f"truncated-{layers}"
-        whole = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=torch.float32)
-        truncate(whole, layers).base_model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self.model).save_pretrained(folder)
-        return folder
 
 
 class CpuClock(TrainerCallback):
