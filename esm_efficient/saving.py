@@ -8,6 +8,7 @@ that it knows computes with exact ones.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ class Loaded(NamedTuple):
 def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> Loaded:
     """Load a model with the rotary frequencies of its checkpoint, whichever version wrote it.
 
+    transformers' report of missing and unexpected weights is not logged: the caller decides what may be missing.
+
     Args:
         auto: a model class or an auto class of transformers.
         name_or_path: as ``from_pretrained``.
@@ -113,7 +116,8 @@ def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> Loaded:
             r"encoder\.layer\.\*\.": "encoder.layer.0.",
         }
         options = {"key_mapping": renamings} | options
-    model, info = auto.from_pretrained(name_or_path, output_loading_info=True, **options)
+    with _without_report():
+        model, info = auto.from_pretrained(name_or_path, output_loading_info=True, **options)
     if per_layer:
         compat.forget_renaming(model, "encoder.layer.0.")
     missing = {name for name in info["missing_keys"] if not name.endswith(_FREQUENCIES)}
@@ -126,6 +130,21 @@ def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> Loaded:
     # An entry is a name, or in older versions a name with both shapes.
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     return Loaded(model, sorted(missing), sorted(mismatched))
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from logging which weights a checkpoint lacks, in a ``with`` block."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
 
 
 def _repeat_frequencies(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ The tests across two versions need an interpreter with another version in ESM_EF
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -177,3 +178,15 @@ def test_what_the_other_version_wrote_computes_the_same_here(two_versions, name)
     if name == "portable back":
         plain = EsmForSequenceClassification.from_pretrained(root / name)
         torch.testing.assert_close(outputs(plain), expected, rtol=0, atol=1e-6)
+
+
+def test_no_report_of_a_new_head_is_logged_and_other_messages_are(tmp_path, caplog):
+    make_model(EsmModel).save_pretrained(tmp_path)
+    caplog.clear()
+    EsmForSequenceClassification.from_pretrained(tmp_path)
+    assert "LOAD REPORT" in caplog.text
+    caplog.clear()
+    assert load_pretrained(EsmForSequenceClassification, tmp_path).missing
+    assert "LOAD REPORT" not in caplog.text
+    logging.getLogger("transformers.modeling_utils").warning("another LOAD REPORT")
+    assert "another" in caplog.text
