@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from esm_efficient.errors import ConfigurationError
@@ -67,9 +68,9 @@ class Recipe:
         description: one line for a table.
 
     Raises:
-        ConfigurationError: preset and rank do not fit `trains`, a size or `keep_layers` is below 1, the encoder,
-            the layers, the pooling or the quantization are unknown, everything trains and there is nothing to cache,
-            or a base is to be quantised that trains or is cached.
+        ConfigurationError: preset and rank do not fit `trains`, the learning rate is no finite number from 0, a size or
+            `keep_layers` is below 1, the encoder, the layers, the pooling or the quantization are unknown, everything
+            trains and there is nothing to cache, or a base is to be quantised that trains or is cached.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Recipe:
                 f"recipe {self.name!r}: got trains={self.trains!r}, preset={self.preset!r}, r={self.r!r}: expected a "
                 "preset and a rank with trains='adapters', and neither otherwise"
             )
+        check_learning_rate(self.learning_rate)
         if self.encoder not in ("lean", "plain"):
             raise ConfigurationError(f"recipe {self.name!r}: encoder={self.encoder!r}: expected 'lean' or 'plain'")
         if self.pooling not in get_args(Pooling):
@@ -142,10 +144,19 @@ class Recipe:
         SDEs and Scaling Rules for Adaptive Gradient Algorithms"). With all layers or a quantised base, `cache`
         becomes False unless it is given.
 
+        Raises:
+            ConfigurationError: a recipe has no such setting, or as `Recipe`.
+
         Example:
             >>> RECIPES["lora"].replace(accumulation=4).learning_rate
             0.002
         """
+        names = [field.name for field in dataclasses.fields(self)]
+        if unknown := [name for name in changes if name not in names]:
+            raise ConfigurationError(
+                f"a recipe has no setting {unknown[0]!r}: expected one of {', '.join(names)}. Others, such as epochs, "
+                "are options of finetune"
+            )
         if (changes.get("layers") == "all" and self.trains != "head") or changes.get("quantization"):
             changes = {"cache": False} | changes
         changed = dataclasses.replace(self, **changes)
@@ -153,6 +164,16 @@ class Recipe:
             scaled = self.learning_rate * math.sqrt(changed.batch_size / self.batch_size)
             changed = dataclasses.replace(changed, learning_rate=scaled)
         return changed
+
+
+def check_learning_rate(rate: Any) -> None:
+    """Refuse a learning rate that is no finite number from 0; at 0 nothing is learned.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < math.inf:  # false for NaN too
+        raise ConfigurationError(f"learning_rate={rate!r}: expected a finite number above 0, such as 1e-3")
 
 
 def check_layers(layers: str | Sequence[int]) -> str | tuple[int, ...]:

@@ -179,10 +179,14 @@ def set_problem_type(model: Any, problem_type: str) -> None:
 def label_names_of(model: Any) -> tuple[str, ...]:
     """Return the names of a model's labels in their order: those of its config, or else their numbers.
 
+    The labels of a masked language model are its token ids.
+
     Raises:
         ConfigurationError: the model has no config with ``num_labels``.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    if head_of(model) == "masked-lm":
+        return tuple(map(str, range(config.vocab_size)))
     count = getattr(config, "num_labels", None)
     if count is None:
         raise ConfigurationError(

@@ -112,3 +112,14 @@ def test_more_layers_than_the_encoder_has_are_refused(layers, count):
 
 def test_a_recipe_for_the_head_trains_no_layer():
     assert RECIPES["frozen"].trained_layers(6) == ()
+
+
+@pytest.mark.parametrize("rate", ["1e-4", -1e-4, float("nan"), float("inf"), None, True])
+def test_a_learning_rate_is_a_finite_number(rate):
+    with pytest.raises(ConfigurationError, match=r"learning_rate=.*: expected a finite number above 0"):
+        RECIPES["lora"].replace(learning_rate=rate)
+
+
+def test_an_unknown_setting_is_refused_with_those_of_a_recipe():
+    with pytest.raises(ConfigurationError, match=r"no setting 'epochs': expected one of name, .*options of finetune"):
+        RECIPES["lora"].replace(epochs=5)

@@ -103,6 +103,9 @@ def prepare_model(
         with _weights_as_float32(model, architecture, adapters):
             # Matrices that wait for data have no values until then: nothing trains by mistake without them.
             prepared = get_peft_model(model, adapters, low_cpu_mem_usage=needs_data(adapters))
+        for name, parameter in prepared.named_parameters():
+            if is_unread(architecture, name):  # peft unfreezes the biases of all modules for bias="all"
+                parameter.requires_grad_(False)
     if gradient_checkpointing:
         compat.enable_checkpointing(model, use_reentrant=use_reentrant)
         compat.require_input_gradients(model)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,8 +146,10 @@ def lora_config(
         The config. A classification head trains in full and is saved with the adapter.
 
     Raises:
-        TargetModuleError: as `resolve_targets`.
-        ConfigurationError: the preset is unknown, or ``exclude_modules`` is a pattern and the preset needs a list.
+        TargetModuleError: as `resolve_targets`; or a key of ``rank_pattern`` or ``alpha_pattern`` matches no layer that
+            gets an adapter, or a name in ``modules_to_save`` no module.
+        ConfigurationError: the preset is unknown, ``exclude_modules`` is a pattern and the preset needs a list, or
+            `layers` and ``layers_to_transform`` are both given.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -159,6 +162,12 @@ def lora_config(
 
     report = resolve_targets(model, preset if target_modules is None else target_modules, layers=layers)
     logger.info("LoRA targets\n%s", report)
+    _check_names(model, report, peft_options)
+    if layers != "all" and peft_options.get("layers_to_transform") is not None:
+        raise ConfigurationError(
+            f"layers={layers!r} and layers_to_transform={peft_options['layers_to_transform']!r} both choose layers: "
+            "give one of them. A recipe has its own layers; layers=[...] replaces them"
+        )
     if report.excluded:
         given = peft_options.pop("exclude_modules", None) or []
         if isinstance(given, str):
@@ -279,9 +288,27 @@ def _suggestion(model: nn.Module, target: str, layers: list[str]) -> str:
         return reason + f"use {_role_suffix(architecture, inside[0])!r}"
     if any(path.endswith(".base_layer") for path in layers):
         return "the model has adapters already: give the model before it was wrapped, or model.unload()"
-    suffixes = sorted({".".join(path.split(".")[-n:]) for path in layers for n in (1, 2, 3)})
+    return _similar(target, layers)
+
+
+def _similar(target: str, paths: Sequence[str]) -> str:
+    """Return the ends of some paths that are most like a target, as advice."""
+    suffixes = sorted({".".join(path.split(".")[-n:]) for path in paths for n in (1, 2, 3)})
     close = difflib.get_close_matches(target, suffixes, n=3)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "no layer of the model has a similar name"
+
+
+def _check_names(model: nn.Module, report: TargetReport, peft_options: Mapping[str, Any]) -> None:
+    """Refuse names of peft's options that match nothing, which peft ignores; they are matched as peft matches them."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in peft_options.get(option) or ():
+            if not any(re.match(rf"(.*\.)?({key})$", path) for path in report.modules):
+                advice = _similar(key, report.modules)
+                raise TargetModuleError(f"{option}: {key!r} matches no layer that gets an adapter: {advice}")
+    modules = [path for path, _ in model.named_modules()]
+    for name in peft_options.get("modules_to_save") or ():
+        if not any(path.endswith(name) for path in modules):
+            raise TargetModuleError(f"modules_to_save: {name!r} matches no module: {_similar(name, modules)}")
 
 
 def _heads_unknown_to_peft(model: nn.Module) -> list[str]:

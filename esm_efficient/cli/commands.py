@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 from typing import Annotated, Any, get_args
@@ -64,6 +65,19 @@ def change_recipes(names: list[str], *, layers: Any, cache: bool | None, pooling
     return [get_recipe(name).replace(**given) for name in names]
 
 
+def parse_number(text: str | float) -> float:
+    """Return the number that an option was given as; an error repeats a text that is none."""
+    try:
+        return float(text)
+    except ValueError:
+        with_point = str(text).replace(",", ".", 1)
+    try:
+        float(with_point)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: expected a number") from error
+    raise typer.BadParameter(f"{text!r}: write {with_point}")
+
+
 def check_epochs(epochs: float) -> None:
     """Refuse a number of epochs that no run has."""
     if not 0 < epochs < math.inf:  # false for NaN too
@@ -114,6 +128,8 @@ def check_depth(model: str, layers: Any, kept: int | None = None) -> None:
 
 
 # The options that several commands have.
+number_option = functools.partial(typer.Option, parser=parse_number, metavar="FLOAT")
+EpochsOption = Annotated[float, number_option("--epochs", help="Passes over the training sequences.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="A GPU or an instance type.")]
 TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens per sequence, special tokens included.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of a training step.")]
@@ -238,10 +254,10 @@ def recommend(
             help="Also try adapters on a base in 4bit or 8bit; can be repeated.",
         ),
     ] = _NOT_QUANTIZED,
-    epochs: Annotated[float, typer.Option(help="Passes over the training sequences.")] = 3.0,
+    epochs: EpochsOption = 3.0,
     sequences: SequencesOption = None,
-    disk: Annotated[float | None, typer.Option(min=0, help="GiB on the disk for a cache.")] = None,
-    margin: Annotated[float, typer.Option(help="Share of the device's memory to leave free.")] = 0.1,
+    disk: Annotated[float | None, number_option(help="GiB on the disk for a cache.")] = None,
+    margin: Annotated[float, number_option(help="Share of the device's memory to leave free.")] = 0.1,
     precision: PrecisionOption = "auto",
     optimizer: OptimizerOption = "adamw_fused",
     attention: AttentionOption = "sdpa",
@@ -253,8 +269,8 @@ def recommend(
     Example: esm-efficient recommend --model 650M --device T4 --tokens 1024
     """
     check_epochs(epochs)
-    if disk == math.inf:
-        raise typer.BadParameter("inf: expected a finite number of GiB", param_hint="--disk")
+    if disk is not None and not 0 <= disk < math.inf:
+        raise typer.BadParameter(f"{disk}: expected a finite number of GiB, at least 0", param_hint="--disk")
     _check_cache(cache, quantization)
     changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
     changed = _with_quantized(changed, quantization)

@@ -15,6 +15,7 @@ from esm_efficient.cli.commands import (
     AttentionOption,
     CacheOption,
     DeviceOption,
+    EpochsOption,
     KeepLayersOption,
     LayersOption,
     OptimizerOption,
@@ -30,6 +31,7 @@ from esm_efficient.cli.commands import (
     change_recipes,
     check_depth,
     check_epochs,
+    number_option,
 )
 from esm_efficient.cli.jobs import (
     AccessionOption,
@@ -105,7 +107,7 @@ def finetune(
     output: Annotated[
         Path, typer.Option("--output", "-o", callback=writable_folder, help="Folder for the model and the report.")
     ] = Path("output"),
-    epochs: Annotated[float, typer.Option(help="Passes over the training sequences.")] = 3.0,
+    epochs: EpochsOption = 3.0,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences per optimizer step; default: the recipe's.")
     ] = None,
@@ -113,7 +115,7 @@ def finetune(
         int | None,
         typer.Option(min=1, help="Sequences in one forward pass: fewer need less memory; default: the recipe's."),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; default: the recipe's.")] = None,
+    learning_rate: Annotated[float | None, number_option(help="Peak learning rate; default: the recipe's.")] = None,
     layers: LayersOption = None,
     cache: CacheOption = None,
     pooling: PoolingOption = None,
@@ -274,7 +276,7 @@ def compare(
     tokens: TokensOption = 512,
     recipes: RecipesOption = _ALL_RECIPES,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the first table.")] = 100,
-    epochs: Annotated[float, typer.Option(help="Epochs of the second table.")] = 1.0,
+    epochs: Annotated[float, number_option(help="Epochs of the second table.")] = 1.0,
     layers: LayersOption = None,
     cache: CacheOption = None,
     pooling: PoolingOption = None,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from esm_efficient.data.readers import read_fasta, read_table
-from esm_efficient.data.schema import find_column, non_letters
-from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
+from esm_efficient.data.schema import USUAL_NAMES, find_column, non_letters
+from esm_efficient.data.sequences import SPECIAL_PATTERN, NucleotideCount, clean, count_residues
 from esm_efficient.errors import DataError, RequestError, listing
 from esm_efficient.inference.inputs import problem_of
 
@@ -18,6 +18,10 @@ TYPES = ("application/json", "text/csv", "text/x-fasta")
 """Accepted content types; other usual names of FASTA are accepted too."""
 
 _FASTA = ("text/x-fasta", "application/x-fasta", "text/fasta", "chemical/seq-aa-fasta")
+_HEADERS = frozenset(name for names in USUAL_NAMES.values() for name in names) | frozenset(
+    ("aa", "antibody", "antigen", "chain", "fasta", "heavy", "light", "membrane", "peptide", "text", "vh", "vl")
+)
+"""Words that head a column and whose letters are also residues: in capitals they look like a sequence."""
 _MAX_SHOWN = 40
 """Characters of a name or content type that an error repeats."""
 
@@ -56,7 +60,8 @@ def read_request(body: bytes | str, content_type: str | None, limits: RequestLim
 
     JSON is ``{"inputs": "MKT..."}`` or ``{"inputs": ["MKT...", ...]}``; an item may also be
     ``{"name": "P12345", "sequence": "MKT..."}``, in which ``name`` is optional. CSV has a header with a column of
-    sequences and optionally one of names, both found by their usual names, or it has no header and a single column.
+    sequences and optionally one of names, both found by their usual names; or it has no header and a single column of
+    sequences in capitals.
     FASTA records are named by the first word of their header.
 
     Args:
@@ -160,13 +165,23 @@ def _csv(text: str) -> Iterator[tuple[str, str]]:
         if len(names) > 1:
             shown = listing([name[:_MAX_SHOWN] for name in names])
             raise RequestError(f"the CSV has no column called sequence; it has {shown}")
-        # Without a header, the first line is a sequence too.
         sequence = names[0]
+        _check_first_line(sequence)
         yield "", sequence
     for _, row in rows:
         if any(cell.strip() for cell in row):
             cells = dict(zip(names, row, strict=True))
             yield cells.get(accession or "", "").strip(), cells[sequence]
+
+
+def _check_first_line(line: str) -> None:
+    """Refuse the first line of a CSV with one column if it may be a header: without one, it is a sequence too."""
+    letters = SPECIAL_PATTERN.sub("", line)
+    if letters != letters.upper() or letters.strip().lower() in _HEADERS:
+        raise RequestError(
+            f"the first line of the CSV is {line[:_MAX_SHOWN]!r}: expected the header sequence, or no header and "
+            "sequences in capitals"
+        )
 
 
 def _fasta(text: str) -> Iterator[tuple[str, str]]:

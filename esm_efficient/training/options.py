@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 from collections.abc import Collection, Mapping
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from transformers import TrainingArguments
 from esm_efficient import compat
 from esm_efficient.adapters.resolve import lora_config
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.recipes import Recipe
+from esm_efficient.recipes import Recipe, check_learning_rate
 
 
 def resolve_options(
@@ -60,14 +63,30 @@ def resolve_options(
         if "num_train_epochs" in options:
             raise ConfigurationError("epochs and num_train_epochs are the same option: give one of them")
         options["num_train_epochs"] = options.pop("epochs")
-    if options.get("num_train_epochs", 1) <= 0 and options.get("max_steps", -1) <= 0:
-        raise ConfigurationError(f"epochs={options['num_train_epochs']}: expected more than 0, or nothing is trained")
+    _check_numbers(options)
+    epochs = options.get("num_train_epochs", 1)
+    if not 0 < epochs < math.inf and options.get("max_steps", -1) <= 0:  # NaN is refused too
+        raise ConfigurationError(f"epochs={epochs}: expected more than 0 and a finite number")
     changes = {name: options.pop(name) for name in ("quantization", "keep_layers") if name in options}
     recipe = recipe.replace(**changes) if changes else recipe
     sizes = {name: options.pop(name) for name in ("batch_size", "micro_batch") if name in options}
     if sizes:
         recipe = _with_sizes(recipe, options, **sizes)
     return recipe, options
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse a text, or another value, for an option of `TrainingArguments` that is a number."""
+    if "learning_rate" in options:
+        check_learning_rate(options["learning_rate"])
+    for field in dataclasses.fields(TrainingArguments):
+        kinds = set(re.findall(r"\w+", str(field.type).removeprefix("<class ")))
+        if field.name not in options or not kinds & {"float", "int"} or kinds - {"float", "int", "None", "Optional"}:
+            continue
+        value = options[field.name]
+        if not isinstance(value, Real) and not (value is None and kinds & {"None", "Optional"}):
+            name = "epochs" if field.name == "num_train_epochs" else field.name
+            raise ConfigurationError(f"{name}={value!r} is a {type(value).__name__}: expected a number")
 
 
 def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:

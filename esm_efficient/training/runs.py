@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from esm_efficient.training.batches import (
     EndlessStream,
     EpochCallback,
     budget_dataloader,
+    count_real_examples,
     is_stream,
     stream_dataloader,
     stream_evaluation_dataloader,
@@ -63,6 +65,8 @@ class WatchedTrainer(Trainer):
     stream: EndlessStream | None = None
     residues_resumed = 0
     _residues_trained: Tensor | int = 0
+    _real_examples = sys.maxsize
+    _warned_of_repeats = False
 
     def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,6 +80,7 @@ class WatchedTrainer(Trainer):
     def residues_trained(self) -> int:
         """Residues trained on over all ranks, without padding and special tokens; counted in the attention masks.
 
+        Sequences that accelerate repeats to give every rank a full batch do not count.
         Those of the run whose checkpoint this one resumed, `residues_resumed`, count too; aborted attempts do not.
         """
         on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
@@ -113,10 +118,12 @@ class WatchedTrainer(Trainer):
         if self.is_in_train and is_stream(self.callback_handler.train_dataloader):
             epoch_iterator = iter(self._take_from_stream(num_batches))
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
+        self._real_examples = self._count_real_examples()
+        for number, batch in enumerate(batches, 1):
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             if mask is not None:
-                self._residues_trained += mask.sum() - SPECIAL_TOKENS * len(mask)
+                real = mask[: self._real_examples] if number == len(batches) else mask
+                self._residues_trained += real.sum() - SPECIAL_TOKENS * len(real)
         return batches, count
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -219,6 +226,16 @@ class WatchedTrainer(Trainer):
         if not batches and not state.global_step:
             raise DataError(f"the training set is a stream with fewer than {count} batches: expected at least so many")
         return batches
+
+    def _count_real_examples(self) -> int:
+        """Count the examples of the newest batch that accelerate does not repeat to give every rank a full batch."""
+        if self.token_budget is not None or self.args.dataloader_drop_last:
+            return sys.maxsize
+        real = count_real_examples(self.callback_handler.train_dataloader, self.accelerator)
+        if real is None and not self._warned_of_repeats:
+            logger.warning("cannot tell which examples of the last batch are repeated: they count twice")
+            self._warned_of_repeats = True
+        return sys.maxsize if real is None else real
 
     def _refuse_missing_weights(self, missing: Sequence[str]) -> None:
         """Raise if a checkpoint lacks weights: they would keep the values that the model had."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +17,13 @@ from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import (
     base_model_of,
     has_known_loss,
+    head_of,
     label_names_of,
     problem_type_of,
     set_problem_type,
 )
 from esm_efficient.training.audit import AuditCallback
-from esm_efficient.training.batches import (
-    count_real_examples,
-    forget_labels,
-)
+from esm_efficient.training.batches import forget_labels
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
 from esm_efficient.training.runs import WatchedTrainer
 from esm_efficient.training.weights import check_labels, resolve_class_weights
@@ -57,14 +54,16 @@ class WeightedTrainer(WatchedTrainer):
     Models and options with their own loss (``compute_loss_func``, a custom model class, a model with its own
     ``loss_function``, a causal language model) keep it, as in Trainer. Class weights together with
     ``compute_loss_func`` are an error. A subclass that overrides `compute_loss` is treated as in Trainer: its loss is
-    divided by the accumulation steps, unless ``loss_is_scaled_for_ga`` says that it needs no division.
+    divided by the accumulation steps, unless ``loss_is_scaled_for_ga`` says that it needs no division. Class weights
+    or a focal exponent that it does not use are an error in the first step.
 
     Args:
         *args: as `transformers.Trainer`.
         class_weights: ``"balanced"`` for weights from the labels of ``train_dataset``; one number per class, as an
             array, a sequence or a tensor in the order of the class ids; a mapping by label name or by class id; or None
-            for equal weights. With several labels per sequence they multiply the loss of positive labels. The default
-            is None, unlike in `finetune`, because a WeightedTrainer without options must have the loss of Trainer.
+            for equal weights. The classes of a masked language model are its token ids. With several labels per
+            sequence they multiply the loss of positive labels. The default is None, unlike in `finetune`, because a
+            WeightedTrainer without options must have the loss of Trainer.
         focal_gamma: exponent of the focal loss; 0 for the plain loss.
         token_budget: make training batches of at most this number of tokens, padding included, from sequences of
             similar length (`TokenBudgetBatchSampler`), instead of ``per_device_train_batch_size`` sequences.
@@ -76,7 +75,7 @@ class WeightedTrainer(WatchedTrainer):
 
     Raises:
         ConfigurationError: the weights or the exponent do not fit the model's labels or the task, or a token budget is
-            given with a stream of data.
+            given with a stream of data; or, in training, a subclass's `compute_loss` does not use them.
         DataError: a class has no example, so its balanced weight is undefined.
 
     Example:
@@ -91,7 +90,6 @@ class WeightedTrainer(WatchedTrainer):
     _step_batches: list | None = None
     _step_scale: Tensor | None = None
     _step_divisor = 1
-    _real_examples = sys.maxsize
 
     def __init__(
         self,
@@ -113,10 +111,9 @@ class WeightedTrainer(WatchedTrainer):
         self._focal_gamma = focal_gamma
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
         self._last_losses: tuple[Tensor, Tensor] | None = None
-        self._warned_of_repeats = False
         compat.keep_column(self, STATES_COLUMN)
 
-        has_options = class_weights is not None or bool(focal_gamma)
+        self._has_options = has_options = class_weights is not None or bool(focal_gamma)
         if has_options and self.compute_loss_func is not None:
             raise ConfigurationError(
                 "class_weights or focal_gamma was given together with compute_loss_func: expected only one of them"
@@ -140,9 +137,18 @@ class WeightedTrainer(WatchedTrainer):
         """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_batches, self._step_scale = batches, None
-        self._real_examples = self._count_real_examples()
         self._step_divisor = len(batches) if compat.divides_loss(self, count) else 1
         return batches, count
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Do what Trainer does, and refuse options of the loss that an overriding `compute_loss` does not use."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._has_options and self._step_batches:  # this class's loss takes the batches of the step
+            raise ConfigurationError(
+                f"class_weights or focal_gamma was given, but {type(self).__name__}.compute_loss does not use them: "
+                "call super().compute_loss() there, or leave them out and weight the loss there"
+            )
+        return loss
 
     def compute_loss(
         self,
@@ -230,6 +236,11 @@ class WeightedTrainer(WatchedTrainer):
         if kind is not None and kind not in LOSSES:
             raise ConfigurationError(f"problem_type={kind!r} in the model's config: expected {', '.join(LOSSES)}")
         if class_weights is not None:
+            if isinstance(class_weights, str) and head_of(self.model) == "masked-lm":
+                raise ConfigurationError(
+                    f"class_weights={class_weights!r} with a masked language model: expected one number per token of "
+                    "the vocabulary, or None, because the data collator chooses the labels"
+                )
             self.class_weights = resolve_class_weights(
                 class_weights, self.train_dataset, label_names_of(self.model), problem_type=kind
             )
@@ -303,16 +314,6 @@ class WeightedTrainer(WatchedTrainer):
         """Return the labels of a micro-batch; in the last one of an epoch, those of repeated examples are unknown."""
         labels = _labels(batch)
         return forget_labels(labels, self._real_examples) if is_last else labels
-
-    def _count_real_examples(self) -> int:
-        """Count the examples of the newest batch that accelerate does not repeat."""
-        if not self._is_weighted or self.token_budget is not None or self.args.dataloader_drop_last:
-            return sys.maxsize
-        real = count_real_examples(self.callback_handler.train_dataloader, self.accelerator)
-        if real is None and not self._warned_of_repeats:
-            logger.warning("cannot tell which examples of the last batch are repeated: they count twice")
-            self._warned_of_repeats = True
-        return sys.maxsize if real is None else real
 
 
 def _columns_of(dataset: Any) -> Sequence[str]:

@@ -28,7 +28,7 @@ _IRRELEVANT = (
 """Settings of a config that do not change the states."""
 _PASSING = ("training", "gradient_checkpointing")
 """Switches of a module that do not change the states."""
-_FORMAT = 2
+_FORMAT = 3
 """Number of the cache's format. Another number makes the states again."""
 
 

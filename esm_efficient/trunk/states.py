@@ -68,17 +68,31 @@ class StateFormat:
 
     @property
     def mark(self) -> bytes:
-        """The byte that ends the bytes of each sequence, so that they are read as they were written."""
-        return bytes([_FORMATS.index((self.dtype, self.pooling))])
+        """The byte that ends the bytes of each sequence, so that they are read as they were written.
+
+        It is never zero: numpy drops zeros at the end of bytes, as a dataset of the format ``"numpy"`` or ``"torch"``
+        returns them.
+        """
+        return bytes([_FORMATS.index((self.dtype, self.pooling)) + 1])
 
     @classmethod
     def of(cls, stored: bytes) -> StateFormat:
-        """Return the format of the bytes of a sequence."""
-        return cls(*_FORMATS[stored[-1]])
+        """Return the format of the bytes of a sequence.
+
+        Raises:
+            DataError: they end with the mark of no format.
+        """
+        mark = stored[-1] if stored else 0
+        if not 0 < mark <= len(_FORMATS):
+            raise DataError(
+                f"states end with the byte {mark}: expected 1 to {len(_FORMATS)}. They are damaged, or of another "
+                "version: call cache_states again"
+            )
+        return cls(*_FORMATS[mark - 1])
 
 
 _FORMATS = tuple(itertools.product(get_args(StateDtype), get_args(Pooling)))
-"""Number formats and poolings; what is stored has their index."""
+"""Number formats and poolings; what is stored has their number, counted from 1."""
 
 
 class StatesCollator:
@@ -105,7 +119,10 @@ class StatesCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return a batch with ``inputs_embeds`` and without ``input_ids``."""
         if any(STATES_COLUMN not in row for row in features):
-            raise DataError(f"an example has no column {STATES_COLUMN}: expected what cache_states returned")
+            raise DataError(
+                f"an example has no column {STATES_COLUMN}: expected what cache_states returned. transformers' "
+                "Trainer drops the column: use WeightedTrainer, or TrainingArguments(remove_unused_columns=False)"
+            )
         formats = {StateFormat.of(row[STATES_COLUMN]) for row in features}
         if len(formats) > 1:
             raise DataError(f"a batch has states of {len(formats)} formats: expected those of one call of cache_states")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import boto3
@@ -21,6 +22,9 @@ from cleanup import KINDS, describe, words_of
 
 from esm_efficient import ConfigurationError, format_table, get_device
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
+
+RESIDUES = 5
+"""Labels that are shown of a sequence, for a model with a label per residue."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -124,6 +128,19 @@ def ask(endpoint: Any) -> list[dict[str, Any]]:
     return json.loads(response.body.read())
 
 
+def row_of(prediction: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the name, the prediction and the probability of one answer as text, whatever the task of the model."""
+    score = f"{prediction['score']:.2f}" if "score" in prediction else ""
+    if "values" in prediction:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in prediction["values"].items())
+    elif "scores" in prediction:  # a label per residue
+        labels = prediction["labels"]
+        shown = f"{', '.join(labels[:RESIDUES])}{', ...' if len(labels) > RESIDUES else ''} ({len(labels)} residues)"
+    else:
+        shown = prediction.get("label") or ", ".join(prediction["labels"]) or "no label"
+    return prediction["name"], shown, score
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     region = options.region or boto3.Session().region_name
@@ -144,15 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"endpoint {options.endpoint} is {record['EndpointStatus']} ({record.get('FailureReason') or error}). It "
             f"exists and may be billed: delete it with {cleanup_line(options.endpoint, region)} --yes"
         ) from error
-    rows = [
-        (
-            prediction["name"],
-            prediction.get("label") or ", ".join(prediction.get("labels", [])),
-            f"{prediction['score']:.2f}" if "score" in prediction else "",
-        )
-        for prediction in predictions
-    ]
-    print(format_table(rows, ("protein", "prediction", "probability")))
+    print(format_table([row_of(prediction) for prediction in predictions], ("protein", "prediction", "probability")))
     print(f"the endpoint is in service; delete it with {cleanup_line(options.endpoint, region)} --yes")
 
 

@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from esm_efficient import (
     finetune,
     last_checkpoint,
 )
+from esm_efficient.adapters.registry import PRESETS
 
 logger = logging.getLogger("train")
 MAY_CHANGE = ("logging_steps", "per_device_eval_batch_size", "report_to", "save_steps")
@@ -72,29 +74,63 @@ def layers(text: str) -> str:
     return text
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers that are not below `least`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least {least}")
+        return int(text)
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """Parse a seed: numpy's are whole numbers of 32 bits."""
+    number = whole(0)(text)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a seed below {2**32}")
+    return number
+
+
+def steps(text: str) -> int:
+    """Parse a number of optimizer steps, or -1 for the default."""
+    return -1 if text == "-1" else whole(1)(text)
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:  # NaN is refused here too
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
     )
     add = parser.add_argument
     add("--model_id", default="facebook/esm2_t33_650M_UR50D", help="Hub name; a channel named model has priority")
-    add("--epochs", type=float, default=1.0)
-    add("--max_steps", type=int, default=-1, help="optimizer steps; if above 0, replaces --epochs")
+    add("--epochs", type=positive, default=1.0)
+    add("--max_steps", type=steps, default=-1, help="optimizer steps; if above 0, replaces --epochs")
     add("--lora", type=boolean, default=True, help="true trains adapters, false trains all parameters")
-    add("--lora_r", type=int, default=8)
-    add("--lora_preset", default="all-linear", help="qkv, attention, mlp or all-linear")
+    add("--lora_r", type=whole(1), default=8)
+    add("--lora_preset", default="all-linear", choices=list(PRESETS))
     add("--lora_layers", type=layers, default="top-1/3", help="layers with adapters: all, top-2 or top-1/3")
-    add("--per_device_train_batch_size", type=int, default=8, help="sequences per micro-batch")
-    add("--per_device_eval_batch_size", type=int, default=16)
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--per_device_train_batch_size", type=whole(1), default=8, help="sequences per micro-batch")
+    add("--per_device_eval_batch_size", type=whole(1), default=16)
+    add("--gradient_accumulation_steps", type=whole(1), default=1, help="micro-batches per optimizer step")
     add("--use_gradient_checkpointing", type=boolean, default=False)
-    add("--learning_rate", type=float, help="default: the recipe's, times sqrt(batch size / recipe's batch size)")
+    add("--learning_rate", type=positive, help="default: the recipe's, times sqrt(batch size / recipe's batch size)")
     add("--precision", default="auto", choices=["auto", "float32", "bf16"])
     add("--class_weights", type=boolean, default=True, help="weight classes inversely to their frequency")
-    add("--token_budget", type=int, help="tokens per micro-batch, instead of a fixed number of sequences")
-    add("--save_steps", type=int, default=100, help="optimizer steps between checkpoints")
-    add("--logging_steps", type=int, default=20)
-    add("--seed", type=int, default=0)
+    add("--token_budget", type=whole(1), help="tokens per micro-batch, instead of a fixed number of sequences")
+    add("--save_steps", type=whole(1), default=100, help="optimizer steps between checkpoints")
+    add("--logging_steps", type=whole(1), default=20)
+    add("--seed", type=seed, default=0)
     add("--report_to", default="none", choices=["none", "mlflow"], help="experiment tracking")
     return parser
 
@@ -109,8 +145,8 @@ def make_recipe(options: argparse.Namespace, processes: int) -> Recipe:
     if options.lora:
         changes |= {"preset": options.lora_preset, "r": options.lora_r, "layers": options.lora_layers}
     recipe = RECIPES["lora" if options.lora else "base"].replace(**changes)
-    rate = options.learning_rate or recipe.learning_rate * math.sqrt(processes)
-    return recipe.replace(learning_rate=rate)
+    rate = options.learning_rate
+    return recipe.replace(learning_rate=recipe.learning_rate * math.sqrt(processes) if rate is None else rate)
 
 
 def identity_of(options: argparse.Namespace, processes: int, data: Path) -> dict[str, Any]:

@@ -107,6 +107,16 @@ def test_an_adapter_loads_in_plain_peft_with_the_same_logits(tiny_model, tmp_pat
     assert torch.equal(model.eval()(**batch()).logits, again(**batch()).logits)
 
 
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_every_bias_that_trains_gets_a_gradient(tiny_model, bias):
+    model = tiny_model()
+    model = prepare_model(model, adapters=lora_config(model, r=2, bias=bias, init_lora_weights=False))
+    model(**batch(), labels=torch.tensor([0, 1])).loss.backward()
+    biases = {name for name in trainable(model) if name.endswith("bias") and "classifier" not in name}
+    assert bool(biases) == (bias != "none")
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_contradictions_are_refused(tiny_model):
     model = tiny_model()
     config = lora_config(model, r=2)

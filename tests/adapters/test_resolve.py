@@ -149,6 +149,48 @@ def test_chosen_layers_work_with_every_preset(tiny_model):
         assert wrapped(model) == {f"esm.encoder.layer.1.{suffix}" for suffix in suffixes}
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"rank_pattern": {"query": 4, "qery": 2}}, "rank_pattern: 'qery' matches no layer.*did you mean 'query'"),
+        ({"alpha_pattern": {"attention.self.keys": 2}}, r"alpha_pattern: .*did you mean 'attention\.self\.key'"),
+        ({"alpha_pattern": {r"layer\.7\..*": 2}}, "alpha_pattern: .* matches no layer that gets an adapter"),
+        (
+            {"rank_pattern": {"output.dense": 2}, "preset": "qkv"},
+            "matches no layer that gets an adapter",
+        ),
+        (
+            {"modules_to_save": ["clasifier"]},
+            "'clasifier' matches no module: did you mean 'classifier'",
+        ),
+        ({"modules_to_save": ["classifier", "zzz"]}, "modules_to_save: 'zzz' matches no module"),
+    ],
+    ids=str,
+)
+def test_a_name_in_an_option_of_peft_that_matches_nothing_is_refused(tiny_model, options, advice):
+    with pytest.raises(TargetModuleError, match=advice):
+        lora_config(tiny_model(), **options)
+
+
+def test_names_in_options_of_peft_are_matched_as_peft_matches_them(tiny_model):
+    model = tiny_model()
+    ranks = {r"layer\.1\..*\.query": 4, "key": 3, "esm.encoder.layer.0.attention.self.value": 2}
+    options = {"rank_pattern": ranks, "alpha_pattern": {"key": 1}, "modules_to_save": ["classifier", "word_embeddings"]}
+    model = get_peft_model(model, lora_config(model, preset="qkv", r=8, **options))
+    got = {path: module.r["default"] for path, module in model.base_model.model.named_modules() if hasattr(module, "r")}
+    per_layer = [{"query": 8, "key": 3, "value": 2}, {"query": 4, "key": 3, "value": 8}]
+    paths = "esm.encoder.layer.{}.attention.self.{}".format
+    assert got == {paths(number, role): r for number, layer in enumerate(per_layer) for role, r in layer.items()}
+
+
+@pytest.mark.parametrize("preset", ["qkv", "all-linear"])
+def test_two_choices_of_layers_are_refused(tiny_model, preset):
+    with pytest.raises(ConfigurationError, match=r"layers='top-1' and layers_to_transform=\[0\] both choose layers"):
+        lora_config(tiny_model(), preset=preset, layers="top-1", layers_to_transform=[0])
+    with pytest.raises(ConfigurationError, match="both choose layers"):
+        recipe_adapters("top", tiny_model(), layers_to_transform=[0])
+
+
 def test_the_head_is_trained_in_full_and_saved_with_the_adapter(tiny_model):
     for head in (EsmForSequenceClassification, EsmForTokenClassification):
         model = tiny_model(head)

@@ -28,6 +28,8 @@ LIMITS = RequestLimits(bytes=500, sequences=3, residues=10, total_residues=20)
         ),
         (CSV, "MKT\nMAL\n", [("1", "MKT"), ("2", "MAL")]),
         (CSV, "MKT", [("1", "MKT")]),
+        (CSV, " MK-T* \nmal\n", [("1", "MKT"), ("2", "MAL")]),
+        (CSV, "M<mask>T\nMAL\n", [("1", "M<mask>T"), ("2", "MAL")]),
         (CSV, "\ufeffid,Sequence\r\nP1,MKT\r\n\r\nP2,mal\r\n", [("P1", "MKT"), ("P2", "MAL")]),
         ("TEXT/CSV", 'seq,note\n"MKT","a, b"\n', [("1", "MKT")]),
         (FASTA, ">sp|P12345|X_HUMAN some protein\nMKT\nAYI*\n>b\nMAL", [("P12345", "MKTAYI"), ("b", "MAL")]),
@@ -71,6 +73,10 @@ def test_sequences_are_read_with_their_names(content_type, body, expected):
         (CSV, b"", 400, "contains no sequence"),
         (CSV, b"id,label\na,b\n", 400, "no column called sequence; it has id, label"),
         (CSV, b"seq,sequence\na,b\n", 400, "could be any of"),
+        *(
+            (CSV, f"{header}\nMKTAYI\n".encode(), 400, f"the first line of the CSV is '{header}': expected the header")
+            for header in ("Peptide", "Entry", "AA", "HEAVY", "fasta", "text", "id", "ID", "MEMBRANE", "Antigen chain")
+        ),
         (CSV, b"id,sequence\na\n", 400, "the CSV, line 2: 1 cells for 2"),
         (CSV, b'id,sequence\na,"MK\n', 400, "the CSV, line 2: unexpected end"),
         (CSV, b"sequence\nM\0K\n", 400, "null character"),

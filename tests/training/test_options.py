@@ -48,6 +48,17 @@ def test_a_learning_rate_is_taken_as_it_is_given():
         ({"epochs": 1, "num_train_epochs": 2}, "the same option"),
         ({"epochs": 0}, "epochs=0: expected more than 0"),
         ({"num_train_epochs": -1}, "epochs=-1"),
+        ({"epochs": float("nan")}, "epochs=nan: expected more than 0 and a finite number"),
+        ({"epochs": float("inf")}, "epochs=inf"),
+        ({"epochs": "3"}, "epochs='3' is a str: expected a number"),
+        ({"epochs": None}, "epochs=None is a NoneType"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4': expected a finite number above 0"),
+        ({"learning_rate": -1e-4}, "learning_rate=-0.0001: expected a finite number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"learning_rate": True}, "learning_rate=True"),
+        ({"weight_decay": "0.1"}, "weight_decay='0.1' is a str"),
+        ({"max_steps": "3"}, "max_steps='3' is a str"),
+        ({"eval_steps": [3]}, "eval_steps=.* is a list"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"batch_size": 8, "gradient_accumulation_steps": 2}, "contradict each other"),
@@ -62,6 +73,11 @@ def test_numbers_of_numpy_are_numbers():
     chosen, options = resolve_options(RECIPES["base"], {"batch_size": np.int64(16), "epochs": np.float32(0.5)})
     assert (chosen.micro_batch, chosen.accumulation) == (8, 2)
     assert {type(value) for value in (chosen.accumulation, options["num_train_epochs"])} == {int, float}
+
+
+def test_options_that_are_no_numbers_or_may_be_none_are_passed_on():
+    options = {"eval_steps": None, "report_to": "none", "lr_scheduler_type": "cosine", "learning_rate": 0, "seed": 3}
+    assert resolve_options(RECIPES["all"], options)[1] == options
 
 
 def test_steps_instead_of_epochs_are_allowed():

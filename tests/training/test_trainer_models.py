@@ -158,6 +158,14 @@ def test_a_subclass_may_add_a_mean_to_the_weighted_loss(tmp_path, tiny_model, ti
     assert relative_error(gradients[0], vector) <= 1e-5
 
 
+@pytest.mark.parametrize("options", [{"class_weights": WEIGHTS}, {"focal_gamma": 2.0}], ids=str)
+def test_options_of_the_loss_that_a_subclass_does_not_use_are_refused(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, options
+):
+    with pytest.raises(ConfigurationError, match=r"TutorialsTrainer\.compute_loss does not use them"):
+        gradients_of(TutorialsTrainer, tmp_path, tiny_model(), tiny_dataset(16), tokenizer, **options)
+
+
 def test_a_subclass_may_have_labels_that_the_weighted_loss_refuses(tmp_path, tiny_model, tiny_dataset, tokenizer):
     class SoftLabels(WeightedTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -251,6 +259,22 @@ def test_a_masked_language_model_with_the_config_of_a_regressor_has_cross_entrop
         losses[cls] = seen.values
         assert model.config.problem_type == "regression"
     assert losses[WeightedTrainer] == pytest.approx(losses[Trainer], rel=1e-5)
+
+
+def test_class_weights_of_a_masked_language_model_are_those_of_its_tokens(tmp_path, tokenizer):
+    data = make_dataset(8)
+    data = data.remove_columns("labels").add_column("labels", data["input_ids"][:])
+    model, collate, seen = make_model(EsmForMaskedLM), DataCollatorForTokenClassification(tokenizer), Losses()
+    weights = torch.linspace(0.5, 2, model.config.vocab_size)
+    batch = collate([data[row] for row in range(8)])
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    expected = F.cross_entropy(logits.transpose(1, 2), batch["labels"], weight=weights).item()
+    options = {"train_dataset": data, "data_collator": collate, "audit": False}
+    WeightedTrainer(model, arguments(tmp_path, 8), class_weights=weights, callbacks=[seen], **options).train()
+    assert seen.values == pytest.approx([expected], rel=1e-5)
+    for wrong, message in ((WEIGHTS, "one number for each of 0, 1, 2"), ("balanced", "per token of the vocabulary")):
+        with pytest.raises(ConfigurationError, match=message):
+            WeightedTrainer(model, arguments(tmp_path, 8), class_weights=wrong, **options)
 
 
 def test_one_output_trains_on_integers(tmp_path, tiny_model, tiny_dataset, tokenizer):

@@ -92,6 +92,14 @@ def test_one_row_on_two_ranks_counts_once(two_ranks, tokenizer):
     )
 
 
+@pytest.mark.parametrize("case", [c for c in TWO_RANKS if c[3] in (*PLAIN, "budget", "one row", "stream")], ids=str)
+def test_two_ranks_count_the_residues_of_each_row_once(two_ranks, case):
+    size, kind = case[0], case[3]
+    lengths = [len(ids) - 2 for ids in make_dataset(max(size, 2))["input_ids"][:size]]
+    rows = 48 if kind == "stream" else size  # three steps of the stream, which begins again at its end
+    assert two_ranks[case]["residues"] == sum(lengths[row % size] for row in range(rows))
+
+
 def test_a_stream_on_two_ranks_has_the_gradients_of_one_batch(two_ranks, tokenizer):
     data = make_dataset(11)
     endless = [data[i % 11] for i in range(48)]

@@ -68,7 +68,12 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
         callbacks=[gradients, losses],
     )
     trainer.train()
-    return {"gradients": gradients.steps, "losses": losses.values, "eval_loss": trainer.evaluate()["eval_loss"]}
+    return {
+        "gradients": gradients.steps,
+        "losses": losses.values,
+        "residues": trainer.residues_trained,
+        "eval_loss": trainer.evaluate()["eval_loss"],
+    }
 
 
 def evaluation(folder: Path, size: int, tokenizer: Any) -> dict:

@@ -385,11 +385,33 @@ def test_states_are_read_as_they_were_written_or_refused(data, tokenizer, tmp_pa
     torch.testing.assert_close(collate(first)["inputs_embeds"][:, 0], exact[:, 0])
     with pytest.raises(DataError, match="states of 2 formats"):
         collate([first[0], mean[1]])
-    with pytest.raises(DataError, match="no column states"):
+    with pytest.raises(DataError, match=r"no column states.*WeightedTrainer, or .*remove_unused_columns=False"):
         collate(rows.to_list())
+    for mark in (b"\x00", b"\xff", b""):
+        with pytest.raises(DataError, match="states end with the byte"):
+            collate([first[0] | {STATES_COLUMN: first[0][STATES_COLUMN][:-1] * bool(mark) + mark}])
     row = cache_states(rows, trunk, tmp_path)[0]
     with pytest.raises(DataError, match="of other tokens or of another model"):
         collate([row | {"input_ids": row["input_ids"][:-1], "attention_mask": row["attention_mask"][:-1]}])
+
+
+@pytest.mark.parametrize("layout", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("pooling", list(POOLINGS))
+def test_states_are_read_in_every_format_of_a_dataset(data, tokenizer, tmp_path, layout, dtype, pooling):
+    trunk, _ = split_model(load(), 0)
+    with torch.no_grad():
+        trunk.esm.encoder.emb_layer_norm_after.weight[-1] = 0  # so that the bytes of the states end with zeros
+        trunk.esm.encoder.emb_layer_norm_after.bias[-1] = 0
+    rows = data.select(range(4)).remove_columns(["labels", "tokens"])
+    rows = cache_states(rows, trunk, tmp_path, dtype=dtype, pooling=pooling)
+    collate = StatesCollator(DataCollatorWithPadding(tokenizer), trunk)
+    formatted = rows.with_format(layout)
+    got, expected = collate(formatted.__getitems__([0, 1, 2, 3])), collate(rows.to_list())
+    torch.testing.assert_close(got["inputs_embeds"], expected["inputs_embeds"], rtol=0, atol=0)
+    assert not got["inputs_embeds"][..., -1].any()
+    one = collate([formatted[2]])["inputs_embeds"][0]
+    torch.testing.assert_close(one, expected["inputs_embeds"][2, : len(one)], rtol=0, atol=0)
 
 
 def test_padding_on_the_left_moves_the_states_with_the_tokens(data, tmp_path):

@@ -6,10 +6,12 @@ import json
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 from aws_on_loopback import BUCKET, ROLE, SCRIPTS
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
+from esm_efficient import Prediction, Task
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
 
 GPU = "ml.g4dn.xlarge"  # an instance type that moto knows
@@ -99,6 +101,30 @@ def test_an_endpoint_is_created_queried_and_deleted(aws, job, serverless):
     assert (last.returncode, last.stdout) == (1, "")
     assert f"nothing is named {name} in us-east-1: is --region another one?" in last.stderr
     assert f"cleanup.py --endpoint {name} --region us-east-1 --yes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "labels", "shown"),
+    [
+        ("single_label_classification", [0.25, 0.75], ("yes",), ("yes", "0.75")),
+        ("multi_label_classification", [0.75, 0.75], ("no", "yes"), ("no, yes", "")),
+        ("multi_label_classification", [0.25, 0.25], (), ("no label", "")),
+        ("regression", [-1.5, 61.23456], (), ("no -1.5, yes 61.23", "")),
+        ("token_classification", [[0.25, 0.75]] * 3, ("yes",) * 3, ("yes, yes, yes (3 residues)", "")),
+        (
+            "token_classification",
+            [[0.25, 0.75]] * 262,
+            ("yes",) * 262,
+            ("yes, yes, yes, yes, yes, ... (262 residues)", ""),
+        ),
+    ],
+)
+def test_the_answers_of_every_task_are_shown_on_one_line(monkeypatch, kind, values, labels, shown):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import deploy as script
+
+    prediction = Prediction(Task(kind, ("no", "yes")), np.array(values), labels)
+    assert script.row_of({"name": "P1", **prediction.to_dict()}) == ("P1", *shown)
 
 
 def test_the_rest_of_an_incomplete_endpoint_is_deleted(aws, job):

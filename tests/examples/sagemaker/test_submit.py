@@ -172,6 +172,7 @@ def test_the_name_of_a_run_is_printed_before_its_job_can_fail(aws, place, monkey
     [
         ([], ["--model_id", "somebody's/model"], "model_id: an apostrophe breaks"),
         ([], ["--epoch", "3"], "unrecognized arguments: --epoch"),
+        ([], ["--learning_rate", "nan"], "argument --learning_rate: 'nan': expected a number above 0"),
         ([], ["--lora", "maybe"], "'maybe' is neither true nor false"),
         (["--spot", "--warm-pool-minutes", "5"], MODEL, "--spot and --warm-pool-minutes exclude each other"),
         (["--max-wait-hours", "5"], MODEL, "--max-wait-hours needs --spot"),

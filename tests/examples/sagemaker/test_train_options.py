@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,12 +75,42 @@ def test_the_learning_rate_follows_the_batch_size_over_all_processes(train):
 
 
 @pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *((name, ["0", "-1", "nan", "inf", "1,5", ""]) for name in ("epochs", "learning_rate")),
+        *(
+            (name, ["0", "-2", "1.5", "nan", "1e2", "1_0", "²"])
+            for name in (
+                *("max_steps", "lora_r", "per_device_train_batch_size", "per_device_eval_batch_size", "save_steps"),
+                *("gradient_accumulation_steps", "token_budget", "logging_steps"),
+            )
+        ),
+        ("seed", ["-1", "0.5", str(2**32)]),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_paid_for(train, name, values):
+    parser = train.make_parser()
+    for value in values:
+        with pytest.raises(train.ConfigurationError, match=f"argument --{name}: {re.escape(repr(value))}: expected"):
+            parser.parse_args([f"--{name}={value}"])
+
+
+def test_the_defaults_and_the_smallest_numbers_are_accepted(train):
+    parser = train.make_parser()
+    defaults = {name: str(value) for name, value in vars(parser.parse_args([])).items() if value is not None}
+    assert parser.parse_args([f"--{name}={value}" for name, value in defaults.items()]) == parser.parse_args([])
+    least = parser.parse_args(["--epochs=0.01", "--seed=0", "--save_steps=1", "--max_steps=1", "--learning_rate=1e-9"])
+    assert (least.epochs, least.seed, least.save_steps, least.max_steps) == (0.01, 0, 1, 1)
+    assert train.make_recipe(least, 4).learning_rate == 1e-9
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
         (["--lora", "perhaps"], "'perhaps' is neither true nor false"),
-        (["--epochs", "many"], "invalid float value: 'many'"),
-        (["--lora_preset", "everything"], "everything"),
+        (["--epochs", "many"], "'many': expected a number above 0"),
+        (["--lora_preset", "everything"], "invalid choice: 'everything'"),
         (["--lora_layers", "upper"], "layers='upper'"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
     ],
