@@ -28,6 +28,7 @@ from esm_efficient import (
     tokenize_dataset,
 )
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import Task
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +342,26 @@ def test_an_evaluation_set_without_known_labels_gives_nan_and_not_an_error(tmp_p
     assert json.loads(result.result_path.read_text())["metrics"]["mcc"] is None
     assert (result.model_dir / "model.safetensors").is_file()
     assert "no label of the evaluated examples is known" in caplog.text
+
+
+@pytest.mark.parametrize(("split", "named"), [("train", "training set"), ("validation", "validation split")])
+@pytest.mark.parametrize("wrong", [7, -1, None])
+def test_a_wrong_label_of_tokenised_splits_is_named_before_anything_is_fitted(tmp_path, data, split, named, wrong):
+    tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    tokenized["validation"] = tokenized["test"]
+    task = Task("single_label_classification", tuple(tokenized["train"].features["labels"].names))
+    tokenized = tokenized.cast_column("labels", Value("int64"))
+    rows = tokenized[split]
+    labels = [wrong if row == 3 else label for row, label in enumerate(rows["labels"])]
+    tokenized[split] = rows.remove_columns("labels").add_column("labels", labels, feature=Value("int64"))
+    shown = "null" if wrong is None else wrong
+    with pytest.raises(DataError, match=f"row 3 of the {named} has the label {shown}: expected a class id from 0 to 1"):
+        finetune(demo_model_path(), tokenized, task=task, recipe="lora", output_dir=tmp_path, class_weights=None)
+
+
+def test_one_class_is_refused_before_training(tmp_path):
+    table = tmp_path / "one.csv"
+    table.write_text("sequence,Membrane\n" + "".join(f"MKT{'AG' * (4 + row)},0\n" for row in range(20)))
+    with pytest.raises(DataError, match=r"Membrane is '0' in all \d+ training rows: a class needs at least two values"):
+        finetune("demo", table, data_options={"label": "Membrane"}, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
