@@ -38,7 +38,8 @@ class Evaluation:
         metrics: the metrics.
         intervals: 95 % interval of metrics (`esm_efficient.training.intervals`).
         names: accession of each example, or its number.
-        sequences: sequence of each example; empty if they are not known.
+        sequences: the letters that the model read of each example (`esm_efficient.training.residue_page.read_letters`);
+            empty if they are not known.
         thresholds: probability from which each label is positive; None for 0.5.
         baselines: metrics of other predictions of the same examples, by name (`esm_efficient.training.baselines`).
         baseline_intervals: 95 % interval of metrics of those of the baselines that have one, by name.

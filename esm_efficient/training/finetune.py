@@ -183,9 +183,9 @@ def finetune(
             model, tokenizer, task, chosen, half=half, adapter_options=adapter_options, device=args.device
         )
         tokenized = job.raw if job.is_tokenized else tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
+    scale = start_scale(loaded, tokenizer, tokenized["train"], task, has_unit=has_unit)
     collator = _make_collator(task, tokenizer)
     _check_splits(tokenized, collator, loaded, task)
-    scale = start_scale(loaded, tokenizer, tokenized["train"], task, has_unit=has_unit)
     splits: Mapping[str, Any] = {name: tokenized[name] for name in ("train", "validation") if name in tokenized}
     states, folder = None, Path(states_dir or job.output_dir / "states")
     if _can_cache(chosen, loaded.config, splits["train"], args):

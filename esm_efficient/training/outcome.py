@@ -17,11 +17,13 @@ from esm_efficient.recipes import RECIPES
 from esm_efficient.reporting import format_bytes, format_number, format_table
 from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
 from esm_efficient.reporting.score_plots import curves_plot
+from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation, draw, evaluation_sections, verdict
 from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.layer_probes import METRICS
 from esm_efficient.training.metrics import logits_of
+from esm_efficient.training.residue_page import read_letters
 from esm_efficient.training.step_memory import memory_section
 
 if TYPE_CHECKING:
@@ -75,11 +77,16 @@ def evaluate_split(
         metrics=metrics,
         intervals=intervals,
         names=list(map(str, raw["accession"])) if "accession" in columns else numbered,
-        sequences=list(raw["sequence"]) if "sequence" in columns else (),
+        sequences=_as_read(raw["sequence"], split["input_ids"]) if "sequence" in columns else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=majority_metrics(task, labels) | ({} if probe is None else {PROBE: probe.metrics}),
         baseline_intervals={} if probe is None else {PROBE: probe.intervals},
     )
+
+
+def _as_read(sequences: Sequence[str], ids: Sequence[Sequence[int]]) -> list[str]:
+    """Return the letters that a model read of sequences, of which a long one was cut behind its start."""
+    return [read_letters(text)[: len(row) - SPECIAL_TOKENS] for text, row in zip(sequences, ids, strict=True)]
 
 
 def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:

@@ -126,7 +126,7 @@ def test_each_residue_shows_its_true_and_its_predicted_class():
     found = residue_evaluation([[0, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]], ["MKT", "VLA"])
     section = evaluation_sections(found)[-1]
     text, strip = section.parts  # the other sequence has no wrong residue
-    assert "H helix, S strand" in text
+    assert "The letters mean: H helix, S strand, · unknown." in text
     assert "Sequences with a wrong residue: 1; the worst 1" in text
     assert strip.heading == "P0: 2 of 3 labelled residues are wrong; residues 1 to 3 of 3"
     assert [(r.letter, r.true, r.predicted, r.state) for r in strip.residues] == [
@@ -151,6 +151,12 @@ def test_of_a_long_sequence_the_part_with_the_most_mistakes_is_shown():
     unknown = strip.residues[611 - strip.start]
     assert (unknown.true, unknown.state) == ("·", "unknown")
     assert "4 of 999 labelled residues are wrong" in strip.heading
+
+
+def test_a_letter_that_is_the_name_of_its_class_is_not_explained():
+    found = residue_evaluation([[0]], [[1]], ["M"])
+    named = dataclasses.replace(found, task=Task("token_classification", ("C", "strand")))
+    assert "The letters mean: S strand, · unknown." in evaluation_sections(named)[-1].parts[0]
 
 
 def test_each_class_has_a_letter_of_its_own():

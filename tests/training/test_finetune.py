@@ -29,6 +29,7 @@ from esm_efficient import (
 )
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import Task
+from esm_efficient.training.residue_page import residue_strips
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +366,26 @@ def test_one_class_is_refused_before_training(tmp_path):
     with pytest.raises(DataError, match=r"Membrane is '0' in all \d+ training rows: a class needs at least two values"):
         finetune("demo", table, data_options={"label": "Membrane"}, output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_shows_the_residues_that_were_read_with_their_own_labels(tmp_path, demo_table):
+    rows = load_deeploc(demo_table, max_residues=220)
+    data = DatasetDict()
+    for split in ("train", "test"):
+        texts = rows[split]["sequence"][:24]
+        labels = [[int(letter in "AVIL") for letter in text] for text in texts]
+        written = [f"{text[:3]} {text[3:7]}--<mask>{text[8:]}*" for text in texts]
+        data[split] = Dataset.from_dict(
+            {"sequence": written, "label": labels},
+            features=Features({"sequence": Value("string"), "label": List(ClassLabel(names=["other", "aliphatic"]))}),
+        )
+    result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, max_steps=2, max_tokens=22)
+    strips = residue_strips(result.evaluation, 12)[1:]
+    assert strips
+    for strip in strips:
+        letters = "".join(residue.letter for residue in strip.residues)
+        assert len(letters) == 20
+        assert letters[7] == "?"
+        true = [residue.true for residue in strip.residues if residue.letter != "?"]
+        assert true == ["A" if letter in "AVIL" else "O" for letter in letters if letter != "?"]
+        assert strip.heading.endswith("residues 1 to 20 of 20")
