@@ -43,6 +43,7 @@ class Evaluation:
         thresholds: probability from which each label is positive; None for 0.5.
         baselines: metrics of other predictions of the same examples, by name (`esm_efficient.training.baselines`).
         baseline_intervals: 95 % interval of metrics of those of the baselines that have one, by name.
+        gains: 95 % interval of metrics minus those of the last baseline, from the same draws of examples.
     """
 
     task: Task
@@ -55,9 +56,10 @@ class Evaluation:
     thresholds: np.ndarray | None = None
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     baseline_intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    gains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def metric_rows(self) -> list[tuple[str, ...]]:
-        """Return the name, the value and the interval of each metric, and its values by the baselines, as text."""
+        """Return the name, the value and the interval of each metric, its values by the baselines, and its gain."""
         return [
             (
                 name,
@@ -67,6 +69,7 @@ class Evaluation:
                     _with_interval(metrics.get(name), self.baseline_intervals.get(baseline, {}).get(name))
                     for baseline, metrics in self.baselines.items()
                 ),
+                *([self._gain(name)] if self.gains else []),
             )
             for name, value in self.metrics.items()
             if not name.startswith(("f1_", "mcc_")) or name in ("f1_micro", "f1_macro")
@@ -75,7 +78,15 @@ class Evaluation:
 
     def header(self, first: str = "metric") -> tuple[str, ...]:
         """Return the names of the columns of `metric_rows`."""
-        return (first, "value", "95 % interval", *self.baselines)
+        gain = [f"minus {list(self.baselines)[-1]}"] if self.gains else []
+        return (first, "value", "95 % interval", *self.baselines, *gain)
+
+    def _gain(self, name: str) -> str:
+        """Return by how much a metric is above that of the last baseline, with its interval."""
+        if name not in self.gains:
+            return "-"
+        value = self.metrics[name] - list(self.baselines.values())[-1][name]
+        return "{:+.3f} ({:+.3f} to {:+.3f})".format(value, *self.gains[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics with their intervals, ready for JSON; an undefined metric becomes None."""

@@ -20,7 +20,7 @@ from esm_efficient.reporting.score_plots import curves_plot
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation, draw, evaluation_sections, verdict
-from esm_efficient.training.intervals import intervals_of
+from esm_efficient.training.intervals import Draws, differences_of, draws_of, ends_of
 from esm_efficient.training.layer_probes import METRICS
 from esm_efficient.training.metrics import logits_of
 from esm_efficient.training.residue_page import read_letters
@@ -65,9 +65,9 @@ def evaluate_split(
         if not name.endswith(_NO_METRICS)
     }
     scores, labels = logits_of(output.predictions), np.asarray(output.label_ids)
-    intervals = {}
+    draws: Draws = {}
     if trainer.compute_metrics is not None:
-        intervals = intervals_of(EvalPrediction(scores, labels), trainer.compute_metrics)
+        draws = draws_of(EvalPrediction(scores, labels), trainer.compute_metrics)
     columns = [] if raw is None else raw.column_names
     numbered = [str(number) for number in range(1, len(labels) + 1)]
     return Evaluation(
@@ -75,12 +75,13 @@ def evaluate_split(
         scores=scores,
         labels=labels,
         metrics=metrics,
-        intervals=intervals,
+        intervals=ends_of(draws),
         names=list(map(str, raw["accession"])) if "accession" in columns else numbered,
         sequences=_as_read(raw["sequence"], split["input_ids"]) if "sequence" in columns else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=majority_metrics(task, labels) | ({} if probe is None else {PROBE: probe.metrics}),
         baseline_intervals={} if probe is None else {PROBE: probe.intervals},
+        gains={} if probe is None else differences_of(draws, probe.draws),
     )
 
 
@@ -115,18 +116,26 @@ def result_table(result: FinetuneResult) -> str:
 
 
 def probe_verdict(result: FinetuneResult) -> str:
-    """Return a sentence if a linear probe on the frozen encoder beats the fine-tuned model; else an empty text."""
+    """Return a sentence if it is not sure that the model beats a linear probe on the frozen encoder; else nothing."""
     return " ".join(_probe_verdict(result))
 
 
 def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
-    """Return the sentence, and what shows the probes of all layers."""
+    """Return the sentence, and, if the probe is better, what shows the probes of all layers."""
     if result.probe is None:
         return ()
     metric = METRICS[result.task.kind][0]
     tuned, probed = (metrics.get(metric, math.nan) for metrics in (result.metrics, result.probe.metrics))
-    if math.isnan(probed) or tuned >= probed:
+    if math.isnan(probed):
         return ()
+    if tuned >= probed:
+        low, high = ({} if result.evaluation is None else result.evaluation.gains).get(metric, (math.nan, math.nan))
+        if not low <= 0:
+            return ()
+        return (
+            f"It is not sure that the fine-tuned model is better than the {PROBE}: the 95 % interval of the difference "
+            f"in {metric}, {low:+.3f} to {high:+.3f}, contains 0.",
+        )
     sentence = (
         f"A {PROBE} on the frozen encoder has a better score than the fine-tuned model ({metric} {probed:.3f} against "
         f"{format_number(tuned, '{:.3f}')}), and needs no training:"
@@ -145,7 +154,7 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
     sections = []
     if result.evaluation is not None:
         advice = _probe_verdict(result)
-        notes: list[Part] = [advice[0], Command(advice[1])] if advice else []
+        notes: list[Part] = [*advice[:1], *map(Command, advice[1:])]
         notes += [] if result.probe is None else [result.probe.describe()]
         sections += evaluation_sections(result.evaluation, notes=notes)
     after = [_what_ran(result, command)]

@@ -143,12 +143,14 @@ class FinetuneResult:
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in without}
         intervals = {} if self.evaluation is None else self.evaluation.intervals
         baselines = {} if self.evaluation is None else self.evaluation.baselines
+        gains = {} if self.evaluation is None else self.evaluation.gains
         return record | {
             "metrics": finite_values(self.metrics),
             "baselines": {name: finite_values(metrics) for name, metrics in baselines.items()},
             "step_memory": None if self.step_memory is None else self.step_memory.to_dict(),
             "probe": None if self.probe is None else self.probe.to_dict(),
             "intervals": {name: list(ends) for name, ends in intervals.items()},
+            "gains": {name: list(ends) for name, ends in gains.items()},
             "history": [finite_values(entry) for entry in self.history],
             "data": None if self.data is None else self.data.to_dict(),
             "warnings": list(self.warnings),

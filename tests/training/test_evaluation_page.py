@@ -16,7 +16,7 @@ from esm_efficient.reporting.score_plots import reliability
 from esm_efficient.tasks import IGNORE
 from esm_efficient.training import intervals as intervals_module
 from esm_efficient.training.evaluation_page import Evaluation, evaluation_sections, verdict
-from esm_efficient.training.intervals import bootstrap_intervals, intervals_of
+from esm_efficient.training.intervals import bootstrap_draws, differences_of, ends_of, intervals_of
 from esm_efficient.training.outcome import curves_of
 from esm_efficient.training.residue_page import letters_for
 
@@ -49,7 +49,7 @@ def evaluation(kind: str, *, skill: float = 1.0, seed: int = 0) -> Evaluation:
         scores=scores,
         labels=labels,
         metrics=compute(prediction),
-        intervals=bootstrap_intervals(prediction, compute, resamples=20),
+        intervals=ends_of(bootstrap_draws(prediction, compute, resamples=20)),
         names=[f"P{i}" for i in range(EXAMPLES)],
         sequences=["MKTVLA"] * EXAMPLES,
     )
@@ -204,7 +204,7 @@ def test_the_interval_of_the_accuracy_has_the_width_of_the_binomial_distribution
     right = rng.random(400) < 0.8
     scores = np.eye(2)[np.where(right, labels, 1 - labels)]
     compute = compute_metrics_for(Task("single_label_classification", ("no", "yes")))
-    low, high = bootstrap_intervals(EvalPrediction(scores, labels), compute, resamples=400)["accuracy"]
+    low, high = ends_of(bootstrap_draws(EvalPrediction(scores, labels), compute, resamples=400))["accuracy"]
     expected = 2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 400)
     assert low < right.mean() < high
     assert high - low == pytest.approx(expected, rel=0.15)
@@ -230,3 +230,39 @@ def test_intervals_are_left_out_where_examples_times_classes_are_too_many(monkey
     labels = np.arange(10) % 3
     prediction = EvalPrediction((np.eye(3)[labels], np.zeros((10, 5))), labels)  # a model may give more than logits
     assert bool(intervals_of(prediction, compute_metrics_for(["a", "b", "c"]))) == has_intervals
+
+
+FEW_KNOWN = {
+    "multi_label_classification": [[1, 0], [0, 1], *[[np.nan, -100]] * 4],
+    "token_classification": [[-100, 0, 1], *[[-100] * 3] * 5],
+    "regression": [1.0, *[np.nan] * 5],
+}
+
+
+@pytest.mark.parametrize("kind", FEW_KNOWN)
+def test_draws_without_a_known_label_are_no_warnings(kind, caplog):
+    labels = np.array(FEW_KNOWN[kind])
+    task = Task(kind, ("a",) if kind == "regression" else ("a", "b"))
+    scores = np.random.default_rng(0).normal(
+        size=(*labels.shape, 2) if kind == "token_classification" else (6, len(task.names))
+    )
+    compute = compute_metrics_for(task)
+    intervals_of(EvalPrediction(scores, labels), compute)
+    assert not caplog.records
+    compute(EvalPrediction(scores[2:], labels[2:]))  # not in a draw
+    assert "no label of the evaluated examples is known" in caplog.text
+
+
+def test_the_interval_of_a_difference_is_narrower_than_those_of_predictions_that_are_alike():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    right = rng.random(200) < 0.7
+    better = right | (np.arange(200) < 20)  # right where the other one is, and in some other rows
+    compute = compute_metrics_for(["no", "yes"])
+    one, other = (
+        bootstrap_draws(EvalPrediction(np.eye(2)[np.where(r, labels, 1 - labels)], labels), compute, resamples=200)
+        for r in (better, right)
+    )
+    low, high = differences_of(one, other)["accuracy"]
+    assert 0 < low < (better.mean() - right.mean()) < high
+    assert ends_of(one)["accuracy"][0] < ends_of(other)["accuracy"][1]  # these overlap
