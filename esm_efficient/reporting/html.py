@@ -131,7 +131,7 @@ def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str
     environment.filters |= {
         "plain": _plain,
         "line": one_line,
-        "drawing": lambda plot: Markup(plot.drawn(f"plot{next(numbers)}-")),
+        "drawing": lambda plot: Markup(Plot.drawn(plot, f"plot{next(numbers)}-")),
     }
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(title=title, sections=sections, note=note)

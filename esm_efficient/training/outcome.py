@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 
 _LIBRARY = Path(__file__).parents[1]
 
+_PEAKS = {
+    "CUDA tensors": "tensors on the GPU",
+    "process": "the whole process, with Python and libraries",
+    "process since it started": "the whole process since it started, with Python and libraries",
+}
+"""What the kinds of `esm_efficient.costs.memory.peak_memory` count, in words."""
+
 _NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -100,7 +107,7 @@ def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
         ("time of the training loop", f"{result.seconds:,.0f} s ({result.residues_per_second:,.0f} residues/s)"),
         *([("time of the cached states", f"{result.states_seconds:,.0f} s")] if result.states_seconds else []),
         *([] if result.probe is None else [("time of the linear probe", f"{result.probe.seconds:.0f} s")]),
-        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({result.peak_memory_kind})"),
+        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} of {_PEAKS[result.peak_memory_kind]}"),
         ("model", str(result.model_dir)),
         ("report", str(result.page)),
     ]
@@ -111,7 +118,7 @@ def result_table(result: FinetuneResult) -> str:
     parts = [format_table(cost_rows(result))]
     if (evaluation := result.evaluation) is not None:
         metrics = format_table(evaluation.metric_rows(), evaluation.header(f"on {result.evaluated_on}"))
-        parts = [metrics, *parts, verdict(evaluation)]
+        parts = [metrics, evaluation.interval_note(), *parts, verdict(evaluation)]
     return "\n\n".join(part for part in [*parts, probe_verdict(result)] if part)
 
 
@@ -162,7 +169,8 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
         after.insert(0, Section("Warnings", list(dict.fromkeys(result.warnings))))
     sections[1:1] = after  # after the table of the metrics
     if curves := curves_of(result.history):
-        sections.append(Section("Training", [draw(curves_plot, curves, caption="Values over the optimizer steps.")]))
+        plot = draw(curves_plot, curves, caption="Values over the optimizer steps.")
+        sections.append(Section("Training", [*_about_losses(result, curves), plot]))
     if result.data is not None:
         sections.append(Section("Data", [Table(("", *result.data.splits), result.data.rows())]))
     if result.step_memory is not None:
@@ -171,6 +179,23 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
     name = Path(result.base_model).name or "a model"
     data = f" on {result.dataset}" if result.dataset else ""
     return html_page(f"{name}{data}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
+
+
+def _about_losses(result: FinetuneResult, curves: Mapping[str, Any]) -> list[str]:
+    """Return why the losses of the curves are not that of the result, if they differ by their kind."""
+    if not any(name.endswith("loss") for name in curves):
+        return []
+    if result.task.kind == "regression":
+        return [
+            "The losses of the curves are in standard deviations of the training labels. The loss of the result is in "
+            "the unit of the labels."
+        ]
+    if result.temperature is not None:
+        return [
+            "The losses of the curves are those before calibration, which divides the logits by "
+            f"{result.temperature:.3g}. The loss of the result is that after it."
+        ]
+    return []
 
 
 def _what_ran(result: FinetuneResult, command: str | None) -> Section:

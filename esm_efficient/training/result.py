@@ -103,8 +103,10 @@ class FinetuneResult:
 
     @property
     def layers_in_words(self) -> str:
-        """Say which encoder layers trained, such as ``"11 of 33: 22 to 32"``."""
+        """Say which encoder layers trained, such as ``"the top 11 of 33"`` or ``"3 of 33: 0 to 2"``."""
         found = self.trained_layers
+        if 0 < len(found) < self.layers and found == tuple(range(self.layers - len(found), self.layers)):
+            return f"the top {len(found)} of {self.layers}"
         counts = f"{len(found)} of {self.layers}"
         if len(found) in (0, self.layers):
             return counts

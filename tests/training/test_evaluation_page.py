@@ -98,10 +98,11 @@ def test_the_worst_mistakes_of_several_labels_are_ranked_by_the_wrong_labels_alo
     scores = np.array([[9.0, -9.0, 0.5], [-1.0, 2.0, 9.0], [3.0, 3.0, -9.0]])  # the last row is right
     task = Task("multi_label_classification", ("a", "b", "c"))
     found = Evaluation(task, scores, labels, {}, {}, names=["first", "second", "third"])
-    rows = evaluation_sections(found)[-1].parts[1].rows
-    assert [row[:4] for row in rows] == [
-        ("second", "none; unknown: c", "b | c", "0.881"),
-        ("first", "a", "a | c", "0.622"),
+    table = evaluation_sections(found)[-1].parts[1]
+    assert table.header[3] == "surest mistake, probability"
+    assert [row[:4] for row in table.rows] == [
+        ("second", "none; unknown: c", "b | c", "b: 0.881"),
+        ("first", "a", "a | c", "c: 0.622"),
     ]
 
 
@@ -177,7 +178,11 @@ def test_without_a_known_label_there_is_nothing_to_plot(kind):
 
 def test_a_model_below_the_majority_class_is_called_so():
     worse = evaluation("single_label_classification", skill=-0.5)
-    assert "not better than always predicting the most frequent class" in verdict(worse)
+    accuracy, majority = worse.metrics["accuracy"], worse.metrics["majority_accuracy"]
+    assert (
+        "not better than always predicting the most frequent class: its accuracy is "
+        f"{accuracy:.3f}, and always predicting that class has {majority:.3f}."
+    ) in verdict(worse)
     assert verdict(evaluation("single_label_classification", skill=3)) == ""
 
 
@@ -186,6 +191,42 @@ def test_a_model_of_numbers_below_the_mean_is_called_so():
     assert verdict(good) == ""
     worse = dataclasses.replace(good, metrics={**good.metrics, "r2": -0.2})
     assert "not better than always predicting the mean of the labels: its r2 is -0.200" in verdict(worse)
+
+
+@pytest.mark.parametrize(
+    ("subset", "jaccard", "is_worse"), [(0.4, 0.5, True), (0.5, 0.6, True), (0.6, 0.5, False), (0.4, 0.7, False)]
+)
+def test_a_model_of_several_labels_that_no_metric_shows_to_be_better_is_called_so(subset, jaccard, is_worse):
+    found = evaluation("multi_label_classification")
+    metrics = {**found.metrics, "subset_accuracy": subset, "jaccard": jaccard}
+    constant = {"majority of each label": {"subset_accuracy": 0.5, "jaccard": 0.6}}
+    said = verdict(dataclasses.replace(found, metrics=metrics, baselines=constant))
+    assert (said != "") == is_worse
+    if is_worse:
+        assert f"its subset accuracy and its Jaccard index are {subset:.3f} and {jaccard:.3f}, and that" in said
+        assert "that prediction has 0.500 and 0.600" in said
+    assert verdict(dataclasses.replace(found, metrics=metrics, baselines={})) == ""
+
+
+def test_a_metric_without_an_interval_is_explained():
+    found = evaluation("single_label_classification")
+    every = dict.fromkeys(found.metrics, (0.0, 1.0))
+    note = dataclasses.replace(found, intervals=every, metrics={**found.metrics, "loss": 0.5}).interval_note()
+    assert note == ""
+    del every["auroc"]
+    without = dataclasses.replace(found, intervals=every)
+    assert "No interval: auroc, undefined in some of the draws" in str(without)
+    assert without.interval_note() in evaluation_sections(without)[0].parts
+    assert "No metric has an interval" in dataclasses.replace(found, intervals={}).interval_note()
+
+
+def test_the_caption_says_how_many_of_the_curves_are_drawn():
+    names = tuple(f"class {number}" for number in range(14))
+    labels = np.arange(28) % 14
+    task = Task("single_label_classification", names)
+    found = Evaluation(task, np.eye(14)[labels], labels, {}, {}, names=list("x" * 28))
+    [ranking] = [section for section in evaluation_sections(found) if section.heading == "Ranking"]
+    assert ranking.parts[0].caption.endswith("The first 12 of 14 are drawn.")
 
 
 def test_the_largest_errors_of_numbers_are_said_to_be_those_of_all_sequences():
