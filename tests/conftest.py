@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
 from esm_efficient import demo_model_path, finetune, write_demo_table
 from esm_efficient.training import arguments
-from esm_efficient.training.intervals import bootstrap_intervals
+from esm_efficient.training.intervals import bootstrap_draws
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes with several threads each would compete for the cores; processes started by tests inherit this.
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def few_resamples():
     """Draw 5 bootstrap samples instead of 200, which take most of the time of a tiny run."""
-    defaults = bootstrap_intervals.__kwdefaults__
+    defaults = bootstrap_draws.__kwdefaults__
     usual, defaults["resamples"] = defaults["resamples"], 5
     yield
     defaults["resamples"] = usual

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from esm_efficient.comparison.figures import BUDGETS, MethodFigures
 from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.estimation.estimate import Estimate
-from esm_efficient.reporting import format_bytes, format_number
+from esm_efficient.reporting import format_bytes, format_number, format_seconds
 from esm_efficient.reporting.html import Plot, Section, Table, html_page
 from esm_efficient.reporting.plots import Method, memory_plot, pareto_plot, timeline_plot
 from esm_efficient.training.evaluation_page import draw
@@ -101,12 +101,12 @@ def estimate_page(estimate: Estimate) -> str:
         True
     """
     recipe, device = estimate.recipe, estimate.device
-    header = ("phase", *CATEGORIES, "total", "time at least, s")
+    header = ("phase", *CATEGORIES, "total", "time at least")
     costs = {name: (cost.peak, cost.seconds) for name, cost in estimate.phases.items()}
     if estimate.cache is not None:
         costs = {"caching": (estimate.cache.peak, estimate.cache.seconds)} | costs
     rows = [
-        (name, *map(format_bytes, peak.to_dict().values()), format_number(seconds, "{:.3g}"))
+        (name, *map(format_bytes, peak.to_dict().values()), format_seconds(seconds))
         for name, (peak, seconds) in costs.items()
     ]
     bars = functools.partial(memory_plot, capacity=device.memory)

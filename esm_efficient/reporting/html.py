@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from esm_efficient.reporting.tables import one_line
 
 _BLOCK = 10
 _NARROW = 400
@@ -32,6 +36,12 @@ class Plot:
         """Whether the letters of the plot would be too small to read if it were as narrow as a telephone."""
         width = re.search(r'<svg[^>]*?\bwidth="([\d.]+)pt"', self.svg)
         return width is not None and float(width[1]) > _NARROW
+
+    def drawn(self, prefix: str) -> str:
+        """Return the SVG as one image that is described by its caption, with a prefix before each of its ids."""
+        text = re.sub(r"""(\bid=["']|\bhref=["']#|url\(#)""", rf"\1{prefix}", self.svg)
+        described = f'<svg role="img" aria-label="{html.escape(_plain(self.caption))}"'
+        return re.sub("<svg", lambda _: described, text, count=1)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str
         note: text under the title: where the figures are from.
 
     Returns:
-        The page. Text is escaped; SVG is inserted as it is.
+        The page. Text is escaped, with its control characters as codes; SVG is inserted as it is, with ids of its own.
 
     Example:
         >>> page = html_page("Costs", [Section("Memory", ["a < b", Table(("recipe",), [("all",)])])])
@@ -114,7 +124,19 @@ def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str
         (True, True)
     """
     from jinja2 import Environment
+    from markupsafe import Markup
 
     environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    numbers = itertools.count(1)
+    environment.filters |= {
+        "plain": _plain,
+        "line": one_line,
+        "drawing": lambda plot: Markup(Plot.drawn(plot, f"plot{next(numbers)}-")),
+    }
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(title=title, sections=sections, note=note)
+
+
+def _plain(text: object) -> str:
+    """Return a text with its invisible characters as codes; a line break is a space, as in HTML."""
+    return one_line(str(text).replace("\n", " "))

@@ -15,7 +15,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 BINS = 10
 """Bins of `reliability`."""
 
-_MOST_CURVES = 12
+MOST_CURVES = 12
+"""The most curves of `ranking_plot`."""
+
+_MOST_NUMBERED = 20
+"""The most classes of which a confusion matrix shows the numbers."""
 
 
 @plain_text
@@ -46,6 +50,8 @@ def curves_plot(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> str:
     """Plot a confusion matrix; the colour is the share of the row, which is a true class.
 
+    With more than 20 classes it has a scale of colours in place of the numbers.
+
     Args:
         counts: int of shape (classes, classes): true class by predicted class.
         names: names of the classes.
@@ -59,13 +65,18 @@ def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> str:
     size = 1.8 + 0.55 * len(names)
     figure, [[axes]] = new_figure(min(size + 1.2, 10), min(size, 9))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [one_line(name)[:24] for name in names]
-    axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", fontsize=9)
-    axes.set_yticks(range(len(names)), labels, fontsize=9)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels, is_small = [_short(name, 24) for name in names], len(names) <= _MOST_NUMBERED
+    turned = {"rotation": 35, "ha": "right"} if is_small else {"rotation": 90}
+    letters = 9 if is_small else max(3.0, 9 * 40 / max(len(names), 40) * 0.8)
+    axes.set_xticks(range(len(names)), labels, fontsize=letters, **turned)
+    axes.set_yticks(range(len(names)), labels, fontsize=letters)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.spines[:].set_visible(False)
+    if not is_small:
+        figure.colorbar(image, ax=axes, shrink=0.5, label="share of the true class")
+        return svg_of(figure)
     for (row, column), count in np.ndenumerate(counts):
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour, fontsize=9)
@@ -86,23 +97,37 @@ def ranking_plot(classes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
+    from matplotlib.textpath import TextPath
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    figure, [[left, right]] = new_figure(9, 4.2, 1, 2)
     drawn = [(name, true, score) for name, (true, score) in classes.items() if 0 < true.sum() < len(true)]
-    for index, (name, true, score) in enumerate(drawn[:_MOST_CURVES]):
+    drawn = drawn[:MOST_CURVES]
+    widths = [TextPath((0, 0), _short(name, 32), size=9).get_extents().width / 72 for name, *_ in drawn]
+    columns = int(np.clip(9 / (0.65 + max(widths, default=0)), 1, 4))  # inches: the figure, a line with its gaps
+    figure, [[left, right]] = new_figure(9, 4.0 + 0.2 * -(-len(drawn) // columns), 1, 2)
+    for index, (name, true, score) in enumerate(drawn):
         colour, style = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else ":"
         false_rate, true_rate, _ = roc_curve(true, score)
-        left.plot(false_rate, true_rate, style, color=colour, label=one_line(name)[:32])
+        left.plot(false_rate, true_rate, style, color=colour, label=_short(name, 32))
         precision, recall, _ = precision_recall_curve(true, score)
-        right.plot(recall, precision, style, color=colour)
+        # Its last point, precision 1 at recall 0, is no threshold of the model.
+        right.plot(recall[:-1], precision[:-1], style, color=colour, marker="o" if len(recall) == 2 else None)
         right.axhline(true.mean(), color=colour, linestyle="--", linewidth=0.7)
     left.plot([0, 1], [0, 1], "--", color="#999999", linewidth=0.7)
     left.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.01))
     right.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
     if drawn:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return svg_of(figure)
+
+
+def _short(name: str, most: int) -> str:
+    """Return a name with at most so many characters, without its middle, since names often differ at their ends."""
+    text = one_line(name)
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
 
 
 def reliability(probability: np.ndarray, right: np.ndarray) -> tuple[list[tuple[float, float, int]], float]:

@@ -18,7 +18,7 @@ from esm_efficient.errors import EsmEfficientError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import IGNORE, Task
 from esm_efficient.training.arguments import half_dtype
-from esm_efficient.training.intervals import intervals_of
+from esm_efficient.training.intervals import Draws, draws_of, ends_of
 from esm_efficient.training.layer_probes import METRICS, Examples, fit_probes, read_examples
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.probes import Fitted, fit_probe
@@ -63,6 +63,7 @@ class FrozenProbe:
         metrics: its metrics on the test split.
         seconds: time to compute the states and to fit.
         intervals: 95 % interval of the metrics, from the draws of sequences that give those of the model.
+        draws: the metrics in each draw; empty if the result was read from a folder.
     """
 
     layer: int
@@ -73,10 +74,11 @@ class FrozenProbe:
     metrics: Mapping[str, float]
     seconds: float
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    draws: Draws = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the metrics, ready for JSON."""
-        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metrics"}
+        """Return everything but the metrics and their draws, ready for JSON."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("metrics", "draws")}
         return record | {"intervals": {name: list(ends) for name, ends in self.intervals.items()}}
 
     def describe(self) -> str:
@@ -232,6 +234,7 @@ def _fit(
     predict = fit_probe(task, train.states[place, 0], train.labels, weights=train.weights)
     prediction = _predict(reader, dataset["test"], task, kept[place], predict)
     compute = compute_metrics_for(task, thresholds=thresholds)
+    draws = _of_the_probe(draws_of(prediction, compute))
     return FrozenProbe(
         layer=kept[place],
         layers=reader.layers,
@@ -240,7 +243,8 @@ def _fit(
         examples=len(train.labels),
         metrics=_of_the_probe(compute(prediction)),
         seconds=time.perf_counter() - started,
-        intervals=_of_the_probe(intervals_of(prediction, compute)),
+        intervals=ends_of(draws),
+        draws=draws,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import truncation_mask
-from esm_efficient.data.sequences import Keep, count_residues
+from esm_efficient.data.sequences import Keep
 from esm_efficient.errors import DataError, listing
 from esm_efficient.inference import Predictor
 from esm_efficient.inference.inputs import sequences_from
@@ -22,6 +22,7 @@ from esm_efficient.training.baselines import majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation
 from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.metrics import compute_metrics_for
+from esm_efficient.training.residue_page import read_letters
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,13 +116,13 @@ def _metrics_of(predictor: Predictor) -> Any:
 
 
 def _kept(sequences: list[str], predictor: Predictor, keep: LongReading | None) -> list[str]:
-    """Return what the model reads of sequences."""
-    part = _part(keep)
+    """Return the letters that the model reads of sequences."""
+    part, letters = _part(keep), list(map(read_letters, sequences))
     if part is None:
-        return sequences
+        return letters
     limit = predictor.max_tokens - SPECIAL_TOKENS
-    masks = (truncation_mask(np.array([count_residues(sequence)]), limit, part) for sequence in sequences)
-    return ["".join(itertools.compress(sequence, mask)) for sequence, mask in zip(sequences, masks, strict=True)]
+    masks = (truncation_mask(np.array([len(sequence)]), limit, part) for sequence in letters)
+    return ["".join(itertools.compress(sequence, mask)) for sequence, mask in zip(letters, masks, strict=True)]
 
 
 def _part(keep: LongReading | None) -> Keep | None:

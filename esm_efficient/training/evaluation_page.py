@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.reporting import count_of, finite_values, format_number, format_table
 from esm_efficient.reporting.html import Part, Plot, Section, Table
 from esm_efficient.reporting.score_plots import (
+    MOST_CURVES,
     confusion_plot,
     ranking_plot,
     reliability,
@@ -19,10 +21,13 @@ from esm_efficient.reporting.score_plots import (
     scatter_plot,
 )
 from esm_efficient.tasks import IGNORE, Task
+from esm_efficient.training.intervals import MOST_SCORES
 from esm_efficient.training.residue_page import residue_strips
 
 MISTAKES = 12
 """The most mistakes that are listed."""
+
+CONFUSION = "True classes by predicted ones. The colour is the share of the true class: a row adds up to 1."
 
 _SHOWN_RESIDUES = 60
 
@@ -38,10 +43,12 @@ class Evaluation:
         metrics: the metrics.
         intervals: 95 % interval of metrics (`esm_efficient.training.intervals`).
         names: accession of each example, or its number.
-        sequences: sequence of each example; empty if they are not known.
+        sequences: the letters that the model read of each example (`esm_efficient.training.residue_page.read_letters`);
+            empty if they are not known.
         thresholds: probability from which each label is positive; None for 0.5.
         baselines: metrics of other predictions of the same examples, by name (`esm_efficient.training.baselines`).
         baseline_intervals: 95 % interval of metrics of those of the baselines that have one, by name.
+        gains: 95 % interval of metrics minus those of the last baseline, from the same draws of examples.
     """
 
     task: Task
@@ -54,9 +61,10 @@ class Evaluation:
     thresholds: np.ndarray | None = None
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     baseline_intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    gains: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def metric_rows(self) -> list[tuple[str, ...]]:
-        """Return the name, the value and the interval of each metric, and its values by the baselines, as text."""
+        """Return the name, the value and the interval of each metric, its values by the baselines, and its gain."""
         return [
             (
                 name,
@@ -66,15 +74,42 @@ class Evaluation:
                     _with_interval(metrics.get(name), self.baseline_intervals.get(baseline, {}).get(name))
                     for baseline, metrics in self.baselines.items()
                 ),
+                *([self._gain(name)] if self.gains else []),
             )
+            for name, value in self._shown().items()
+        ]
+
+    def _shown(self) -> dict[str, float]:
+        """Return the metrics of all classes together, without that of a baseline."""
+        return {
+            name: value
             for name, value in self.metrics.items()
             if not name.startswith(("f1_", "mcc_")) or name in ("f1_micro", "f1_macro")
-            if name != "majority_accuracy"  # the accuracy of a baseline
-        ]
+            if name != "majority_accuracy"
+        }
+
+    def interval_note(self) -> str:
+        """Return why metrics have no interval; empty if all but the loss, which has none, have one."""
+        missing = [name for name in self._shown() if name not in self.intervals and name != "loss"]
+        if not missing:
+            return ""
+        if not self.intervals:
+            return (
+                f"No metric has an interval: expected 2 examples or more, at most {MOST_SCORES:,} scores and a metric."
+            )
+        return f"No interval: {listing(missing)}, undefined in some of the draws of examples, or of this test set."
 
     def header(self, first: str = "metric") -> tuple[str, ...]:
         """Return the names of the columns of `metric_rows`."""
-        return (first, "value", "95 % interval", *self.baselines)
+        gain = [f"minus {list(self.baselines)[-1]}"] if self.gains else []
+        return (first, "value", "95 % interval", *self.baselines, *gain)
+
+    def _gain(self, name: str) -> str:
+        """Return by how much a metric is above that of the last baseline, with its interval."""
+        if name not in self.gains:
+            return "-"
+        value = self.metrics[name] - list(self.baselines.values())[-1][name]
+        return "{:+.3f} ({:+.3f} to {:+.3f})".format(value, *self.gains[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics with their intervals, ready for JSON; an undefined metric becomes None."""
@@ -89,8 +124,7 @@ class Evaluation:
     def __str__(self) -> str:
         """Return a table of the metrics with their intervals."""
         table = format_table(self.metric_rows(), self.header())
-        note = verdict(self)
-        return f"{table}\n\n{note}" if note else table
+        return "\n\n".join(part for part in (table, self.interval_note(), verdict(self)) if part)
 
     def class_table(self) -> Table:
         """Return a table with the examples of each class or label, and its F1 and MCC with their intervals.
@@ -128,6 +162,7 @@ def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[Part] = ()) -
     warning = verdict(evaluation)
     table = Table(evaluation.header(), evaluation.metric_rows())
     parts: list[Part] = [*([warning] if warning else []), *notes, table]
+    parts += [note] if (note := evaluation.interval_note()) else []
     sections = [Section("Result", parts)]
     if evaluation.task.kind != "regression":
         sections.append(Section("By class", [evaluation.class_table()]))
@@ -142,20 +177,30 @@ def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[Part] = ()) -
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """Return a warning if the model does not beat the most frequent class, or the mean; else an empty text."""
+    """Return a warning if the model does not beat the best constant prediction; else an empty text."""
+    advice = "Train longer, with another learning rate, or check the labels."
     if (r2 := evaluation.metrics.get("r2")) is not None and r2 <= 0:
         return (
             f"The model is not better than always predicting the mean of the labels: its r2 is {r2:.3f}, and that of "
-            "the mean is 0. If only the order matters, compare Spearman's correlation. Train longer, with another "
-            "learning rate, or check the labels."
+            f"the mean is 0. If only the order matters, compare Spearman's correlation. {advice}"
+        )
+    if evaluation.task.kind == "multi_label_classification":
+        names = ("subset_accuracy", "jaccard")
+        constant = next(iter(evaluation.baselines.values()), {})
+        if not all(evaluation.metrics.get(name, math.nan) <= constant.get(name, math.nan) for name in names):
+            return ""
+        found, other = (" and ".join(f"{m[name]:.3f}" for name in names) for m in (evaluation.metrics, constant))
+        return (
+            f"The model is not better than always predicting the more frequent value of each label: its subset accuracy "
+            f"and its Jaccard index are {found}, and that prediction has {other}. With rare labels, compare MCC and "
+            f"AUROC. {advice}"
         )
     accuracy, majority = (evaluation.metrics.get(name) for name in ("accuracy", "majority_accuracy"))
     if accuracy is None or majority is None or not accuracy <= majority:
         return ""
     return (
         f"The model is not better than always predicting the most frequent class: its accuracy is {accuracy:.3f}, and "
-        f"that of the class is {majority:.3f}. With rare classes, compare MCC and AUROC. Train longer, with another "
-        "learning rate, or check the labels."
+        f"always predicting that class has {majority:.3f}. With rare classes, compare MCC and AUROC. {advice}"
     )
 
 
@@ -172,7 +217,7 @@ def _class_sections(evaluation: Evaluation) -> list[Section]:
     ranked = {names[index]: (true == index, chances[:, index]) for index in shown}
     bins, error = reliability(best, predicted == true)
     sections = [
-        Section("Confusion", [draw(confusion_plot, counts, names, caption="True classes by predicted ones.")]),
+        Section("Confusion", [draw(confusion_plot, counts, names, caption=CONFUSION)]),
         _ranking(ranked),
         Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))]),
     ]
@@ -200,17 +245,16 @@ def _several_sections(evaluation: Evaluation) -> list[Section]:
     sure = np.where(predicted, chances, 1 - chances)[known]
     bins, error = reliability(sure, right)
     is_wrong = known & (predicted != (true == 1))
-    wrong = [
-        (
-            float(np.where(predicted[row], chances[row], 1 - chances[row])[is_wrong[row]].max()),
-            row,
-            _joined(names, true[row] == 1) + _unknown(names, ~known[row]),
-            _joined(names, predicted[row]),
-        )
-        for row in np.flatnonzero(is_wrong.any(axis=1))
-    ]
+    wrong, surest = [], {}
+    for row in np.flatnonzero(is_wrong.any(axis=1)):
+        chance = np.where(is_wrong[row], np.where(predicted[row], chances[row], 1 - chances[row]), -1)
+        label = int(chance.argmax())
+        truth = _joined(names, true[row] == 1) + _unknown(names, ~known[row])
+        wrong.append((float(chance[label]), row, truth, _joined(names, predicted[row])))
+        surest[row] = f"{'' if predicted[row, label] else 'not '}{names[label]}: {chance[label]:.3g}"
     reliable = Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))])
-    return [_ranking(ranked), reliable, _mistakes(evaluation, wrong)]
+    mistakes = _mistakes(evaluation, wrong, score="surest mistake, probability", shown=surest)
+    return [_ranking(ranked), reliable, mistakes]
 
 
 def _joined(names: Sequence[str], chosen: np.ndarray) -> str:
@@ -243,6 +287,8 @@ def _numbers(values: np.ndarray) -> str:
 
 def _ranking(classes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Section:
     caption = "Left: ROC. Right: precision against recall. Dashed: what chance gives."
+    if (count := sum(0 < true.sum() < len(true) for true, _ in classes.values())) > MOST_CURVES:
+        caption += f" The first {MOST_CURVES} of {count} are drawn."
     return Section("Ranking", [draw(ranking_plot, classes, caption=caption)])
 
 
@@ -251,11 +297,17 @@ def _calibration(error: float) -> str:
 
 
 def _mistakes(
-    evaluation: Evaluation, wrong: list[tuple[float, Any, str, str]], *, score: str = "probability", text: str = ""
+    evaluation: Evaluation,
+    wrong: list[tuple[float, Any, str, str]],
+    *,
+    score: str = "probability",
+    text: str = "",
+    shown: Mapping[Any, str] | None = None,
 ) -> Section:
-    """Return the table of the mistakes of which the model was surest."""
+    """Return the table of the mistakes of which the model was surest; `shown` has the cell of the score by row."""
     worst = sorted(wrong, key=lambda mistake: -mistake[0])[:MISTAKES]
-    rows = [(evaluation.names[row], t, p, f"{value:.3g}", _start(evaluation, row)) for value, row, t, p in worst]
+    cells = {row: f"{value:.3g}" for value, row, *_ in worst} if shown is None else shown
+    rows = [(evaluation.names[row], t, p, cells[row], _start(evaluation, row)) for _, row, t, p in worst]
     table = Table(("accession", "true", "predicted", score, "sequence"), rows)
     if not wrong:
         return Section("Worst mistakes", ["There is none."])

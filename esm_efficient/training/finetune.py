@@ -45,6 +45,7 @@ from esm_efficient.training.run_plan import RunPlan
 from esm_efficient.training.standardizing import standardized, start_scale
 from esm_efficient.training.start import starting_model
 from esm_efficient.training.trainer import WeightedTrainer
+from esm_efficient.training.weights import check_labels
 from esm_efficient.trunk.split import encoder_dropout
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def finetune(
         tokenized = job.raw if job.is_tokenized else tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
     scale = start_scale(loaded, tokenizer, tokenized["train"], task, has_unit=has_unit)
     collator = _make_collator(task, tokenizer)
+    _check_splits(tokenized, collator, loaded, task)
     splits: Mapping[str, Any] = {name: tokenized[name] for name in ("train", "validation") if name in tokenized}
     states, folder = None, Path(states_dir or job.output_dir / "states")
     if _can_cache(chosen, loaded.config, splits["train"], args):
@@ -253,6 +255,13 @@ def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the collator of tokens and labels."""
     kind = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
     return kind(tokenizer)
+
+
+def _check_splits(splits: Mapping[str, Any], collator: Any, model: Any, task: Task) -> None:
+    """Refuse wrong labels in any split: an error in a probe or an evaluation would come late, or be hard to read."""
+    for name, split in splits.items():
+        named = "training set" if name == "train" else f"{name} split"
+        check_labels(split, collator, model, task.problem_type or "single_label_classification", name=named)
 
 
 def _prepare(

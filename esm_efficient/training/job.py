@@ -38,7 +38,7 @@ from esm_efficient.training.outcome import WarningList
 from esm_efficient.training.run_plan import RunPlan, plan_run, warn_of_few_steps
 from esm_efficient.training.start import name_of_model
 from esm_efficient.training.stopping import EarlyStopping
-from esm_efficient.training.weights import check_all_present, resolve_class_weights
+from esm_efficient.training.weights import check_all_present, refuse_constant_labels, resolve_class_weights
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -178,6 +178,8 @@ def begin_job(
         raw = splits_from(dataset, **data_options)
     task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
     evaluated_on = evaluated_split(raw)
+    label = data_options.get("label")
+    refuse_constant_labels(raw["train"], task, label if isinstance(label, str) else None)
     data = describe_if_known(raw)
     stopping = EarlyStopping.check(early_stopping, raw, task, data=data)
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))

@@ -17,11 +17,13 @@ from esm_efficient.recipes import RECIPES
 from esm_efficient.reporting import format_bytes, format_number, format_table
 from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
 from esm_efficient.reporting.score_plots import curves_plot
+from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation, draw, evaluation_sections, verdict
-from esm_efficient.training.intervals import intervals_of
+from esm_efficient.training.intervals import Draws, differences_of, draws_of, ends_of
 from esm_efficient.training.layer_probes import METRICS
 from esm_efficient.training.metrics import logits_of
+from esm_efficient.training.residue_page import read_letters
 from esm_efficient.training.step_memory import memory_section
 
 if TYPE_CHECKING:
@@ -31,6 +33,13 @@ if TYPE_CHECKING:
     from esm_efficient.training.result import FinetuneResult
 
 _LIBRARY = Path(__file__).parents[1]
+
+_PEAKS = {
+    "CUDA tensors": "tensors on the GPU",
+    "process": "the whole process, with Python and libraries",
+    "process since it started": "the whole process since it started, with Python and libraries",
+}
+"""What the kinds of `esm_efficient.costs.memory.peak_memory` count, in words."""
 
 _NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
@@ -63,9 +72,9 @@ def evaluate_split(
         if not name.endswith(_NO_METRICS)
     }
     scores, labels = logits_of(output.predictions), np.asarray(output.label_ids)
-    intervals = {}
+    draws: Draws = {}
     if trainer.compute_metrics is not None:
-        intervals = intervals_of(EvalPrediction(scores, labels), trainer.compute_metrics)
+        draws = draws_of(EvalPrediction(scores, labels), trainer.compute_metrics)
     columns = [] if raw is None else raw.column_names
     numbered = [str(number) for number in range(1, len(labels) + 1)]
     return Evaluation(
@@ -73,13 +82,19 @@ def evaluate_split(
         scores=scores,
         labels=labels,
         metrics=metrics,
-        intervals=intervals,
+        intervals=ends_of(draws),
         names=list(map(str, raw["accession"])) if "accession" in columns else numbered,
-        sequences=list(raw["sequence"]) if "sequence" in columns else (),
+        sequences=_as_read(raw["sequence"], split["input_ids"]) if "sequence" in columns else (),
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=majority_metrics(task, labels) | ({} if probe is None else {PROBE: probe.metrics}),
         baseline_intervals={} if probe is None else {PROBE: probe.intervals},
+        gains={} if probe is None else differences_of(draws, probe.draws),
     )
+
+
+def _as_read(sequences: Sequence[str], ids: Sequence[Sequence[int]]) -> list[str]:
+    """Return the letters that a model read of sequences, of which a long one was cut behind its start."""
+    return [read_letters(text)[: len(row) - SPECIAL_TOKENS] for text, row in zip(sequences, ids, strict=True)]
 
 
 def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
@@ -92,7 +107,7 @@ def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
         ("time of the training loop", f"{result.seconds:,.0f} s ({result.residues_per_second:,.0f} residues/s)"),
         *([("time of the cached states", f"{result.states_seconds:,.0f} s")] if result.states_seconds else []),
         *([] if result.probe is None else [("time of the linear probe", f"{result.probe.seconds:.0f} s")]),
-        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({result.peak_memory_kind})"),
+        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} of {_PEAKS[result.peak_memory_kind]}"),
         ("model", str(result.model_dir)),
         ("report", str(result.page)),
     ]
@@ -103,23 +118,31 @@ def result_table(result: FinetuneResult) -> str:
     parts = [format_table(cost_rows(result))]
     if (evaluation := result.evaluation) is not None:
         metrics = format_table(evaluation.metric_rows(), evaluation.header(f"on {result.evaluated_on}"))
-        parts = [metrics, *parts, verdict(evaluation)]
+        parts = [metrics, evaluation.interval_note(), *parts, verdict(evaluation)]
     return "\n\n".join(part for part in [*parts, probe_verdict(result)] if part)
 
 
 def probe_verdict(result: FinetuneResult) -> str:
-    """Return a sentence if a linear probe on the frozen encoder beats the fine-tuned model; else an empty text."""
+    """Return a sentence if it is not sure that the model beats a linear probe on the frozen encoder; else nothing."""
     return " ".join(_probe_verdict(result))
 
 
 def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
-    """Return the sentence, and what shows the probes of all layers."""
+    """Return the sentence, and, if the probe is better, what shows the probes of all layers."""
     if result.probe is None:
         return ()
     metric = METRICS[result.task.kind][0]
     tuned, probed = (metrics.get(metric, math.nan) for metrics in (result.metrics, result.probe.metrics))
-    if math.isnan(probed) or tuned >= probed:
+    if math.isnan(probed):
         return ()
+    if tuned >= probed:
+        low, high = ({} if result.evaluation is None else result.evaluation.gains).get(metric, (math.nan, math.nan))
+        if not low <= 0:
+            return ()
+        return (
+            f"It is not sure that the fine-tuned model is better than the {PROBE}: the 95 % interval of the difference "
+            f"in {metric}, {low:+.3f} to {high:+.3f}, contains 0.",
+        )
     sentence = (
         f"A {PROBE} on the frozen encoder has a better score than the fine-tuned model ({metric} {probed:.3f} against "
         f"{format_number(tuned, '{:.3f}')}), and needs no training:"
@@ -138,7 +161,7 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
     sections = []
     if result.evaluation is not None:
         advice = _probe_verdict(result)
-        notes: list[Part] = [advice[0], Command(advice[1])] if advice else []
+        notes: list[Part] = [*advice[:1], *map(Command, advice[1:])]
         notes += [] if result.probe is None else [result.probe.describe()]
         sections += evaluation_sections(result.evaluation, notes=notes)
     after = [_what_ran(result, command)]
@@ -146,7 +169,8 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
         after.insert(0, Section("Warnings", list(dict.fromkeys(result.warnings))))
     sections[1:1] = after  # after the table of the metrics
     if curves := curves_of(result.history):
-        sections.append(Section("Training", [draw(curves_plot, curves, caption="Values over the optimizer steps.")]))
+        plot = draw(curves_plot, curves, caption="Values over the optimizer steps.")
+        sections.append(Section("Training", [*_about_losses(result, curves), plot]))
     if result.data is not None:
         sections.append(Section("Data", [Table(("", *result.data.splits), result.data.rows())]))
     if result.step_memory is not None:
@@ -155,6 +179,23 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
     name = Path(result.base_model).name or "a model"
     data = f" on {result.dataset}" if result.dataset else ""
     return html_page(f"{name}{data}, recipe {result.recipe}", sections, note=f"Trained with {versions}.")
+
+
+def _about_losses(result: FinetuneResult, curves: Mapping[str, Any]) -> list[str]:
+    """Return why the losses of the curves are not that of the result, if they differ by their kind."""
+    if not any(name.endswith("loss") for name in curves):
+        return []
+    if result.task.kind == "regression":
+        return [
+            "The losses of the curves are in standard deviations of the training labels. The loss of the result is in "
+            "the unit of the labels."
+        ]
+    if result.temperature is not None:
+        return [
+            "The losses of the curves are those before calibration, which divides the logits by "
+            f"{result.temperature:.3g}. The loss of the result is that after it."
+        ]
+    return []
 
 
 def _what_ran(result: FinetuneResult, command: str | None) -> Section:

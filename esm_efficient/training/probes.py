@@ -52,7 +52,7 @@ def fit_probe(task: Task, features: np.ndarray, labels: np.ndarray, *, weights: 
         labels): logits, or numbers in the unit of the labels.
 
     Raises:
-        DataError: all known examples have the same class.
+        DataError: all known examples with a weight have the same class, or a label is not a class.
 
     Example:
         >>> x = np.array([[0.0], [0.1], [1.0], [1.1]])
@@ -66,6 +66,13 @@ def fit_probe(task: Task, features: np.ndarray, labels: np.ndarray, *, weights: 
     variance = PRIOR_VARIANCE / x.shape[1]
     if task.kind in ("single_label_classification", "token_classification"):
         known = labels != IGNORE
+        if len(wrong := labels[known & ~np.isin(labels, np.arange(len(task.names)))]):
+            raise DataError(
+                f"{len(wrong):,} training label(s) are not classes, such as {wrong[0]:g}: expected 0 to "
+                f"{len(task.names) - 1} ({', '.join(task.names)}), or {IGNORE} if unknown"
+            )
+        if weights is not None:
+            known &= weights > 0
         fitted = _class_logits(x[known], labels[known], task, variance, _select(weights, known))
         return lambda others: fitted((others - mean) / spread)
     table = labels.reshape(len(labels), -1).astype(np.float64)

@@ -147,6 +147,7 @@ def _load_evaluation(
         thresholds=None if thresholds is None else np.array([thresholds[name] for name in task.names]),
         baselines=baselines,
         baseline_intervals={PROBE: _pairs(record["probe"]["intervals"])} if record["probe"] else {},
+        gains=_pairs(record["gains"]),
     )
 
 

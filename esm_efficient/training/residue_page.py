@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient.data.sequences import SPECIAL_PATTERN, clean
 from esm_efficient.reporting.html import Residue, ResidueStrip
-from esm_efficient.tasks import IGNORE
+from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from esm_efficient.training.evaluation_page import Evaluation
@@ -38,15 +39,16 @@ def residue_strips(evaluation: Evaluation, most: int) -> list[Any]:
     order = np.argsort(-wrong.sum(axis=1), kind="stable")
     rows = [row for row in order[:most] if wrong[row].any()]
     codes = letters_for(evaluation.task.names)
-    meaning = ", ".join(f"{code} {name}" for code, name in zip(codes, evaluation.task.names, strict=True))
+    named = [f"{code} {name}" for code, name in zip(codes, evaluation.task.names, strict=True) if code != name]
+    meaning = ", ".join([*named, f"{_UNKNOWN} unknown"])
     strips: list[Any] = [
         f"Sequences with a wrong residue: {int(wrong.any(axis=1).sum()):,}; the worst {len(rows)} are shown. Each "
-        f"column is a residue, with its true class and its predicted class below it: {meaning}, {_UNKNOWN} unknown. A "
+        f"column is a residue, with its true class and its predicted class below it. The letters mean: {meaning}. A "
         "wrong residue is underlined and orange, and a right one is blue. A deeper colour is a higher probability of "
         "the predicted class. The number above a block is that of its first residue."
     ]
     for row in rows:
-        size = min(len(evaluation.sequences[row]), evaluation.labels.shape[1] - 1)
+        size = min(len(evaluation.sequences[row]), evaluation.labels.shape[1] - SPECIAL_TOKENS)
         within = slice(1, size + 1)  # tokens begin with <cls>
         start = _most_wrong(wrong[row, within])
         place = slice(1 + start, 1 + min(start + SHOWN_RESIDUES, size))
@@ -55,7 +57,7 @@ def residue_strips(evaluation: Evaluation, most: int) -> list[Any]:
                 heading=_heading(evaluation, row, wrong[row, within], start, size),
                 start=start + 1,
                 residues=_residues(
-                    evaluation.sequences[row][start : start + SHOWN_RESIDUES],
+                    evaluation.sequences[row][start : min(start + SHOWN_RESIDUES, size)],
                     evaluation.labels[row, place],
                     softmax(evaluation.scores[row, place], axis=-1),
                     evaluation.task.names,
@@ -65,6 +67,17 @@ def residue_strips(evaluation: Evaluation, most: int) -> list[Any]:
             )
         )
     return strips
+
+
+def read_letters(sequence: str) -> str:
+    """Return the letters that a model reads of a sequence: a character per residue; a special token is ``?``.
+
+    Example:
+        >>> read_letters("mk-t v<mask>a*")
+        'MKTV?A'
+    """
+    text = clean(sequence)
+    return SPECIAL_PATTERN.sub("?", text) if "<" in text else text
 
 
 def letters_for(names: Sequence[str]) -> list[str]:

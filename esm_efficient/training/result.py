@@ -103,8 +103,10 @@ class FinetuneResult:
 
     @property
     def layers_in_words(self) -> str:
-        """Say which encoder layers trained, such as ``"11 of 33: 22 to 32"``."""
+        """Say which encoder layers trained, such as ``"the top 11 of 33"`` or ``"3 of 33: 0 to 2"``."""
         found = self.trained_layers
+        if 0 < len(found) < self.layers and found == tuple(range(self.layers - len(found), self.layers)):
+            return f"the top {len(found)} of {self.layers}"
         counts = f"{len(found)} of {self.layers}"
         if len(found) in (0, self.layers):
             return counts
@@ -143,12 +145,14 @@ class FinetuneResult:
         record = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in without}
         intervals = {} if self.evaluation is None else self.evaluation.intervals
         baselines = {} if self.evaluation is None else self.evaluation.baselines
+        gains = {} if self.evaluation is None else self.evaluation.gains
         return record | {
             "metrics": finite_values(self.metrics),
             "baselines": {name: finite_values(metrics) for name, metrics in baselines.items()},
             "step_memory": None if self.step_memory is None else self.step_memory.to_dict(),
             "probe": None if self.probe is None else self.probe.to_dict(),
             "intervals": {name: list(ends) for name, ends in intervals.items()},
+            "gains": {name: list(ends) for name, ends in gains.items()},
             "history": [finite_values(entry) for entry in self.history],
             "data": None if self.data is None else self.data.to_dict(),
             "warnings": list(self.warnings),

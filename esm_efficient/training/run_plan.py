@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,8 @@ class RunPlan:
         trains = f"{self.model}, recipe {self.recipe.name}"
         if self.estimate is not None:
             trains += f", {self.estimate.trainable_parameters:,} of {self.estimate.total_parameters:,} parameters"
-        trains += f", {self.steps:,} steps of {self.batch_size} sequences ({count_of(self.epochs, 'epoch')})"
+        trains += f", {count_of(self.steps, 'step')} of {count_of(self.batch_size, 'sequence')}"
+        trains += f" ({count_of(self.epochs, 'epoch')})"
         lines = {"read": read, "split": parts, "train": trains, "cost": self._cost()}
         if self.probe:
             lines["probe"] = f"a linear probe to compare with: one forward pass over {', '.join(splits)}"
@@ -92,8 +94,18 @@ class RunPlan:
         if found.device.memory:
             verdict = "fits" if found.fits() else "DOES NOT FIT"
             text += f": {verdict} into {format_bytes(found.device.memory)} of {found.device.name}"
+        if found.device.backend == "cpu":
+            text += ", beside Python and libraries"
         seconds = found.run_seconds(self.steps)
-        return text if math.isnan(seconds) else f"{text}; {format_duration(seconds)} or more"
+        text = text if math.isnan(seconds) else f"{text}; {format_duration(seconds)} or more"
+        return f"{text}. {self._cure(found)}" if found.device.memory and not found.fits() else text
+
+    def _cure(self, found: Estimate) -> str:
+        """Return what to try if the run does not fit into the memory."""
+        fewer = "--micro-batch 1 (micro_batch=1 in Python), or " if found.recipe.micro_batch > 1 else ""
+        words = ["esm-efficient", "recommend", "--model", self.model]
+        words += ["--device", found.device.name] if found.device.name in DEVICES else []
+        return f"Try {fewer}a smaller model; this looks for a recipe that fits: {shlex.join(words)}"
 
 
 def plan_run(
@@ -162,8 +174,20 @@ def warn_of_few_steps(sequences: int, args: TrainingArguments) -> None:
         sequences: number of training sequences.
         args: the options of training.
     """
-    steps = planned_steps(sequences, args)
-    if args.max_steps <= 0 and 0 < steps < FEW_STEPS:  # an empty split is an error elsewhere
+    steps, batch_size = planned_steps(sequences, args), batch_size_of(args)
+    if args.max_steps > 0 or not 0 < steps < FEW_STEPS:  # an empty split is an error elsewhere
+        return
+    if sequences < batch_size and (smaller := min(8, sequences // 4) // args.world_size):
+        logger.warning(
+            "the batch size %d is more than the %d training sequences, so that an epoch is one optimizer step and the "
+            "run has %d: batch_size=%d makes %d",
+            batch_size,
+            sequences,
+            steps,
+            smaller,
+            math.ceil(args.num_train_epochs * math.ceil(sequences / (smaller * args.world_size))),
+        )
+    else:
         epochs = math.ceil(args.num_train_epochs * FEW_STEPS / steps)
         logger.warning(
             "%s may be too few: with less than %d the result may be below that of a linear probe. epochs=%d makes %d",

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _STEP = ("forward", "backward", "optimizer")
 """The phases of a step, which both sides have."""
 
+_CACHING = "caching"
+"""The pass over the data before the first step that computes the cached states; it is estimated, and not measured."""
+
 Bytes = Mapping[str, int]
 """Bytes by category, and their ``total``."""
 
@@ -29,7 +32,7 @@ class StepMemory:
 
     Attributes:
         predicted_for: the device of the prediction, such as ``"A10G"``; empty without one.
-        predicted: highest bytes of each phase, by category.
+        predicted: highest bytes of each phase, by category; with a cache also those of the pass that computes it.
         timeline: the predicted course of a step: phase, moment, bytes.
         unit: what the moments count.
         measured_on: the device of the run, such as ``"cuda:0"``; empty if the run was not profiled.
@@ -62,10 +65,12 @@ def step_memory(estimate: Estimate | None, report: ProfileReport | None) -> Step
         return None
     found: dict[str, Any] = {}
     if estimate is not None:
+        peaks = {} if estimate.cache is None else {_CACHING: estimate.cache.peak}
+        peaks |= {name: cost.peak for name, cost in estimate.phases.items()}
         timed = estimate.timeline[-1].seconds > 0  # the rates of a CPU are unknown
         found |= {
             "predicted_for": estimate.device.name,
-            "predicted": {name: cost.peak.to_dict() for name, cost in estimate.phases.items()},
+            "predicted": {name: peak.to_dict() for name, peak in peaks.items()},
             "timeline": tuple(
                 (point.phase, point.seconds if timed else float(moment), point.memory.total)
                 for moment, point in enumerate(estimate.timeline)
@@ -86,12 +91,12 @@ def memory_section(memory: StepMemory) -> Section:
     sides = {"estimated": memory.predicted or {}, "measured": memory.measured or {}}
     rows = [
         (phase, side, *(format_bytes(peaks[phase].get(name, 0)) for name in (*CATEGORIES, "total")))
-        for phase in _STEP
+        for phase in (_CACHING, *_STEP)
         for side, peaks in sides.items()
         if phase in peaks
     ]
     parts: list[Part] = [_explain(memory), Table(("peak of phase", "", *CATEGORIES, "total"), rows)]
-    stacks = {f"{phase}, {side}": peaks[phase] for phase in _STEP for side, peaks in sides.items() if phase in peaks}
+    stacks = {f"{phase}, {side}": sides[side][phase] for phase, side, *_ in rows}
     if stacks:
         parts.append(draw(memory_plot, stacks, caption="Memory at the highest moment of each phase, by category."))
     if memory.timeline:
@@ -113,13 +118,15 @@ def _explain(memory: StepMemory) -> str:
     said = []
     if memory.predicted_for:
         said.append(f"Before the run, the memory of a step was estimated for {memory.predicted_for}.")
+    if _CACHING in (memory.predicted or {}):
+        said.append("Caching is the pass over the data before the first step, which computes the cached states.")
     if not memory.measured_on:
         return " ".join([*said, "It was not measured; in Python, finetune(..., profile=True) measures it."])
     said.append(f"The run was measured on {memory.measured_on} ({memory.counted}).")
     if memory.predicted is None:
         return " ".join(said)
     highest = {
-        side: max((peak["total"] for peak in peaks.values()), default=0)
+        side: max((peak["total"] for phase, peak in peaks.items() if phase in _STEP), default=0)
         for side, peaks in (("estimated", memory.predicted), ("measured", memory.measured or {}))
     }
     if highest["measured"]:

@@ -21,6 +21,7 @@ from esm_efficient.reporting import count_of, finite_values, format_number, form
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task
 from esm_efficient.training.given import task_of_splits
+from esm_efficient.training.intervals import without_warnings
 from esm_efficient.training.layer_probes import METRICS, Examples, fit_probes, read_examples
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.trunk.layer_states import LayerReader, Reading
@@ -327,8 +328,9 @@ def _standard_error(task: Task, metric: str, logits: np.ndarray, other: Examples
     compute, rng = compute_metrics_for(task), np.random.default_rng(seed)
     _, starts, counts = np.unique(other.proteins, return_index=True, return_counts=True)
     values = []
-    for _ in range(_RESAMPLES):
-        drawn = rng.integers(0, len(starts), len(starts))
-        rows = np.concatenate([np.arange(starts[protein], starts[protein] + counts[protein]) for protein in drawn])
-        values.append(compute(EvalPrediction(predictions=logits[rows], label_ids=other.labels[rows]))[metric])
+    with without_warnings():
+        for _ in range(_RESAMPLES):
+            drawn = rng.integers(0, len(starts), len(starts))
+            rows = np.concatenate([np.arange(starts[protein], starts[protein] + counts[protein]) for protein in drawn])
+            values.append(compute(EvalPrediction(predictions=logits[rows], label_ids=other.labels[rows]))[metric])
     return float(np.nanstd(values)) if np.isfinite(values).any() else float("nan")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.tasks import IGNORE, head_of
+from esm_efficient.data.schema import WEIGHT_COLUMN
+from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.tasks import IGNORE, Task, head_of
 from esm_efficient.training.losses import LARGEST_NUMBER
 
 
@@ -48,17 +49,87 @@ def dataset_labels(dataset: Any) -> np.ndarray:
     return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
 
 
-def check_labels(dataset: Any, collator: Any, model: Any, problem_type: str | None) -> None:
-    """Check all labels of a training set before the first step, if their column reaches the loss unchanged.
+def refuse_constant_labels(train: Any, task: Task, name: str | None = None) -> None:
+    """Refuse training labels that are all the same, from which nothing can be learned.
+
+    Of a stream, the labels are not read: its feature alone tells whether there is one class. With several labels or
+    numbers per sequence, one that differs is enough.
+
+    Args:
+        train: the training split, raw or tokenised.
+        task: the task.
+        name: the name of the label column in the user's table; None for ``label``.
+
+    Raises:
+        DataError: as above; or every sequence has the weight 0.
+    """
+    known, where = _known_labels(train, task)
+    has_ids = task.kind in ("single_label_classification", "token_classification")
+    if any(len(values) and values.min() < values.max() for values in known) or not (
+        any(map(len, known)) or (has_ids and len(task.names) == 1)
+    ):
+        return
+    if len(known) > 1:
+        problem = f"each of {listing(list(task.names))} has the same value in {where}: one at least must differ"
+    else:
+        value = known[0][0] if known else 0
+        shown = repr(task.names[int(value)]) if has_ids and 0 <= value < len(task.names) else f"{value:g}"
+        kind = "a class" if has_ids else "a number" if task.kind == "regression" else "a label"
+        problem = f"{name or 'the label'} is {shown} in {where}: {kind} needs at least two values"
+    raise DataError(f"{problem}. Name another column with label=")
+
+
+def _known_labels(train: Any, task: Task) -> tuple[list[np.ndarray], str]:
+    """Return the known labels of a split, one array per label or number, and where they are in words.
+
+    There are none of a stream, of a column that the split lacks, and of labels that are not numbers.
+
+    Raises:
+        DataError: every sequence has the weight 0.
+    """
+    import pyarrow as pa
+
+    features = getattr(train, "features", None) or {}
+    column = next((name for name in ("label", "labels") if name in features), None)
+    if column is None or not hasattr(train, "__len__") or not len(train):
+        return [], "all training rows"
+    read = [column, *([WEIGHT_COLUMN] if WEIGHT_COLUMN in features else [])]
+    table = train.select_columns(read).with_format("arrow")[:]
+    rows = np.ones(len(table), dtype=bool)
+    if len(read) > 1:
+        rows = table[WEIGHT_COLUMN].to_numpy() != 0
+        if not rows.any():
+            raise DataError(f"the {WEIGHT_COLUMN} of all {len(rows):,} training rows is 0: nothing can be learned")
+    labels = table[column].filter(pa.array(rows)).combine_chunks()
+    parts = labels.flatten() if pa.types.is_struct(labels.type) else [labels]
+    while any(hasattr(part.type, "value_type") for part in parts):  # lists
+        parts = [part.flatten() for part in parts]
+    is_number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    if not all(any(check(part.type) for check in is_number) for part in parts):
+        return [], "all training rows"
+    values = [part.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) for part in parts]
+    if len(values) == 1 and len(task.names) > 1 and task.kind in ("multi_label_classification", "regression"):
+        values = list(values[0].reshape(-1, len(task.names)).T)
+    # A number may be -100.
+    known = [v[~np.isnan(v) & ((v != IGNORE) | (task.kind == "regression"))] for v in values]
+    unit = "labelled residues of the training rows" if task.kind == "token_classification" else "training rows"
+    return known, f"all {len(known[0]):,} {unit}"
+
+
+def check_labels(
+    dataset: Any, collator: Any, model: Any, problem_type: str | None, *, name: str = "training set"
+) -> None:
+    """Check all labels of a data set before the first step, if their column reaches the loss unchanged.
 
     This is so for a `datasets.Dataset` without a transform and a collator of transformers that makes no labels. The
     loss checks the labels of every other set batch by batch.
 
     Args:
-        dataset: the training set.
+        dataset: the data set.
         collator: the data collator.
         model: the model, whose config tells the number of classes.
         problem_type: as in the model's config; None if the labels decide it.
+        name: what the data set is called in a message; only the training set must have a known label.
 
     Raises:
         DataError: no label is known, or a label is wrong; the message names the first row.
@@ -84,10 +155,10 @@ def check_labels(dataset: Any, collator: Any, model: Any, problem_type: str | No
         if wrong.any():
             row = start + int(np.repeat(np.arange(len(rows)), [row.size for row in rows])[wrong][0])
             label = "null" if np.isnan(values[wrong][0]) else f"{values[wrong][0]:g}"
-            raise DataError(f"row {row} of the training set has the label {label}: expected {expected}")
+            raise DataError(f"row {row} of the {name} has the label {label}: expected {expected}")
         is_any_known = is_any_known or bool(known.any())
         start += len(rows)
-    if not is_any_known:
+    if not is_any_known and name == "training set":
         raise DataError(f"no label of the training set is known: all {start} row(s) have -100 or NaN in {column!r}")
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
+from matplotlib import figure as figures
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import one_line
 from esm_efficient.reporting.plots import CATEGORY_COLOURS, Method, layers_plot, memory_plot, pareto_plot, timeline_plot
+from esm_efficient.reporting.score_plots import confusion_plot, ranking_plot
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 
@@ -61,6 +64,53 @@ def test_a_name_is_shown_as_text(name):
         assert shown in texts(svg)
         assert "<script" not in svg
         assert "<b>" not in svg
+
+
+def test_a_long_name_is_cut_in_its_middle_so_that_two_classes_do_not_look_alike():
+    names = [f"Endoplasmic reticulum membrane, kind {number}" for number in (1, 2)]
+    shown = texts(confusion_plot(np.eye(2, dtype=int), names))
+    assert sum(text.startswith("Endoplasmic ") and "…" in text for text in shown) == 4  # on both axes
+    assert len({text for text in shown if "…" in text}) == 2
+    assert max(map(len, shown)) == 24
+
+
+@pytest.mark.parametrize(("classes", "has_numbers"), [(20, True), (21, False)])
+def test_a_confusion_of_many_classes_has_a_scale_of_colours_and_no_numbers(classes, has_numbers):
+    shown = texts(confusion_plot(np.full((classes, classes), 1234), [f"c{number}" for number in range(classes)]))
+    assert shown.count("1,234") == (classes**2 if has_numbers else 0)
+    assert ("share of the true class" in shown) != has_numbers
+
+
+@pytest.mark.parametrize("letters", [5, 40])
+def test_the_names_of_all_curves_are_inside_of_the_plot(letters):
+    rng = np.random.default_rng(0)
+    classes = {f"{number:02}{'m' * (letters - 2)}": (rng.random(50) < 0.5, rng.random(50)) for number in range(12)}
+    drawn = []
+    original = figures.Figure.savefig
+
+    def keep(figure, *args, **options):
+        drawn.append(figure)
+        return original(figure, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.Figure, "savefig", keep)
+        ranking_plot(classes)
+    [figure] = drawn
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert len(figure.legends[0].get_texts()) == 12
+
+
+def test_precision_has_no_line_to_1_at_recall_0():
+    true, score = np.array([False, True, True, False]), np.array([0.9, 0.8, 0.3, 0.1])
+    drawn = []
+    original = figures.Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.Figure, "savefig", lambda f, *a, **o: (drawn.append(f), original(f, *a, **o)))
+        ranking_plot({"a": (true, score)})
+    recall, precision = drawn[0].axes[1].lines[0].get_data()
+    assert (recall[-1], precision[-1]) == (0, 0)  # of the highest score alone, which is wrong
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):

@@ -282,27 +282,35 @@ def test_the_table_the_page_and_the_record_show_both_and_name_the_cheaper_way(tm
     assert result.probe.metrics["mcc"] > result.metrics["mcc"]
     table, page = str(result), result.page.read_text()
     header = table.splitlines()[0].split("  ")
-    assert [cell.strip() for cell in header if cell][-2:] == ["majority class", "linear probe"]
+    assert [cell.strip() for cell in header if cell][-3:] == ["majority class", "linear probe", "minus linear probe"]
     [line] = [line for line in table.splitlines() if line.startswith("mcc")]
-    low, high = result.probe.intervals["mcc"]
-    assert line.split("0.000")[-1].strip() == f"{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})"
+    probed, (low, high), gains = result.probe.metrics["mcc"], result.probe.intervals["mcc"], result.evaluation.gains
+    gain = "{:+.3f} ({:+.3f} to {:+.3f})".format(result.metrics["mcc"] - probed, *gains["mcc"])
+    cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+    assert cells[-2:] == [f"{probed:.3f} ({low:.3f} to {high:.3f})", gain]
     assert f"<td>{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})</td>" in page
     assert "no training: sweep_layers(model, dataset)" in table  # the data are no file, which a command could read
     assert "<pre>sweep_layers(model, dataset)</pre>" in page
     headings = [heading for heading in re.findall("<h2>(.*?)</h2>", page) if heading != "Warnings"]
     assert headings[:3] == ["Result", "What ran", "By class"]
     assert "Training" not in headings  # one step has no curve
-    assert "<th>majority class</th><th>linear probe</th>" in page
+    assert 'majority class</th><th scope="col">linear probe</th><th scope="col">minus linear probe</th>' in page
     assert result.probe.describe() in page
     loaded = load_result(tmp_path)
     assert loaded.probe == result.probe
     assert loaded.evaluation.baselines == result.evaluation.baselines
     assert loaded.evaluation.baseline_intervals == result.evaluation.baseline_intervals
-    assert json.loads(result.result_path.read_text())["probe"]["intervals"]["mcc"] == [low, high]
+    assert loaded.evaluation.gains == gains
+    record = json.loads(result.result_path.read_text())
+    assert record["probe"]["intervals"]["mcc"] == [low, high]
+    assert record["gains"]["mcc"] == list(gains["mcc"])
     assert str(loaded) == table
 
-    better = dataclasses.replace(result, metrics={**result.metrics, "mcc": 1.0})
-    assert probe_verdict(better) == ""
+    better = {**result.metrics, "mcc": 1.0}
+    for ends, said in (((0.001, 0.5), ""), ((-0.1, 0.5), "difference in mcc, -0.100 to +0.500, contains 0.")):
+        evaluation = dataclasses.replace(result.evaluation, gains={"mcc": ends})
+        assert probe_verdict(dataclasses.replace(result, metrics=better, evaluation=evaluation)).endswith(said)
+        assert (probe_verdict(dataclasses.replace(result, metrics=better, evaluation=evaluation)) == "") == (not said)
     undefined = dataclasses.replace(result, metrics={**result.metrics, "mcc": float("nan")})
     assert "against -" in probe_verdict(undefined)
     assert probe_verdict(dataclasses.replace(result, probe=None)) == ""

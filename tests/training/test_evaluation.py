@@ -12,6 +12,7 @@ from esm_efficient import Predictor, classification_metrics, evaluate, multi_lab
 from esm_efficient.errors import DataError
 from esm_efficient.saving import portable_saving
 from esm_efficient.training.evaluation import evaluate_in_full
+from esm_efficient.training.evaluation_page import evaluation_sections
 
 RNG = np.random.default_rng(0)
 SEQUENCES = ["".join(RNG.choice(list("ACDEFGHIKLMNPQRSTVWY"), int(n))) for n in RNG.integers(5, 40, 24)]
@@ -74,6 +75,25 @@ def test_labels_of_residues_are_truncated_with_their_sequences(tokenizer, keep):
     known = [i for i, label in enumerate(flat) if label is not None]
     expected = classification_metrics(np.array([flat[i] for i in known]), logits[known], NAMES)
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("keep", "places"),
+    [(None, range(11)), ("start", range(5)), ("end", range(6, 11)), ("both", [0, 1, 2, 9, 10])],
+)
+def test_the_letters_of_residues_are_those_that_the_model_read(tokenizer, keep, places):
+    predictor = predictor_for("token_classification", tokenizer, max_tokens=1024 if keep is None else 7)
+    labels = np.zeros(11, dtype=int)
+    [logits] = predictor.logits(["MKTV<mask>AWGHIK"], keep=keep)
+    labels[places] = (logits.argmax(-1) + 1) % 3  # each residue that is read is wrong
+    data = dataset_of([labels.tolist()], List(ClassLabel(names=list(NAMES))), ["MK-TV<mask>A--WGHIK*"])
+    found = evaluate_in_full(predictor, data, keep=keep)
+    shown = "".join("MKTV?AWGHIK"[place] for place in places)
+    assert found.sequences == [shown]
+    strip = evaluation_sections(found)[-1].parts[1]
+    assert "".join(residue.letter for residue in strip.residues) == shown
+    assert {residue.state for residue in strip.residues} == {"wrong"}
+    assert strip.heading.endswith(f"residues 1 to {len(shown)} of {len(shown)}")
 
 
 def test_numbers_are_matched_by_their_order(tokenizer):

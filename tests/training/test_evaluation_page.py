@@ -16,7 +16,7 @@ from esm_efficient.reporting.score_plots import reliability
 from esm_efficient.tasks import IGNORE
 from esm_efficient.training import intervals as intervals_module
 from esm_efficient.training.evaluation_page import Evaluation, evaluation_sections, verdict
-from esm_efficient.training.intervals import bootstrap_intervals, intervals_of
+from esm_efficient.training.intervals import bootstrap_draws, differences_of, ends_of, intervals_of
 from esm_efficient.training.outcome import curves_of
 from esm_efficient.training.residue_page import letters_for
 
@@ -49,7 +49,7 @@ def evaluation(kind: str, *, skill: float = 1.0, seed: int = 0) -> Evaluation:
         scores=scores,
         labels=labels,
         metrics=compute(prediction),
-        intervals=bootstrap_intervals(prediction, compute, resamples=20),
+        intervals=ends_of(bootstrap_draws(prediction, compute, resamples=20)),
         names=[f"P{i}" for i in range(EXAMPLES)],
         sequences=["MKTVLA"] * EXAMPLES,
     )
@@ -98,10 +98,11 @@ def test_the_worst_mistakes_of_several_labels_are_ranked_by_the_wrong_labels_alo
     scores = np.array([[9.0, -9.0, 0.5], [-1.0, 2.0, 9.0], [3.0, 3.0, -9.0]])  # the last row is right
     task = Task("multi_label_classification", ("a", "b", "c"))
     found = Evaluation(task, scores, labels, {}, {}, names=["first", "second", "third"])
-    rows = evaluation_sections(found)[-1].parts[1].rows
-    assert [row[:4] for row in rows] == [
-        ("second", "none; unknown: c", "b | c", "0.881"),
-        ("first", "a", "a | c", "0.622"),
+    table = evaluation_sections(found)[-1].parts[1]
+    assert table.header[3] == "surest mistake, probability"
+    assert [row[:4] for row in table.rows] == [
+        ("second", "none; unknown: c", "b | c", "b: 0.881"),
+        ("first", "a", "a | c", "c: 0.622"),
     ]
 
 
@@ -126,7 +127,7 @@ def test_each_residue_shows_its_true_and_its_predicted_class():
     found = residue_evaluation([[0, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]], ["MKT", "VLA"])
     section = evaluation_sections(found)[-1]
     text, strip = section.parts  # the other sequence has no wrong residue
-    assert "H helix, S strand" in text
+    assert "The letters mean: H helix, S strand, · unknown." in text
     assert "Sequences with a wrong residue: 1; the worst 1" in text
     assert strip.heading == "P0: 2 of 3 labelled residues are wrong; residues 1 to 3 of 3"
     assert [(r.letter, r.true, r.predicted, r.state) for r in strip.residues] == [
@@ -153,6 +154,12 @@ def test_of_a_long_sequence_the_part_with_the_most_mistakes_is_shown():
     assert "4 of 999 labelled residues are wrong" in strip.heading
 
 
+def test_a_letter_that_is_the_name_of_its_class_is_not_explained():
+    found = residue_evaluation([[0]], [[1]], ["M"])
+    named = dataclasses.replace(found, task=Task("token_classification", ("C", "strand")))
+    assert "The letters mean: S strand, · unknown." in evaluation_sections(named)[-1].parts[0]
+
+
 def test_each_class_has_a_letter_of_its_own():
     assert letters_for(["helix", "HELIX", "h", "1", "β", ""]) == ["H", "E", "A", "1", "B", "C"]
     many = letters_for([f"class {number}" for number in range(62)])
@@ -171,7 +178,11 @@ def test_without_a_known_label_there_is_nothing_to_plot(kind):
 
 def test_a_model_below_the_majority_class_is_called_so():
     worse = evaluation("single_label_classification", skill=-0.5)
-    assert "not better than always predicting the most frequent class" in verdict(worse)
+    accuracy, majority = worse.metrics["accuracy"], worse.metrics["majority_accuracy"]
+    assert (
+        "not better than always predicting the most frequent class: its accuracy is "
+        f"{accuracy:.3f}, and always predicting that class has {majority:.3f}."
+    ) in verdict(worse)
     assert verdict(evaluation("single_label_classification", skill=3)) == ""
 
 
@@ -180,6 +191,42 @@ def test_a_model_of_numbers_below_the_mean_is_called_so():
     assert verdict(good) == ""
     worse = dataclasses.replace(good, metrics={**good.metrics, "r2": -0.2})
     assert "not better than always predicting the mean of the labels: its r2 is -0.200" in verdict(worse)
+
+
+@pytest.mark.parametrize(
+    ("subset", "jaccard", "is_worse"), [(0.4, 0.5, True), (0.5, 0.6, True), (0.6, 0.5, False), (0.4, 0.7, False)]
+)
+def test_a_model_of_several_labels_that_no_metric_shows_to_be_better_is_called_so(subset, jaccard, is_worse):
+    found = evaluation("multi_label_classification")
+    metrics = {**found.metrics, "subset_accuracy": subset, "jaccard": jaccard}
+    constant = {"majority of each label": {"subset_accuracy": 0.5, "jaccard": 0.6}}
+    said = verdict(dataclasses.replace(found, metrics=metrics, baselines=constant))
+    assert (said != "") == is_worse
+    if is_worse:
+        assert f"its subset accuracy and its Jaccard index are {subset:.3f} and {jaccard:.3f}, and that" in said
+        assert "that prediction has 0.500 and 0.600" in said
+    assert verdict(dataclasses.replace(found, metrics=metrics, baselines={})) == ""
+
+
+def test_a_metric_without_an_interval_is_explained():
+    found = evaluation("single_label_classification")
+    every = dict.fromkeys(found.metrics, (0.0, 1.0))
+    note = dataclasses.replace(found, intervals=every, metrics={**found.metrics, "loss": 0.5}).interval_note()
+    assert note == ""
+    del every["auroc"]
+    without = dataclasses.replace(found, intervals=every)
+    assert "No interval: auroc, undefined in some of the draws" in str(without)
+    assert without.interval_note() in evaluation_sections(without)[0].parts
+    assert "No metric has an interval" in dataclasses.replace(found, intervals={}).interval_note()
+
+
+def test_the_caption_says_how_many_of_the_curves_are_drawn():
+    names = tuple(f"class {number}" for number in range(14))
+    labels = np.arange(28) % 14
+    task = Task("single_label_classification", names)
+    found = Evaluation(task, np.eye(14)[labels], labels, {}, {}, names=list("x" * 28))
+    [ranking] = [section for section in evaluation_sections(found) if section.heading == "Ranking"]
+    assert ranking.parts[0].caption.endswith("The first 12 of 14 are drawn.")
 
 
 def test_the_largest_errors_of_numbers_are_said_to_be_those_of_all_sequences():
@@ -198,7 +245,7 @@ def test_the_interval_of_the_accuracy_has_the_width_of_the_binomial_distribution
     right = rng.random(400) < 0.8
     scores = np.eye(2)[np.where(right, labels, 1 - labels)]
     compute = compute_metrics_for(Task("single_label_classification", ("no", "yes")))
-    low, high = bootstrap_intervals(EvalPrediction(scores, labels), compute, resamples=400)["accuracy"]
+    low, high = ends_of(bootstrap_draws(EvalPrediction(scores, labels), compute, resamples=400))["accuracy"]
     expected = 2 * 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 400)
     assert low < right.mean() < high
     assert high - low == pytest.approx(expected, rel=0.15)
@@ -224,3 +271,39 @@ def test_intervals_are_left_out_where_examples_times_classes_are_too_many(monkey
     labels = np.arange(10) % 3
     prediction = EvalPrediction((np.eye(3)[labels], np.zeros((10, 5))), labels)  # a model may give more than logits
     assert bool(intervals_of(prediction, compute_metrics_for(["a", "b", "c"]))) == has_intervals
+
+
+FEW_KNOWN = {
+    "multi_label_classification": [[1, 0], [0, 1], *[[np.nan, -100]] * 4],
+    "token_classification": [[-100, 0, 1], *[[-100] * 3] * 5],
+    "regression": [1.0, *[np.nan] * 5],
+}
+
+
+@pytest.mark.parametrize("kind", FEW_KNOWN)
+def test_draws_without_a_known_label_are_no_warnings(kind, caplog):
+    labels = np.array(FEW_KNOWN[kind])
+    task = Task(kind, ("a",) if kind == "regression" else ("a", "b"))
+    scores = np.random.default_rng(0).normal(
+        size=(*labels.shape, 2) if kind == "token_classification" else (6, len(task.names))
+    )
+    compute = compute_metrics_for(task)
+    intervals_of(EvalPrediction(scores, labels), compute)
+    assert not caplog.records
+    compute(EvalPrediction(scores[2:], labels[2:]))  # not in a draw
+    assert "no label of the evaluated examples is known" in caplog.text
+
+
+def test_the_interval_of_a_difference_is_narrower_than_those_of_predictions_that_are_alike():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    right = rng.random(200) < 0.7
+    better = right | (np.arange(200) < 20)  # right where the other one is, and in some other rows
+    compute = compute_metrics_for(["no", "yes"])
+    one, other = (
+        bootstrap_draws(EvalPrediction(np.eye(2)[np.where(r, labels, 1 - labels)], labels), compute, resamples=200)
+        for r in (better, right)
+    )
+    low, high = differences_of(one, other)["accuracy"]
+    assert 0 < low < (better.mean() - right.mean()) < high
+    assert ends_of(one)["accuracy"][0] < ends_of(other)["accuracy"][1]  # these overlap

@@ -28,6 +28,8 @@ from esm_efficient import (
     tokenize_dataset,
 )
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.tasks import Task
+from esm_efficient.training.residue_page import residue_strips
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +343,49 @@ def test_an_evaluation_set_without_known_labels_gives_nan_and_not_an_error(tmp_p
     assert json.loads(result.result_path.read_text())["metrics"]["mcc"] is None
     assert (result.model_dir / "model.safetensors").is_file()
     assert "no label of the evaluated examples is known" in caplog.text
+
+
+@pytest.mark.parametrize(("split", "named"), [("train", "training set"), ("validation", "validation split")])
+@pytest.mark.parametrize("wrong", [7, -1, None])
+def test_a_wrong_label_of_tokenised_splits_is_named_before_anything_is_fitted(tmp_path, data, split, named, wrong):
+    tokenized, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    tokenized["validation"] = tokenized["test"]
+    task = Task("single_label_classification", tuple(tokenized["train"].features["labels"].names))
+    tokenized = tokenized.cast_column("labels", Value("int64"))
+    rows = tokenized[split]
+    labels = [wrong if row == 3 else label for row, label in enumerate(rows["labels"])]
+    tokenized[split] = rows.remove_columns("labels").add_column("labels", labels, feature=Value("int64"))
+    shown = "null" if wrong is None else wrong
+    with pytest.raises(DataError, match=f"row 3 of the {named} has the label {shown}: expected a class id from 0 to 1"):
+        finetune(demo_model_path(), tokenized, task=task, recipe="lora", output_dir=tmp_path, class_weights=None)
+
+
+def test_one_class_is_refused_before_training(tmp_path):
+    table = tmp_path / "one.csv"
+    table.write_text("sequence,Membrane\n" + "".join(f"MKT{'AG' * (4 + row)},0\n" for row in range(20)))
+    with pytest.raises(DataError, match=r"Membrane is '0' in all \d+ training rows: a class needs at least two values"):
+        finetune("demo", table, data_options={"label": "Membrane"}, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_report_shows_the_residues_that_were_read_with_their_own_labels(tmp_path, demo_table):
+    rows = load_deeploc(demo_table, max_residues=220)
+    data = DatasetDict()
+    for split in ("train", "test"):
+        texts = rows[split]["sequence"][:24]
+        labels = [[int(letter in "AVIL") for letter in text] for text in texts]
+        written = [f"{text[:3]} {text[3:7]}--<mask>{text[8:]}*" for text in texts]
+        data[split] = Dataset.from_dict(
+            {"sequence": written, "label": labels},
+            features=Features({"sequence": Value("string"), "label": List(ClassLabel(names=["other", "aliphatic"]))}),
+        )
+    result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, max_steps=2, max_tokens=22)
+    strips = residue_strips(result.evaluation, 12)[1:]
+    assert strips
+    for strip in strips:
+        letters = "".join(residue.letter for residue in strip.residues)
+        assert len(letters) == 20
+        assert letters[7] == "?"
+        true = [residue.true for residue in strip.residues if residue.letter != "?"]
+        assert true == ["A" if letter in "AVIL" else "O" for letter in letters if letter != "?"]
+        assert strip.heading.endswith("residues 1 to 20 of 20")

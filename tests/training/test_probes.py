@@ -85,6 +85,20 @@ def test_examples_of_weight_zero_are_not_read(features):
     assert (got.argmax(1) == labels).mean() > 0.9
 
 
+def test_without_their_examples_of_weight_zero_one_class_alone_is_refused(features):
+    labels = np.arange(200) % 2
+    for weights, message in ((labels, "are yes"), (np.zeros(200), "are missing")):
+        with pytest.raises(DataError, match=message):
+            probe(BINARY, features, labels, features, weights=weights)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2, np.nan])
+def test_a_label_that_is_not_a_class_is_refused(features, wrong):
+    labels = np.where(np.arange(200) == 7, wrong, np.arange(200) % 2)
+    with pytest.raises(DataError, match=rf"1 training label\(s\) are not classes, such as {wrong}: expected 0 to 1"):
+        probe(BINARY, features, labels, features)
+
+
 @pytest.mark.parametrize(("labels", "message"), [(np.ones(200, int), "are yes"), (np.full(200, -100), "are missing")])
 def test_one_class_alone_is_refused(features, labels, message):
     with pytest.raises(DataError, match=message):

@@ -67,9 +67,11 @@ def test_a_folder_without_a_whole_record_is_refused(tmp_path, record, message):
     [
         ((), 6, "0 of 6"),
         (range(6), 6, "6 of 6"),
-        ((5,), 6, "1 of 6: 5"),
-        ((4, 5), 6, "2 of 6: 4, 5"),
-        (range(22, 33), 33, "11 of 33: 22 to 32"),
+        ((5,), 6, "the top 1 of 6"),
+        (range(22, 33), 33, "the top 11 of 33"),
+        ((1,), 6, "1 of 6: 1"),
+        ((1, 2), 6, "2 of 6: 1, 2"),
+        (range(2, 32), 33, "30 of 33: 2 to 31"),
         ((0, 1, 5), 6, "3 of 6: 0, 1, 5"),
     ],
 )

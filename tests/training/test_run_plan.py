@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import types
 
 import pytest
 import torch
 from conftest import make_model
 from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import TrainingArguments
 
-from esm_efficient import finetune
+from esm_efficient import RECIPES, estimate, finetune
 from esm_efficient.costs.devices import GIB
 from esm_efficient.errors import DataError
-from esm_efficient.training.run_plan import device_here
+from esm_efficient.reporting.description import describe
+from esm_efficient.tasks import Task
+from esm_efficient.training.run_plan import RunPlan, device_here, warn_of_few_steps
 
 
 def make_proteins(size: int) -> Dataset:
@@ -109,6 +114,42 @@ def test_the_planned_steps_are_those_of_the_trainer_and_few_of_them_are_warned_o
     assert [plan.steps for plan in plans] == [result.steps]
     assert plans[0].epochs == epochs
     assert list(result.warnings) == ([] if warning is None else [warning])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "batch_size", "words"),
+    [
+        (42, 64, "the batch size 64 is more than the 42 training sequences.* the run has 3: batch_size=8 makes 18"),
+        (12, 16, "the batch size 16 is more than the 12 training sequences.* the run has 3: batch_size=3 makes 12"),
+        (42, 42, "3 optimizer steps may be too few"),
+    ],
+)
+def test_a_batch_of_more_than_all_sequences_names_a_smaller_one(sequences, batch_size, words, tmp_path, caplog):
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=batch_size, num_train_epochs=3, use_cpu=True)
+    warn_of_few_steps(sequences, args)
+    [record] = caplog.records
+    assert re.match(words, record.getMessage())
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "cure"),
+    [
+        (8, "Try --micro-batch 1 (micro_batch=1 in Python), or a smaller model; this looks for a recipe that fits: "),
+        (1, "Try a smaller model; this looks for a recipe that fits: "),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_to_try(micro_batch, cure):
+    recipe = RECIPES["lora"].replace(micro_batch=micro_batch)
+    found = estimate("8M", recipe=recipe, device="A10G", tokens=64)
+    small = dataclasses.replace(found, device=dataclasses.replace(found.device, memory=2**20))
+    splits = DatasetDict(train=make_proteins(8), test=make_proteins(8))
+    task = Task("single_label_classification", ("no", "yes"))
+    plan = RunPlan("8M", "x.csv", describe(splits), recipe, task, 3, 1, 8, small)
+    [cost] = [line for line in str(plan).splitlines() if line.startswith("cost")]
+    assert "DOES NOT FIT" in cost
+    assert cost.endswith(f". {cure}esm-efficient recommend --model 8M --device A10G")
+    assert "1 step of 8 sequences (3 epochs)" in str(plan)
+    assert "Try" not in str(dataclasses.replace(plan, estimate=found))
 
 
 def test_a_number_of_steps_that_was_given_is_not_warned_of(tmp_path, tokenizer):

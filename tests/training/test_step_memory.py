@@ -59,6 +59,18 @@ def test_without_a_measurement_the_estimate_is_shown_alone(predicted):
     assert "Dashed" not in page
 
 
+def test_the_pass_that_computes_the_cache_has_a_row_and_is_no_part_of_the_step():
+    found = estimate(tiny_config(), recipe="top", device="cpu", tokens=20)
+    memory = step_memory(found, None)
+    section = memory_section(memory)
+    assert section.parts[1].rows[0][:2] == ("caching", "estimated")
+    assert max(peak["total"] for peak in memory.predicted.values()) == found.peak.total
+    assert "Caching is the pass over the data" in section.parts[0]
+    huge = dataclasses.replace(memory, predicted={**memory.predicted, "caching": {"total": 2**50}})
+    measured = dataclasses.replace(huge, measured_on="cpu", measured=memory.predicted)
+    assert "is 100 % of the measured one" in memory_section(measured).parts[0]
+
+
 def test_without_an_estimate_the_measurement_is_shown_alone():
     page = text_of(MEASURED)
     assert "Before the run" not in page

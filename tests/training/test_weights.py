@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.training.weights import balanced_class_weights, balanced_label_weights, check_class_weights
+from esm_efficient.tasks import task_of
+from esm_efficient.training.weights import (
+    balanced_class_weights,
+    balanced_label_weights,
+    check_class_weights,
+    refuse_constant_labels,
+)
 
 NAMES = ["a", "b", "c"]
 
@@ -80,3 +87,64 @@ def test_balanced_weights_give_positives_and_negatives_of_a_label_the_same_total
         balanced_label_weights(np.array([[1, 0, 1], [0, np.nan, 1]]), NAMES)
     with pytest.raises(DataError, match=r"expected \(examples, 3\)"):
         balanced_label_weights(np.zeros((4, 2)), NAMES)
+
+
+ONE, TWO, NUMBER = ClassLabel(names=["0"]), ClassLabel(names=["no", "yes"]), Value("float32")
+SEVERAL = {"a": NUMBER, "b": NUMBER}
+
+
+def split_of(labels, feature, **columns):
+    features = Features({"label": feature, **dict.fromkeys(columns, NUMBER)})
+    return Dataset.from_dict({"label": labels, **columns}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0, 0, 0], ONE, "Membrane is '0' in all 3 training rows: a class needs at least two values"),
+        ([1, 1, None], TWO, "Membrane is 'yes' in all 2 training rows"),
+        ([[1, 1], [1, None]], List(TWO), "Membrane is 'yes' in all 3 labelled residues of the training rows: a class"),
+        ([3.5, 3.5, None], NUMBER, "Membrane is 3.5 in all 2 training rows: a number needs at least two values"),
+        ([-100.0, -100.0], NUMBER, "Membrane is -100 in all 2 training rows"),
+        ([[1.0, 2.0], [1.0, 2.0]], List(NUMBER, length=2), "each of label_0, label_1 has the same value in all 2 tr"),
+        ([{"a": 1, "b": 0}, {"a": 1, "b": None}], SEVERAL, "each of a, b has the same value in all 2 training rows"),
+    ],
+)
+def test_training_labels_that_are_all_the_same_are_refused(labels, feature, message):
+    split = split_of(labels, feature)
+    with pytest.raises(DataError, match=message) as error:
+        refuse_constant_labels(split, task_of(split.features), "Membrane")
+    assert str(error.value).endswith(". Name another column with label=")
+
+
+def test_of_a_stream_one_class_is_refused():
+    split = split_of([0, 0], ONE).to_iterable_dataset()
+    with pytest.raises(DataError, match="the label is '0' in all training rows"):
+        refuse_constant_labels(split, task_of(split.features))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, 1], TWO),
+        ([[0], [0, 1]], List(TWO)),
+        ([1.0, 1.5], NUMBER),
+        ([-100.0, 1.0], NUMBER),
+        ([[1.0, 2.0], [1.0, 3.0]], List(NUMBER, length=2)),
+        ([{"a": 1, "b": 0}, {"a": 1, "b": 1}], SEVERAL),
+    ],
+)
+def test_training_labels_that_differ_pass(labels, feature):
+    split = split_of(labels, feature)
+    refuse_constant_labels(split, task_of(split.features))
+    stream = split.to_iterable_dataset()
+    refuse_constant_labels(stream, task_of(stream.features))
+
+
+def test_sequences_of_weight_zero_do_not_count_as_labels_that_differ():
+    split = split_of([0, 1], TWO, sample_weight=[1, 0])
+    with pytest.raises(DataError, match="the label is 'no' in all 1 training rows"):
+        refuse_constant_labels(split, task_of(split.features))
+    split = split_of([0, 1], TWO, sample_weight=[0, 0])
+    with pytest.raises(DataError, match="the sample_weight of all 2 training rows is 0"):
+        refuse_constant_labels(split, task_of(split.features))
