@@ -298,7 +298,7 @@ class _TableWriter:
             self.label_names = {name: name for cell in cells if isinstance(cell, dict) for name in cell}
             refuse_bars(list(self.label_names))
         wrong = [not isinstance(cell, dict) or not self.label_names.keys() >= cell.keys() for cell in cells]
-        problem = f"the label has no values of {', '.join(self.label_names)}"
+        problem = f"the names of the label are not {', '.join(self.label_names)}"
         refuse_cells(cells, places, wrong, problem)
         columns = {name: [cell.get(name) for cell in cells] for name in self.label_names}
         return binary_labels(columns, self.label_names, path, places)
