@@ -39,6 +39,7 @@ from esm_efficient.cli.jobs import (
     KeepOption,
     LabelKindOption,
     LabelOption,
+    LabelsOption,
     MaxResiduesOption,
     MinResiduesOption,
     OnErrorOption,
@@ -123,6 +124,7 @@ def finetune(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     split: SplitOption = None,
@@ -240,6 +242,7 @@ def evaluate(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     on_error: OnErrorOption = "raise",
@@ -253,7 +256,7 @@ def evaluate(
     existing_file(data, ())
     check_overlap(keep, overlap)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
-    given = data_options(data, **columns, unlabelled=unlabelled, on_error=on_error)
+    given = data_options(data, **columns, labels=labels, unlabelled=unlabelled, on_error=on_error)
     with quiet():
         from esm_efficient.training.evaluation import evaluate_in_full
         from esm_efficient.training.given import splits_from
@@ -286,6 +289,7 @@ def compare(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     split: SplitOption = None,
     partition: PartitionOption = None,
@@ -313,7 +317,7 @@ def compare(
     Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
     """
     read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
-    read |= {"split": split, "partition": partition, "clusters": clusters}
+    read |= {"labels": labels, "split": split, "partition": partition, "clusters": clusters}
     read |= {"min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
     given = [name for name, value in ({"limit": limit} | read).items() if value not in (None, [])]
     if data is None and given:

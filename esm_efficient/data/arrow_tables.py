@@ -213,8 +213,7 @@ class _TableWriter:
         refuse_roles(roles, columns, path, taken)
         if roles["label"] is None and not self.plan.label_columns and given["label"] is not False:
             if self.second is not None:
-                advice = "Name the column with label=, or pass label=False if it has none"
-                raise DataError(no_column("label", self.second.names, f"{self.plan.second_table}", advice))
+                raise DataError(no_column("label", self.second.names, f"{self.plan.second_table}"))
             if (option := self._label_option()) is not None:
                 raise DataError(f"{option} needs labels, but {no_column('label', columns, path)}")
         if given["split"] is None and not any(roles[role] for role in ("split", *FLAGS)):

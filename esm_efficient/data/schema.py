@@ -48,6 +48,9 @@ _MUTATIONS = re.compile(
     r"(p\.)?[A-Z][a-z]{0,2}\d+([A-Z][a-z]{0,2}|\*|=)([\s,:;/_+-]+[A-Z][a-z]{0,2}\d+[A-Z*][a-z]{0,2})*"
 )
 
+_LOOKED_AT = 1000
+"""The most cells that are looked at for mutations."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -107,23 +110,30 @@ def refuse_roles(
 
 
 def refuse_column(columns: Mapping[str, Sequence[Any]], column: str, places: Sequence[str], source: str | Path) -> None:
-    """Refuse a column that has no sequence at all: then the column is wrong, and not the rows.
+    """Refuse a column that has no sequence at all, or mutations: then the column is wrong, and not the rows.
 
     Raises:
-        DataError: there are two or more cells, and none is a sequence.
+        DataError: there are two or more cells and none is a sequence, or most are mutations such as ``W68H``.
     """
     cells = columns[column]
+    mutations = sum(isinstance(cell, str) and bool(_MUTATIONS.fullmatch(cell.strip())) for cell in cells[:_LOOKED_AT])
+    if 2 * mutations > len(cells[:_LOOKED_AT]):
+        shown = _first_cells(cells, places)
+        raise DataError(
+            f"{source}: {mutations} of {len(cells[:_LOOKED_AT])} cells of {column!r} are mutations, such as {shown}: "
+            "write the whole sequence of each variant"
+        )
     if len(cells) < 2 or any(_is_sequence(cell) for cell in cells):
         return
-    problem = f"{source}: none of the {len(cells)} cells of {column!r} is a sequence, such as " + listing(
-        [f"{place}: {str(cell)!r:.40}" for cell, place in zip(cells, places, strict=True)], 2
-    )
-    if any(isinstance(cell, str) and _MUTATIONS.fullmatch(cell.strip()) for cell in cells):
-        raise DataError(f"{problem}. They seem to be mutations: write the whole sequence of each variant")
     others = listing([name[:40] for name in columns if name != column], 20)
     raise DataError(
-        f"{problem}. Is it the right column? The table also has {others or 'none'}: name one with sequence="
+        f"{source}: none of the {len(cells)} cells of {column!r} is a sequence, such as {_first_cells(cells, places)}. "
+        + (f"Is it the right column? The table also has {others}: name one with sequence=" if others else "")
     )
+
+
+def _first_cells(cells: Sequence[Any], places: Sequence[str]) -> str:
+    return listing([f"{place}: {str(cell)!r:.40}" for cell, place in zip(cells[:3], places, strict=False)], 2)
 
 
 def _is_sequence(cell: Any) -> bool:
