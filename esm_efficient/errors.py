@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class EsmEfficientError(Exception):
     """Base class of all errors that the library raises on purpose."""
@@ -73,3 +76,14 @@ def listing(items: list[str] | tuple[str, ...], limit: int = 5) -> str:
     """
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def nearest(name: str, names: Collection[str], otherwise: str = "") -> str:
+    """Return the end of a message on an unknown name: the nearest of the right names, or what is expected instead.
+
+    Example:
+        >>> nearest("lable", ["label", "split"]), nearest("x", ["label"], "a name")
+        (": did you mean 'label'?", ': expected a name')
+    """
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f": did you mean {near[0]!r}?" if near else f": expected {otherwise}" if otherwise else ""

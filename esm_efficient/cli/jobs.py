@@ -66,6 +66,16 @@ LabelOption = Annotated[
     list[str] | None,
     typer.Option("--label", metavar="COLUMN", help="Column of the labels; repeat it for several columns of 0 and 1."),
 ]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        exists=True,
+        dir_okay=False,
+        metavar="FILE",
+        help="A table with the labels of DATA, or a FASTA file of labels of residues, joined by accession.",
+    ),
+]
 UnlabelledOption = Annotated[
     str | None,
     typer.Option("--unlabelled", help='Letter of residues without a label, such as "-"; "" if each letter is a class.'),
@@ -228,6 +238,7 @@ def data(
     accession: AccessionOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     split: SplitOption = None,
     partition: PartitionOption = None,
@@ -244,8 +255,8 @@ def data(
     Example: esm-efficient data proteins.csv --label binds
     """
     existing_file(source)
-    columns = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
-    columns["unlabelled"] = unlabelled
+    columns: dict[str, Any] = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
+    columns |= {"labels": labels, "unlabelled": unlabelled}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     splits = {"split": split, "partition": partition, "clusters": clusters}
     options = data_options(source, **columns, **bounds, **splits, on_error=on_error)

@@ -15,6 +15,7 @@ from esm_efficient.cli.jobs import (
     DataArgument,
     LabelKindOption,
     LabelOption,
+    LabelsOption,
     MaxResiduesOption,
     MinResiduesOption,
     OnErrorOption,
@@ -51,6 +52,7 @@ def probe(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     split: SplitOption = None,
@@ -72,7 +74,7 @@ def probe(
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
-    options = data_options(data, **columns, **bounds, **splits, unlabelled=unlabelled, on_error=on_error)
+    options = data_options(data, **columns, **bounds, **splits, labels=labels, unlabelled=unlabelled, on_error=on_error)
     with quiet(verbose=verbose):
         from esm_efficient.published import hub_name
         from esm_efficient.training.given import command_words, splits_from

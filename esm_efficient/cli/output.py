@@ -135,6 +135,7 @@ def as_typed(message: str, parameters: Sequence[Any]) -> str:
         >>> as_typed('12 sequences are too long: keep="start" reads a part', parameters_of(["predict"]))
         '12 sequences are too long: --keep start reads a part'
     """
+    message = re.sub(r'data_options=\{"(\w+)": \.\.\.\}', r"\1=", message)  # a command has no data_options
     for parameter in parameters:
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         if option is None:

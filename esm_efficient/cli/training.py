@@ -41,6 +41,7 @@ from esm_efficient.cli.jobs import (
     KeepOption,
     LabelKindOption,
     LabelOption,
+    LabelsOption,
     MaxResiduesOption,
     MinResiduesOption,
     OnErrorOption,
@@ -125,6 +126,7 @@ def finetune(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     split: SplitOption = None,
@@ -242,6 +244,7 @@ def evaluate(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
     on_error: OnErrorOption = "raise",
@@ -255,7 +258,7 @@ def evaluate(
     existing_file(data, ())
     check_overlap(keep, overlap)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
-    given = data_options(data, **columns, unlabelled=unlabelled, on_error=on_error)
+    given = data_options(data, **columns, labels=labels, unlabelled=unlabelled, on_error=on_error)
     with quiet():
         from esm_efficient.training.evaluation import evaluate_in_full
         from esm_efficient.training.given import splits_from
@@ -288,6 +291,7 @@ def compare(
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,
+    labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     split: SplitOption = None,
     partition: PartitionOption = None,
@@ -315,7 +319,7 @@ def compare(
     Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
     """
     read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
-    read |= {"split": split, "partition": partition, "clusters": clusters}
+    read |= {"labels": labels, "split": split, "partition": partition, "clusters": clusters}
     read |= {"min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
     given = [name for name, value in ({"limit": limit} | read).items() if value not in (None, [])]
     if data is None and given:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,28 +21,32 @@ from esm_efficient import __version__
 from esm_efficient.data.download import cache_folder, unfinished
 from esm_efficient.data.label_cells import LabelObservations, labels_at_positions
 from esm_efficient.data.label_kinds import LabelEncoding, LabelKind, decide_encoding
-from esm_efficient.data.left_out import LeftOut, Notes
+from esm_efficient.data.label_names import refuse_bars
+from esm_efficient.data.left_out import LeftOut, Notes, RowCounts
 from esm_efficient.data.own_splits import FLAGS, are_split_names, split_names, splits_of
 from esm_efficient.data.readers import Block, block_without, read_blocks
 from esm_efficient.data.schema import (
     OPTIONAL_COLUMNS,
-    USUAL_NAMES,
     CellError,
     Column,
     binary_labels,
     find_column,
+    no_column,
+    refuse_cells,
+    refuse_column,
+    refuse_roles,
     sequences_of,
     texts_of,
 )
 from esm_efficient.data.second_table import SecondTable
-from esm_efficient.data.sequences import NucleotideCount, count_residues
+from esm_efficient.data.sequences import count_residues
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
-_FORMAT = 4
+_FORMAT = 5
 """Of the cached tables; raise it when the same files and options give another table."""
 
 _SKIP = 'Correct them, or leave such rows out with on_error="skip"'
@@ -123,7 +126,8 @@ class _TableWriter:
 
     def __init__(self, files: Mapping[str, str | Path], plan: TablePlan) -> None:
         self.files, self.plan = files, plan
-        self.observed, self.counts, self.notes = LabelObservations(), _RowCounts(), Notes()
+        self.observed, self.counts, self.notes = LabelObservations(), RowCounts(), Notes()
+        self.label_names = dict(plan.label_columns)
         self.left_out = LeftOut() if plan.on_error == "skip" else None
         self.second = None if plan.second_table is None else SecondTable(plan.second_table, plan.columns["accession"])
 
@@ -168,7 +172,9 @@ class _TableWriter:
                 while block.places:
                     try:
                         joined = self._joined(block, path)
-                        roles = roles or self._roles(joined.columns, path)
+                        if roles is None:
+                            roles = self._roles(joined.columns, path)
+                            refuse_column(joined.columns, roles["sequence"] or "", joined.places, path)
                         columns = self._parsed_columns(joined, roles, path, split)
                     except CellError as error:
                         if leave_out is None:
@@ -204,11 +210,12 @@ class _TableWriter:
         if self.plan.label_columns:
             given["label"] = False
         roles = {role: find_column(role, columns, name, path, taken) for role, name in given.items()}
-        if roles["sequence"] is None:
-            raise DataError(
-                f"{path} has no column with a usual name of sequences ({', '.join(USUAL_NAMES['sequence'])}); it has "
-                f"{listing([name[:40] for name in columns], 20)}. Name the column with sequence="
-            )
+        refuse_roles(roles, columns, path, taken)
+        if roles["label"] is None and not self.plan.label_columns and given["label"] is not False:
+            if self.second is not None:
+                raise DataError(no_column("label", self.second.names, f"{self.plan.second_table}"))
+            if (option := self._label_option()) is not None:
+                raise DataError(f"{option} needs labels, but {no_column('label', columns, path)}")
         if given["split"] is None and not any(roles[role] for role in ("split", *FLAGS)):
             free = set(columns) - {column for role, column in roles.items() if role != "partition"} - taken
             words = [name for name in columns if name in free and are_split_names(self._cells_of(name, columns, path))]
@@ -218,6 +225,12 @@ class _TableWriter:
         if roles["split"] is not None and roles["split"] == roles["partition"]:
             roles["partition"] = None
         return roles
+
+    def _label_option(self) -> str | None:
+        """An option that needs a column of labels, as it was given."""
+        if self.plan.label_kind is not None:
+            return f'label_kind="{self.plan.label_kind}"'
+        return None if self.plan.unlabelled is None else f'unlabelled="{self.plan.unlabelled}"'
 
     def _cells_of(self, name: str, first: Mapping[str, list[Any]], path: str | Path) -> Iterator[list[Any]]:
         """Yield the cells of a column: those of the first block, and then those of the file again, block by block."""
@@ -257,6 +270,9 @@ class _TableWriter:
             parsed["label"] = binary_labels(columns, self.plan.label_columns, path, places)
         elif (label := roles["label"]) is not None:
             cells = columns[label]
+            if self.label_names or any(isinstance(cell, dict) for cell in cells):
+                parsed["label"] = self._struct_labels(cells, path, places)
+                return parsed
             if self.plan.label_kind == "positions":
                 cells = labels_at_positions(cells, residues, places)
             # A label that only rows outside the bounds have is no class.
@@ -272,6 +288,20 @@ class _TableWriter:
                 parsed["label"] = found.take(pa.array(np.cumsum(keep) - 1, mask=~keep))
         return parsed
 
+    def _struct_labels(self, cells: Sequence[Any], path: str | Path, places: Sequence[str]) -> Any:
+        """Cells of one 0 or 1 per name, as a data set with several labels writes them, as `binary_labels` has them."""
+        if self.plan.label_kind not in (None, "several") or self.observed.rows:
+            kind = self.plan.label_kind or "text in other rows"
+            raise DataError(f"{path}: the label has named values, such as {cells[0]!s:.60}, but is {kind}")
+        if not self.label_names:
+            self.label_names = {name: name for cell in cells if isinstance(cell, dict) for name in cell}
+            refuse_bars(list(self.label_names))
+        wrong = [not isinstance(cell, dict) or not self.label_names.keys() >= cell.keys() for cell in cells]
+        problem = f"the names of the label are not {', '.join(self.label_names)}"
+        refuse_cells(cells, places, wrong, problem)
+        columns = {name: [cell.get(name) for cell in cells] for name in self.label_names}
+        return binary_labels(columns, self.label_names, path, places)
+
     def _within_bounds(self, residues: np.ndarray) -> np.ndarray:
         """Which rows have an allowed length, bool of shape (rows,)."""
         return (residues >= self.plan.bounds[0]) & (residues <= self.plan.bounds[1])
@@ -285,8 +315,8 @@ class _TableWriter:
             names = reader.schema.names
             features = {"sequence": Value("string"), "accession": Value("string"), "residues": Value("int32")}
             encoding = None
-            if self.plan.label_columns:
-                features["label"] = {name: Value("float32") for name in self.plan.label_columns}
+            if self.label_names:
+                features["label"] = {name: Value("float32") for name in self.label_names}
             elif "label" in names:
                 skip = self.left_out is not None
                 encoding = decide_encoding(
@@ -325,43 +355,3 @@ class _TableWriter:
             columns = {name: column.filter(pa.array(fits)) for name, column in columns.items()}
             residues = residues[fits]
         return columns | {"label": encoding.encode(columns["label"], residues)}
-
-
-class _RowCounts:
-    """How many rows were read.
-
-    Attributes:
-        kept: rows within the bounds of length.
-        left_out: rows outside the bounds.
-        nucleotides: kept rows whose sequence consists of the letters of DNA and RNA.
-        by_split: split to kept rows; 0 for a split without kept rows.
-    """
-
-    def __init__(self) -> None:
-        self.kept = self.left_out = 0
-        self.nucleotides = NucleotideCount()
-        self.by_split: Counter[str] = Counter()
-
-    def add(self, columns: Mapping[str, Any], keep: np.ndarray) -> None:
-        """Count the rows of a block; `keep`, bool of shape (rows,), marks the kept ones."""
-        self.kept += int(keep.sum())
-        self.left_out += int((~keep).sum())
-        rows = np.flatnonzero(keep).tolist()
-        self.nucleotides.add(*([columns[name][row] for row in rows] for name in ("sequence", "accession")))
-        for split, kept in zip(columns.get("split", ()), keep, strict=False):
-            self.by_split[split] += int(kept)
-
-    def check(self, files: Mapping[str, str | Path], notes: Notes, left_out: Sequence[str]) -> None:
-        """Refuse an empty table or split and nucleotides, and take note of rows that were left out.
-
-        `left_out` says why other rows were left out.
-        """
-        paths = listing([str(path) for path in files.values()])
-        if not self.kept:
-            raise DataError("; ".join([f"{paths}: no sequence is left", *left_out]))
-        if empty := sorted(split for split, kept in self.by_split.items() if not kept):
-            raise DataError(f"no sequence of {', '.join(empty)} is within the bounds of length")
-        if warning := self.nucleotides.warning(paths):
-            notes.add(logging.WARNING, warning)
-        if self.left_out:
-            notes.add(logging.INFO, f"{self.left_out} sequence(s) outside the bounds of length were left out")

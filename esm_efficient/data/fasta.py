@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esm_efficient.data.opening import MAX_ROW_CHARACTERS
+from esm_efficient.data.sequences import STANDARD_RESIDUES, STOP
 from esm_efficient.errors import DataError
 
 FASTA_COLUMNS = ("accession", "header", "sequence")
@@ -79,7 +80,7 @@ def read_fasta_table(
     Args:
         handle: the lines of the text.
         source: the name of the text in errors.
-        keys: whether the `HEADER_KEYS` of the first header become columns.
+        keys: whether the `HEADER_KEYS` of the first headers become columns.
         leave_out: takes records that cannot be parsed; None to raise an error.
 
     Returns:
@@ -92,8 +93,8 @@ def read_fasta_table(
     first, others = _peek(_records(handle, source))
     labelled = have_labels(first)
     names = [*FASTA_COLUMNS, *([LABELS_COLUMN] if labelled else [])]
-    found = _KEY_AND_VALUE.findall(first[0].header) if keys else []
-    columns = [key for key, _ in found if key.lower() in HEADER_KEYS]
+    found = (key for record in first if keys for key, _ in _KEY_AND_VALUE.findall(record.header))
+    columns = [key for key in dict.fromkeys(found) if key.lower() in HEADER_KEYS]
 
     def rows() -> Iterator[tuple[str, Sequence[str]]]:
         for record in itertools.chain(first, others):
@@ -125,6 +126,8 @@ def have_labels(records: Sequence[Record]) -> bool:
         DataError: some records only have labels, or the sequences and their labels are in more than two lines.
     """
     marks = [_labels_begin(record.lines) for record in records]
+    if len(records) < 2 and not any(_has_other_letters(record.lines) for record in records):
+        return False  # a single sequence whose second line is a repeat looks the same
     marked = [record for record, mark in zip(records, marks, strict=True) if mark]
     if 10 * len(marked) < max(len(records), 1):
         return False
@@ -147,6 +150,12 @@ def _labels_begin(lines: Sequence[str]) -> bool:
     if odd or not half or list(map(len, lines[:half])) != list(map(len, lines[half:])):
         return False
     return _are_labels("".join(lines[half:])) and not _are_labels("".join(lines[:half]))
+
+
+def _has_other_letters(lines: Sequence[str]) -> bool:
+    """Whether the second half of the lines has a letter that proteins hardly have, and that the first half has not."""
+    first, second = ("".join(half).upper() for half in (lines[: len(lines) // 2], lines[len(lines) // 2 :]))
+    return bool(set(second) - set(first) - set(STANDARD_RESIDUES + "X" + STOP))
 
 
 def _are_labels(text: str) -> bool:

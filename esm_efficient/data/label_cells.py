@@ -7,6 +7,7 @@ list or of a text such as ``H H E C`` or ``[0, 1, 0]``. Only all cells together 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,17 @@ MAX_NAME = 200
 
 SEPARATORS = "|;,"
 """Characters between several labels of a sequence, in the order in which a column is searched for them."""
+
+MISSING = frozenset(("NA", "N/A", "n/a", "NaN", "nan", "None", "NULL", "null", "<NA>", "#N/A", "-", "?", "."))
+"""How other programs write a missing cell."""
+
+NUMBERS = re.compile(r"[\[(]?\s*[-+]?\d+(\s*[,;\s]\s*[-+]?\d+)+\s*[\])]?")
+"""Matches a text of several whole numbers."""
+
+_SITES = (
+    'If the others are positions of sites, pass label_kind="positions" and write [] for no site. Else correct them, or '
+    'leave such rows out with on_error="skip"'
+)
 
 Reading = Literal["letters", "items"]
 
@@ -50,6 +62,7 @@ class ResidueLabels:
         first_mismatch: the first of these rows; None without one.
         gapped: rows of these in which the labels without those of gaps and stops are as many as the residues.
         names: the different labels of the other rows, with the first row of each; at most `MAX_CLASSES` + 1.
+        lengths: residues of the other rows, at most two different numbers.
     """
 
     rows: int = 0
@@ -57,6 +70,7 @@ class ResidueLabels:
     first_mismatch: str | None = None
     gapped: int = 0
     names: dict[str, str] = field(default_factory=dict)
+    lengths: set[int] = field(default_factory=set)
 
     def observe(self, labels: Sequence[str | None], residues: int, place: str) -> None:
         """Take note of the labels of one row."""
@@ -66,6 +80,8 @@ class ResidueLabels:
             self.first_mismatch = self.first_mismatch or f"{place}: {len(labels)} labels for {residues} residues"
             return
         self.rows += residues > 1
+        if residues > 1 and len(self.lengths) < 2:
+            self.lengths.add(residues)
         if len(self.names) <= MAX_CLASSES and (new := set(labels) - self.names.keys()):
             self.names |= {name: place for name in new if name is not None}
 
@@ -90,7 +106,10 @@ class LabelObservations:
         counts: rows per different cell, at most `MAX_CLASSES` + 1 cells of at most `MAX_NAME` characters.
         places: the first row of each of these cells.
         long_text: the first row with a longer text; None without one, as below.
-        parts: the different labels if a cell holds several, by separator; ``""`` for lists.
+        parts: the different labels if a cell holds several, by separator, with the different cells, or the rows of
+            lists, that have each; ``""`` for lists.
+        part_places: the first row of each of these labels.
+        missing: cells that seem to say that the label is missing, with the first row of each.
         list_rows: rows with a text that writes a list.
         word_rows: rows with a text that is not a number.
         first_number: the first cell that is a number, with its place.
@@ -106,7 +125,11 @@ class LabelObservations:
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     long_text: str | None = None
-    parts: dict[str, set[str]] = field(default_factory=lambda: {separator: set() for separator in ("", *SEPARATORS)})
+    parts: dict[str, Counter[str]] = field(
+        default_factory=lambda: {separator: Counter() for separator in ("", *SEPARATORS)}
+    )
+    part_places: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
     list_rows: int = 0
     word_rows: int = 0
     first_number: str | None = None
@@ -128,19 +151,19 @@ class LabelObservations:
         import pyarrow as pa
 
         empty = [cell is None or (not isinstance(cell, list) and cell != cell) for cell in cells]
-        refuse_cells(cells, places, empty, "the label is missing")
+        _refuse_missing(cells, empty, residues, places)
         are_lists = [isinstance(cell, list) for cell in cells]
         expected = are_lists[0] if self.are_lists is None else self.are_lists
         mixed = [is_list != expected for is_list in are_lists]
         refuse_cells(cells, places, mixed, "the label is a list in some rows and not in others")
         labels: list[Any] = [items_of_list(cell) for cell in cells] if expected else texts_of(cells)
-        refuse_cells(cells, places, [not label for label in labels], "the label is missing")
+        _refuse_missing(cells, [not label for label in labels], residues, places)
         self.are_lists = expected
         self.rows += len(labels)
         for label, length, place in zip(labels, residues.tolist(), places, strict=True):
             if expected:
                 self.readings["items"].observe(label, length, place)
-                self._observe_parts("", [item for item in label if item is not None])
+                self._observe_parts("", [item for item in label if item is not None], place)
                 continue
             self.readings["letters"].observe(letters_of(label, length), length, place)
             items, is_list, is_word = self._read.get(label) or _reading_of(label)
@@ -159,10 +182,13 @@ class LabelObservations:
             self.long_text = self.long_text or shown
         elif len(self.counts) <= MAX_CLASSES:
             self.counts[text], self.places[text], self._read[text] = 1, place, _reading_of(text)
-        for separator in SEPARATORS:
-            self._observe_parts(separator, parts_of(text, separator))
+        if says_missing(text):
+            self.missing.setdefault(text, place)
+        else:
+            for separator in SEPARATORS:
+                self._observe_parts(separator, parts_of(text, separator), place)
         if is_bracketed(text):
-            self._observe_parts("", [item for item in items_of(text) if item is not None])
+            self._observe_parts("", [item for item in items_of(text) if item is not None], place)
         value = number_of(text)
         if value is None:
             self.first_word = self.first_word or shown
@@ -171,9 +197,27 @@ class LabelObservations:
         if value % 1:
             self.first_fraction = self.first_fraction or shown
 
-    def _observe_parts(self, separator: str, parts: Sequence[str]) -> None:
+    def _observe_parts(self, separator: str, parts: Sequence[str], place: str) -> None:
         if len(self.parts[separator]) <= MAX_CLASSES:
-            self.parts[separator].update(part[: MAX_NAME + 1] for part in parts)
+            names = {part[: MAX_NAME + 1] for part in parts}
+            self.parts[separator].update(names)
+            for name in names:
+                self.part_places.setdefault(name, place)
+
+
+def _refuse_missing(cells: Sequence[Any], missing: Sequence[bool], residues: np.ndarray, places: Sequence[str]) -> None:
+    """Refuse missing labels. If the others seem to be positions, the sequences without sites must not be left out."""
+    if any(missing):
+        sites = any(_may_be_positions(cell, length) for cell, length in zip(cells, residues.tolist(), strict=True))
+        refuse_cells(cells, places, missing, "the label is missing", _SITES if sites else "")
+
+
+def _may_be_positions(cell: Any, residues: int) -> bool:
+    """Whether a cell has whole numbers, but not one per residue."""
+    if isinstance(cell, list):
+        numbers = [number_of(str(item)) for item in cell]
+        return 0 < len(cell) != residues and all(number is not None and number % 1 == 0 for number in numbers)
+    return isinstance(cell, str) and bool(NUMBERS.fullmatch(cell.strip())) and len(items_of(cell)) != residues
 
 
 def _reading_of(text: str) -> tuple[tuple[str | None, ...], bool, bool]:
@@ -248,6 +292,16 @@ def parts_of(text: str, separator: str) -> list[str]:
     if not separator:
         return [item for item in items_of(text) if item is not None]
     return [part for part in map(str.strip, text.split(separator)) if part]
+
+
+def says_missing(text: str) -> bool:
+    """Return whether a text is what other programs write for a missing cell, or has nothing but separators.
+
+    Example:
+        >>> [says_missing(text) for text in ("NA", " | ", "nucleus|NA")]
+        [True, True, False]
+    """
+    return text in MISSING or not text.strip(SEPARATORS + " ")
 
 
 def spelling(name: str) -> str:

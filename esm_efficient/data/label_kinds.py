@@ -8,9 +8,9 @@ choose.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -18,13 +18,24 @@ import numpy as np
 from esm_efficient.data.label_cells import (
     MAX_CLASSES,
     MAX_NAME,
+    MISSING,
+    NUMBERS,
     SEPARATORS,
     LabelObservations,
     Reading,
     items_of,
     letters_of,
     parts_of,
-    spelling,
+    says_missing,
+)
+from esm_efficient.data.label_names import (
+    compounds,
+    named,
+    refuse_bars,
+    refuse_long,
+    refuse_many,
+    refuse_separators,
+    usual_spellings,
 )
 from esm_efficient.data.schema import number_of
 from esm_efficient.errors import ConfigurationError, DataError, listing
@@ -36,14 +47,9 @@ LabelKind = Literal["class", "residues", "number", "several", "positions"]
 LABEL_KINDS = get_args(LabelKind)
 
 _AS_CLASS = 'pass label_kind="class" if each is a class of its own'
-_MISSING = frozenset(("NA", "N/A", "n/a", "NaN", "nan", "None", "NULL", "null", "<NA>", "#N/A", "-", "?", "."))
-"""How other programs write a missing cell."""
-
 _UNLABELLED = frozenset("-?._*~ ")
 """Letters that usually mark a residue without a label."""
 
-_COMPOUND = re.compile(r"\s*[,/&+]\s*")
-_NUMBERS = re.compile(r"[\[(]?\s*[-+]?\d+(\s*[,;\s]\s*[-+]?\d+)+\s*[\])]?")
 _DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
 
@@ -91,8 +97,8 @@ class LabelEncoding:
         if self.kind == "number":
             return pa.array([float(label) for label in rows], pa.float64())
         if self.kind == "several":
-            present = [set(label if isinstance(label, list) else parts_of(label, self.separator)) for label in rows]
-            columns = [np.array([name in labels for labels in present], np.float32) for name in self.names]
+            present = [{self.ids[part] for part in self._parts(label)} for label in rows]
+            columns = [np.array([index in ids for ids in present], np.float32) for index in range(len(self.names))]
             return pa.StructArray.from_arrays([pa.array(column) for column in columns], list(self.names))
         if self.kind == "class":
             return self._ids(labels)
@@ -113,7 +119,13 @@ class LabelEncoding:
         if self.kind == "residues":
             rows = rows if rows and isinstance(rows[0], list) else self._of_residues(rows, residues)
             return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) == residues
-        return np.ones(len(rows), dtype=bool)
+        return np.array([isinstance(label, list) or not says_missing(label) for label in rows], dtype=bool)
+
+    def _parts(self, label: str | list[str | None] | None) -> list[str]:
+        """The labels of a sequence."""
+        if isinstance(label, list):
+            return [item for item in label if item is not None]
+        return parts_of(label or "", self.separator)
 
     def _of_residues(self, texts: Sequence[str], residues: np.ndarray) -> list[Sequence[str | None]]:
         if self.reading == "items":
@@ -145,27 +157,35 @@ def decide_encoding(
         ConfigurationError: `unlabelled` is given for labels that are not those of residues.
     """
     kind = "residues" if kind == "positions" else kind
-    found, reading = _kind_of(observed, skip) if kind is None else (kind, _best_reading(observed))
+    found, reading = (kind, _best_reading(observed)) if kind else _kind_of(observed, skip, unlabelled is not None)
     if unlabelled is not None and found != "residues":
         raise ConfigurationError(f"unlabelled={unlabelled!r} is for labels per residue, but the labels are {found!r}")
     if observed.are_lists and found not in ("residues", "several"):
         raise DataError(f'the label is a list in every row: label_kind="{found}" needs one value per row')
     if found == "number":
         if observed.first_word is not None and not skip:
-            raise DataError(f"the label is not a finite number in {observed.first_word}")
+            raise DataError(
+                f"the label is not a finite number in {observed.first_word}. Correct the row, or leave such rows out "
+                'with on_error="skip"'
+            )
         return LabelEncoding(found)
     if found == "residues":
         return _residue_encoding(observed, reading, unlabelled, skip)
     if found == "several":
-        return _several_encoding(observed)
+        return _several_encoding(observed, skip)
     return _class_encoding(observed, asked=kind is not None, skip=skip)
 
 
-def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Reading]:
-    """The kind of label that the cells show, and how a cell holds the labels of residues."""
+def _kind_of(observed: LabelObservations, skip: bool, of_residues: bool) -> tuple[LabelKind, Reading]:
+    """The kind of label that the cells show, and how a cell holds the labels of residues.
+
+    `of_residues` says that the user gave an option of labels of residues.
+    """
     reading = _best_reading(observed)
     labels = observed.readings[reading]
     most = 2 * labels.rows > observed.rows
+    if most and reading == "letters" and not of_residues and (doubt := _one_length_doubt(observed)):
+        raise DataError(doubt)
     if (labels.rows and not labels.mismatches) or (most and skip):
         return "residues", reading
     if most:
@@ -188,8 +208,9 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
         return "class", reading
     if observed.first_word is not None and not (skip and 2 * observed.word_rows < observed.rows):
         raise DataError(
-            f"the label is a number in {observed.first_number}, but not in {observed.first_word}. Correct the row, or "
-            'pass label_kind="class"'
+            f"the label is a number in {observed.first_number}, but not in {observed.first_word}. Correct the row"
+            + ("" if skip else ', leave such rows out with on_error="skip"')
+            + f", or {_AS_CLASS}"
         )
     if observed.first_fraction is not None:
         return "number", reading
@@ -199,6 +220,24 @@ def _kind_of(observed: LabelObservations, skip: bool) -> tuple[LabelKind, Readin
     raise DataError(
         f"the label is a whole number in every row, such as {listing(numbers)}: pass "
         'label_kind="class" or label_kind="number"'
+    )
+
+
+def _one_length_doubt(observed: LabelObservations) -> str | None:
+    """What to ask if labels may have as many letters as all sequences have residues by chance: peptides of one length.
+
+    Letters of residues differ from sequence to sequence, while classes are few; a number may have any digits.
+    """
+    labels, texts = observed.readings["letters"], sorted(observed.counts)
+    are_numbers = observed.first_word is None
+    are_few = len(texts) < observed.rows and len(texts) <= _most_classes(observed)
+    if len(labels.lengths) != 1 or observed.long_text is not None or not (are_numbers or are_few):
+        return None
+    length, kind = min(labels.lengths), "number" if are_numbers else "class"
+    return (
+        f"the sequences have {length} residues and the labels {length} characters, such as "
+        f'{_shown(observed, texts)}: pass label_kind="{kind}" if each is the label of a sequence, or '
+        'label_kind="residues" if each character is that of a residue'
     )
 
 
@@ -215,7 +254,7 @@ def _best_reading(observed: LabelObservations) -> Reading:
 def _numbers_doubt(observed: LabelObservations) -> str | None:
     """What to ask if cells hold several numbers."""
     words = [text for text in observed.counts if number_of(text) is None]
-    if shown := [f"{observed.places[text]}: {text!r:.40}" for text in words if _NUMBERS.fullmatch(text)]:
+    if shown := [f"{observed.places[text]}: {text!r:.40}" for text in words if NUMBERS.fullmatch(text)]:
         if all(_DECIMAL_COMMA.fullmatch(text) for text in words):
             return (
                 f"the label has two numbers with a comma between them in {listing(shown)}. Write a decimal comma as a "
@@ -252,23 +291,43 @@ def _residue_encoding(
             f"labels per residue must be classes, but have values such as {listing(spellings)}: numbers per residue "
             "are not supported"
         )
-    names, ids = _named(spellings)
+    names, ids = named(spellings)
     return LabelEncoding("residues", names, ids, reading)
 
 
-def _several_encoding(observed: LabelObservations) -> LabelEncoding:
+def _several_encoding(observed: LabelObservations, skip: bool) -> LabelEncoding:
+    if observed.missing and not skip:
+        places = [f"{place}: {text!r}" for text, place in observed.missing.items()]
+        raise DataError(
+            f"the label may be missing in {listing(places)}. Correct the row, leave such rows out with "
+            'on_error="skip", or give the label another name if it is one'
+        )
     is_list = _all_lists(observed)
     separators = [] if is_list else [s for s in SEPARATORS if any(s in text for text in observed.counts)]
     separator = separators[0] if separators else "" if is_list else SEPARATORS[0]
-    names = sorted(observed.parts[separator])
-    _refuse_names(names)
-    refuse_bars(names)
-    if all(number_of(name) in (0, 1) for name in names):
+    counts = Counter(observed.parts[separator])
+    for text, rows in observed.counts.items():
+        if not says_missing(text):
+            counts.update(dict.fromkeys(parts_of(text, separator), rows))
+    spellings = sorted(counts)
+    refuse_many(spellings)
+    refuse_long(spellings, observed.part_places)
+    refuse_bars(spellings)
+    refuse_separators(spellings, separator, observed.part_places)
+    if all(number_of(name) in (0, 1) for name in spellings):
         raise DataError(
-            f"the labels of a sequence are {listing(names)}, which name nothing: write lists of 0 and 1 as one column "
-            "per label, and pass label=[...]"
+            f"the labels of a sequence are {listing(spellings)}, which name nothing: write lists of 0 and 1 as one "
+            "column per label, and pass label=[...]"
         )
-    return LabelEncoding("several", tuple(names), separator=separator)
+    usual = usual_spellings(spellings, counts)
+    notes = []
+    if others := [f"{text!r:.40} as {name!r:.40}" for text, name in usual.items() if text != name]:
+        notes.append(f"several spellings are read as one label: {listing(others)}")
+    if missing := [f"{name!r} ({observed.part_places[name]})" for name in spellings if name in MISSING]:
+        notes.append(f"{listing(missing)} is read as a label, but may say that one is missing")
+    names = sorted(set(usual.values()))
+    ids = {text: names.index(name) for text, name in usual.items()}
+    return LabelEncoding("several", tuple(names), ids, separator=separator, notes=tuple(notes))
 
 
 def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> LabelEncoding:
@@ -276,11 +335,11 @@ def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> 
     if skip and not asked and observed.first_number is not None:
         spellings = [text for text in spellings if number_of(text) is not None]
     if skip:
-        spellings = [text for text in spellings if text not in _MISSING]
+        spellings = [text for text in spellings if text not in MISSING]
     if observed.long_text is not None and not skip:
         raise DataError(f"the label has more than {MAX_NAME} characters in {observed.long_text}: too long for a class")
-    _refuse_names(spellings)
-    usual = _usual_spellings(spellings, observed.counts)
+    refuse_many(spellings)
+    usual = usual_spellings(spellings, observed.counts)
     notes = []
     if others := [f"{text!r:.40} as {name!r:.40}" for text, name in usual.items() if text != name]:
         if asked:
@@ -294,65 +353,36 @@ def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> 
     doubts = list(_class_doubts(observed, sorted(counts), asked))
     if doubts and not asked:
         raise DataError(f"{'. '.join(doubts[0])}, or {_AS_CLASS}")
-    names, ids = _named(sorted(counts))
+    names, ids = named(sorted(counts))
     notes += [*(problem for problem, _ in doubts), *_rare_classes(observed, counts)]
     return LabelEncoding("class", names, {text: ids[name] for text, name in usual.items()}, notes=tuple(notes))
 
 
-def _usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[str, str]:
-    """Return the most frequent spelling of each text; spellings differ in case, white space, hyphens or underscores."""
-    groups: dict[str, list[str]] = {}
-    for text in texts:
-        groups.setdefault(spelling(text), []).append(text)
-    return {text: max(groups[spelling(text)], key=lambda each: counts[each]) for text in texts}
-
-
-def refuse_bars(names: Sequence[str]) -> None:
-    """Refuse names of several labels with a bar, which separates the labels of a sequence in a table.
-
-    Raises:
-        DataError: a name has one.
-    """
-    if wrong := [repr(name) for name in names if "|" in name]:
-        raise DataError(f"the label name {listing(wrong)} has a |, which separates several labels: rename it")
-
-
-def _refuse_names(names: Sequence[str]) -> None:
-    if len(names) > MAX_CLASSES:
-        raise DataError(
-            f"the label has more than {MAX_CLASSES} values, such as {listing(list(names))}: too many for classes"
+def _class_doubts(observed: LabelObservations, texts: Sequence[str], asked: bool) -> Iterator[tuple[str, str]]:
+    """Why cells may not be the classes that they seem to be, and what to do; `asked` if the user says that they are."""
+    if missing := [text for text in texts if text in MISSING]:
+        cure = 'Correct the row, leave such rows out with on_error="skip"'
+        yield f"the label may be missing in {_shown(observed, missing)}", cure
+    if asked:
+        return
+    if compound := compounds(texts):
+        cure = 'Pass label_kind="several" to read each of them'
+        yield f"a cell may hold several labels: {_shown(observed, compound)}", cure
+    if len(texts) > _most_classes(observed):
+        problem = f"the label has {len(texts)} different values in {observed.rows} rows, which is many for classes: "
+        yield (
+            problem + _shown(observed, texts),
+            "Name another column with label=, or say with label_kind= what it holds",
         )
 
 
-def _class_doubts(observed: LabelObservations, texts: Sequence[str], asked: bool) -> Iterator[tuple[str, str]]:
-    """Why cells may not be the classes that they seem to be, and what to do; `asked` if the user says that they are."""
-
-    def shown(names: Sequence[str]) -> str:
-        return listing([f"{observed.places[name]}: {name!r:.40}" for name in names])
-
-    if missing := [text for text in texts if text in _MISSING]:
-        cure = 'Correct the row, leave such rows out with on_error="skip"'
-        yield f"the label may be missing in {shown(missing)}", cure
-    if asked:
-        return
-    if compound := _compounds(texts):
-        cure = 'Pass label_kind="several" to read each of them'
-        yield f"a cell may hold several labels: {shown(compound)}", cure
-    limit = max(observed.rows // 10, min(10, observed.rows // 2), 2)
-    if len(texts) > limit:
-        problem = f"the label has {len(texts)} different values in {observed.rows} rows, which is many for classes: "
-        yield problem + shown(texts), "Name another column with label=, or say with label_kind= what it holds"
+def _shown(observed: LabelObservations, texts: Sequence[str]) -> str:
+    return listing([f"{observed.places[text]}: {text!r:.40}" for text in texts], 3)
 
 
-def _compounds(texts: Sequence[str]) -> list[str]:
-    """Texts that may hold several labels: with a bar or a semicolon, or with a part that other texts have too."""
-    if certain := [text for text in texts if "|" in text or ";" in text]:
-        return certain
-    parts = {text: {part.strip() for part in _COMPOUND.split(text) if part.strip()} for text in texts}
-    texts_with: dict[str, int] = {}
-    for part in (part for found in parts.values() for part in found):
-        texts_with[part] = texts_with.get(part, 0) + 1
-    return [text for text, found in parts.items() if len(found) > 1 and any(texts_with[part] > 1 for part in found)]
+def _most_classes(observed: LabelObservations) -> int:
+    """The most different cells that are taken for classes without a question."""
+    return max(observed.rows // 10, min(10, observed.rows // 2), 2)
 
 
 def _rare_classes(observed: LabelObservations, counts: Mapping[str, int]) -> Iterator[str]:
@@ -362,13 +392,3 @@ def _rare_classes(observed: LabelObservations, counts: Mapping[str, int]) -> Ite
     rare = [f"{text!r:.40} ({observed.places[text]})" for text in sorted(counts) if counts[text] == 1]
     if rare and max(counts.values()) >= 10:
         yield f"{len(rare)} class(es) have a single row, which may be a slip: {listing(rare)}"
-
-
-def _named(spellings: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The names of the classes and the class of each spelling; if all are whole numbers, ``1.0`` is the class ``1``."""
-    numbers = [number_of(text) for text in spellings]
-    if all(number is not None and number % 1 == 0 for number in numbers):
-        exact = {text: int(Decimal(text)) for text in spellings}  # a float has 16 digits
-        names = [str(number) for number in sorted(set(exact.values()))]
-        return tuple(names), {text: names.index(str(number)) for text, number in exact.items()}
-    return tuple(spellings), {text: index for index, text in enumerate(spellings)}

@@ -1,13 +1,18 @@
-"""Rows that were left out on purpose, counted by what was wrong with them, and other notes on a table."""
+"""Rows that were left out on purpose, counted by what was wrong with them, rows that were read, and other notes."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from esm_efficient.errors import listing
+import numpy as np
+
+from esm_efficient.data.sequences import NucleotideCount
+from esm_efficient.errors import DataError, listing
 
 _SHOWN = 5
 
@@ -63,3 +68,43 @@ class Notes:
     def from_json(cls, text: bytes) -> Notes:
         """Return the notes that `to_json` wrote."""
         return cls([(level, message) for level, message in json.loads(text)])
+
+
+class RowCounts:
+    """How many rows were read.
+
+    Attributes:
+        kept: rows within the bounds of length.
+        left_out: rows outside the bounds.
+        nucleotides: kept rows whose sequence consists of the letters of DNA and RNA.
+        by_split: split to kept rows; 0 for a split without kept rows.
+    """
+
+    def __init__(self) -> None:
+        self.kept = self.left_out = 0
+        self.nucleotides = NucleotideCount()
+        self.by_split: Counter[str] = Counter()
+
+    def add(self, columns: Mapping[str, Any], keep: np.ndarray) -> None:
+        """Count the rows of a block; `keep`, bool of shape (rows,), marks the kept ones."""
+        self.kept += int(keep.sum())
+        self.left_out += int((~keep).sum())
+        rows = np.flatnonzero(keep).tolist()
+        self.nucleotides.add(*([columns[name][row] for row in rows] for name in ("sequence", "accession")))
+        for split, kept in zip(columns.get("split", ()), keep, strict=False):
+            self.by_split[split] += int(kept)
+
+    def check(self, files: Mapping[str, str | Path], notes: Notes, left_out: Sequence[str]) -> None:
+        """Refuse an empty table or split and nucleotides, and take note of rows that were left out.
+
+        `left_out` says why other rows were left out.
+        """
+        paths = listing([str(path) for path in files.values()])
+        if not self.kept:
+            raise DataError("; ".join([f"{paths}: no sequence is left", *left_out]))
+        if empty := sorted(split for split, kept in self.by_split.items() if not kept):
+            raise DataError(f"no sequence of {', '.join(empty)} is within the bounds of length")
+        if warning := self.nucleotides.warning(paths):
+            notes.add(logging.WARNING, warning)
+        if self.left_out:
+            notes.add(logging.INFO, f"{self.left_out} sequence(s) outside the bounds of length were left out")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError, TablePlan, mapped_table
-from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind, refuse_bars
+from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind
+from esm_efficient.data.label_names import refuse_bars
 from esm_efficient.data.leaks import check_leaks
 from esm_efficient.data.own_splits import FLAGS
 from esm_efficient.data.schema import ONE_NUMBER, WEIGHT_COLUMN, Column

@@ -10,6 +10,7 @@ import contextlib
 import io
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,18 +73,35 @@ def open_text(path: str | Path) -> Iterator[IO[str]]:
             not UTF-8 text, or its compression is damaged.
     """
     try:
-        start = first_bytes(path)
-        with open(path, "rb", buffering=0) as file:
-            source: io.RawIOBase = _FixedSize(file, path)
-            if start.startswith(_GZIP):
-                source = _Unpacked(source, path, _Gzip)
-            elif start == _XZ:
-                source = _Unpacked(source, path, _Xz)
-            with _Lines(io.BufferedReader(source, _CHUNK_BYTES), encoding="utf-8-sig", newline="") as handle:
-                handle.source = path
-                yield handle
+        with _opened(path, "strict") as handle:
+            yield handle
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {_wrong_line(path)} is not UTF-8. Save the file in UTF-8: in Excel, as 'CSV UTF-8'"
+        ) from error
     except _READ_ERRORS as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, errors: str) -> Iterator[IO[str]]:
+    start = first_bytes(path)
+    with open(path, "rb", buffering=0) as file:
+        source: io.RawIOBase = _FixedSize(file, path)
+        if start.startswith(_GZIP):
+            source = _Unpacked(source, path, _Gzip)
+        elif start == _XZ:
+            source = _Unpacked(source, path, _Xz)
+        buffer = io.BufferedReader(source, _CHUNK_BYTES)
+        with _Lines(buffer, encoding="utf-8-sig", errors=errors, newline="") as handle:
+            handle.source = path
+            yield handle
+
+
+def _wrong_line(path: str | Path) -> int:
+    """The first line that is not UTF-8."""
+    with _opened(path, "surrogateescape") as lines:
+        return next(number for number, line in enumerate(lines, 1) if re.search("[\udc80-\udcff]", line))
 
 
 class _FixedSize(io.RawIOBase):

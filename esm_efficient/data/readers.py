@@ -6,14 +6,14 @@ names the line or the record that cannot be parsed.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from esm_efficient.data.delimited import read_table
 from esm_efficient.data.fasta import LeaveOut, accession_of, read_fasta, read_fasta_table
 from esm_efficient.data.opening import FREE_BYTES, MAX_RATIO, MAX_ROW_CHARACTERS, first_bytes, open_text
 from esm_efficient.data.workbooks import is_workbook, read_workbook
@@ -28,6 +28,7 @@ BLOCK_CHARACTERS = 1 << 24
 """The characters of the rows in memory at which a block ends."""
 
 _PARQUET_VALUES = 1 << 23
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Block(NamedTuple):
@@ -51,7 +52,7 @@ def read_blocks(
     (`esm_efficient.data.workbooks.read_workbook`).
 
     A FASTA file has the columns ``accession``, ``header`` and ``sequence``; ``labels`` if a line of labels is below
-    each sequence; and those of `esm_efficient.data.fasta.HEADER_KEYS` that its first header has as ``KEY=value``. The
+    each sequence; and those of `esm_efficient.data.fasta.HEADER_KEYS` that its first headers have as ``KEY=value``. The
     accession is the first word of the header, or the middle part of a UniProt name such as ``sp|P12345|NAME``.
 
     Args:
@@ -130,101 +131,10 @@ def _blocks_of(
             chunk, characters = [], 0
 
 
-def read_table(
-    handle: IO[str], source: str | Path, *, delimiter: str | None = None, leave_out: LeaveOut | None = None
-) -> tuple[list[str], Iterator[tuple[str, list[str]]]]:
-    r"""Read the column names and the rows of a CSV or TSV text.
-
-    Args:
-        handle: the text, with its own line ends (``newline=""``).
-        source: the name of the text in errors, such as its path.
-        delimiter: the character between cells; None for the most frequent of tab, comma and semicolon in the first
-            line.
-        leave_out: takes rows with too few or too many cells; None to raise an error.
-
-    Returns:
-        The column names, and an iterator over the rows: the place of each, such as ``line 3``, and its cells. Lines of
-        white space, and rows of several cells that are all empty, are skipped.
-
-    Raises:
-        DataError: the text is empty, two columns have the same name, or a row cannot be parsed.
-
-    Example:
-        >>> import io
-        >>> names, rows = read_table(io.StringIO("id,sequence\nP1,MKT\n"), "example")
-        >>> names, list(rows)
-        (['id', 'sequence'], [('line 2', ['P1', 'MKT'])])
-    """
-    skipped, first = 0, handle.readline()
-    while first and not first.strip():
-        skipped, first = skipped + 1, handle.readline()
-    if not first:
-        raise DataError(f"{source} is empty")
-    delimiter = delimiter or max("\t,;", key=first.count)
-    lines = _numbered_lines(itertools.chain([first], handle), source, delimiter, skipped)
-    names = [name.strip() for name in next(lines)[1]]
-    if repeated := sorted({name for name in names if names.count(name) > 1 and name}):
-        raise DataError(f"{source}: more than one column is named {listing([name[:40] for name in repeated])}")
-    # pandas writes row numbers into a first column without a name.
-    names = [name or f"unnamed {index}" for index, name in enumerate(names)]
-    return names, _complete_rows(lines, names, source, delimiter, leave_out)
-
-
-def _numbered_lines(
-    text: Iterable[str], source: str | Path, delimiter: str, skipped: int
-) -> Iterator[tuple[str, list[str]]]:
-    """The place and the cells of each line; an error of the parser names the line."""
-    size = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal size
-        for line in text:
-            size += len(line)
-            if size > MAX_ROW_CHARACTERS:
-                raise DataError(
-                    f"{source}, line {skipped + reader.line_num + 1}: a row of more than {MAX_ROW_CHARACTERS:,} "
-                    "characters. Check for a quote that is not closed"
-                )
-            yield line
-
-    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
-    try:
-        for cells in reader:
-            size = 0
-            yield f"line {skipped + reader.line_num}", cells
-    except csv.Error as error:
-        raise DataError(f"{source}, line {skipped + reader.line_num}: {error}") from error
-
-
-def _complete_rows(
-    lines: Iterable[tuple[str, list[str]]],
-    names: Sequence[str],
-    source: str | Path,
-    delimiter: str,
-    leave_out: LeaveOut | None,
-) -> Iterator[tuple[str, list[str]]]:
-    """The lines that are not empty; each must have one cell per column."""
-    for place, cells in lines:
-        is_blank = not any(cell.strip() for cell in cells)
-        if is_blank and (len(names) > 1 or not cells):  # the cell of a table of one column was written as it is
-            continue
-        if len(cells) != len(names):
-            if leave_out is not None:
-                leave_out(f"{source}, {place}", f"the number of cells is not {len(names)}, the number of columns")
-                continue
-            raise DataError(
-                f"{source}, {place}: {len(cells)} cells for {len(names)} columns "
-                f"({listing([name[:40] for name in names])}). Quote a cell that contains the separator"
-            )
-        if delimiter == "\t" and any("\n" in cell for cell in cells):
-            raise DataError(f"{source}, {place}: a cell spans several lines. Check for a quote that is not closed")
-        yield place, cells
-
-
 def _read_json_lines(
     handle: Iterable[str], source: str | Path, leave_out: LeaveOut | None
 ) -> tuple[list[str], Iterator[tuple[str, list[Any]]]]:
-    """The columns of the first object, and the place and the cells of each; a key that is missing is an empty cell."""
+    """The columns of the first objects, and the place and the cells of each; a key that is missing is an empty cell."""
 
     def objects() -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(handle, 1):
@@ -232,6 +142,10 @@ def _read_json_lines(
                 continue
             try:
                 cells, problem = json.loads(line), "the line is not a JSON object"
+                if _SURROGATE.search(line):
+                    json.dumps(cells, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                cells, problem = None, f"{error.object[error.start]!a} is half of a character"
             except (ValueError, RecursionError) as error:
                 cells, problem = None, f"the line is not JSON ({str(error)[:80]})"
             if isinstance(cells, dict):
@@ -241,16 +155,24 @@ def _read_json_lines(
             else:
                 leave_out(f"{source}, line {number}", problem)
 
-    records = objects()
-    first = next(records, None)
-    if first is None:
+    records, first, size = objects(), list[tuple[str, dict[str, Any]]](), 0
+    for record in records:
+        first.append(record)
+        size += _json_size(list(record[1].values()))
+        if len(first) == BLOCK_ROWS or size > BLOCK_CHARACTERS:
+            break
+    if not first:
         raise DataError(f"{source} has no JSON object")
-    names = list(first[1])
+    names = list(dict.fromkeys(name for _, cells in first for name in cells))
 
     def rows() -> Iterator[tuple[str, list[Any]]]:
-        for place, cells in itertools.chain([first], records):
+        for place, cells in itertools.chain(first, records):
             if other := [key[:40] for key in cells if key not in names]:
-                raise DataError(f"{source}, {place}: the key(s) {listing(other)} are not in the first object")
+                problem = f"the key(s) {listing(other)} are not in the first {len(first):,} objects"
+                if leave_out is None:
+                    raise DataError(f"{source}, {place}: {problem}")
+                leave_out(f"{source}, {place}", problem)
+                continue
             yield place, [cells.get(name) for name in names]
 
     return names, rows()

@@ -6,6 +6,7 @@ To add a kind of column, add its usual names to `USUAL_NAMES` and its parser to 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +44,13 @@ ONE_NUMBER = (
 Column = str | Literal[False] | None
 """The column that plays a role: its name, False for no column, or None to find it by a usual name."""
 
+_MUTATIONS = re.compile(
+    r"(p\.)?[A-Z][a-z]{0,2}\d+([A-Z][a-z]{0,2}|\*|=)([\s,:;/_+-]+[A-Z][a-z]{0,2}\d+[A-Z*][a-z]{0,2})*"
+)
+
+_LOOKED_AT = 1000
+"""The most cells that are looked at for mutations."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -72,6 +80,66 @@ def find_column(
             f"name one with {role}="
         )
     return candidates[0] if candidates else None
+
+
+def no_column(role: str, names: Collection[str], source: str | Path, advice: str = "") -> str:
+    """Return what to say of a table without a column for a role; `advice` replaces the usual one."""
+    return (
+        f"{source} has no column with a usual name of {role}s ({', '.join(USUAL_NAMES[role])}); it has "
+        f"{listing([name[:40] for name in names], 20)}. {advice or f'Name the column with {role}='}"
+    )
+
+
+def refuse_roles(
+    roles: Mapping[str, str | None], names: Collection[str], source: str | Path, taken: Collection[Column]
+) -> None:
+    """Refuse a table without sequences; `taken` are the columns that the user named.
+
+    Raises:
+        DataError: no column is one of sequences, or the user named it for something else.
+    """
+    if roles["sequence"] is not None:
+        return
+    if used := [name for name in names if name.lower() in USUAL_NAMES["sequence"] and name in taken]:
+        others = [name[:40] for name in names if name not in taken]
+        raise DataError(
+            f"{source}: {used[0]!r} is named for something else, so no column is left for the sequences. Name another "
+            f"one: it has {listing(others, 20)}"
+        )
+    raise DataError(no_column("sequence", names, source))
+
+
+def refuse_column(columns: Mapping[str, Sequence[Any]], column: str, places: Sequence[str], source: str | Path) -> None:
+    """Refuse a column that has no sequence at all, or mutations: then the column is wrong, and not the rows.
+
+    Raises:
+        DataError: there are two or more cells and none is a sequence, or most are mutations such as ``W68H``.
+    """
+    cells = columns[column]
+    mutations = sum(isinstance(cell, str) and bool(_MUTATIONS.fullmatch(cell.strip())) for cell in cells[:_LOOKED_AT])
+    if 2 * mutations > len(cells[:_LOOKED_AT]):
+        shown = _first_cells(cells, places)
+        raise DataError(
+            f"{source}: {mutations} of {len(cells[:_LOOKED_AT])} cells of {column!r} are mutations, such as {shown}: "
+            "write the whole sequence of each variant"
+        )
+    if len(cells) < 2 or any(_is_sequence(cell) for cell in cells):
+        return
+    others = listing([name[:40] for name in columns if name != column], 20)
+    raise DataError(
+        f"{source}: none of the {len(cells)} cells of {column!r} is a sequence, such as {_first_cells(cells, places)}. "
+        + (f"Is it the right column? The table also has {others}: name one with sequence=" if others else "")
+    )
+
+
+def _first_cells(cells: Sequence[Any], places: Sequence[str]) -> str:
+    return listing([f"{place}: {str(cell)!r:.40}" for cell, place in zip(cells[:3], places, strict=False)], 2)
+
+
+def _is_sequence(cell: Any) -> bool:
+    if not isinstance(cell, str) or not (sequence := clean(cell)):
+        return False
+    return not non_letters(sequence) and not looks_like_words(cell)
 
 
 def _existing(name: str, names: Collection[str], source: str | Path) -> str:

@@ -100,12 +100,12 @@ class _Line:
         self.place, self.cells = place, [_text(cell.value) for cell in row]
         self.faults: list[tuple[int, str]] = []
         for index, (cell, text) in enumerate(zip(row, self.cells, strict=True)):
-            formula = formulas[index].value if index < len(formulas) else None
+            is_formula = index < len(formulas) and formulas[index].data_type == "f"
             if cell.data_type == "e":
                 self.faults.append((index, f"is the error {text} of Excel"))
             elif len(text) >= _MOST_CHARACTERS:
                 self.faults.append((index, f"has {_MOST_CHARACTERS:,} characters, at which Excel cuts a text"))
-            elif cell.value is None and isinstance(formula, str) and formula.startswith("="):
+            elif cell.value is None and is_formula and cell.data_type != "str":  # "str" has an empty text
                 self.faults.append((index, "is a formula without a value: open the file in Excel and save it"))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,15 +19,16 @@ from esm_efficient.data.deeploc import load_deeploc
 from esm_efficient.data.download import cache_folder, unfinished
 from esm_efficient.data.loading import load_sequences
 from esm_efficient.data.readers import read_blocks
-from esm_efficient.data.schema import USUAL_NAMES
+from esm_efficient.data.schema import no_column
 from esm_efficient.data.splits import split_at_random
 from esm_efficient.demo import write_demo_table
-from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.errors import ConfigurationError, DataError, listing, nearest
 from esm_efficient.reporting.description import DataDescription, describe
 from esm_efficient.tasks import Task, task_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     from datasets import Dataset, DatasetDict, Features
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ NAMED_TABLES = ("demo", "deeploc")
 """``"demo"`` is the synthetic table of this package, and ``"deeploc"`` the DeepLoc-2.0 table, which is downloaded."""
 
 COMMAND_OPTIONS = (
-    *("sequence", "label", "label_kind", "unlabelled", "accession", "split", "partition", "clusters", "min_residues"),
-    *("max_residues", "on_error", "seed"),
+    *("sequence", "label", "label_kind", "labels", "unlabelled", "accession", "split", "partition", "clusters"),
+    *("min_residues", "max_residues", "on_error", "seed"),
 )
 """The options of `load_sequences` that the commands have too, under the same names."""
 
@@ -69,6 +71,7 @@ def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetD
         return data if isinstance(data, dict) and type(data) is not dict else DatasetDict(data)
     if isinstance(data, str) and data in NAMED_TABLES:
         return _named_table(data, options)
+    _check_names(options)
     if isinstance(data, str | Path | Mapping):
         splits = load_sequences(data, **options)
         if not any("label" in split.features for split in splits.values()):
@@ -121,7 +124,7 @@ def command_words(data: Any, options: Mapping[str, Any], model: str) -> tuple[st
             continue
         if name not in COMMAND_OPTIONS or not all(isinstance(entry, str | Path | int) for entry in values):
             return ()
-        texts = [_place(e) if name == "clusters" else "none" if e is False else str(e) for e in values]
+        texts = [_place(e) if name in ("clusters", "labels") else "none" if e is False else str(e) for e in values]
         words += [word for text in texts for word in (f"--{name.replace('_', '-')}", text)]
     return (*words, "--model", _place(model))
 
@@ -146,11 +149,17 @@ def _named_table(name: str, options: Mapping[str, Any]) -> DatasetDict:
 
 def _no_labels(path: str | Path) -> str:
     """Return what to say of a file without a column of labels."""
-    columns = next(read_blocks(path)).columns
-    return (
-        f"{path} has no column with a usual name of labels ({', '.join(USUAL_NAMES['label'])}); it has "
-        f"{listing([name[:40] for name in columns], 20)}. Name the column with label="
-    )
+    advice = 'Name the column with data_options={"label": ...}'
+    return no_column("label", next(read_blocks(path)).columns, path, advice)
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Refuse options that `load_sequences` does not have, with a ConfigurationError."""
+    known = signature(load_sequences).parameters.keys() - {"path"}
+    for name in options:
+        if name not in known:
+            advice = nearest(name, known, "an option of load_sequences")
+            raise ConfigurationError(f"data_options has the unknown option {name!r}{advice}")
 
 
 def _split_dataset(data: Dataset, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
@@ -198,19 +207,49 @@ def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping
     names = [str(column) for column in frame]
     if repeated := sorted({column for column in names if names.count(column) > 1}):
         raise DataError(f"{name} has several columns of the name {listing(repeated)}. Rename them")
-    columns = {}
-    for column, (_, cells) in zip(names, frame.items(), strict=True):
-        try:
-            columns[column] = pa.array(cells, from_pandas=True)
-        except (pa.ArrowException, OverflowError):  # cells of several types, such as 10 and "10A", or of 128 bits
-            columns[column] = pa.array([_as_text(cell) for cell in cells])
+    columns = {column: _column_of(cells) for column, (_, cells) in zip(names, frame.items(), strict=True)}
     content = io.BytesIO()
     parquet.write_table(pa.table(columns), content)
     path = _stored(content.getvalue(), f"{name.removeprefix('the ')}.parquet")
     try:
-        return splits_from(path, labelled=labelled, **options)
+        with _called(path, name):
+            return splits_from(path, labelled=labelled, **options)
     except DataError as error:
         raise DataError(str(error).replace(str(path), name)) from error
+
+
+def _column_of(cells: pd.Series) -> pa.Array:
+    """Return the cells of a column as Parquet can have them; any others become text."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        column = pa.array(cells, from_pandas=True)
+        values = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if not isinstance(values, pa.BaseExtensionType):
+            parquet.write_table(pa.table({"column": column[:0]}), io.BytesIO())
+            return column
+    except (pa.ArrowException, OverflowError):  # cells of several types, such as 10 and "10A", or of 128 bits
+        pass
+    return pa.array([_as_text(cell) for cell in cells], pa.string())
+
+
+@contextlib.contextmanager
+def _called(path: Path, name: str) -> Iterator[None]:
+    """Say the name of a table in place of the path of the file that it was written to, in what is logged."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(str(path), name), ()
+        return True
+
+    loggers = [logger, logging.getLogger("esm_efficient.data.arrow_tables")]
+    for each in loggers:
+        each.addFilter(rename)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(rename)
 
 
 def _as_text(cell: Any) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -16,7 +16,8 @@ from transformers import TrainingArguments
 
 from esm_efficient import compat
 from esm_efficient.adapters.resolve import lora_config
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.data.loading import load_sequences
+from esm_efficient.errors import ConfigurationError, nearest
 from esm_efficient.recipes import Recipe, check_learning_rate
 
 
@@ -58,7 +59,11 @@ def resolve_options(
     }
     for name in options:
         if name not in names and compat.installed_names({name: None}).keys() <= {name}:
-            raise ConfigurationError(f"unknown option {name!r}{_advice(name, names)}")
+            if name in signature(load_sequences).parameters:
+                given = f'data_options={{"{name}": {json.dumps(options[name], default=str)}}}'
+                raise ConfigurationError(f"unknown option {name!r}: it says how data are read, so write {given}")
+            advice = nearest(name, names, "an option of finetune or of TrainingArguments")
+            raise ConfigurationError(f"unknown option {name!r}{advice}")
     if "epochs" in options:
         if "num_train_epochs" in options:
             raise ConfigurationError("epochs and num_train_epochs are the same option: give one of them")
@@ -105,13 +110,8 @@ def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:
     names -= {"model", "peft_options"}
     for name in options:
         if name not in names:
-            advice = _advice(name, names, "an option of lora_config or of peft.LoraConfig")
+            advice = nearest(name, names, "an option of lora_config or of peft.LoraConfig")
             raise ConfigurationError(f"adapter_options has the unknown option {name!r}{advice}")
-
-
-def _advice(name: str, names: Collection[str], known: str = "an option of finetune or of TrainingArguments") -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f": did you mean {near[0]!r}?" if near else f": expected {known}"
 
 
 def _with_sizes(recipe: Recipe, options: Mapping[str, Any], **sizes: Any) -> Recipe:

@@ -355,3 +355,30 @@ def test_a_file_of_options_may_have_one_label_as_a_text_and_layers_as_a_list(tmp
         (tmp_path / "o.yaml").write_text(text)
         assert main(["finetune", "demo", "--config", str(tmp_path / "o.yaml"), "-o", str(tmp_path / "o")]) == 1
     assert given == [("binds", (1, 3))] * 2
+
+
+def test_a_fasta_file_and_a_table_of_labels_train_and_the_run_repeats(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = frame(60).rename(columns={"label": "binds"})
+    fasta_file, labels = tmp_path / "p.fasta", tmp_path / "labels.csv"
+    fasta_file.write_text("".join(f">{row.id}\n{row.sequence}\n" for row in table.itertuples()))
+    table[["id", "binds"]].to_csv(labels, index=False)
+    given = ["--labels", "labels.csv", "--label", "binds"]
+    assert main(["data", "p.fasta", *given, "--json"]) == 0
+    splits = json.loads(capsys.readouterr().out)["splits"]
+    assert sum(split["labels"]["membrane"] for split in splits.values()) == (table["binds"] == "membrane").sum()
+    options = ["--model", "demo", "--recipe", "frozen", "--epochs", "1", "--no-probe", "--json"]
+    assert main(["finetune", "p.fasta", *given, *options, "-o", "out"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["labels"] == str(labels)
+    monkeypatch.chdir("/")
+    line = ["finetune", "--config", str(tmp_path / "out" / "run.yaml"), str(fasta_file), "-o", str(tmp_path / "again")]
+    assert main([*line, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == first["metrics"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "out/model", "p.fasta", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 60
+    assert main(["probe", "p.fasta", "--model", "demo", *given]) == 0
+    assert f"--label binds --labels {labels} " in capsys.readouterr().out.replace("\n", " ")
+    assert main(["data", "p.fasta", "--labels", "labels.csv"]) != 0
+    assert "it has binds. Name the column with --label" in capsys.readouterr().err

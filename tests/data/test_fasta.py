@@ -147,3 +147,16 @@ def test_headers_that_do_not_match_can_be_left_out_and_are_counted(tmp_path, cap
         assert "left out 2 row(s), the header does not match" in caplog.text
         assert "record 3 (P2)" in caplog.text
         assert "record 6 (P5)" in caplog.text
+
+
+def test_one_record_whose_second_line_is_a_repeat_is_one_sequence():
+    for second in ("Q" * 32, "AG" * 4 + "GGGA" * 6, "Q" * 31 + "*"):
+        _, rows = read_fasta_table(io.StringIO(f">P1\n{PROTEIN}\n{second}\n"), "example")
+        assert [cells[2] for _, cells in rows] == [PROTEIN + second]
+
+
+def test_keys_of_headers_may_be_absent_from_the_first():
+    text = f">P1\n{PROTEIN}\n>P2 SET=test TARGET=1.5\n{PROTEIN}\n>P3 TARGET=2 FOLD=1\n{PROTEIN}\n"
+    names, rows = read_fasta_table(io.StringIO(text), "example")
+    assert names[3:] == ["SET", "TARGET", "FOLD"]
+    assert [cells[3:] for _, cells in rows] == [["", "", ""], ["test", "1.5", ""], ["", "2", "1"]]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, List, Value
@@ -391,3 +393,87 @@ def test_wrong_positions_name_their_row_or_are_left_out(tmp_path, cell, message)
         load_sequences(path, **options)
     data = load_sequences(path, on_error="skip", **options)
     assert set(rows_of(data)) == set(table.id) - {table.id[1]}
+
+
+def peptides(labels, length=8):
+    """One random peptide of one length per label."""
+    rng = np.random.default_rng(0)
+    letters = rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), (len(labels), length))
+    return pd.DataFrame({"sequence": ["".join(row) for row in letters], "label": labels})
+
+
+@pytest.mark.parametrize(
+    ("labels", "length", "kind"),
+    [
+        (["positive", "negative"] * 20, 8, "class"),
+        (["cleaved", "uncleav"] * 20, 7, "class"),
+        ([f"{value / 61:.7f}" for value in range(60)], 9, "number"),
+        ([f"{value:.1f}" for value in range(10, 50)], 4, "number"),
+    ],
+)
+def test_labels_that_are_as_long_as_all_peptides_are_asked_about(tmp_path, labels, length, kind):
+    path = write(peptides(labels, length), tmp_path / "t.csv")
+    for on_error in ("raise", "skip"):
+        with pytest.raises(DataError, match=rf'line 2: .*pass label_kind="{kind}" .* or label_kind="residues"'):
+            load_sequences(path, on_error=on_error)
+    feature = load_sequences(path, label_kind=kind)["train"].features["label"]
+    assert feature == (Value("float32") if kind == "number" else ClassLabel(names=sorted(set(labels))))
+    unlabelled = "" if kind == "class" else "."
+    assert isinstance(load_sequences(path, unlabelled=unlabelled)["train"].features["label"], List)
+
+
+def test_most_peptides_of_one_length_are_asked_about_too(tmp_path):
+    table = pd.concat([peptides(["positive", "negative"] * 15), peptides(["positive", "negative"] * 5, 9)])
+    with pytest.raises(DataError, match='pass label_kind="class"'):
+        load_sequences(write(table, tmp_path / "t.csv"), on_error="skip")
+
+
+def test_different_labels_of_the_residues_of_peptides_are_not_asked_about(tmp_path):
+    table = peptides(["x"] * 40, 15)
+    table["label"] = [sequence.translate(str.maketrans(dict.fromkeys("AILMFVWY", "H"))) for sequence in table.sequence]
+    assert isinstance(load_sequences(write(table, tmp_path / "t.csv"))["train"].features["label"], List)
+
+
+@pytest.mark.parametrize(("column", "cell"), [("golgi", "NA"), ("stability", "NaN"), ("stability", "unknown")])
+def test_a_missing_label_among_numbers_names_skip(tmp_path, column, cell):
+    path = write(put(frame(), column, cell), tmp_path / "t.csv")
+    with pytest.raises(DataError, match=rf"not in .*line 4: '{cell}'. Correct the row, leave .*on_error=\"skip\""):
+        load_sequences(path, label=column)
+    with pytest.raises(DataError, match=rf"not a finite number in .*line 4: '{cell}'. .*on_error=\"skip\""):
+        load_sequences(path, label=column, label_kind="number")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+@pytest.mark.parametrize("kind", [None, "positions"])
+def test_missing_positions_are_not_to_be_left_out(tmp_path, name, kind):
+    sites = [[1, 3], None, [2, 7]] * 10
+    cells = sites if name == "t.parquet" else ["" if cell is None else ",".join(map(str, cell)) for cell in sites]
+    path = write(frame(30).assign(label=cells), tmp_path / name)
+    advice = r"Write \[\] for no site" if kind else r'label_kind="positions" and write \[\] for no site'
+    with pytest.raises(DataError, match=rf"missing in 10 row\(s\).*{advice}") as error:
+        load_sequences(path, label="label", label_kind=kind)
+    assert "skip" not in str(error.value).split("for no site")[0]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
+def test_several_labels_that_were_written_to_a_file_are_read_again(tmp_path, name):
+    data = load_sequences(write(frame(), tmp_path / "t.csv"), label=["nucleus", "golgi"])
+    rows = rows_of(data)
+    table = pd.concat([split.to_pandas() for split in data.values()])
+    again = load_sequences(write(table.drop(columns="residues"), tmp_path / name))
+    assert again["train"].features["label"] == data["train"].features["label"]
+    assert {name: row["label"] for name, row in rows_of(again).items()} == {n: row["label"] for n, row in rows.items()}
+    assert any(None in row["label"].values() for row in rows.values())
+    with pytest.raises(DataError, match=r"the label has named values, .* but is class"):
+        load_sequences(tmp_path / name, label_kind="class")
+
+
+def test_a_struct_with_a_value_that_is_no_label_names_the_row(tmp_path):
+    path = tmp_path / "t.jsonl"
+    labels = [{"a": 0, "b": 1}, {"a": 1}, {"a": 2, "b": 0}, {"c": 1}, None]
+    sequences = frame(5).sequence
+    path.write_text(
+        "".join(json.dumps({"sequence": s, "label": x}) + "\n" for s, x in zip(sequences, labels, strict=True))
+    )
+    with pytest.raises(DataError, match=r"the names of the label are not a, b, c in 1 row\(s\): .*line 5"):
+        load_sequences(path)

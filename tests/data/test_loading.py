@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from sequence_files import LETTERS, frame, rows_of, write
+from sequence_files import LETTERS, fasta, frame, rows_of, write
 from transformers import AutoTokenizer
 
 from esm_efficient import demo_model_path, load_deeploc, load_sequences, tokenize_dataset
@@ -287,3 +287,50 @@ def test_long_whole_numbers_stay_different_classes(tmp_path):
     path = write(frame(40).assign(label=labels), tmp_path / "t.csv")
     data = load_sequences(path, label="label", label_kind="class")
     assert data["train"].features["label"].names == ["9007199254740992", "9007199254740993"]
+
+
+def test_a_second_table_without_a_usual_name_of_labels_is_an_error(tmp_path):
+    table = frame(30)
+    sequences = fasta(table, tmp_path / "proteins.fasta")
+    labels = write(table[["id", "golgi"]], tmp_path / "labels.csv")
+    with pytest.raises(
+        DataError, match=r"labels.csv has no column .* of labels .*it has golgi. Name the column with label="
+    ):
+        load_sequences(sequences, labels=labels)
+    named = load_sequences(sequences, labels=labels, label="golgi")
+    assert {name: row["label"] for name, row in rows_of(named).items()} == {
+        row.id: int(float(row.golgi)) for row in table.itertuples()
+    }
+    assert "label" not in load_sequences(sequences, labels=labels, label=False)["train"].features
+
+
+@pytest.mark.parametrize("options", [{"label_kind": "positions"}, {"label_kind": "several"}, {"unlabelled": "-"}])
+def test_an_option_of_labels_without_labels_is_an_error(tmp_path, options):
+    path = write(frame()[["id", "sequence", "golgi"]], tmp_path / "t.csv")
+    with pytest.raises(
+        DataError, match=r"(label_kind|unlabelled)=.* needs labels, but .*it has id, sequence, golgi\. Name"
+    ):
+        load_sequences(path, **options)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (
+            "id",
+            r"none of the 30 cells of 'id' is a sequence, such as line 2: 'P0'.* right column\? .*sequence, ",
+        ),
+        ("variant", r"24 of 30 cells of 'variant' are mutations, .*: write the whole sequence of each variant"),
+        ("empty", r"none of the 30 cells of 'empty' is a sequence"),
+    ],
+)
+def test_a_column_without_a_sequence_is_the_wrong_one(tmp_path, column, message, on_error):
+    table = frame(30).assign(variant=["WT", "W68H", "A5G:K7R", "p.Trp68His", "T4*"] * 6, empty="")
+    with pytest.raises(DataError, match=message):
+        load_sequences(write(table, tmp_path / "t.csv"), sequence=column, label="label", on_error=on_error)
+
+
+def test_the_only_column_of_sequences_cannot_be_that_of_the_labels(tmp_path):
+    with pytest.raises(DataError, match=r"'sequence' is named for something else, .*it has id, label"):
+        load_sequences(write(frame()[["id", "sequence", "label"]], tmp_path / "t.csv"), label="sequence")

@@ -190,3 +190,14 @@ def test_an_endless_record_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(DataError, match=r"(record 1|line \d+): .*more than 4,194,304 characters"):
         list(read_blocks(path))
+
+
+@pytest.mark.parametrize("pack", PACKERS.values())
+def test_text_that_is_not_utf_8_names_the_line_and_the_cure(tmp_path, pack):
+    path = tmp_path / "t.csv"
+    path.write_bytes(pack(b"id,note\n" + b"P1,x\n" * 20_000 + "P2,caf\u00e9\n".encode("latin-1")))
+    with (
+        pytest.raises(DataError, match=r"t.csv, line 20002 is not UTF-8.*in Excel, as 'CSV UTF-8'"),
+        open_text(path) as text,
+    ):
+        list(text)

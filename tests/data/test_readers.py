@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from esm_efficient.data.readers import kind_of, read_blocks
+from esm_efficient.data import readers
+from esm_efficient.data.readers import kind_of, read_blocks, read_table
 from esm_efficient.errors import DataError
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
@@ -98,20 +99,19 @@ def test_the_format_of_a_file_follows_from_its_content(tmp_path):
         (b"a,b\n1\n", r"line 2: 1 cells for 2 columns \(a, b\)"),
         (b"a,b\n1,2\n  \n1,2,3\n", "line 4: 3 cells"),
         (b"\n \na,b\n1\n", "line 4: 1 cells"),
-        (b'a,b\n1,"2\n', "line 2: unexpected end of data"),
+        (b'a,b\n1,"2\n3,4\n5,6\n', "line 2: .*unexpected end of data.*Check for a quote that begins here"),
         (b'a,b\n1,"2"3\n', "line 2:"),
         (b"a,a\n1,2\n", "more than one column is named a"),
-        (b"a,b\n\xff\xfe,1\n", "UnicodeDecodeError"),
         (gzip.compress(b"a,b\n" + b"1,2\n" * 9999, mtime=0)[:-20], "EOFError"),
         (b"\x1f\x8b\x08nonsense", "cannot be read"),
         (b"\xfd7zXZ\x00nonsense", "LZMAError"),
         (b"PAR1nonsense", "as Parquet"),
-        (b"a,b\n" + b"M" * 200_000 + b",1\n", "line 2: field larger"),
-        (b'a\tb\n1\t"2\n3\t4"\n', "line 3: a cell spans several lines"),
+        (b"a,b\n" + b"M" * 200_000 + b",1\n", "line 2: .*field larger"),
+        (b'a\tb\n1\t"2\n3\t4"\n', "line 2: a cell spans several lines"),
         (b'{"a": 1}\n{"a": 2\n', r"line 2: the line is not JSON .*one object per line \(JSON lines\)"),
         (b'{"a": 1}\n[2]\n', "line 2: the line is not a JSON object"),
         (b'{\n  "a": 1\n}\n', "line 1: the line is not JSON"),
-        (b'{"a": 1}\n{"a": 2, "b": 3}\n', r"line 2: the key\(s\) b are not in the first object"),
+        (b'{"a": "x"}\n{"a": "\\udc00"}\n', r"line 2: '\\udc00' is half of a character"),
         (b"{" * 100_000 + b"\n", "line 1: the line is not JSON"),
     ],
 )
@@ -153,3 +153,47 @@ def test_rows_that_cannot_be_parsed_can_be_left_out(tmp_path, content, problem):
     ((place, found),) = left_out
     assert place.endswith(("line 2", "line 3"))
     assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "cells"),
+    [
+        ('id,sequence,"a;b;c;d"\nP1,MK,x\n', ["id", "sequence", "a;b;c;d"], ["P1", "MK", "x"]),
+        ("id\tNote (a, b, c, d)\nP1\tx\n", ["id", "Note (a, b, c, d)"], ["P1", "x"]),
+        ("id\tNote (a, b, c)\nP1\tx, y, z\n", ["id", "Note (a, b, c)"], ["P1", "x, y, z"]),
+        ("id;x\nP1;0,5\n", ["id", "x"], ["P1", "0,5"]),
+        ("id,x\nP1,0;5\n", ["id", "x"], ["P1", "0;5"]),
+        ('"two\nlines",x\nP1,2\n', ["two\nlines", "x"], ["P1", "2"]),
+        ("sequence\nM,K\n", ["sequence"], ["M,K"]),
+        ("id,x\n", ["id", "x"], None),
+        ("\n;id;x\n\n1;P1;a,b\n", ["unnamed 0", "id", "x"], ["1", "P1", "a,b"]),
+    ],
+)
+def test_the_separator_divides_the_names_and_the_first_row_into_equally_many_cells(text, names, cells):
+    found, rows = read_table(io.StringIO(text, newline=""), "example")
+    assert found == names
+    assert [row for _, row in rows] == ([] if cells is None else [cells])
+
+
+def test_a_row_with_a_stray_quote_is_left_out_but_an_open_quote_is_an_error(tmp_path):
+    path, left_out = tmp_path / "t.tsv", []
+    path.write_text('id\tname\nP1\t"Hsp70" protein\nP2\tx\n')
+    with pytest.raises(DataError, match=r"t.tsv, line 2: .*Check for a quote"):
+        list(read_blocks(path))
+    (block,) = read_blocks(path, leave_out=lambda *row: left_out.append(row[0]))
+    assert (block.columns["id"], left_out) == (["P2"], [f"{path}, line 2"])
+    path.write_text('id\tname\nP1\tx\nP2\t"Hsp70\nP3\tx\nP4\tx\n')
+    with pytest.raises(DataError, match=r"t.tsv, line 3: .*Check for a quote"):
+        list(read_blocks(path, leave_out=lambda *row: left_out.append(row[0])))
+
+
+def test_keys_of_json_lines_may_be_absent_from_the_first_object(tmp_path, monkeypatch):
+    path, left_out = tmp_path / "t.jsonl", []
+    path.write_text('{"a": 1}\n{"a": 2, "b": 3}\n{"a": 4, "c": 5}\n')
+    (block,) = read_blocks(path)
+    assert block.columns == {"a": [1, 2, 4], "b": [None, 3, None], "c": [None, None, 5]}
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 2)
+    with pytest.raises(DataError, match=r"line 3: the key\(s\) c are not in the first 2 objects"):
+        list(read_blocks(path))
+    (block,) = read_blocks(path, leave_out=lambda *row: left_out.append(row[0]))
+    assert (block.columns, left_out) == ({"a": [1, 2], "b": [None, 3]}, [f"{path}, line 3"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import sys
 import zipfile
 
@@ -182,3 +183,29 @@ def test_without_openpyxl_the_error_says_what_to_install(tmp_path, monkeypatch, 
         list(read_blocks(path))
     assert main(["data", str(path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_formula_whose_saved_value_is_an_empty_text_is_an_empty_cell(tmp_path):
+    path = write(tmp_path / "t.xlsx", [HEADER, ["a", "MK", '=IF(1=1,"",1)'], ["b", "MW", 0]])
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    name = "xl/worksheets/sheet1.xml"
+    parts[name], count = re.subn(
+        rb'<c r="C2"[^>]*>(<f>.*?</f>).*?</c>', rb'<c r="C2" t="str">\1<v></v></c>', parts[name]
+    )
+    assert count == 1
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
+    columns, _ = blocks_of(path)
+    assert columns["label"] == ["", "0"]
+
+
+def test_an_array_formula_without_a_value_is_refused(tmp_path):
+    book = openpyxl.Workbook()
+    for row in [HEADER, ["a", "MK", 1], ["b", "MW", 0]]:
+        book.active.append(row)
+    book.active["C3"] = openpyxl.worksheet.formula.ArrayFormula("C3", "=C2")
+    book.save(tmp_path / "t.xlsx")
+    with pytest.raises(DataError, match="row 3: the cell in column label is a formula without a value"):
+        list(read_blocks(tmp_path / "t.xlsx"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sequence_files import frame
 
 from esm_efficient import RECIPES, demo_model_path, finetune
+from esm_efficient.cli import main
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.training.given import command_words, splits_from, task_of_splits
 from esm_efficient.training.job import begin_job
@@ -135,3 +137,56 @@ def test_a_frame_is_written_to_the_cache_once_and_its_rows_are_named_without_a_p
         splits_from(pd.concat([table(), table()[["label"]]], axis=1))
     assert len([file for file in files if file.suffix == ".parquet"]) == 1
     assert all(re.fullmatch(r"DataFrame\.parquet, row \d+", name) for name in first["test"]["accession"])
+
+
+def test_columns_that_parquet_cannot_have_become_text():
+    rows = table()
+    numbers = np.arange(40)
+    odd = rows.assign(
+        bin=pd.cut(numbers, 2, labels=None),
+        day=pd.period_range("2020", periods=40, freq="D"),
+        empty=[{}] * 40,
+        mixed=[{"a": 1} if row % 2 else {} for row in numbers],
+        phase=1j * numbers,
+    )
+    assert sum(map(len, splits_from(odd).values())) == 40
+    assert splits_from(odd, label="bin")["train"].features["label"].names == sorted(map(str, odd["bin"].cat.categories))
+
+
+def test_notes_on_a_table_that_is_no_file_do_not_name_one(caplog):
+    splits_from(table().assign(label=[None, *["a", "b"] * 19, "a"]), on_error="skip")
+    assert "left out 1 row(s), the label is missing: the DataFrame, row 0: 'None'" in caplog.text
+    assert "parquet" not in caplog.text
+
+
+@pytest.mark.parametrize("give", [lambda path: path, lambda path: table()])
+def test_an_option_of_the_data_that_is_misspelt_or_misplaced_names_the_right_one(tmp_path, path, give):
+    for name, nearest in (("lable", "'label'"), ("max_residue", "'max_residues'")):
+        with pytest.raises(
+            ConfigurationError, match=f"data_options has the unknown option '{name}': did you mean {nearest}"
+        ):
+            finetune(demo_model_path(), give(path), data_options={name: "x"}, output_dir=tmp_path)
+    with pytest.raises(
+        ConfigurationError,
+        match=re.escape("""'label': it says how data are read, so write data_options={"label": "x"}"""),
+    ):
+        finetune(demo_model_path(), give(path), label="x", output_dir=tmp_path)
+    with pytest.raises(ConfigurationError, match=re.escape('data_options={"max_residues": 300}')):
+        finetune(demo_model_path(), give(path), max_residues=300, output_dir=tmp_path)
+
+
+def test_a_table_without_labels_names_the_option_for_python_and_for_a_command(tmp_path, capsys):
+    rows = table().rename(columns={"label": "binds"})
+    with pytest.raises(
+        DataError, match=re.escape('it has id, sequence, binds. Name the column with data_options={"label": ...}')
+    ):
+        finetune(demo_model_path(), rows, output_dir=tmp_path)
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    assert main(["finetune", str(tmp_path / "t.csv"), "--model", "demo", "-o", str(tmp_path / "o")]) != 0
+    assert "it has id, sequence, binds. Name the column with --label" in capsys.readouterr().err
+
+
+def test_a_second_table_is_in_the_words_of_a_command(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = command_words("demo.csv", {"labels": "table.csv", "label": "binds"}, "8M")
+    assert words == ("demo.csv", "--labels", str(path), "--label", "binds", "--model", "8M")

@@ -1,0 +1,55 @@
+"""Names of several labels: their spellings, those that may be missing, and those that are two."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from sequence_files import frame, rows_of, write
+
+from esm_efficient import load_sequences
+from esm_efficient.errors import DataError
+
+pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.usefixtures("table_cache")]
+
+
+def several(tmp_path, cells, **options):
+    table = frame(40).assign(label=[cells[row % len(cells)] for row in range(40)])
+    return load_sequences(write(table, tmp_path / "t.csv"), label="label", label_kind="several", **options)
+
+
+def test_spellings_of_several_labels_are_one_label(tmp_path, caplog):
+    data = several(tmp_path, ["Nucleus|Cell membrane", "Nucleus", "nucleus", "cell_membrane|Nucleus", "Cell membrane"])
+    assert set(data["train"].features["label"]) == {"Nucleus", "Cell membrane"}
+    labels = [row["label"] for _, row in sorted(rows_of(data).items(), key=lambda item: int(item[0][1:]))]
+    assert [(label["Nucleus"], label["Cell membrane"]) for label in labels[:5]] == [
+        (1, 1),
+        (1, 0),
+        (1, 0),
+        (1, 1),
+        (0, 1),
+    ]
+    assert "read as one label: 'cell_membrane' as 'Cell membrane', 'nucleus' as 'Nucleus'" in caplog.text
+
+
+@pytest.mark.parametrize("cell", ["NA", "N/A", "|", "-", " | |"])
+def test_several_labels_may_be_missing(tmp_path, cell):
+    cells = ["a|b", cell, "a", "b"]
+    with pytest.raises(DataError, match=r"label may be missing in .*line 3: .*on_error=\"skip\""):
+        several(tmp_path, cells)
+    data = several(tmp_path, cells, on_error="skip")
+    assert set(data["train"].features["label"]) == {"a", "b"}
+    assert sum(map(len, data.values())) == 30
+
+
+def test_a_second_separator_in_the_name_of_a_label_is_refused(tmp_path):
+    for cell in ("a;b", "a,b", "c;d"):
+        with pytest.raises(DataError, match=rf"seems to be several: .*line 3: '{cell}'. Write \| between all labels"):
+            several(tmp_path, ["a|b", cell, "a"])
+    data = several(tmp_path, ["a|membrane, inner", "a"])
+    assert set(data["train"].features["label"]) == {"a", "membrane, inner"}
+
+
+def test_a_label_named_as_a_missing_cell_is_warned_of(tmp_path, caplog):
+    assert set(several(tmp_path, ["ZN|NA", "ZN"])["train"].features["label"]) == {"ZN", "NA"}
+    assert re.search(r"'NA' \(.*line 2\) is read as a label, but may say that one is missing", caplog.text)
