@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from esm_efficient import EsmEfficientError, Predictor
 from esm_efficient.inference.files import check_rows, read_sequences
 from esm_efficient.inference.identity import identity_of
+from esm_efficient.inference.inputs import CheckedSequences
 from esm_efficient.inference.predictions import columns_of
 from esm_efficient.tasks import SPECIAL_TOKENS
 
@@ -94,7 +95,9 @@ class PredictBlocks:
         file = self.output / block.name
         if file.is_file() and (pq.read_schema(file).metadata or {}).get(KEY) == key:
             return table.num_rows, False
-        found = self.predictor.predict(rows["sequence"], keep=self.keep, token_budget=self.token_budget)
+        # Checked by write_blocks, all rows together.
+        sequences = CheckedSequences(rows["sequence"], rows["accession"])
+        found = self.predictor.predict(sequences, keep=self.keep, token_budget=self.token_budget)
         result = pa.table({"accession": table["accession"], **columns_of(found, self.predictor.task)})
         partial = file.with_name(f"_{file.name}.{os.getpid()}")
         pq.write_table(result.replace_schema_metadata({KEY: key}), partial)

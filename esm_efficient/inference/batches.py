@@ -12,6 +12,7 @@ from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.encoder.packing import attach_packing, describe_batch, sent
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.inference.inputs import name_of
 from esm_efficient.inference.windows import LongReading, Pieces, plan_windows, windows_for, windows_per_residue
 from esm_efficient.tasks import SPECIAL_TOKENS
 
@@ -67,7 +68,7 @@ def run_in_batches(
         mask = torch.from_numpy((np.arange(tokens.shape[1]) < lengths[batch][:, None]).astype(np.int64))
         described, mask = describe_batch(mask), sent(mask, device)
         attach_packing(mask, described)  # so that the lean encoder need not read the mask from the device
-        with torch.inference_mode(), torch.autocast(device.type, half, enabled=half is not None):
+        with torch.inference_mode(), _autocast(device, half):
             found: Any = compute(input_ids=sent(torch.from_numpy(tokens), device), attention_mask=mask)
             if result == "mean":
                 shares = torch.from_numpy(means.shares(batch, tokens.shape[1]))
@@ -75,13 +76,21 @@ def run_in_batches(
             found = found.double().cpu().numpy()
         for piece, numbers in zip(batch, found, strict=True):
             means.add(piece, numbers)
-    if bad := [f"sequence {i + 1}" for i in range(len(sequences)) if not np.isfinite(means.found[i]).all()]:
+    if bad := [name_of(sequences, i) for i in range(len(sequences)) if not np.isfinite(means.found[i]).all()]:
         raise ConfigurationError(
             f"the model's output for {len(bad)} of {len(sequences)} sequence(s) is not finite ({listing(bad)}): "
             "its training diverged, or its weights are damaged. Use another checkpoint"
             + (', or precision="float32" if float16 overflows' if half == torch.float16 else "")
         )
     return [means.found[index] for index in range(len(sequences))]
+
+
+def _autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:
+    """Return autocast to a dtype, if there is one.
+
+    It keeps no copies of weights that require gradient: a forward pass reads each weight once.
+    """
+    return torch.autocast(device.type, half, enabled=half is not None, cache_enabled=False)
 
 
 def _encode(
@@ -97,9 +106,9 @@ def _encode(
     part: Any = "start" if windows or keep is None else keep
     ids, offsets, residues = encoder(sequences, max_residues=None if windows else longest, keep=part)
     if keep is None and (long := np.flatnonzero(residues > longest)).size:
+        named = [f"{name_of(sequences, i)} ({residues[i]})" for i in long.tolist()]
         raise DataError(
-            f"{len(long)} sequence(s) have more than {longest} residues: "
-            f"{listing([f'sequence {i + 1} ({residues[i]})' for i in long])}. Say which part to read with "
+            f"{len(long)} sequence(s) have more than {longest} residues: {listing(named)}. Say which part to read with "
             'keep="start", keep="end" or keep="both", or read all of it with keep="windows"'
         )
     read = np.diff(offsets) - SPECIAL_TOKENS

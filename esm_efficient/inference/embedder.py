@@ -20,7 +20,7 @@ from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.loading import find_folder, load_model
 from esm_efficient.inference.windows import LongReading, describe_reading, windows_for
-from esm_efficient.published import no_model_in
+from esm_efficient.published import hub_name, no_model_in
 from esm_efficient.reporting.files import written_as
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import SPECIAL_TOKENS
@@ -71,7 +71,7 @@ class Embedder:
     ) -> None:
         if pooling not in get_args(EmbeddingPooling):
             raise ConfigurationError(f"pooling={pooling!r}: expected one of {', '.join(get_args(EmbeddingPooling))}")
-        body: Any = model.base_model.eval().requires_grad_(False)
+        body: Any = model.base_model.eval()
         layers = body.config.num_hidden_layers
         if layer is not None and not 0 <= layer <= layers:
             raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")
@@ -85,7 +85,10 @@ class Embedder:
             lean: Any = apply_lean_encoder_if_supported(body)
             self._forward = lambda ids, mask: lean(ids, attention_mask=mask).last_hidden_state
         else:
+            flags = {parameter: parameter.requires_grad for parameter in body.parameters()}
             self.model = self._forward = split_model(body, layers - layer)[0]
+            for parameter, flag in flags.items():  # the split freezes what it shares with the model
+                parameter.requires_grad_(flag)
 
     @classmethod
     def load(
@@ -100,7 +103,7 @@ class Embedder:
         """Load a model from a folder or from the Hub; an adapter that `finetune` saved is merged with its base model.
 
         Args:
-            name_or_path: the folder or the Hub name of a model or of an adapter.
+            name_or_path: the folder or the Hub name of a model or of an adapter, or an ESM-2 size such as ``"650M"``.
             layer: as `Embedder`.
             pooling: as `Embedder`.
             device: the device to compute on; None for the accelerator if there is one.
@@ -109,7 +112,8 @@ class Embedder:
         Raises:
             ConfigurationError: as `Embedder` and `Predictor.load`.
         """
-        folder = find_folder(name_or_path, None, None)
+        given = hub_name(name_or_path) if isinstance(name_or_path, str) else name_or_path
+        folder = find_folder(given, None, None)
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ConfigurationError(no_model_in(folder))
         model: Any
@@ -181,7 +185,8 @@ def embed_file(
     """Embed every sequence of a file, in constant memory, and write the embeddings in the order of the file.
 
     A run that was stopped goes on, and ranks share the work, as with `predict_file`. The output has the columns
-    ``accession`` and ``embedding``, a list of float32; with ``pooling="residues"`` a list of such lists.
+    ``accession`` and ``embedding``, a list of float32; with ``pooling="residues"`` a list of such lists. An accession
+    that a spreadsheet would run as a formula has an apostrophe before it in CSV alone, as with `predict_file`.
 
     Args:
         model: an `Embedder`, or what `Embedder.load` loads.
@@ -206,7 +211,7 @@ def embed_file(
     Example:
         >>> embed_file("facebook/esm2_t6_8M_UR50D", "proteome.fasta", "embeddings.parquet")  # doctest: +SKIP
     """
-    if written_as(output) == "csv" and pooling == "residues":
+    if written_as(output, source=source) == "csv" and pooling == "residues":
         raise ConfigurationError(f"{output}: embeddings per residue do not fit into CSV. Write .parquet or .jsonl")
     embedder = model if isinstance(model, Embedder) else Embedder.load(model, layer=layer, pooling=pooling)
 

@@ -112,6 +112,8 @@ def _head_of(saved: SavedAdapter) -> str:
 def compute_members(model: Any, members: Sequence[str], compute: Callable[..., torch.Tensor], **inputs: Any) -> Any:
     """Return what each adapter computes from one batch, with the members as the last axis.
 
+    Afterwards the adapter that was active is active again, and the same parameters train as before.
+
     Args:
         model: a model of peft with these adapters.
         members: their names; none for the model as it is, which is then the only member.
@@ -120,11 +122,17 @@ def compute_members(model: Any, members: Sequence[str], compute: Callable[..., t
     """
     if not members:
         return compute(**inputs).unsqueeze(-1)
+    # peft makes the adapter that it activates trainable, and the others not.
+    active, flags = model.active_adapter, {parameter: parameter.requires_grad for parameter in model.parameters()}
     found = []
-    for name in members:
-        model.set_adapter(name)
-        model.requires_grad_(False)  # peft makes the adapter that it activates trainable
-        found.append(compute(**inputs))
+    try:
+        for name in members:
+            model.set_adapter(name)
+            found.append(compute(**inputs))
+    finally:
+        model.set_adapter(active)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
     return torch.stack(found, -1)
 
 

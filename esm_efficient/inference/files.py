@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -23,12 +24,12 @@ from tqdm.auto import tqdm
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.download import sha256_of
 from esm_efficient.data.readers import read_blocks
-from esm_efficient.data.schema import find_column
+from esm_efficient.data.schema import find_column, texts_of
 from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.inputs import CheckedSequences, problem_of
 from esm_efficient.reporting import count_of
-from esm_efficient.reporting.files import write_tables, written_as
+from esm_efficient.reporting.files import blocks_folder, write_tables, written_as
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,6 +86,11 @@ class Row(NamedTuple):
     sequence: str
     place: str
 
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return f"{self.place} (accession {self.accession})"
+
 
 def map_file(
     compute: Compute,
@@ -116,7 +122,8 @@ def map_file(
         long_sequences: what is read of longer ones, in words.
         shard: the part of the rows to compute, such as ``(2, 5)`` for the second of five equal parts.
         sequence: the column of the sequences; None to find it by a usual name.
-        accession: the column of the accessions, likewise; without one, the number of a row is its accession.
+        accession: the column of the accessions, likewise. Without one, or where its cell is empty, the number of a row
+            is its accession.
         on_error: ``"skip"`` leaves out rows that cannot be used, and logs how many and which are the first.
         description: what the progress bar counts.
         block_rows: sequences per block, whose results are in memory together; None for `BLOCK_ROWS`.
@@ -124,11 +131,12 @@ def map_file(
     Raises:
         DataError: a row is not a protein sequence or is too long, with its place; or the file cannot be read.
         ConfigurationError: the output has another suffix, the shard does not exist or has no rows, `on_error` is
-            unknown, or another run began to write the same output.
+            unknown, another run began to write the same output, or the output is the source, is a folder or cannot be
+            written, such as on a full disk.
     """
     started = time.perf_counter()
     output = Path(output)
-    written_as(output)
+    written_as(output, source=source)
     part, parts = shard
     if not 1 <= part <= parts:
         raise ConfigurationError(f"shard={part}/{parts}: expected a number from 1 to the number of shards")
@@ -141,12 +149,13 @@ def map_file(
     block_rows = block_rows or BLOCK_ROWS
     what = (identity, sha256_of(source), rows, sequence, accession, block_rows)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()
-    folder = output.with_name(f"{output.name}.parts")
+    folder = blocks_folder(output)
     rank, ranks = rank_and_ranks()
     if rank == 0:
         if output.exists():
             logger.warning("%s exists, and is replaced when this run ends. Stop it to keep the file", output)
-        _open_folder(folder, digest)
+        with _named(output):
+            _open_folder(folder, digest)
     _wait_for_all()
     files = [folder / f"block-{digest[:12]}-{number:06d}.arrow" for number in range(-(-len(rows) // block_rows))]
     finished = {file for file in files if file.exists()}
@@ -158,7 +167,9 @@ def map_file(
         if file in finished:
             reused += len(block)
         elif number % ranks == rank:
-            _write_block(file, block, compute(CheckedSequences(row.sequence for row in block)))
+            results = compute(CheckedSequences((row.sequence for row in block), (row.name for row in block)))
+            with _named(output):
+                _write_block(file, block, results)
             computed += len(block)
             residues += sum(count_residues(clean(row.sequence)) for row in block)
         bar.update(len(block))
@@ -167,7 +178,8 @@ def map_file(
     if rank == 0:
         if not all(file.exists() for file in files):
             raise _other_run(folder)
-        write_tables(map(_table, files), output)
+        with _named(output):
+            write_tables(map(_table, files), output)
         shutil.rmtree(folder)
     _wait_for_all()
     seconds = time.perf_counter() - started
@@ -189,10 +201,10 @@ def read_sequences(source: str | Path, *, sequence: str | None = None, accession
                 "Name the one that holds them with sequence="
             )
         names = find_column("accession", block.columns, accession, source, taken=(column,))
-        for index, (text, place) in enumerate(zip(block.columns[column], block.places, strict=True)):
+        accessions = [""] * len(block.places) if names is None else texts_of(block.columns[names])
+        for name, text, place in zip(accessions, block.columns[column], block.places, strict=True):
             number += 1
-            name = number if names is None else block.columns[names][index]
-            yield Row(str(name), text, place)
+            yield Row(name or str(number), text, place)
 
 
 class CheckedRows(NamedTuple):
@@ -260,6 +272,8 @@ def _blocks(rows: Iterator[Row], wanted: range, most: int) -> Iterator[list[Row]
 
 def _open_folder(folder: Path, digest: str) -> None:
     """Make the folder of the blocks, and remove what is in it from another run."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"{folder} is a file where the blocks are written: move it, or give another output")
     key = folder / "key.json"
     if folder.exists() and not (key.is_file() and key.read_text() == json.dumps(digest)):
         if any(file.suffix not in (".arrow", ".part", ".json") for file in folder.iterdir()):
@@ -282,6 +296,20 @@ def _write_block(file: Path, rows: list[Row], columns: Mapping[str, Any]) -> Non
         os.replace(partial, file)
     except FileNotFoundError as error:
         raise _other_run(file.parent) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(output: Path) -> Iterator[None]:
+    """Name the output in an error of the system, which would name a file beside it, or none."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"{output} cannot be written: {os.strerror(error.errno) if error.errno else error}. Correct that, and "
+            "start the same command again: it goes on after the last finished block. Or give another output"
+        ) from error
 
 
 def _other_run(folder: Path) -> ConfigurationError:

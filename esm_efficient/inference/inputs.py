@@ -17,7 +17,26 @@ _FILE = re.compile(r"\.(fa|faa|fas|fasta|csv|tsv|txt|parquet|json|jsonl|pdb|cif)
 
 
 class CheckedSequences(list[str]):
-    """Sequences of a file whose rows `esm_efficient.inference.files.check_rows` has checked, all of them together."""
+    """Sequences of a file whose rows `esm_efficient.inference.files.check_rows` has checked, all of them together.
+
+    Args:
+        sequences: the sequences.
+        names: what messages call each of them.
+    """
+
+    def __init__(self, sequences: Iterable[str], names: Iterable[str]) -> None:
+        super().__init__(sequences)
+        self.names = list(names)
+
+
+def name_of(sequences: list[str], index: int) -> str:
+    """Return what a message calls a sequence: its name if they have names, else its number.
+
+    Example:
+        >>> name_of(["MKT"], 0), name_of(CheckedSequences(["MKT"], ["P12345"]), 0)
+        ('sequence 1', 'P12345')
+    """
+    return sequences.names[index] if isinstance(sequences, CheckedSequences) else f"sequence {index + 1}"
 
 
 def sequences_from(given: Any) -> list[str]:

@@ -92,7 +92,7 @@ class Predictor:
 
     Args:
         model: an ESM model with a sequence or token classification head. It is put into evaluation mode, and an ESM-2
-            model computes with the lean encoder from then on.
+            model computes with the lean encoder from then on. Which of its parameters train stays as it is.
         tokenizer: the tokenizer of an ESM model.
         max_tokens: the most tokens per sequence, special tokens included.
         precision: ``"float32"``; ``"bf16"`` or ``"fp16"`` for autocast, whose logits differ by about a hundredth; or
@@ -153,7 +153,7 @@ class Predictor:
         self.half = _HALF.get(native_precision(model.device) if precision == "auto" else precision)
         self.padding = tokenizer.pad_token_id
         self.max_tokens, self.members = max_tokens, tuple(members)
-        self.model: Any = apply_lean_encoder_if_supported(model.eval().requires_grad_(False))
+        self.model: Any = apply_lean_encoder_if_supported(model.eval())
         self.thresholds: np.ndarray | None = None
         if self.task.kind == "multi_label_classification":
             self.thresholds = label_thresholds(model.config, self.task.names)

@@ -19,24 +19,52 @@ Format = Literal["csv", "jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
-def written_as(output: str | Path) -> Format:
+def written_as(output: str | Path, *, source: str | Path | None = None) -> Format:
     """Return the format of an output file, by its suffix.
 
+    Args:
+        output: the file.
+        source: the file that the results are computed from, which must not be overwritten; None if there is none.
+
     Raises:
-        ConfigurationError: its suffix is unknown, or its folder does not exist or cannot be written to.
+        ConfigurationError: its suffix is unknown, it is a folder, its folder does not exist or cannot be written to, or
+            it or a file that is written beside it is the source.
     """
     output = Path(output)
     if output.suffix.lower() not in _SUFFIXES:
         raise ConfigurationError(f"{output}: expected a file that ends with {listing(list(_SUFFIXES))}")
+    if output.is_dir():
+        raise ConfigurationError(f"{output} is a folder: expected a file to write")
     if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
         raise ConfigurationError(f"{output}: its folder does not exist, or no file can be written there")
+    if source is not None:
+        read, blocks = Path(source).resolve(), blocks_folder(output).resolve()
+        if blocks in (read, *read.parents) or any(_is_same(path, read) for path in (output, _unfinished(output))):
+            raise ConfigurationError(
+                f"the output {output} is the source {source}, or is written over it: give another output"
+            )
     return _SUFFIXES[output.suffix.lower()]
+
+
+def blocks_folder(output: str | Path) -> Path:
+    """Return the folder of the blocks of an output file that is not whole yet."""
+    output = Path(output)
+    return output.with_name(f"{output.name}.parts")
+
+
+def _unfinished(output: Path) -> Path:
+    return output.with_name(f"{output.name}.part")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other or (path.exists() and other.exists() and path.samefile(other))
 
 
 def write_tables(tables: Iterable[pa.Table], output: str | Path) -> None:
     """Write tables with the same columns, one after the other; the file exists only when it is whole.
 
-    In CSV, the entries of a list have spaces between them, and texts that a spreadsheet would run are escaped.
+    In CSV, the entries of a list have spaces between them, and texts that a spreadsheet would run are escaped by
+    `esm_efficient.reporting.tables.format_csv`. Parquet and JSON lines have every text as it is.
 
     Args:
         tables: at least one table.
@@ -44,12 +72,16 @@ def write_tables(tables: Iterable[pa.Table], output: str | Path) -> None:
 
     Raises:
         ConfigurationError: as `written_as`.
+        OSError: the file cannot be written; what was written of it is removed.
     """
     output = Path(output)
     write = {"csv": _write_csv, "jsonl": _write_json_lines, "parquet": _write_parquet}[written_as(output)]
-    partial = output.with_name(f"{output.name}.part")
-    write(iter(tables), partial)
-    os.replace(partial, output)
+    partial = _unfinished(output)
+    try:
+        write(iter(tables), partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_csv(tables: Iterator[pa.Table], path: Path) -> None:

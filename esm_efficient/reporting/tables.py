@@ -19,12 +19,20 @@ from esm_efficient.errors import DataError
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories: controls, formats such as a change of the direction of writing, half characters, line breaks."""
 
-_FORMULA = ("=", "+", "-", "@")
+_FORMULA = ("=", "@")
+_SIGNS = ("+", "-")
 _NUMBER = r"(?:[+-]?[\d.,]+(?:e[+-]?\d+)?|-)"
 """A number as text, or the dash for a missing one."""
 
 _NUMBERS = re.compile(rf"{_NUMBER}(?: {_NUMBER})*", re.IGNORECASE)
 """One number, or the numbers of a list with spaces between them, as of an embedding."""
+
+_SIGN_WORDS = re.compile(r"[+-](?: [\w.+/-]*)*")
+"""A plus or minus alone, or words after it with spaces between them, as the labels of residues: no call, no reference
+to another file or program, and no operand directly behind the sign."""
+
+_BLOCK_START = re.compile(r"^(\d{1,9}(?=[.)](?: |$))|(?=(?:#{1,6}|[-+])(?: |$)|[-=]+ *$))")
+"""Where a text would begin a heading, a list or a rule of Markdown: before a sign, or behind a number."""
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None = None) -> str:
@@ -52,7 +60,7 @@ def format_table(rows: Sequence[Sequence[object]], header: Sequence[str] | None 
 
 
 def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Format rows as a Markdown table; the cells are escaped by `escape_markdown`.
+    """Format rows as a Markdown table; the cells are escaped as by `escape_markdown`.
 
     Raises:
         DataError: the rows have different numbers of cells, or not as many as the header.
@@ -63,7 +71,7 @@ def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> 
         |---|---|
         | MCC | 0.78 |
     """
-    lines = [" | ".join(map(escape_markdown, line)) for line in _cells([header, *rows])]
+    lines = [" | ".join(map(_escape_inline, line)) for line in _cells([header, *rows])]
     head, *body = (f"| {line} |" for line in lines)
     return "\n".join([head, "|" + "---|" * len(header), *body])
 
@@ -71,7 +79,9 @@ def format_markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> 
 def format_csv(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     r"""Format rows as CSV with a header line, as RFC 4180 says, except that lines end with a newline alone.
 
-    A text that a spreadsheet would run as a formula gets an apostrophe before it; numbers stay as they are.
+    A text that a spreadsheet would run as a formula gets an apostrophe before it. Such a text begins with ``=``, ``@``,
+    a tab or a carriage return, or with ``+`` or ``-`` directly before something else. Numbers, lists of numbers, and a
+    ``+`` or ``-`` that stands alone or before a space and plain words stay as they are.
 
     Raises:
         DataError: the rows have different numbers of cells, or not as many as the header.
@@ -81,10 +91,13 @@ def format_csv(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
         'name,value\n"a, b",1\n'
     """
     _cells([header, *rows])
-    buffer = io.StringIO()
-    cells = [[_without_formula(cell) for cell in row] for row in (header, *rows)]
-    csv.writer(buffer, lineterminator="\n").writerows(cells)
-    return buffer.getvalue()
+    lines = []
+    for row in (header, *rows):
+        buffer = io.StringIO(newline="")
+        # Python before 3.13 quotes a carriage return only if it is in the line terminator.
+        csv.writer(buffer, lineterminator="\r\n").writerow(map(_without_formula, row))
+        lines.append(buffer.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def one_line(text: object) -> str:
@@ -101,14 +114,23 @@ def one_line(text: object) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    r"""Return a text that Markdown shows as it is, on one line, with no HTML, links or formulas.
+    r"""Return a text that Markdown shows as it is, on one line, with no HTML, links, mentions or formulas.
+
+    At the start of a line or of an item it begins no heading, list or rule. An address and the name of a user, which
+    GitHub would link, get an invisible space of no width inside.
 
     Example:
-        >>> escape_markdown("<b>|*bold*")
-        '&lt;b&gt;\\|\\*bold\\*'
+        >>> escape_markdown("<b>|*bold*"), escape_markdown("# www.a.org")
+        ('&lt;b&gt;\\|\\*bold\\*', '\\# www.&#8203;a.org')
     """
+    return _BLOCK_START.sub(r"\1\\", _escape_inline(text).strip(" "))
+
+
+def _escape_inline(text: object) -> str:
+    """As `escape_markdown`, for a text that is not at the start of a line."""
     escaped = re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(:(?=//)|\bwww\.|@)", r"\1&#8203;", escaped, flags=re.IGNORECASE)
 
 
 def file_name(text: object) -> str:
@@ -187,10 +209,13 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def _without_formula(cell: object) -> object:
-    """Return a cell; a text that begins as a formula, and has more than numbers, gets an apostrophe before it."""
-    if isinstance(cell, str) and cell.lstrip().startswith(_FORMULA) and not _NUMBERS.fullmatch(cell):
-        return f"'{cell}"
-    return cell
+    """Return a cell; a text that a spreadsheet would run, as `format_csv` says, gets an apostrophe before it."""
+    if not isinstance(cell, str):
+        return cell
+    text = cell.lstrip()
+    runs = text.startswith(_FORMULA) or cell.startswith(("\t", "\r"))
+    signed = text.startswith(_SIGNS) and not (_NUMBERS.fullmatch(cell) or _SIGN_WORDS.fullmatch(cell))
+    return f"'{cell}" if runs or signed else cell
 
 
 def _cells(lines: Sequence[Sequence[object]]) -> list[list[str]]:

@@ -68,6 +68,17 @@ def test_an_actor_writes_what_predict_file_writes(script, model, fasta, tmp_path
     pd.testing.assert_frame_equal(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_actor_takes_a_block_that_passed_the_check_of_the_whole_file(script, model, tmp_path):
+    rows = [f"a{i},MKTAYIAKQRQISFVK" for i in range(5)]
+    (tmp_path / "in.csv").write_text("\n".join(["id,sequence", *rows, "nucleotides,GANCTAGAGATACATAGACCAT\n"]))
+    output, blocks = tmp_path / "out", tmp_path / "blocks"
+    output.mkdir()
+    blocks.mkdir()
+    paths = script.write_blocks(options_for(tmp_path / "in.csv"), blocks)
+    done = script.PredictBlocks(str(model), output, None, 256, 1024)({"block": np.array(list(map(str, paths)))})
+    assert done["rows"] == [5, 1]
+
+
 def test_only_blocks_with_other_sequences_options_or_weights_are_computed_again(script, model, fasta, tmp_path):
     output, blocks = tmp_path / "out", tmp_path / "blocks"
     output.mkdir()

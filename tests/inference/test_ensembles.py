@@ -19,6 +19,7 @@ from esm_efficient import PooledEsmForSequenceClassification, Predictor, evaluat
 from esm_efficient.cli import main
 from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.inference.identity import identity_of
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import set_pooling
 
@@ -230,3 +231,27 @@ def test_an_ensemble_is_evaluated_and_computed_again_when_a_member_changes(folde
     features = Features({"sequence": Value("string"), "label": {name: Value("float32") for name in NAMES}})
     data = Dataset.from_dict(rows, features=features)
     assert evaluate(Predictor.load(folders["multi_label_classification"]), data)
+
+
+def test_members_leave_the_active_adapter_and_what_trains_as_they_were(folders):
+    predictor = Predictor.load(folders["regression"])
+    model = predictor.model
+    model.set_adapter("member002")
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert any(flags.values())
+    predictor.predict(sequences(2))
+    assert model.active_adapter == "member002"
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+
+
+def test_the_identity_of_a_model_has_its_active_adapter_and_the_scale(folders):
+    model = Predictor.load(folders["regression"]).model
+    before = identity_of(model, model.config)
+    assert identity_of(model, model.config) == before
+    model.set_adapter("member002")
+    assert identity_of(model, model.config) != before
+    model.set_adapter("member001")
+    assert identity_of(model, model.config) == before
+    layer = next(module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict))
+    layer.scaling["member001"] *= 2
+    assert identity_of(model, model.config) != before

@@ -35,6 +35,7 @@ def test_rows_of_different_widths_are_refused():
 
 def test_csv_reads_back_as_it_was():
     rows = [["a, b", 'say "x"'], ["two\nlines", ""], ["-1.5", "-"], ["+3", "-2,000"], ["-0.5 1e-05 -2", "- -1"]]
+    rows += [["+", "- - H - H"], ["+ - -", "- coil alpha/beta H.1"]]  # labels of residues
     assert list(csv.reader(io.StringIO(format_csv(rows, ("n", "v"))))) == [["n", "v"], *rows]
 
 
@@ -43,6 +44,7 @@ def test_markdown_escapes_the_separator_of_cells():
 
 
 NAMES = ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3+cmd", "@SUM(A1)", " =1+1", "\t=1+1"]
+NAMES += ["-a", "+A1", "-(1)", "- cmd|' /C calc'!A0", '+ HYPERLINK("x")', "- 'b'!B1", "\rtext", "-1,=A1", "--A1"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +59,7 @@ def test_csv_has_no_formula(name):
         ("a\nb", r"a\\nb"),
         ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
         ("[x](javascript:1)", r"\[x\](javascript:1)"),
-        ("![x](http://a/b.png)", r"!\[x\](http://a/b.png)"),
+        ("![x](http://a/b.png)", r"!\[x\](http:&#8203;//a/b.png)"),
         ("`code`", r"\`code\`"),
         ("&amp;", "&amp;amp;"),
         ("f1_non-membrane", "f1_non-membrane"),
@@ -66,11 +68,40 @@ def test_csv_has_no_formula(name):
         ("\x1b[31m", r"\\x1b\[31m"),
         ("right\u202eleft", r"right\\u202eleft"),
         ("Lysosome/Vacuole", "Lysosome/Vacuole"),
+        ("https://evil/x", "https:&#8203;//evil/x"),
+        ("WWW.evil.com", "WWW.&#8203;evil.com"),
+        ("@user a@b.c", "@&#8203;user a@&#8203;b.c"),
+        ("alpha:beta", "alpha:beta"),
     ],
 )
 def test_markdown_shows_a_name_as_it_is(name, shown):
     assert escape_markdown(name) == shown
     assert format_markdown([(name, 1)], ("n", "v")).splitlines()[2:] == [f"| {shown} | 1 |"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("# x", r"\# x"),
+        ("###### x", r"\###### x"),
+        ("#", r"\#"),
+        ("- x", r"\- x"),
+        ("-", r"\-"),
+        ("+ x", r"\+ x"),
+        ("1. x", r"1\. x"),
+        ("23) x", r"23\) x"),
+        ("---", r"\---"),
+        ("==", r"\=="),
+        ("    x", "x"),
+        ("-1.5", "-1.5"),
+        ("+3", "+3"),
+        ("#tag", "#tag"),
+        ("1.5", "1.5"),
+        ("-x", "-x"),
+    ],
+)
+def test_a_name_at_the_start_of_a_line_begins_no_heading_or_list(name, shown):
+    assert escape_markdown(name) == shown
 
 
 def test_a_table_for_a_terminal_has_no_control_characters():
