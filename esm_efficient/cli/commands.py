@@ -130,7 +130,9 @@ def check_depth(model: str, layers: Any, kept: int | None = None) -> None:
 # The options that several commands have.
 number_option = functools.partial(typer.Option, parser=parse_number, metavar="FLOAT")
 EpochsOption = Annotated[float, number_option("--epochs", help="Passes over the training sequences.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="A GPU or an instance type.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="A GPU, an instance type, or the memory of a GPU such as 12GB.")
+]
 TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens per sequence, special tokens included.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of a training step.")]
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer of the estimate.")]

@@ -41,11 +41,14 @@ def is_first_rank() -> bool:
 
 
 def show(result: Any, as_json: bool) -> None:
-    """Print a result, on the first rank alone, as text or everything that it knows as one JSON object."""
+    """Print a result, on the first rank alone, as text or everything that it knows as one JSON object.
+
+    A text names the options of the command where the library names its parameters.
+    """
     if not is_first_rank():
         return
     if not as_json:
-        typer.echo(str(result))
+        typer.echo(as_typed(str(result), typed_parameters.get()))
         return
     record = result if isinstance(result, Mapping) else getattr(result, "to_dict", lambda: dataclasses.asdict(result))()
     typer.echo(json.dumps(_plain(record), indent=2, allow_nan=False))

@@ -7,6 +7,7 @@ those with float32 accumulation. Instance types are those of EC2; SageMaker puts
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -60,6 +61,8 @@ class Device:
         """What the precision ``"auto"`` means on the device."""
         if self.backend != "cuda":
             return "float32"
+        if not self.flops_per_second:
+            return "bf16"  # as every GPU of NVIDIA since 2020
         return "bf16" if self.has_bf16 else "fp16" if "float16" in self.flops_per_second else "float32"
 
 
@@ -132,10 +135,11 @@ DEFAULT_DEVICE = "A10G"
 
 
 def get_device(device: str | Device) -> Device:
-    """Return the device of a name or of an instance type; a `Device` is returned unchanged.
+    """Return the device of a name, of an instance type or of a memory; a `Device` is returned unchanged.
 
     Args:
-        device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; upper and lower case are equal.
+        device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; or the memory of another GPU of NVIDIA,
+            such as ``"12GB"``, whose rates are then unknown. Upper and lower case, spaces and hyphens are equal.
 
     Raises:
         ConfigurationError: no device and no instance type has the name, or it is no name.
@@ -151,14 +155,23 @@ def get_device(device: str | Device) -> Device:
             f"device={device!r} is a {type(device).__name__}: expected a name such as {DEFAULT_DEVICE!r}, or a Device; "
             "measure_device makes one of a device of this machine"
         )
-    wanted = device.lower().removeprefix("ml.")
+    wanted = device.lower().strip().removeprefix("ml.")
     for known in DEVICES.values():
-        if wanted == known.name.lower() or wanted in known.instances:
+        if _letters(wanted) == _letters(known.name.lower()) or wanted in known.instances:
             return known
+    if memory := re.fullmatch(r"(\d+(?:\.\d+)?) ?gi?b", wanted):
+        if not GIB <= float(memory[1]) * GIB <= 1024 * GIB:
+            raise ConfigurationError(f"device={device!r}: expected the memory of one GPU, such as '12GB'")
+        return Device(f"{memory[1]}GB", "cuda", int(float(memory[1]) * GIB), source="its memory alone")
     raise ConfigurationError(
-        f"no device or instance type is named {device!r}: expected one of the devices {', '.join(DEVICES)}, or of the "
-        f"instance types {', '.join(instance for known in DEVICES.values() for instance in known.instances)}"
+        f"no device or instance type is named {device!r}: name the memory of your GPU, such as 12GB, an instance type "
+        f"such as g5.2xlarge, or one of {', '.join(DEVICES)}"
     )
+
+
+def _letters(name: str) -> str:
+    """Return a name of a device without the words and signs that people write in different ways."""
+    return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name)
 
 
 def native_precision(device: torch.device) -> Precision:

@@ -38,6 +38,7 @@ class CacheCost:
         peak: bytes in use on the device at the highest moment of that pass.
         epoch_seconds: time of an epoch of training with the cache.
         epoch_seconds_without: time of an epoch of training without it.
+        is_assumed: whether nobody gave the number of sequences.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class CacheCost:
     peak: Memory
     epoch_seconds: float
     epoch_seconds_without: float
+    is_assumed: bool = False
 
     @property
     def pays_after(self) -> float:
@@ -64,7 +66,7 @@ class CacheCost:
         states = {"first": "states of the first token", "mean": "mean states"}.get(self.stored.pooling, "states")
         text = (
             f"cache: {format_bytes(self.bytes)} on disk ({self.stored.dtype} {states} of {self.sequences:,} sequences, "
-            f"after {self.layers} layers)"
+            f"after {self.layers} layers{'; for your table give sequences=N' if self.is_assumed else ''})"
         )
         if math.isnan(self.seconds):
             return text
@@ -132,4 +134,5 @@ def cache_cost(
         peak=max((memory_of(segment.peak) for segment in largest.segments), key=lambda peak: peak.total),
         epoch_seconds=epoch_seconds,
         epoch_seconds_without=epoch_seconds_without,
+        is_assumed=lengths.is_assumed,
     )

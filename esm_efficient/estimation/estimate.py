@@ -250,7 +250,7 @@ def estimate(
             these (``"facebook/esm2_t33_650M_UR50D"``), a folder with a ``config.json``, the folder of an adapter, a
             config, or a model. If its config is that of a quantised model, the recipe's quantization is that too.
         recipe: a name or a `Recipe`.
-        device: a name in `DEVICES` or an instance type; ``"cpu"`` gives memory and no time.
+        device: as in `get_device`; ``"cpu"``, or a memory such as ``"12GB"``, gives memory and no time.
         micro_batch: sequences in one forward pass; None for the recipe's.
         accumulation: micro-batches per optimizer step; None for the recipe's.
         tokens: tokens of every sequence, special tokens included; or the tokens of many sequences, as numbers or as a

@@ -166,11 +166,13 @@ class DataLengths:
         train: tokens of one training sequence, or of many.
         sequences: number of training sequences.
         validation: tokens of each validation sequence.
+        is_assumed: whether nobody gave the number of training sequences, so that it is `DEFAULT_SEQUENCES`.
     """
 
     train: int | list[int]
     sequences: int
     validation: tuple[int, ...] = ()
+    is_assumed: bool = False
 
     def total(self, figure: Callable[[np.ndarray], np.ndarray]) -> float:
         """Sum a figure that depends on a sequence's tokens over the sequences of both splits."""
@@ -202,9 +204,9 @@ def data_lengths(tokens: Any, sequences: int | None = None, *, max_tokens: int =
             validation = np.atleast_1d(token_lengths(tokens["validation"], max_tokens=max_tokens)).tolist()
         except ConfigurationError as error:
             raise ConfigurationError(f"the split validation: {error}") from error
-    return DataLengths(
-        train, sequences or (DEFAULT_SEQUENCES if isinstance(train, int) else len(train)), tuple(validation)
-    )
+    count = DEFAULT_SEQUENCES if isinstance(train, int) else len(train)
+    is_assumed = sequences is None and isinstance(train, int)
+    return DataLengths(train, sequences or count, tuple(validation), is_assumed)
 
 
 def token_lengths(tokens: Any, *, max_tokens: int = MAX_TOKENS) -> int | list[int]:

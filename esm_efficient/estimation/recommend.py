@@ -126,7 +126,8 @@ def recommend(
 
     Args:
         model: as in `estimate`.
-        device: a name in `DEVICES`, an instance type, or a `Device`, with known memory and rates.
+        device: as in `get_device`, with known memory. Without rates, as of ``"12GB"``, settings are ranked by the
+            rates of `DEFAULT_DEVICE`, and the result says so.
         tokens: as in `estimate`.
         batch_size: sequences per optimizer step; the micro-batch and the accumulation divide it.
         recipes: the methods to try. Head-only training must be named: it is the cheapest method, and it learns less.
@@ -154,6 +155,9 @@ def recommend(
     from tqdm import tqdm
 
     target = get_device(device)
+    if target.memory and not target.flops_per_second and not target.bandwidth:
+        name = f"{target.name} with the rates of {DEFAULT_DEVICE}"
+        target = dataclasses.replace(get_device(DEFAULT_DEVICE), name=name, memory=target.memory, instances={})
     if not target.memory or not target.flops_per_second or not target.bandwidth:
         raise ConfigurationError(f"memory and rates of device {target.name!r} are unknown: name a GPU")
     if batch_size < 1 or not 0 <= margin < 1 or not 0 < epochs < math.inf or not 0 <= (disk or 0) < math.inf:

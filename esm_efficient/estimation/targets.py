@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class TargetsDescription:
         model: name of the model.
         preset: the kinds of layers that get adapters.
         layers: the encoder layers that get adapters.
-        rows: kind of linear layer, number of such layers, and what happens to them.
+        rows: the paths of linear layers with the numbers of their encoder layers in braces, such as
+            ``esm.encoder.layer.{0-3}.output.dense``; how many they are, and what happens to them.
     """
 
     model: str
@@ -56,9 +58,9 @@ def describe_targets(
         built = AutoModelForSequenceClassification.from_config(config)
     architecture = find_architecture(built)
     chosen = set(resolve_targets(built, preset, layers=layers).modules)
-    counts: dict[tuple[str, str], int] = {}
+    numbers: dict[tuple[str, str, str], list[int]] = {}
     for path, _ in linear_layers(built):
-        kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
+        before, after, number = _split_at_layer(path, architecture.layers)
         if path in chosen:
             fate = "gets an adapter"
         elif is_unread(architecture, path):
@@ -67,7 +69,26 @@ def describe_targets(
             fate = "trains in full: it is the head"
         else:
             fate = "frozen: not in the preset or the layers"
-        counts[kind, fate] = counts.get((kind, fate), 0) + 1
-    return TargetsDescription(
-        name, preset, layers, tuple((kind, count, fate) for (kind, fate), count in counts.items())
-    )
+        numbers.setdefault((before, after, fate), []).extend(number)
+    rows = [
+        (f"{before}{{{_ranges(found)}}}{after}" if found else before, max(1, len(found)), fate)
+        for (before, after, fate), found in numbers.items()
+    ]
+    return TargetsDescription(name, preset, layers, tuple(rows))
+
+
+def _split_at_layer(path: str, layers: str) -> tuple[str, str, list[int]]:
+    """Return what is before and after the layer number in a path, and the number; outside of layers, the path alone."""
+    match = re.fullmatch(rf"((?:.*\.)?{re.escape(layers)}\.)(\d+)(\..*)", path)
+    return (path, "", []) if match is None else (match[1], match[3], [int(match[2])])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as text, such as ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -43,7 +43,6 @@ from esm_efficient import (
     finetune,
     last_checkpoint,
 )
-from esm_efficient.adapters.registry import PRESETS
 
 logger = logging.getLogger("train")
 MAY_CHANGE = ("logging_steps", "per_device_eval_batch_size", "report_to", "save_steps")
@@ -118,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_steps", type=steps, default=-1, help="optimizer steps; if above 0, replaces --epochs")
     add("--lora", type=boolean, default=True, help="true trains adapters, false trains all parameters")
     add("--lora_r", type=whole(1), default=8)
-    add("--lora_preset", default="all-linear", choices=list(PRESETS))
+    add("--lora_preset", default="all-linear", choices=["qkv", "attention", "mlp", "all-linear"])
     add("--lora_layers", type=layers, default="top-1/3", help="layers with adapters: all, top-2 or top-1/3")
     add("--per_device_train_batch_size", type=whole(1), default=8, help="sequences per micro-batch")
     add("--per_device_eval_batch_size", type=whole(1), default=16)

@@ -70,7 +70,10 @@ def test_layers_cache_and_pooling_reach_the_function(capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected.to_dict()))
     assert main(["estimate", "--model", "8M", *options.split()]) == 0
     assert f"cache: {format_bytes(1000 * 40 * 320 * 2)} on disk" in capsys.readouterr().out
-    assert main(["estimate", "--model", "8M", "--recipe", "frozen", "--no-cache", "--tokens", "40"]) == 0
+    frozen = ["estimate", "--model", "8M", "--recipe", "frozen", "--tokens", "40"]
+    assert main(frozen) == 0
+    assert "for your table give --sequences N)" in capsys.readouterr().out
+    assert main([*frozen, "--no-cache"]) == 0
     assert "cache" not in capsys.readouterr().out
 
 

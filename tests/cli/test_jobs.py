@@ -178,7 +178,7 @@ def test_layers_may_be_numbers(run, capsys):
     assert json.loads((run / "numbers2" / "result.json").read_text())["trained_layers"] == [1, 3]
     capsys.readouterr()
     assert main(["targets", "demo", "--layers", "1,3"]) == 0
-    assert capsys.readouterr().out.count("2  ") >= 6
+    assert capsys.readouterr().out.count(".{1,3}.") == 6
 
 
 def test_residues_without_a_label_are_named_as_the_message_says(run, capsys):
@@ -261,8 +261,15 @@ def test_a_table_is_described(run, capsys):
 def test_targets_are_counted_without_weights(capsys):
     assert main(["targets", "650m", "--preset", "qkv", "--layers", "top-1/3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum("gets an adapter" in line for line in lines) == 3
-    assert all(line.split()[1] == "11" for line in lines if "gets an adapter" in line)
+    found = [line.split()[:2] for line in lines if "gets an adapter" in line]
+    assert found == [[f"esm.encoder.layer.{{22-32}}.attention.self.{role}", "11"] for role in ("query", "key", "value")]
+    frozen = [line.split()[:2] for line in lines if "not in the preset" in line]
+    assert ["esm.encoder.layer.{0-21}.attention.self.query", "22"] in frozen
+    assert ["esm.encoder.layer.{0-32}.output.dense", "33"] in frozen
+    assert main(["targets", "8M", "--layers", "0,2,3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("esm.encoder.layer.{0,2-3}.output.dense ") and "gets an" in line for line in lines)
+    assert any(line.startswith("esm.encoder.layer.{1,4-5}.output.dense ") and "frozen" in line for line in lines)
 
 
 def test_wrong_arguments_are_told_without_torch():

@@ -21,6 +21,10 @@ from esm_efficient.errors import ConfigurationError
         ("p5.48xlarge", "H100"),
         ("ml.p5en.48xlarge", "H200"),
         ("rtx-4090", "RTX-4090"),
+        ("RTX4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("Tesla T4", "T4"),
+        ("a100 80", "A100-80"),
     ],
 )
 def test_devices_are_found_by_their_names_and_by_instance_types(name, device):
@@ -29,10 +33,26 @@ def test_devices_are_found_by_their_names_and_by_instance_types(name, device):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_names():
-    with pytest.raises(ConfigurationError, match=r"(?s)'V100'.*A100-80.*g5\.2xlarge"):
-        get_device("V100")
+    with pytest.raises(
+        ConfigurationError, match=r"'RTX3060': name the memory of your GPU, such as 12GB.*A100-80"
+    ) as error:
+        get_device("RTX3060")
+    assert len(str(error.value)) < 300
     with pytest.raises(ConfigurationError, match="is a device: expected a name such as 'A10G', or a Device"):
         get_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["12GB", "12gb", "12 GB", "12GiB", "12.0 gb"])
+def test_a_device_is_named_by_its_memory(name):
+    device = get_device(name)
+    assert (device.backend, device.memory, device.precision) == ("cuda", 12 * GIB, "bf16")
+    assert not device.flops_per_second
+
+
+@pytest.mark.parametrize("name", ["12", "0GB", "-4GB", "12 MB", "9999GB", "3060", "GB"])
+def test_no_other_number_is_a_memory(name):
+    with pytest.raises(ConfigurationError, match=r"such as '?12GB"):
+        get_device(name)
 
 
 def test_figures_are_in_the_stated_units():

@@ -219,6 +219,13 @@ def test_the_text_and_json_say_what_the_cache_costs_and_when_it_pays():
     assert "cache" not in str(without)
 
 
+@pytest.mark.parametrize(("given", "is_assumed"), [({"tokens": 64}, True), ({"tokens": [64, 70]}, False)])
+def test_a_number_of_sequences_that_nobody_gave_is_said_to_be_assumed(given, is_assumed):
+    advice = "give sequences=N"
+    assert (advice in str(estimate("8M", recipe="frozen", **given).cache)) == is_assumed
+    assert advice not in str(estimate("8M", recipe="frozen", sequences=15_876, **given).cache)
+
+
 def test_a_cache_that_saves_nothing_never_pays_and_a_cpu_has_no_times():
     cache = estimate("8M", recipe=CACHED["all"], tokens=64, sequences=100).cache
     slower = dataclasses.replace(cache, epoch_seconds=2.0, epoch_seconds_without=1.9)

@@ -228,6 +228,10 @@ def test_a_device_with_unknown_rates_has_memory_and_no_time():
         found = estimate("8M", recipe="lora", tokens=50, device=device, precision=precision)
         assert found.peak.total > 0
         assert np.isnan(found.seconds) == (not (rates and bandwidth))
+    named = estimate("8M", recipe="lora", tokens=50, device="12GB")
+    assert (named.precision, named.fits()) == ("bf16", True)
+    assert "fits 12GB with 12.0 GiB" in str(named)
+    assert "optimizer step:" not in str(named)
     with pytest.raises(ConfigurationError, match="memory and rates of device 'mine' are unknown"):
         recommend("8M", Device("mine", "cuda", 2**33, {"float32": 1e13}, 0.0), 50)
 

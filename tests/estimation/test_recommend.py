@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,8 @@ from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esm_efficient import RECIPES, Device, recommend
+from esm_efficient import RECIPES, Device, get_device, recommend
+from esm_efficient.costs.devices import DEFAULT_DEVICE
 from esm_efficient.errors import ConfigurationError
 
 MIB = 2**20
@@ -49,6 +51,15 @@ def test_a_smaller_device_gets_a_leaner_setting():
     peaks = [recommend("8M", gpu(mib), 100, **options).chosen.peak.total for mib in (1000, 60, 22)]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 3
+
+
+def test_a_device_of_known_memory_alone_is_ranked_by_the_rates_of_the_usual_one():
+    known, options = get_device(DEFAULT_DEVICE), {"batch_size": 1, "recipes": ["lora", "base"], "progress": False}
+    expected = recommend("8M", dataclasses.replace(known, memory=12 * 1024 * MIB), 100, **options)
+    got = recommend("8M", "12GB", 100, **options)
+    assert got.chosen.device.memory == 12 * 1024 * MIB
+    assert [a.estimate.seconds for a in got.attempts] == [a.estimate.seconds for a in expected.attempts]
+    assert f"on 12GB with the rates of {DEFAULT_DEVICE} (12.0 GiB" in str(got)
 
 
 def test_every_setting_has_the_batch_size_and_its_learning_rate():
