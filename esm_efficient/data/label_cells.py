@@ -164,6 +164,8 @@ class LabelObservations:
             if expected:
                 self.readings["items"].observe(label, length, place)
                 self._observe_parts("", [item for item in label if item is not None], place)
+                if all(item is None for item in label):
+                    self.missing.setdefault(str(label), place)
                 continue
             self.readings["letters"].observe(letters_of(label, length), length, place)
             items, is_list, is_word = self._read.get(label) or _reading_of(label)
@@ -298,9 +300,11 @@ def says_missing(text: str) -> bool:
     """Return whether a text is what other programs write for a missing cell, or has nothing but separators.
 
     Example:
-        >>> [says_missing(text) for text in ("NA", " | ", "nucleus|NA")]
-        [True, True, False]
+        >>> [says_missing(text) for text in ("NA", " | ", "[None]", "nucleus|NA", "[]")]
+        [True, True, True, False, False]
     """
+    if is_bracketed(text):
+        return {*items_of(text)} == {None}
     return text in MISSING or not text.strip(SEPARATORS + " ")
 
 
