@@ -47,6 +47,7 @@ _NO_LABEL = frozenset(("", "None", "nan", "NaN", "NA", "<NA>", "null", "-100"))
 
 _GAP_LABELS = frozenset(GAPS + STOP)
 
+_NAMED_POSITION = re.compile(r"\b[A-Z]\d+\b")
 _POSITIONS = re.compile(r"[^\s,;|\[\]()]+")
 
 _QUOTES = "'\""
@@ -265,7 +266,9 @@ def labels_at_positions(cells: Sequence[Any], residues: np.ndarray, places: Sequ
     refuse_cells(cells, places, [not text for text in texts], "the positions are missing", "Write [] for no site")
     numbers = [[number_of(item) for item in _POSITIONS.findall(text)] for text in texts]
     wrong = [any(number is None or number % 1 for number in row) for row in numbers]
-    refuse_cells(cells, places, wrong, "a position is not a whole number")
+    named = next((found[0] for text in texts if (found := _NAMED_POSITION.search(text))), None)
+    advice = f"Write the number alone: {named[1:]} for {named}" if named else ""
+    refuse_cells(cells, places, wrong, "a position is not a whole number", advice)
     rows = [[int(number or 0) for number in row] for row in numbers]
     lengths = residues.tolist()
     outside = [any(not 1 <= n <= length for n in row) for row, length in zip(rows, lengths, strict=True)]
