@@ -230,3 +230,10 @@ def test_clusters_of_other_names_ask_for_the_accessions(tmp_path):
         cluster_groups(["t.csv, line 2", "t.csv, line 3"], read_clusters(path), path)
     with pytest.raises(DataError, match="no cluster for 1 of 2 sequences: P3"):
         cluster_groups(["P1", "P3"], read_clusters(path), path)
+
+
+def test_the_largest_group_is_for_training_where_the_test_set_is_larger():
+    groups = np.repeat(np.arange(86), [15, *[1] * 85])
+    for seed in range(5):
+        parts = split_by_group(rows(map(str, range(100))), groups, test_size=0.8, validation_size=0.1, seed=seed)
+        assert sorted(parts["train"]["sequence"][:], key=int) == [str(row) for row in range(15)]
