@@ -235,5 +235,7 @@ def test_clusters_of_other_names_ask_for_the_accessions(tmp_path):
 def test_the_largest_group_is_for_training_where_the_test_set_is_larger():
     groups = np.repeat(np.arange(86), [15, *[1] * 85])
     for seed in range(5):
-        parts = split_by_group(rows(map(str, range(100))), groups, test_size=0.8, validation_size=0.1, seed=seed)
+        parts = split_by_group(
+            rows([str(i) for i in range(100)]), groups, test_size=0.8, validation_size=0.1, seed=seed
+        )
         assert sorted(parts["train"]["sequence"][:], key=int) == [str(row) for row in range(15)]
