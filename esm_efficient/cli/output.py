@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, nearest
 from esm_efficient.published import check_name
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no text.")]
@@ -200,7 +200,9 @@ def existing_file(path: str, names: tuple[str, ...] = ("demo", "deeploc")) -> No
     if Path(path).is_dir():
         raise typer.BadParameter(f"{path} is a folder: expected a file of sequences")
     if not Path(path).is_file():
-        raise typer.BadParameter(f"no file at {path}")
+        folder = Path(path).parent
+        there = [str(folder / each.name) for each in folder.iterdir() if each.is_file()] if folder.is_dir() else []
+        raise typer.BadParameter(f"no file at {path}{nearest(path, [*there, *names])}")
 
 
 def known_model(name: str) -> str:

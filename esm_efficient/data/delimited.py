@@ -109,11 +109,11 @@ def _numbered_lines(
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            place, problem = f"{source}, line {skipped + begun}", f"the cells cannot be told apart ({error})"
+            place = f"{source}, line {skipped + begun}"
             # If the row has more than a line, it is unknown which of them are rows of their own.
             if leave_out is None or reader.line_num > begun:
-                raise DataError(f"{place}: {problem}. Check for a quote that begins here") from error
-            leave_out(place, problem)
+                raise DataError(f"{place}: {error}. Check for a quote that begins here") from error
+            leave_out(place, f"the cells cannot be read ({error})")
             continue
         if cells is None:
             return

@@ -47,6 +47,7 @@ _NO_LABEL = frozenset(("", "None", "nan", "NaN", "NA", "<NA>", "null", "-100"))
 
 _GAP_LABELS = frozenset(GAPS + STOP)
 
+_NAMED_POSITION = re.compile(r"\b[A-Z]\d+\b")
 _POSITIONS = re.compile(r"[^\s,;|\[\]()]+")
 
 _QUOTES = "'\""
@@ -164,6 +165,8 @@ class LabelObservations:
             if expected:
                 self.readings["items"].observe(label, length, place)
                 self._observe_parts("", [item for item in label if item is not None], place)
+                if all(item is None for item in label):
+                    self.missing.setdefault(str(label), place)
                 continue
             self.readings["letters"].observe(letters_of(label, length), length, place)
             items, is_list, is_word = self._read.get(label) or _reading_of(label)
@@ -263,7 +266,9 @@ def labels_at_positions(cells: Sequence[Any], residues: np.ndarray, places: Sequ
     refuse_cells(cells, places, [not text for text in texts], "the positions are missing", "Write [] for no site")
     numbers = [[number_of(item) for item in _POSITIONS.findall(text)] for text in texts]
     wrong = [any(number is None or number % 1 for number in row) for row in numbers]
-    refuse_cells(cells, places, wrong, "a position is not a whole number")
+    named = next((found[0] for text in texts if (found := _NAMED_POSITION.search(text))), None)
+    advice = f"Write the number alone: {named[1:]} for {named}" if named else ""
+    refuse_cells(cells, places, wrong, "a position is not a whole number", advice)
     rows = [[int(number or 0) for number in row] for row in numbers]
     lengths = residues.tolist()
     outside = [any(not 1 <= n <= length for n in row) for row, length in zip(rows, lengths, strict=True)]
@@ -298,9 +303,11 @@ def says_missing(text: str) -> bool:
     """Return whether a text is what other programs write for a missing cell, or has nothing but separators.
 
     Example:
-        >>> [says_missing(text) for text in ("NA", " | ", "nucleus|NA")]
-        [True, True, False]
+        >>> [says_missing(text) for text in ("NA", " | ", "[None]", "nucleus|NA", "[]")]
+        [True, True, True, False, False]
     """
+    if is_bracketed(text):
+        return {*items_of(text)} == {None}
     return text in MISSING or not text.strip(SEPARATORS + " ")
 
 

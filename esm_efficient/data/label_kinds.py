@@ -119,7 +119,10 @@ class LabelEncoding:
         if self.kind == "residues":
             rows = rows if rows and isinstance(rows[0], list) else self._of_residues(rows, residues)
             return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) == residues
-        return np.array([isinstance(label, list) or not says_missing(label) for label in rows], dtype=bool)
+        missing = (
+            label.count(None) == len(label) if isinstance(label, list) else says_missing(label) for label in rows
+        )
+        return ~np.fromiter(missing, dtype=bool, count=len(rows))
 
     def _parts(self, label: str | list[str | None] | None) -> list[str]:
         """The labels of a sequence."""

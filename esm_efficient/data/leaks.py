@@ -45,4 +45,22 @@ def check_leaks(splits: dict[str, Dataset]) -> None:
                 f"{listing(shared)}. Remove the duplicates, or put them into one partition"
             )
     if repeated := sum(len(found) - len(np.unique(found)) for found in hashes.values()):
-        logger.warning("%d sequence(s) occur more than once within their split", repeated)
+        differ = [pair for name, split in splits.items() for pair in _differing_labels(split, hashes[name])]
+        advice = (
+            f", {len(differ)} of them with another label: {listing(differ)}. Keep one row of each" if differ else ""
+        )
+        logger.warning("%d sequence(s) occur more than once within their split%s", repeated, advice)
+
+
+def _differing_labels(split: Dataset, hashes: np.ndarray) -> list[str]:
+    """The rows of a split whose sequence has another label in an earlier row, with the accessions of both."""
+    if "label" not in split.column_names:
+        return []
+    _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    first: dict[str, tuple[object, str]] = {}
+    found = []
+    for row in split.select(np.flatnonzero(counts[group] > 1)):
+        label, accession = first.setdefault(row["sequence"], (row["label"], row["accession"]))
+        if row["label"] != label:
+            found.append(f"{accession} and {row['accession']}")
+    return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from esm_efficient.data.sequences import SPECIAL_PATTERN, clean, looks_like_words
-from esm_efficient.errors import DataError, listing
+from esm_efficient.errors import DataError, listing, nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,7 +133,8 @@ def refuse_column(columns: Mapping[str, Sequence[Any]], column: str, places: Seq
 
 
 def _first_cells(cells: Sequence[Any], places: Sequence[str]) -> str:
-    return listing([f"{place}: {str(cell)!r:.40}" for cell, place in zip(cells[:3], places, strict=False)], 2)
+    shown = [f"{place}: {str(cell)!r:.40}" for cell, place in zip(cells[:2], places, strict=False)]
+    return listing([*shown, *[""] * (len(cells) - 2)], 2)
 
 
 def _is_sequence(cell: Any) -> bool:
@@ -144,7 +145,7 @@ def _is_sequence(cell: Any) -> bool:
 
 def _existing(name: str, names: Collection[str], source: str | Path) -> str:
     if name not in names:
-        raise DataError(f"{source} has no column {name!r}; it has {', '.join(names)}")
+        raise DataError(f"{source} has no column {name!r}; it has {', '.join(names)}{nearest(name, names)}")
     return name
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esm_efficient.data.readers import accession_of, open_text
+from esm_efficient.data.relatives import shared_words
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ MOST_FOLDS = 20
 """The most partitions of which the highest are taken for test and validation without being named."""
 
 _HASH_BATCH_ROWS = 10_000
+_LOOKED_AT = 200
+"""The most rows that are looked at for variants of one protein."""
+
+_FEWEST_VARIANTS = 20
+_VARIANT = 0.5
+"""The share of words of five residues from which two sequences are variants of one protein: an identity of 87 %."""
+
 _CD_HIT_MEMBER = re.compile(r"^\d+\t\S+, >(?P<name>.+?)\.\.\. ")
 
 
@@ -100,6 +108,8 @@ def split_by_group(
     """Split rows at random, with all rows of a group in one split.
 
     Groups are drawn in random order for the test set as long as they fit into its share, then for the validation set.
+    If one group is larger than the share of the training set, it is for training, and the others are divided between
+    test and validation in proportion to their shares.
 
     Args:
         dataset: the rows.
@@ -118,13 +128,20 @@ def split_by_group(
     rows = len(dataset)
     test_rows = max(round(test_size * rows), 1)
     validation_rows = min(max(round(validation_size * rows), 1), rows - test_rows) if validation_size else 0
+    largest, others = int(sizes.argmax()), rows - int(sizes.max())
+    dominates = 1 < others < test_rows + validation_rows
+    if dominates:
+        test_rows = max(round(others * test_size / (test_size + validation_size)), 1)
+        validation_rows = others - test_rows
     strata = np.zeros(len(sizes), dtype=np.int64)
     if classes is not None:
         strata = np.unique(classes[first_rows], return_inverse=True)[1]
     stratum_rows = np.bincount(strata, weights=sizes).astype(np.int64)
     quotas = apportion(stratum_rows, (test_rows, validation_rows, rows - test_rows - validation_rows))
     order = np.random.default_rng(seed).permutation(len(sizes))
-    by_stratum = np.split(order[np.argsort(strata[order], kind="stable")], np.cumsum(np.bincount(strata))[:-1])
+    order = order[order != largest] if dominates else order
+    counts = np.bincount(strata[order], minlength=len(stratum_rows))
+    by_stratum = np.split(order[np.argsort(strata[order], kind="stable")], np.cumsum(counts)[:-1])
     in_test = _draw(by_stratum, sizes, quotas[:, 0])
     in_validation = _draw([stratum[~in_test[stratum]] for stratum in by_stratum], sizes, quotas[:, 1])
     splits = _select_splits(dataset, in_test[group_of_row], in_validation[group_of_row])
@@ -192,13 +209,26 @@ def split_at_random(
         seed=seed,
         classes=_column(dataset, "label") if has_classes(dataset) else None,
     )
+    cure = (
+        "All sequences seem to be variants of one protein, so clusters cannot divide them: for a figure to report, "
+        "split by the position of the mutations, in a column split."
+        if _are_variants(dataset)
+        else "For a figure to report, split by homology partition (a column) or by cluster (clusters=)."
+    )
     warnings.warn(
         "A random split puts homologous proteins on both sides: the test score then measures memory as well as "
-        "skill. For a figure to report, split by homology partition (a column) or by cluster (clusters=).",
+        f"skill. {cure}",
         UserWarning,
         stacklevel=stacklevel,
     )
     return splits
+
+
+def _are_variants(dataset: Dataset) -> bool:
+    """Return whether nearly all of some rows have most of their words in common with the first sequence."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(int))
+    first, *others = dataset.select(rows)["sequence"][:]
+    return len(others) >= _FEWEST_VARIANTS and float((shared_words(others, [first]) >= _VARIANT).mean()) >= 0.95
 
 
 def stratified_sample(dataset: Dataset, size: int, *, seed: int = 0) -> Dataset:
@@ -312,7 +342,13 @@ def cluster_groups(names: Sequence[str], clusters: Mapping[str, int], path: str 
     Raises:
         DataError: an accession is in no cluster of the file at `path`.
     """
-    if absent := [name for name in names if accession_of(name) not in clusters]:
+    absent = [name for name in names if accession_of(name) not in clusters]
+    if len(absent) == len(names):
+        raise DataError(
+            f"{path} has no cluster for any of the {len(names)} sequences: they have names such as {names[0]!r:.80}, "
+            f"and the clusters {next(iter(clusters))!r:.80}. Name the column of the accessions with accession="
+        )
+    if absent:
         raise DataError(f"{path} has no cluster for {len(absent)} of {len(names)} sequences: {listing(absent)}")
     return np.array([clusters[accession_of(name)] for name in names])
 

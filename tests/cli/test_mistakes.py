@@ -185,3 +185,14 @@ def test_messages_name_the_options_that_are_typed(message, expected):
 
     command = "predict" if "keep" in message or "task" in message or "budget" in message else "finetune"
     assert as_typed(message, parameters_of([command, "m", "x"])) == expected
+
+
+@pytest.mark.parametrize("command", ["data", "finetune", "probe"])
+def test_a_misspelt_file_names_the_nearest_one(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "small.csv").write_text("sequence,label\n")
+    assert main([command, "tables/smal.csv"]) == 2
+    assert "no file at tables/smal.csv: did you mean 'tables/small.csv'?" in capsys.readouterr().err
+    assert main([command, "dmo"]) == 2
+    assert "did you mean 'demo'?" in capsys.readouterr().err

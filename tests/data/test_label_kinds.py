@@ -373,6 +373,7 @@ def test_positions_become_labels_of_residues(tmp_path, cells, sites):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
+        ("K2; L5", r"not a whole number in 1 row\(s\): .*line 3: 'K2; L5'. Write the number alone: 2 for K2"),
         ("0,5", r"position is outside of the sequence in 1 row\(s\): .*line 3: '0,5'. The first residue is position 1"),
         ("5,21", "position is outside of the sequence in .*line 3: '5,21'"),
         ("-1", "position is outside of the sequence in .*line 3"),

@@ -53,3 +53,16 @@ def test_a_second_separator_in_the_name_of_a_label_is_refused(tmp_path):
 def test_a_label_named_as_a_missing_cell_is_warned_of(tmp_path, caplog):
     assert set(several(tmp_path, ["ZN|NA", "ZN"])["train"].features["label"]) == {"ZN", "NA"}
     assert re.search(r"'NA' \(.*line 2\) is read as a label, but may say that one is missing", caplog.text)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_lists_of_missing_labels_are_missing_and_an_empty_text_of_a_list_has_no_label(tmp_path, name):
+    table = frame(40).assign(label=[[["a", "b"], [None], ["a"], ["b"]][row % 4] for row in range(40)])
+    path = write(table, tmp_path / name)
+    with pytest.raises(DataError, match=r"label may be missing in .*(line 3|row 1): .*on_error=\"skip\""):
+        load_sequences(path, label="label", label_kind="several")
+    data = load_sequences(path, label="label", label_kind="several", on_error="skip")
+    assert sum(map(len, data.values())) == 30
+    if name == "t.csv":
+        data = several(tmp_path, ["['a']", "[]"])
+        assert sum(row["label"]["a"] for row in rows_of(data).values()) == 20

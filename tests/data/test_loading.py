@@ -334,3 +334,8 @@ def test_a_column_without_a_sequence_is_the_wrong_one(tmp_path, column, message,
 def test_the_only_column_of_sequences_cannot_be_that_of_the_labels(tmp_path):
     with pytest.raises(DataError, match=r"'sequence' is named for something else, .*it has id, label"):
         load_sequences(write(frame()[["id", "sequence", "label"]], tmp_path / "t.csv"), label="sequence")
+
+
+def test_a_misspelt_column_names_the_nearest_one(tmp_path):
+    with pytest.raises(DataError, match="no column 'Labels'; it has id, sequence, label: did you mean 'label'"):
+        load_sequences(write(frame()[["id", "sequence", "label"]], tmp_path / "t.csv"), label="Labels")

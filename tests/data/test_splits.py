@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from esm_efficient.data.splits import (
     apportion,
+    cluster_groups,
     read_clusters,
     sequence_groups,
     split_at_random,
@@ -178,3 +179,63 @@ def test_a_random_split_works_with_classes_of_one_member_and_without_classes():
 def test_a_sample_has_every_class_in_proportion():
     data = labelled([0] * 70 + [1] * 20 + [2] * 10)
     assert class_counts(stratified_sample(data, 15), 3).tolist() == [11, 3, 1]
+
+
+@given(
+    st.integers(30, 200),
+    st.lists(st.integers(1, 4), min_size=3, max_size=12),
+    st.integers(0, 9),
+    st.sampled_from([0.1, 0.2]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_group_that_dominates_is_for_training_and_the_others_are_divided(largest, others, seed, validation_size):
+    assume(sum(others) < 0.25 * (largest + sum(others)))
+    sizes = [*others[:1], largest, *others[1:]]
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    data = rows([str(i) for i in range(len(groups))])
+    parts = split_by_group(data, groups, test_size=0.2, validation_size=validation_size, seed=seed)
+    places = {name: set(groups[np.array(part["sequence"][:], dtype=int)].tolist()) for name, part in parts.items()}
+    assert 1 in places["train"]
+    assert places["test"]
+    assert places["validation"]
+    assert sum(map(len, places.values())) == len(sizes)
+    classes = groups % 2
+    parts = split_by_group(data, groups, test_size=0.2, validation_size=validation_size, seed=seed, classes=classes)
+    assert {name for name, part in parts.items() if len(part)} == {"train", "validation", "test"}
+    assert len(parts["train"]) >= largest
+
+
+def test_variants_of_one_protein_are_not_to_be_split_by_cluster():
+    rng, letters = np.random.default_rng(0), list("ACDEFGHIKLMNPQRSTVWY")
+    protein = rng.choice(letters, 200)
+    variants = []
+    for position in rng.integers(0, 200, 60):
+        variant = protein.copy()
+        variant[position] = rng.choice(letters)
+        variants.append("".join(variant))
+    with pytest.warns(UserWarning, match="variants of one protein.*split by the position of the mutations"):
+        split_at_random(rows(variants), test_size=0.2, validation_size=0.1, seed=0)
+    proteins = ["".join(rng.choice(letters, 200)) for _ in range(60)]
+    with pytest.warns(UserWarning, match=r"by cluster \(clusters=\)") as caught:
+        split_at_random(rows(proteins), test_size=0.2, validation_size=0.1, seed=0)
+    assert not any("variants" in str(warning.message) for warning in caught)
+
+
+def test_clusters_of_other_names_ask_for_the_accessions(tmp_path):
+    path = tmp_path / "cluster.tsv"
+    path.write_text("P1\tP1\nP1\tP2\n")
+    with pytest.raises(
+        DataError, match=r"no cluster for any of the 2 .* 't.csv, line 2', and the clusters 'P1'. .*accession="
+    ):
+        cluster_groups(["t.csv, line 2", "t.csv, line 3"], read_clusters(path), path)
+    with pytest.raises(DataError, match="no cluster for 1 of 2 sequences: P3"):
+        cluster_groups(["P1", "P3"], read_clusters(path), path)
+
+
+def test_the_largest_group_is_for_training_where_the_test_set_is_larger():
+    groups = np.repeat(np.arange(86), [15, *[1] * 85])
+    for seed in range(5):
+        parts = split_by_group(
+            rows([str(i) for i in range(100)]), groups, test_size=0.8, validation_size=0.1, seed=seed
+        )
+        assert sorted(parts["train"]["sequence"][:], key=int) == [str(row) for row in range(15)]
