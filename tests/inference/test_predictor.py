@@ -272,8 +272,11 @@ def test_only_safetensors_and_text_are_downloaded(tmp_path, monkeypatch):
         (Path("no-such-output/adapter"), "there is no folder no-such-output/adapter$"),
         (
             "someone/absent",
-            "no folder someone/absent, the cache .* has no complete copy .*HF_HUB_OFFLINE.*Check the name",
+            "someone/absent, and .*HF_HUB_OFFLINE is set.*hf download someone/absent --local-dir absent",
         ),
+        ("8M", "8M is a pretrained model without a trained head, .*such as output/adapter"),
+        ("facebook/esm2_t6_8M_UR50D", "is a pretrained model without a trained head"),
+        (["demo", "8M"], "demo is a pretrained model without a trained head"),
     ],
 )
 def test_the_error_for_a_missing_model_says_what_was_looked_for(tmp_path, offline, name, message):
