@@ -49,12 +49,13 @@ def models_beside(folder: Path) -> str:
     return f" ({folder.parent} has {listing(sorted({path.parent.name for path in paths}))})" if paths else ""
 
 
-def missing_model(name: str, reason: str) -> str:
+def missing_model(name: str, reason: str, *, revision: str | None = None) -> str:
     """Return the message for a name that is neither a folder nor a model in the cache, with what to do.
 
     Args:
         name: what was given, or the Hub name that it stands for.
         reason: why the Hub did not give it.
+        revision: the branch, tag or commit that was asked for; None for the main branch.
 
     Example:
         >>> missing_model("someone/membrane", "HF_HUB_OFFLINE is set")[68:111]
@@ -69,7 +70,7 @@ def missing_model(name: str, reason: str) -> str:
     size = size_of(name)
     folder = name.split("/")[1] if size is None else f"esm2_{size}"
     start = f"{missing} the model " if size is None else ""
-    download = f"hf download {name} --local-dir {folder}"
+    download = f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir {folder}"
     return f'{start}{name} is not in the cache ({reason}). While online, run `{download}`, then give model="{folder}"'
 
 

@@ -263,8 +263,9 @@ def find_folder(name_or_path: str | Path, revision: str | None, cache_dir: str |
         raise ConfigurationError(missing_model(str(folder), "")) from error
     except LocalEntryNotFoundError as error:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
-        where = f"{cache_dir or constants.HF_HUB_CACHE} has no complete copy, and {offline}"
-        raise ConfigurationError(missing_model(name_or_path, where)) from error
+        copy_of = "complete copy" if revision is None else f"complete copy of revision {revision!r}"
+        where = f"{cache_dir or constants.HF_HUB_CACHE} has no {copy_of}, and {offline}"
+        raise ConfigurationError(missing_model(name_or_path, where, revision=revision)) from error
     except HfHubHTTPError as error:
         raise ConfigurationError(
             f"{missing}, and the Hub does not give the model {model}: {error}. "
