@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, listing
 
 ESM2_SIZES: dict[str, tuple[int, int, int]] = {
     "8M": (6, 320, 20),
@@ -41,6 +41,37 @@ def no_model_in(folder: Path) -> str:
         if (folder / inner / config).is_file():
             return f"{folder} is the folder of a run: give {folder / inner}"
     return f"the folder {folder} has no config.json: expected the folder of a saved model"
+
+
+def models_beside(folder: Path) -> str:
+    """Return what a message adds to a folder that does not exist: the models beside it; empty if there are none."""
+    paths = [path for name in ("config.json", "adapter_config.json") for path in folder.parent.glob(f"*/{name}")]
+    return f" ({folder.parent} has {listing(sorted({path.parent.name for path in paths}))})" if paths else ""
+
+
+def missing_model(name: str, reason: str, *, revision: str | None = None) -> str:
+    """Return the message for a name that is neither a folder nor a model in the cache, with what to do.
+
+    Args:
+        name: what was given, or the Hub name that it stands for.
+        reason: why the Hub did not give it.
+        revision: the branch, tag or commit that was asked for; None for the main branch.
+
+    Example:
+        >>> missing_model("someone/membrane", "HF_HUB_OFFLINE is set")[68:111]
+        'is not in the cache (HF_HUB_OFFLINE is set)'
+    """
+    missing = f"there is no folder {name}{models_beside(Path(name))}, and"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        sizes = ", ".join(ESM2_SIZES)
+        return f"{missing} it is neither the size of an ESM-2 model ({sizes}) nor a Hub name of the form owner/name"
+    if models_beside(Path(name)):
+        return f"{missing} the cache has no model of this name ({reason})"
+    size = size_of(name)
+    folder = name.split("/")[1] if size is None else f"esm2_{size}"
+    start = f"{missing} the model " if size is None else ""
+    download = f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir {folder}"
+    return f'{start}{name} is not in the cache ({reason}). While online, run `{download}`, then give model="{folder}"'
 
 
 def hub_name(name: str) -> str:
@@ -96,5 +127,7 @@ def check_name(name: str) -> str:
     if _NAME.fullmatch(name.strip()) or not name.strip():
         raise ConfigurationError(f"no ESM-2 model has the size {name!r}: expected one of {', '.join(ESM2_SIZES)}")
     if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise ConfigurationError(f"no folder at {name}: expected a folder, an ESM-2 size such as 650M, or a Hub name")
+        beside = models_beside(Path(name))
+        expected = "a folder, an ESM-2 size such as 650M, or a Hub name"
+        raise ConfigurationError(f"no folder at {name}{beside}: expected {expected}")
     return name

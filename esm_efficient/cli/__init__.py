@@ -12,7 +12,7 @@ from esm_efficient.cli import jobs as jobs
 from esm_efficient.cli import models as models
 from esm_efficient.cli import training as training
 from esm_efficient.cli.commands import app
-from esm_efficient.cli.output import as_typed, typed_parameters
+from esm_efficient.cli.output import as_typed, typed_parameters, without_codes
 from esm_efficient.errors import EsmEfficientError, TrainingInterrupted
 
 _ORDER = ("data", "probe", "finetune", "evaluate", "predict", "embed", "report", "export")
@@ -31,25 +31,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status.
 
     Args:
-        arguments: arguments without the program's name; None for those of the process.
+        arguments: arguments without the program's name; None for those of the process. None at all give the help.
 
     Returns:
         0 if the command succeeded, 1 after an error of the library, 2 if the arguments are invalid, 130 if it was
         stopped. An error is one line on stderr.
     """
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this subclass of its UsageError
-    args = list(sys.argv[1:] if arguments is None else arguments)
+    args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     typed_parameters.set(parameters_of(args))
     try:
         return typer.main.get_command(app).main(args, prog_name="esm-efficient", standalone_mode=False) or 0
     except usage_error as error:
-        status, message = 2, getattr(error, "format_message", error.__str__)()
+        status, message = 2, getattr(error, "format_message", error.__str__)() + _what_comes_last(error)
     except (TrainingInterrupted, typer.Abort, KeyboardInterrupt) as error:
         status, message = INTERRUPTED, str(error) or "stopped"
     except (EsmEfficientError, OSError) as error:
         status, message = 1, str(error)
-    sys.stderr.write(f"error: {' '.join(as_typed(message, typed_parameters.get()).split())}\n")
+    line = " ".join(as_typed(message, typed_parameters.get()).split())
+    sys.stderr.write(f"error: {without_codes(line)}\n")
     return status
+
+
+def _what_comes_last(error: Any) -> str:
+    """Return what to add to the error for a missing argument of several words: the last word was taken for another."""
+    parameter = getattr(error, "param", None)
+    if getattr(parameter, "nargs", 1) != -1:
+        return ""
+    names = [name.metavar for name in error.ctx.command.params if name.param_type_name == "argument"]
+    return f" Expected {' '.join(names)}: the last word is taken as {names[-1]}, so one of the two is missing"
 
 
 def parameters_of(arguments: Sequence[str]) -> list[Any]:

@@ -18,7 +18,6 @@ from esm_efficient.tasks import Pooling
 
 app = typer.Typer(
     rich_markup_mode=None,
-    no_args_is_help=True,
     help="Fine-tune ESM-2 on a table of protein sequences, predict, and see what it costs. "
     "Example: esm-efficient finetune proteins.csv --model 35M",
 )

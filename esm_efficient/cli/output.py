@@ -20,6 +20,7 @@ import typer
 
 from esm_efficient.errors import ConfigurationError, nearest
 from esm_efficient.published import check_name
+from esm_efficient.reporting.tables import one_line
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no text.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show all logs and warnings.")]
@@ -40,6 +41,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"  # torchrun and accelerate launch set it
 
 
+def without_codes(text: str) -> str:
+    """Return a text with its lines as they are, and other control characters as codes that a terminal does not run."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
 def show(result: Any, as_json: bool) -> None:
     """Print a result, on the first rank alone, as text or everything that it knows as one JSON object.
 
@@ -48,7 +54,7 @@ def show(result: Any, as_json: bool) -> None:
     if not is_first_rank():
         return
     if not as_json:
-        typer.echo(as_typed(str(result), typed_parameters.get()))
+        typer.echo(without_codes(as_typed(str(result), typed_parameters.get())))
         return
     record = result if isinstance(result, Mapping) else getattr(result, "to_dict", lambda: dataclasses.asdict(result))()
     typer.echo(json.dumps(_plain(record), indent=2, allow_nan=False))
@@ -92,13 +98,13 @@ def quiet(*, verbose: bool = False) -> Iterator[None]:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"warning: {as_typed(str(message), typed_parameters.get())}\n")
+    sys.stderr.write(f"warning: {without_codes(as_typed(str(message), typed_parameters.get()))}\n")
 
 
 def _as_a_line(record: logging.LogRecord) -> bool:
     """Write a message of this library as the command line says it."""
     record.levelname = record.levelname.lower()
-    record.msg, record.args = as_typed(record.getMessage(), typed_parameters.get()), ()
+    record.msg, record.args = without_codes(as_typed(record.getMessage(), typed_parameters.get())), ()
     return True
 
 

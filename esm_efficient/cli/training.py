@@ -237,7 +237,7 @@ def _data_options(data: str, options: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def evaluate(
     model: TrainedArgument,
-    data: Annotated[str, typer.Argument(help="A file of sequences and labels.", metavar="DATA")],
+    data: Annotated[str, typer.Argument(help='A file of sequences and labels; "demo", "deeploc".', metavar="DATA")],
     keep: KeepOption = None,
     overlap: OverlapOption = None,
     token_budget: BudgetOption = 8192,
@@ -251,20 +251,21 @@ def evaluate(
     report: PageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a trained model on all sequences of another table.
+    """Measure a trained model on all sequences of another table, or on the test split of demo or deeploc.
 
     Example: esm-efficient evaluate output/adapter other.csv --report evaluation.html
     """
-    existing_file(data, ())
+    existing_file(data)
     check_overlap(keep, overlap)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
     given = data_options(data, **columns, labels=labels, unlabelled=unlabelled, on_error=on_error)
     with quiet():
         from esm_efficient.training.evaluation import evaluate_in_full
-        from esm_efficient.training.given import splits_from
+        from esm_efficient.training.given import NAMED_TABLES, splits_from
         from esm_efficient.training.outcome import evaluation_page
 
-        split = splits_from({"test": data}, split=False, **given)["test"]
+        named = data in NAMED_TABLES
+        split = (splits_from(data, **given) if named else splits_from({"test": data}, split=False, **given))["test"]
         reading = reading_of(keep, overlap)
         result = evaluate_in_full(model, split, keep=reading, token_budget=token_budget, on_error=on_error)
         if report is not None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
-from esm_efficient.published import BASE_CONFIG
+from esm_efficient.published import BASE_CONFIG, missing_model, models_beside, no_model_in, size_of
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
 from esm_efficient.trunk.split import truncate
@@ -41,7 +41,7 @@ def load_model(
     Raises:
         ConfigurationError: the files are missing, do not fit together, or lack the head or the label names.
     """
-    folder = find_folder(name_or_path, revision, cache_dir)
+    folder = _find_trained(name_or_path, revision, cache_dir)
     if (folder / "adapter_config.json").is_file():
         saved = _read_adapter(folder, cache_dir, task)
         adapted = build_adapted(saved)
@@ -79,8 +79,10 @@ def read_adapter(
     Raises:
         ConfigurationError: it is not an adapter, or as `load_model`.
     """
-    folder = find_folder(name_or_path, revision, cache_dir)
+    folder = _find_trained(name_or_path, revision, cache_dir)
     if not (folder / "adapter_config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(no_model_in(folder))
         raise ConfigurationError(
             f"{folder} has no adapter_config.json: expected the folder of an adapter, because the members of an "
             "ensemble share one base model"
@@ -226,6 +228,17 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigurationError(f"{folder} has no tokenizer that can be loaded: {str(error)[:500]}") from error
 
 
+def _find_trained(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None) -> Path:
+    """As `find_folder`; the name of a published model is refused, because it has no trained head."""
+    name = str(name_or_path)
+    if (name == "demo" or size_of(name)) and not Path(name).is_dir():
+        raise ConfigurationError(
+            f"{name} is a pretrained model without a trained head, and its predictions would be random: give the "
+            "folder that finetune wrote, such as output/adapter or output/model"
+        )
+    return find_folder(name_or_path, revision, cache_dir)
+
+
 def find_folder(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None) -> Path:
     """Return the folder of a model; a model on the Hub is downloaded unless it is in the cache.
 
@@ -239,22 +252,22 @@ def find_folder(name_or_path: str | Path, revision: str | None, cache_dir: str |
     if folder.is_dir():
         return folder
     if isinstance(name_or_path, Path):
-        raise ConfigurationError(f"there is no folder {folder}")
+        raise ConfigurationError(f"there is no folder {folder}{models_beside(folder)}")
+    missing = f"there is no folder {folder}{models_beside(folder)}"
     model = repr(name_or_path) if revision is None else f"{name_or_path!r} (revision {revision!r})"
     try:
         return Path(
             snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=list(_HUB_FILES))
         )
     except HFValidationError as error:
-        raise ConfigurationError(f"there is no folder {folder}, and a Hub name has the form owner/name") from error
+        raise ConfigurationError(missing_model(str(folder), "")) from error
     except LocalEntryNotFoundError as error:
-        raise ConfigurationError(
-            f"there is no folder {folder}, the cache {cache_dir or constants.HF_HUB_CACHE} has no complete copy of the "
-            f"model {model}, and the Hub is not reachable or HF_HUB_OFFLINE is set. Check the name, or download the "
-            "model while online"
-        ) from error
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
+        copy_of = "complete copy" if revision is None else f"complete copy of revision {revision!r}"
+        where = f"{cache_dir or constants.HF_HUB_CACHE} has no {copy_of}, and {offline}"
+        raise ConfigurationError(missing_model(name_or_path, where, revision=revision)) from error
     except HfHubHTTPError as error:
         raise ConfigurationError(
-            f"there is no folder {folder}, and the Hub does not give the model {model}: {error}. Check the name and "
-            "the revision; for a private model, log in with `hf auth login`"
+            f"{missing}, and the Hub does not give the model {model}: {error}. "
+            "Check the name and the revision; for a private model, log in with `hf auth login`"
         ) from error

@@ -30,6 +30,7 @@ from esm_efficient.published import hub_name
 from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.tasks import SPECIAL_TOKENS, Pooling, task_of
 from esm_efficient.training.finetune import finetune
+from esm_efficient.training.start import available
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class _EsmEstimator(BaseEstimator):
         with tempfile.TemporaryDirectory() as folder, _without_bars(), _kept_random_states():
             # Tokenised here, so that no warning counts or names the rows that are evaluated too.
             splits = DatasetDict(train=Dataset.from_dict(columns, features=features))
-            tokenizer = AutoTokenizer.from_pretrained(hub_name(str(self.model)))
+            with available(name := hub_name(str(self.model))):
+                tokenizer = AutoTokenizer.from_pretrained(name)
             splits, _ = tokenize_dataset(splits, tokenizer, max_tokens=self.max_tokens)
             splits["validation"] = splits["train"].select(range(min(len(sequences), _EVALUATED)))
             result = finetune(

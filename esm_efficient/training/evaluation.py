@@ -208,7 +208,7 @@ def _matched_names(given: Task, expected: Task) -> dict[str, int]:
     if unknown := [repr(name) for name in given.names if name not in index]:
         raise DataError(
             f"the model does not have the label(s) {listing(unknown)}; it has {listing([repr(n) for n in index], 20)}. "
-            "Rename the labels of the data set, or load the model with the task of its own labels"
+            f"Write into the table, in place of {listing(unknown)}, the label of the model that means the same"
         )
     return {name: index[name] for name in given.names}
 

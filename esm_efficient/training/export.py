@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NOT_EXPORTED = ("model_dir", "result_path", "history")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
+"""Files of a Trainer or of torch that are unpickled when they are loaded."""
+
 _RUN_FILES = (RESULT, "run.yaml", "checkpoint-*")
 _READS = {
     "first": "the first token",
@@ -104,7 +107,8 @@ def export_model(
         The folder.
 
     Raises:
-        ConfigurationError: `folder` is a file, is the folder of a run, or has another adapter in it, the tokenizer or
+        ConfigurationError: `folder` is a file, is the folder of a run or of its model, or has another adapter or a
+            pickled file in it, the tokenizer or
             the name of the base model is missing, the model has no classification head, or its adapters cannot be
             merged; or the packages for ONNX are not installed, or onnxruntime does not compute the logits of the model.
 
@@ -162,6 +166,10 @@ def _check_folder(folder: Path) -> None:
         raise ConfigurationError(
             f"{folder} is the folder of a run ({listing(files)}): its training states and test sequences would be "
             "published with the model. Give another folder"
+        )
+    if files := sorted(path.name for name in _PICKLED for path in folder.glob(name)):
+        raise ConfigurationError(
+            f"{folder} has pickled files ({listing(files)}), which would be published with it: give another folder"
         )
 
 

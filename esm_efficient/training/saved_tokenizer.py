@@ -2,19 +2,21 @@
 
 `EsmTokenizer` folds a run of characters that it does not know, such as small letters, into one ``<unk>``, so that
 ``mktv`` becomes one token without a word. The library reads a sequence as `esm_efficient.data.sequences.clean` says:
-small letters are residues, white space and the gaps of an alignment are dropped, and each unknown character is one
-``<unk>``. A tokenizer of the package ``tokenizers`` with these rules is saved with a model.
+small letters are residues, white space and the gaps of an alignment are dropped, stops are dropped at the end, and each
+unknown character is one ``<unk>``. A tokenizer of the package ``tokenizers`` with these rules is saved with a model.
 """
 
 from __future__ import annotations
 
+import re
 import string
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import EsmTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from esm_efficient.data.sequences import GAPS, STOP
+from esm_efficient.data.sequences import GAPS, SPECIAL_TOKENS, STOP
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -45,18 +47,23 @@ def residue_tokenizer(tokenizer: EsmTokenizer) -> PreTrainedTokenizerFast:
         >>> tokenizer("mk-tv *")["input_ids"] == tokenizer("MKTV")["input_ids"]
         True
     """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     vocabulary = tokenizer.get_vocab()
     cls, eos, unknown = (str(token) for token in (tokenizer.cls_token, tokenizer.eos_token, tokenizer.unk_token))
     built: Any = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    dropped = "[\\s" + "".join(f"\\{gap}" for gap in GAPS) + "]+"
+    # What Python calls white space is more than what \\s matches here.
+    dropped = GAPS + "".join(character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace())
     built.normalizer = normalizers.Sequence(
         [
-            normalizers.Replace(Regex(dropped), ""),
+            normalizers.Replace(Regex(f"[{re.escape(dropped)}]+"), ""),
             normalizers.Replace(Regex(f"[{STOP}]+$"), ""),
             *(normalizers.Replace(letter, letter.upper()) for letter in string.ascii_lowercase),
         ]
+    )
+    # Looked for in the normalised text, a token is found in capitals too, and a stop before it is not at the end.
+    built.add_special_tokens(
+        [AddedToken(token, special=True, normalized=True) for token in SPECIAL_TOKENS if token in vocabulary]
     )
     built.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     built.post_processor = processors.TemplateProcessing(

@@ -17,7 +17,7 @@ from sequence_files import frame
 from sequence_texts import sequences
 from transformers import TrainerState, pipeline
 
-from esm_efficient import Predictor, demo_model_path
+from esm_efficient import Predictor, demo_model_path, load_deeploc, write_demo_table
 from esm_efficient.cli import main
 from esm_efficient.errors import DataError, TrainingInterrupted
 
@@ -94,6 +94,17 @@ def test_the_demo_names_a_model_and_proteins(run, capsys):
     assert pd.read_csv(run / "demo.csv")["accession"].str.startswith("SYNTH").all()
     assert main(["targets", "demo", "--preset", "qkv"]) == 0
     assert "attention.self.query" in capsys.readouterr().out
+
+
+def test_a_model_is_evaluated_on_the_test_split_of_the_demo(run, capsys, monkeypatch):
+    from esm_efficient.training import evaluation
+
+    assert main(["evaluate", str(run / "out" / "model"), "demo"]) == 1
+    assert "Write into the table, in place of 'non-membrane', the label of the model that" in capsys.readouterr().err
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate_in_full", lambda model, split, **options: seen.append(split))
+    assert main(["evaluate", str(run / "out" / "model"), "demo"]) == 0
+    assert seen[0]["sequence"] == load_deeploc(write_demo_table(run / "demo.csv"))["test"]["sequence"]
 
 
 def test_the_start_says_what_is_read_split_trained_and_needed(run, capsys):

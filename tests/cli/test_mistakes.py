@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -15,7 +17,7 @@ USAGE = {
     "finetune": "Missing argument 'DATA'",
     "finetune no.csv": "no file at no.csv",
     "finetune .": ". is a folder: expected a file of sequences",
-    "evaluate demo demo": "no file at demo",
+    "evaluate m .": ". is a folder: expected a file of sequences",
     "predict demo deeploc": "no file at deeploc",
     "data -": "no file at -",
     "finetune demo extra": "unexpected extra argument",
@@ -52,7 +54,7 @@ USAGE = {
     "finetune demo --config no.yaml": "no.yaml cannot be read as YAML",
     "finetune demo --output FILE": "FILE is a file: expected a folder to write to",
     "finetune demo --output FILE/run": "FILE is a file: expected a folder to write to",
-    "predict m": "Missing argument 'MODEL...'",
+    "predict m": "'MODEL...'. Expected MODEL... FILE: the last word is taken as FILE, so one of the two is missing",
     "predict ./nowhere FILE": "no folder at ./nowhere",
     "predict m no.fasta": "no file at no.fasta",
     "predict m FILE -o p.txt": "expected a file that ends with .csv",
@@ -132,6 +134,9 @@ LIBRARY = {
     "data demo --label binds": "--label: the table 'demo' has its own columns",
     "data FILE": "FILE",
     "predict m FILE": "there is no folder m",
+    "predict 8M FILE": "8M is a pretrained model without a trained head, and its predictions would be random: give the",
+    "evaluate demo demo": "demo is a pretrained model without a trained head",
+    "predict demo m FILE": "demo is a pretrained model without a trained head",
 }
 """Mistakes that the library finds."""
 
@@ -152,6 +157,42 @@ def test_a_mistake_is_answered_in_one_line(folder, command, message, capsys):
     assert captured.err.count("\n") == 1
     assert message in captured.err.replace(str(folder), ".").replace("./FILE", "FILE")
     assert sorted(path.name for path in folder.iterdir()) == ["FILE"]
+
+
+def test_the_models_beside_a_folder_that_is_not_there_are_named(folder, capsys):
+    (folder / "first" / "adapter").mkdir(parents=True)
+    (folder / "first" / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "first" / "logs").mkdir()
+    for command in ("predict first/adaptor FILE", "predict ./first/adaptor FILE", "embed first/adaptor FILE"):
+        assert main(command.split()) in (1, 2)
+        assert "first/adaptor (first has adapter)" in capsys.readouterr().err.replace("./first", "first")
+    for command in ("predict first first FILE", "predict first FILE"):
+        assert main(command.split()) == 1
+        assert "first is the folder of a run: give first/adapter" in capsys.readouterr().err
+
+
+def test_nothing_typed_is_answered_by_the_help_alone(capsys):
+    assert main([]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("Usage: esm-efficient") == 1
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_no_code_of_a_file_reaches_the_terminal(log, capsys):
+    from esm_efficient.cli.output import quiet, show
+
+    name = "\x1b[31mred\x1b]0;title\x07\u202e\nnext"
+    with quiet():
+        if log:
+            logging.getLogger("esm_efficient.data").warning("column %s", name)
+        else:
+            warnings.warn_explicit(f"column {name}", UserWarning, "x.py", 1, module="esm_efficient.data")
+    assert capsys.readouterr().err == "warning: column \\x1b[31mred\\x1b]0;title\\x07\\u202e\nnext\n"
+    show(f"column {name}", as_json=False)
+    assert capsys.readouterr().out == "column \\x1b[31mred\\x1b]0;title\\x07\\u202e\nnext\n"
+    assert main(["data", name]) == 2
+    assert capsys.readouterr().err == "error: Invalid value: no file at \\x1b[31mred\\x1b]0;title\\x07\\u202e next\n"
 
 
 def test_mistakes_in_arguments_are_seen_without_torch(folder):

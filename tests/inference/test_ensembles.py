@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -231,6 +232,12 @@ def test_an_ensemble_is_evaluated_and_computed_again_when_a_member_changes(folde
     features = Features({"sequence": Value("string"), "label": {name: Value("float32") for name in NAMES}})
     data = Dataset.from_dict(rows, features=features)
     assert evaluate(Predictor.load(folders["multi_label_classification"]), data)
+
+
+def test_the_folder_of_a_run_is_not_a_member(folders, tmp_path):
+    shutil.copytree(folders["regression"][0], tmp_path / "run" / "adapter")
+    with pytest.raises(ConfigurationError, match=r"run is the folder of a run: give .*adapter"):
+        Predictor.load([tmp_path / "run", folders["regression"][1]])
 
 
 def test_members_leave_the_active_adapter_and_what_trains_as_they_were(folders):

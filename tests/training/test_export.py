@@ -137,6 +137,15 @@ def test_nothing_is_exported_into_the_folder_of_a_run(tokenizer, tmp_path, name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt"])
+def test_nothing_is_exported_beside_a_pickled_file(tokenizer, tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    with pytest.raises(ConfigurationError, match=rf"has pickled files \({name}\).*give another folder"):
+        export_model(model, tmp_path, base_model="someone/demo", tokenizer=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_adapter_and_merged_weights_do_not_share_a_folder(run, tmp_path, tokenizer):
     result, folder = run
     if (folder / "adapter").exists():

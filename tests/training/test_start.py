@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import each_value, make_model
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from transformers import EsmForSequenceClassification, EsmModel
+from transformers import AutoConfig, AutoTokenizer, EsmForSequenceClassification, EsmModel
 
-from esm_efficient import RECIPES, finetune, load_deeploc, prepare_model, recipe_adapters, sweep_layers
+from esm_efficient import RECIPES, EsmClassifier, finetune, load_deeploc, prepare_model, recipe_adapters, sweep_layers
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import Task
@@ -106,6 +107,34 @@ def test_loading_needs_no_more_memory_than_the_model_as_it_is_held(tmp_path):
     held = sum(parameter.untyped_storage().nbytes() for parameter in loaded.parameters())
     assert held < 0.52 * in_float32
     assert max(seen) < held + 0.1 * in_float32
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "8M",
+            r"^facebook/esm2_t6_8M_UR50D is not in the cache \(REASON.*\)\. While online, run `hf download "
+            r'facebook/esm2_t6_8M_UR50D --local-dir esm2_8M`, then give model="esm2_8M"$',
+        ),
+        ("someone/absent", r"someone/absent is not in the cache \(REASON"),
+        ("35X", r"there is no folder 35X, and it is neither the size of an ESM-2 model \(8M, 35M, 150M"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named_with_what_to_do(tmp_path, monkeypatch, name, message, offline):
+    def fail(name, **options):
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    for tool in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(tool, "from_pretrained", fail)
+    message = message.replace("REASON", "HF_HUB_OFFLINE is set" if offline else "the Hub is not reachable")
+    with pytest.raises(ConfigurationError, match=message):
+        starting_model(name, None, TASK, RECIPES["lora"])
+    with pytest.raises(ConfigurationError, match=message):
+        EsmClassifier(name).fit(["MKT", "MAL"] * 4, [0, 1] * 4)
 
 
 def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
