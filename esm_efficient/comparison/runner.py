@@ -103,12 +103,7 @@ def compare(
 
         dataset = splits_from(dataset, **finetune_options.pop("data_options", {}))
         best = BEST[task_of(dataset["train"].features).kind][0]
-        limit = finetune_options.get("max_tokens", 1024)
-        train, validation = (
-            [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset[name]["sequence"]] if name in dataset else []
-            for name in ("train", "validation")
-        )
-        lengths = DataLengths(train, len(train), tuple(validation))
+        lengths = _lengths_of(dataset, finetune_options.get("max_tokens", 1024))
     estimates = {
         recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **(estimate_options or {}))
         for recipe in chosen
@@ -143,6 +138,15 @@ def compare(
             f"{'s' if len(seeds) > 1 else ''}; peaks of tensors, highest over the seeds; times and rates are means."
         )
     return Comparison(resolve_config(model)[0], tuple(figures), metric or best, tuple(seeds), estimates, note)
+
+
+def _lengths_of(dataset: Any, limit: int) -> DataLengths:
+    """Return the tokens of the training and the validation sequences, `limit` per sequence at most."""
+    train, validation = (
+        [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset[name]["sequence"]] if name in dataset else []
+        for name in ("train", "validation")
+    )
+    return DataLengths(train, len(train), tuple(validation))
 
 
 def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:

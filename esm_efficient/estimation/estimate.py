@@ -292,8 +292,7 @@ def estimate(
     if recipe.quantization is None and (held := quantization_of(config)):
         recipe = recipe.replace(quantization=held)
     device = get_device(device)
-    if precision == "auto":
-        precision = device.precision
+    precision = device.precision if precision == "auto" else precision
     if padding is None:
         is_lean = recipe.encoder == "lean" and attention == "sdpa" and config.model_type == "esm"
         padding = "padding-free" if is_lean else "padded"
