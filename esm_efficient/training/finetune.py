@@ -172,8 +172,7 @@ def finetune(
         "focal_gamma": focal_gamma,
         "token_budget": token_budget,
     }
-    if resume_from_checkpoint is True and (job.output_dir / RESULT).is_file():
-        refuse_finished(job.output_dir, job.args)
+    _check_resuming(job, resume_from_checkpoint)
     job.check(attention=attention, adapter_options=adapter_options or {}, **trainer_options)
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
@@ -202,8 +201,7 @@ def finetune(
         adapters = recipe_adapters(chosen, loaded, **(adapter_options or {}))
         read = splits["train"], collator if states is None else states.collator
         prepared = _prepare(loaded, task, chosen, args, adapters, read, attention=attention, fused=fused)
-    usual = RECIPES.get(chosen.name)
-    audit = AuditCallback(usual_rate=None if usual is None else usual.learning_rate)
+    audit = AuditCallback(usual_rate=RECIPES.get(chosen.name, chosen).learning_rate)
     profiler = ProfilerCallback() if profile else None
     all_callbacks = [audit, *([] if profiler is None else [profiler]), *callbacks]
     trainer = _make_trainer(job, prepared, splits, read[1], tokenizer, all_callbacks, **trainer_options)
@@ -261,6 +259,12 @@ def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the collator of tokens and labels."""
     kind = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
     return kind(tokenizer)
+
+
+def _check_resuming(job: Job, resume: Any) -> None:
+    """Refuse to resume a run that is finished: it has its result, and the checkpoint of its last step."""
+    if resume is True and (job.output_dir / RESULT).is_file():
+        refuse_finished(job.output_dir, job.args)
 
 
 def _check_splits(splits: Mapping[str, Any], collator: Any, model: Any, task: Task) -> None:
