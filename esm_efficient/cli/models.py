@@ -36,6 +36,7 @@ from esm_efficient.cli.output import (
     writable_folder,
 )
 from esm_efficient.cli.run_files import save_page
+from esm_efficient.recipes import RECIPES
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
 
@@ -97,6 +98,10 @@ def probe(
     show(result, as_json)
     if not as_json:
         training = ["--recipe", "top", "--epochs", "3"]
+        if result.beats_chance:  # there is an advice, which the line follows
+            training += ["--keep-layers", str(result.layer)] if result.layer < result.layers else []
+            is_pooled = result.reading in ("first", "mean") and result.reading != RECIPES["top"].pooling
+            training += ["--pooling", result.reading] if is_pooled else []
         show(f"\nNext, train: {shlex.join(['esm-efficient', 'finetune', *words, *training])}", as_json)
 
 

@@ -128,10 +128,14 @@ def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str
 
     environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     numbers = itertools.count(1)
+
+    def draw(plot: Plot) -> Markup:
+        return Markup(plot.drawn(f"plot{next(numbers)}-"))
+
     environment.filters |= {
         "plain": _plain,
         "line": one_line,
-        "drawing": lambda plot: Markup(Plot.drawn(plot, f"plot{next(numbers)}-")),
+        "drawing": draw,
     }
     template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(title=title, sections=sections, note=note)

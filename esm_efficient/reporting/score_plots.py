@@ -103,7 +103,7 @@ def ranking_plot(classes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     drawn = [(name, true, score) for name, (true, score) in classes.items() if 0 < true.sum() < len(true)]
     drawn = drawn[:MOST_CURVES]
     widths = [TextPath((0, 0), _short(name, 32), size=9).get_extents().width / 72 for name, *_ in drawn]
-    columns = int(np.clip(9 / (0.65 + max(widths, default=0)), 1, 4))  # inches: the figure, a line with its gaps
+    columns = int(np.clip(9 / (0.8 + max(widths, default=0)), 1, 4))  # inches: the figure, a line with its gaps
     figure, [[left, right]] = new_figure(9, 4.0 + 0.2 * -(-len(drawn) // columns), 1, 2)
     for index, (name, true, score) in enumerate(drawn):
         colour, style = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else ":"

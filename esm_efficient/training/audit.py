@@ -73,6 +73,7 @@ class AuditCallback(TrainerCallback):
     Args:
         patience: number of counted optimizer steps after which a parameter must have moved.
         strict: whether every trainable parameter must move.
+        usual_rate: a learning rate that suits the method; a much higher one is named as a cause.
 
     Raises:
         AuditError: from within training; its attributes contain all names.
@@ -82,9 +83,10 @@ class AuditCallback(TrainerCallback):
         AuditReport(moved=(), pending=(), exempt=())
     """
 
-    def __init__(self, patience: int = 3, *, strict: bool = False) -> None:
+    def __init__(self, patience: int = 3, *, strict: bool = False, usual_rate: float | None = None) -> None:
         self.patience = patience
         self.strict = strict
+        self.usual_rate = usual_rate
         self._reset()
 
     def _reset(self) -> None:
@@ -97,6 +99,7 @@ class AuditCallback(TrainerCallback):
         self._moved: list[str] = []
         self._exempt: list[str] = []
         self._first_step = True
+        self._rate = 0.0
         self._is_sharded = False
 
     @property
@@ -109,6 +112,7 @@ class AuditCallback(TrainerCallback):
     ) -> None:
         """List the trainable parameters."""
         self._reset()
+        self._rate = args.learning_rate
         model = kwargs["model"]
         self._is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
         if reason := _reason_without_gradients(args, self._is_sharded):
@@ -249,7 +253,7 @@ class AuditCallback(TrainerCallback):
             "is not in the optimizer": "Create the optimizer after the model is prepared.",
             "had a gradient and did not move": f"The weights are {', '.join(sorted(dtypes))}: keep trainable "
             "parameters in float32, as prepare_model() does, and check the learning rate.",
-            "had a gradient of zero at every step": "The loss does not depend on it.",
+            "had a gradient of zero at every step": f"The loss does not depend on it{self._high_rate()}.",
         }[problem]
         message = (
             f"{len(chosen)} of {len(self._pending) + len(self._moved)} trainable parameters: each {problem} "
@@ -262,6 +266,15 @@ class AuditCallback(TrainerCallback):
         for name in names:
             del self._pending[name]
             self._exempt.append(name)
+
+    def _high_rate(self) -> str:
+        """Return that the learning rate may be the cause, if it is at least ten times the usual one."""
+        if self.usual_rate is None or self._rate < 10 * self.usual_rate:
+            return ""
+        return (
+            f", or the learning rate is too high: this run has {self._rate:g}, the recipe {self.usual_rate:g}. Give "
+            f"learning_rate={self.usual_rate:g}"
+        )
 
     def _must_train(self, name: str, still: list[str], problem: str) -> bool:
         """Return whether a run is wrong in which a parameter does not train, among others that do not."""

@@ -94,9 +94,7 @@ class Evaluation:
         if not missing:
             return ""
         if not self.intervals:
-            return (
-                f"No metric has an interval: expected 2 examples or more, at most {MOST_SCORES:,} scores and a metric."
-            )
+            return f"No metric has an interval: it needs two examples or more, and at most {MOST_SCORES:,} scores."
         return f"No interval: {listing(missing)}, undefined in some of the draws of examples, or of this test set."
 
     def header(self, first: str = "metric") -> tuple[str, ...]:
@@ -191,7 +189,7 @@ def verdict(evaluation: Evaluation) -> str:
             return ""
         found, other = (" and ".join(f"{m[name]:.3f}" for name in names) for m in (evaluation.metrics, constant))
         return (
-            f"The model is not better than always predicting the more frequent value of each label: its subset accuracy "
+            "The model is not better than always predicting the more frequent value of each label: its subset accuracy "
             f"and its Jaccard index are {found}, and that prediction has {other}. With rare labels, compare MCC and "
             f"AUROC. {advice}"
         )

@@ -24,7 +24,7 @@ from esm_efficient.costs.memory import peak_memory
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.encoder import apply_lean_encoder_if_supported
 from esm_efficient.profiling.callback import ProfilerCallback
-from esm_efficient.recipes import Precision, Recipe, get_recipe
+from esm_efficient.recipes import RECIPES, Precision, Recipe, get_recipe
 from esm_efficient.tasks import Task
 from esm_efficient.training.arguments import (
     half_dtype,
@@ -40,7 +40,9 @@ from esm_efficient.training.job import Job, begin_job
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.training.options import resolve_options
 from esm_efficient.training.progress import show_progress
+from esm_efficient.training.records import RESULT
 from esm_efficient.training.result import FinetuneResult
+from esm_efficient.training.resuming import refuse_finished
 from esm_efficient.training.run_plan import RunPlan
 from esm_efficient.training.standardizing import standardized, start_scale
 from esm_efficient.training.start import starting_model
@@ -142,7 +144,7 @@ def finetune(
 
     Raises:
         DataError: a split is missing, or the labels' feature is not that of a task.
-        ConfigurationError: the options contradict each other or the model.
+        ConfigurationError: the options contradict each other or the model, or the run to resume is finished.
         TargetModuleError: the adapters do not fit the model.
         AuditError: a trainable parameter did not move.
         CheckpointError: a file could not be written, or no checkpoint is whole.
@@ -170,6 +172,7 @@ def finetune(
         "focal_gamma": focal_gamma,
         "token_budget": token_budget,
     }
+    _check_resuming(job, resume_from_checkpoint)
     job.check(attention=attention, adapter_options=adapter_options or {}, **trainer_options)
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
@@ -198,7 +201,8 @@ def finetune(
         adapters = recipe_adapters(chosen, loaded, **(adapter_options or {}))
         read = splits["train"], collator if states is None else states.collator
         prepared = _prepare(loaded, task, chosen, args, adapters, read, attention=attention, fused=fused)
-    audit, profiler = AuditCallback(), ProfilerCallback() if profile else None
+    audit = AuditCallback(usual_rate=RECIPES.get(chosen.name, chosen).learning_rate)
+    profiler = ProfilerCallback() if profile else None
     all_callbacks = [audit, *([] if profiler is None else [profiler]), *callbacks]
     trainer = _make_trainer(job, prepared, splits, read[1], tokenizer, all_callbacks, **trainer_options)
     show_progress(trainer)
@@ -255,6 +259,12 @@ def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the collator of tokens and labels."""
     kind = DataCollatorForTokenClassification if task.head == "token-classification" else DataCollatorWithPadding
     return kind(tokenizer)
+
+
+def _check_resuming(job: Job, resume: Any) -> None:
+    """Refuse to resume a run that is finished: it has its result, and the checkpoint of its last step."""
+    if resume is True and (job.output_dir / RESULT).is_file():
+        refuse_finished(job.output_dir, job.args)
 
 
 def _check_splits(splits: Mapping[str, Any], collator: Any, model: Any, task: Task) -> None:

@@ -25,7 +25,7 @@ from esm_efficient.training.checkpoints import (
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import nn
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,32 @@ def start_run(trainer: Trainer, resume_from_checkpoint: str | Path | bool | None
     return decision[0]
 
 
+def refuse_finished(folder: Path, args: TrainingArguments) -> None:
+    """Refuse to resume a run whose newest checkpoint is that of its last step.
+
+    Args:
+        folder: the folder of the checkpoints of a run that has written its result.
+        args: the options of training.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    newest = next(iter(numbered_checkpoints(folder)), None)
+    if newest is None or find_faults(newest, needs_optimizer=False):
+        return  # `start_run` says so, or finds another checkpoint
+    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+    done, planned = state["global_step"], state["max_steps"]
+    if args.max_steps > 0:
+        planned = max(args.max_steps, planned)
+    elif args.num_train_epochs > state["num_train_epochs"]:
+        return
+    if done >= planned:
+        raise ConfigurationError(
+            f"the run in {folder} is finished ({done:,} of {planned:,} steps): nothing to resume. Train without "
+            "resume_from_checkpoint=True to repeat it, or with more epochs to go on"
+        )
+
+
 def describe_run(trainer: Any) -> dict[str, Any]:
     """Return what a run's result depends on, ready for JSON: options, labels, sequences, weights.
 
@@ -113,7 +139,7 @@ def _choose(trainer: Any, resume: str | Path | bool | None) -> Path | None:
         if not candidates:
             raise CheckpointError(
                 f"No valid checkpoint found in output directory ({trainer.args.output_dir}): it has no folder "
-                "checkpoint-<step>. Start without resume_from_checkpoint"
+                "checkpoint-<step>. Start without resume_from_checkpoint=True"
             )
     else:
         given = Path(resume)
@@ -132,7 +158,7 @@ def _choose(trainer: Any, resume: str | Path | bool | None) -> Path | None:
             return path
         faults.append(f"{path} is incomplete or damaged ({listing(found)})")
     raise CheckpointError(
-        f"{'; '.join(faults)}. No whole checkpoint is left to resume from: start without resume_from_checkpoint"
+        f"{'; '.join(faults)}. No whole checkpoint is left to resume from: start without resume_from_checkpoint=True"
     )
 
 
@@ -140,20 +166,25 @@ def _compare_runs(now: dict[str, Any], then: dict[str, Any], path: Path) -> None
     """Raise if a checkpoint is of another run; warn if the run's length or batch changes."""
     common = [name for name in now if name in then and now[name] != then[name]]
     lengths = [name for name in common if name in ("max_steps", "num_train_epochs")]
+    # What differs first, and what follows from it last: balanced weights differ with the labels.
+    common.sort(key=lambda name: (name == "class_weights", not _is_hash(now[name])))
     changes = [_describe_change(name, then[name], now[name]) for name in common]
     shorter = [name for name in lengths if 0 < now[name] < then[name]]
     if shorter or set(common) - {"batch_size", *lengths}:
         raise ConfigurationError(
             f"{path} belongs to another run: {'; '.join(changes)}. Give the same data and options to resume that run, "
-            "or another output_dir and no resume_from_checkpoint to start a new one"
+            "or, to start a new one, another folder with output_dir= and no resume_from_checkpoint=True"
         )
     if changes:
         logger.warning("%s was written by a run of another length or batch: %s", path, "; ".join(changes))
 
 
 def _describe_change(name: str, then: Any, now: Any) -> str:
-    is_hash = isinstance(now, str) and len(now) == 64
-    return f"{name.replace('_', ' ')} differ" if is_hash else f"{name} was {then} and is {now}"
+    return f"{name.replace('_', ' ')} differ" if _is_hash(now) else f"{name} was {then} and is {now}"
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64
 
 
 def _describe_data(dataset: Any) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,6 +21,7 @@ from esm_efficient.published import refuse_adapter
 from esm_efficient.reporting import count_of, finite_values, format_number, format_table
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task
+from esm_efficient.training.baselines import majority_metrics
 from esm_efficient.training.given import task_of_splits
 from esm_efficient.training.intervals import without_warnings
 from esm_efficient.training.layer_probes import METRICS, Examples, fit_probes, read_examples
@@ -65,6 +67,7 @@ class LayerSweep:
             standard error below the best.
         standard_error: standard error of the best score, by bootstrap over proteins.
         seconds: time to compute the states, and time to fit and score the probes.
+        majority: metrics of the best constant prediction, such as the most frequent class; empty if they are unknown.
     """
 
     task: Task
@@ -77,6 +80,13 @@ class LayerSweep:
     layer: int
     standard_error: float
     seconds: tuple[float, float]
+    majority: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def beats_chance(self) -> bool:
+        """Whether the best score is more than one standard error above that of the best constant prediction."""
+        chance, error = (np.nan_to_num(x) for x in (self.majority.get(self.metric, 0.0), self.standard_error))
+        return bool(self.score(self.best) - error > chance)
 
     def score(self, layer: int, reading: str | None = None, metric: str | None = None) -> float:
         """Return a metric of a layer, by default the one that decides, in the reading of the best score."""
@@ -100,6 +110,7 @@ class LayerSweep:
             {"layer": score.layer, "reading": score.reading} | finite_values(score.metrics) for score in self.scores
         ]
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields |= {"majority": finite_values(self.majority), "beats_chance": self.beats_chance}
         lists = {"examples": list(self.examples), "seconds": list(self.seconds), "scores": scores}
         return fields | lists | {"task": {"kind": self.task.kind, "names": list(self.task.names)}}
 
@@ -119,7 +130,7 @@ class LayerSweep:
         return layers_plot(
             lines,
             metric=f"{self.metric} of a linear probe on {self.evaluated_on}",
-            chosen=self.layer,
+            chosen=self.layer if self.beats_chance else None,
             band=(best - self.standard_error, best),
         )
 
@@ -129,21 +140,37 @@ class LayerSweep:
         rows = []
         for layer in range(self.layers + 1):
             note = {0: "embeddings", self.layers: "after the last norm"}.get(layer, "")
-            marks = (*([note] if note else []), *(["recommended"] if layer == self.layer else []))
+            marks = (*([note] if note else []), *(["recommended"] if layer == self.layer and self.beats_chance else []))
             numbers = [self.score(layer, reading, metric) for reading in self.readings for metric in shown]
             rows.append([layer, *(format_number(number, "{:.3f}") for number in numbers), ", ".join(marks)])
+        if self.majority:
+            constant = [self.majority.get(metric, math.nan) for _ in self.readings for metric in shown]
+            rows.append(["-", *(format_number(number, "{:.3f}") for number in constant), "best constant"])
+        unit = "residues" if self.task.kind == "token_classification" else "proteins"
+        return (
+            f"Linear probes on the states of each layer, fitted on {self.examples[0]:,} {unit} of train, scored on "
+            f"{self.examples[1]:,} of {self.evaluated_on}; {self.task.describe()}{self._readings_in_words()}\n\n"
+            f"{format_table(rows, header)}\n\n{self.advice(unit)}"
+        )
+
+    def _readings_in_words(self) -> str:
+        words = {"first": "first: a probe on the first token", "mean": "mean: on the mean over residues"}
+        named = [words[reading] for reading in self.readings if reading in words]
+        return f". {'; '.join(named)}" if named else ""
+
+    def advice(self, unit: str) -> str:
+        """Return how many layers to keep, in words; `unit` is what the examples are."""
+        scored = f"Layer {self.best} has the best {self.metric} ({self.score(self.best):.3f}, standard error "
+        scored += f"{self.standard_error:.3f})"
+        if not self.beats_chance:
+            return f"No layer is better than chance on these {self.examples[1]:,} {unit}: no advice. {scored}."
         reason = "within one standard error of it" if self.layer <= self.best else "that can be kept"
         how = (
             f" (--keep-layers {self.layer}, or keep_layers={self.layer} in Python)" if self.layer < self.layers else ""
         )
-        unit = "residues" if self.task.kind == "token_classification" else "proteins"
         return (
-            f"Linear probes on the states of each layer, fitted on {self.examples[0]:,} {unit} of train, scored on "
-            f"{self.examples[1]:,} of {self.evaluated_on}; {self.task.describe()}\n\n"
-            f"{format_table(rows, header)}\n\n"
             f"Recommended: keep {count_of(self.layer, 'layer')} of {self.layers}{how}, and a head that reads the "
-            f"{_NAMES[self.reading]}. Layer {self.best} has the best {self.metric} ({self.score(self.best):.3f}, "
-            f"standard error {self.standard_error:.3f}); layer {self.layer} is the lowest, from 1, {reason}. A probe "
+            f"{_NAMES[self.reading]}. {scored}; layer {self.layer} is the lowest, from 1, {reason}. A probe "
             "is not a promise: fine-tuning may rank layers in another order."
         )
 
@@ -251,6 +278,7 @@ def sweep_layers(
         best=best.layer,
         layer=min(layer for layer in candidates if layer == max(1, best.layer) or by_layer[layer] >= least),
         standard_error=error,
+        majority=next(iter(majority_metrics(task, other.labels).values()), {}),
         seconds=(embedded - started, time.perf_counter() - embedded),
     )
 

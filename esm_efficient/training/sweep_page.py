@@ -27,6 +27,9 @@ def sweep_page(sweep: LayerSweep, what: str, *, command: str) -> str:
         (score.layer, score.reading, *(format_number(score.metrics[name], "{:.3f}") for name in shown))
         for score in sorted(sweep.scores, key=lambda score: (score.reading, score.layer))
     ]
+    if sweep.majority:
+        constant = (format_number(sweep.majority.get(name), "{:.3f}") for name in shown)
+        rows.append(("-", "best constant prediction", *constant))
     plot: str | Plot = draw(sweep.to_svg, caption=f"{sweep.metric} of the probes by layer.")
     parts: list[Part] = [last, plot, Table(("layer", "reading", *shown), rows), "Repeat it:", Command(command)]
     return html_page(f"Probes: {what}", [Section("Scores by layer", parts)], note=first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -231,7 +232,12 @@ def test_the_layers_are_probed(run, capsys):
     assert main([*command, "--report", str(run / "probe.html")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line[:1].isdigit()] == list("01234")
-    assert lines[-1].endswith("--recipe top --epochs 3")
+    [advice] = [line for line in lines if line.startswith(("Recommended: keep", "No layer is better than chance"))]
+    kept = re.search(r"--keep-layers \d", advice)
+    if kept:
+        assert f"--recipe top --epochs 3 {kept[0]}" in lines[-1]
+    else:
+        assert lines[-1].endswith("--recipe top --epochs 3")
     page = (run / "probe.html").read_text()
     assert "Recommended: keep " in page
     assert "<pre>esm-efficient probe " in page

@@ -175,23 +175,44 @@ def test_a_parameter_that_no_loss_uses_is_detected(tmp_path, tiny_model, tiny_da
     assert "each got no gradient (optimizer step 1): orphan" in caplog.text
 
 
+class Muted(EsmForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.muted = nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        output = super().forward(input_ids, attention_mask)
+        output.logits = output.logits + 0.0 * self.muted
+        return output
+
+
 def test_a_gradient_of_zero_at_every_step_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer, caplog):
-    class Muted(EsmForSequenceClassification):
-        def __init__(self, config):
-            super().__init__(config)
-            self.muted = nn.Parameter(torch.ones(1))
-
-        def forward(self, input_ids=None, attention_mask=None, labels=None):
-            output = super().forward(input_ids, attention_mask)
-            output.logits = output.logits + 0.0 * self.muted
-            return output
-
     with pytest.raises(AuditError, match="gradient of zero") as caught:
         run(tiny_model(Muted), tmp_path, tokenizer, tiny_dataset(32), audit=AuditCallback(strict=True))
     assert caught.value.without_gradient == ("muted",)
     report = run(tiny_model(Muted), tmp_path, tokenizer, tiny_dataset(32))
     assert "muted" in report.exempt
     assert "each had a gradient of zero at every step" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rate", "usual", "advice"),
+    [
+        (
+            1e-2,
+            1e-3,
+            "on it, or the learning rate is too high: this run has 0.01, the recipe 0.001. Give",
+        ),
+        (1e-2, 2e-3, "The loss does not depend on it. If"),
+        (1e-2, None, "The loss does not depend on it. If"),
+    ],
+)
+def test_a_much_too_high_learning_rate_is_named_as_a_cause(
+    tmp_path, tiny_model, tiny_dataset, tokenizer, caplog, rate, usual, advice
+):
+    audit = AuditCallback(usual_rate=usual)
+    run(tiny_model(Muted), tmp_path, tokenizer, tiny_dataset(32), learning_rate=rate, audit=audit)
+    assert advice in caplog.text
 
 
 def test_a_parameter_outside_the_optimizer_is_detected(tmp_path, tiny_model, tiny_dataset, tokenizer):
@@ -318,7 +339,7 @@ def test_steps_that_overflow_at_their_loss_scale_do_not_count():
 def test_a_run_that_cannot_be_audited_says_so_in_one_line(kind, optim, message, monkeypatch, caplog):
     monkeypatch.setattr(audit_module, "is_initialized", lambda: True)
     monkeypatch.setattr(audit_module, "AcceleratorState", lambda: SimpleNamespace(distributed_type=kind))
-    args = SimpleNamespace(optim=optim)
+    args = SimpleNamespace(optim=optim, learning_rate=1e-3)
     audit, model = AuditCallback(), nn.Linear(2, 2)
     audit.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
     assert len(caplog.messages) == (message is not None)

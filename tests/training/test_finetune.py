@@ -263,21 +263,23 @@ def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
 
 
 def test_class_weights_are_refused_for_numbers(tmp_path):
-    rows = Dataset.from_dict({"sequence": ["MKTV"] * 8, "label": [0.5] * 8})
+    rows = Dataset.from_dict({"sequence": ["MKTV"] * 8, "label": [0.5, 1.5] * 4})
     data = DatasetDict(train=rows, test=rows)
     with pytest.raises(ConfigurationError, match="regression"):
         finetune(demo_model_path(), data, output_dir=tmp_path, class_weights=[1.0], disable_tqdm=True)
 
 
 def test_a_loaded_model_gets_the_task_of_the_labels_or_is_refused(tmp_path):
-    rows = Dataset.from_dict({"sequence": ["MKTV", "MKAA", "MVVV", "MGGG"] * 4, "label": [[5.0, 6.0, 7.0]] * 16})
+    rows = Dataset.from_dict(
+        {"sequence": ["MKTV", "MKAA", "MVVV", "MGGG"] * 4, "label": [[5.0, 6.0, 7.0], [5.0, 6.0, 8.0]] * 8}
+    )
     rows = rows.cast_column("label", List(Value("float32"), length=3))
     data = DatasetDict(train=rows, test=rows)
     options = {"tokenizer": AutoTokenizer.from_pretrained(demo_model_path()), "recipe": "frozen", "disable_tqdm": True}
     loaded = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=3)
     result = finetune(loaded, data, output_dir=tmp_path, **options)
     assert result.model.config.problem_type == "regression"
-    assert result.train_loss < 1  # the labels are constant: standardised, they are 0
+    assert result.train_loss < 1  # two of the numbers are constant: standardised, they are 0
     assert result.metrics["rmse"] < 1  # from 5, 6 and 7
     loaded.config.problem_type = "multi_label_classification"
     with pytest.raises(ConfigurationError, match="multi_label_classification, but the labels are numbers"):

@@ -9,10 +9,13 @@ import torch
 from conftest import each_value
 from test_checkpoints import damage, tiny_run
 from trainer_runs import arguments, weighted
+from transformers import TrainingArguments
 
 from esm_efficient import CheckpointCallback, CheckpointError, lora_config, prepare_model
+from esm_efficient.cli import parameters_of
+from esm_efficient.cli.output import as_typed
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.training.resuming import describe_run
+from esm_efficient.training.resuming import describe_run, refuse_finished
 
 
 def values(trainer):
@@ -152,6 +155,32 @@ def test_the_same_run_resumes_and_another_length_is_a_warning(
     warned = [record.getMessage() for record in caplog.records if "another length or batch" in record.getMessage()]
     assert (message is None) == (not warned)
     assert message is None or message in warned[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_finished"),
+    [({"max_steps": 6}, True), ({"max_steps": 5}, True), ({"max_steps": 7}, False), ({"num_train_epochs": 9}, False)],
+)
+def test_a_finished_run_has_nothing_to_resume(adapted_run, tmp_path, options, is_finished):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **options)
+    if not is_finished:
+        refuse_finished(adapted_run, args)
+        return
+    with pytest.raises(ConfigurationError, match=r"is finished \(6 of 6 steps\): nothing to resume") as error:
+        refuse_finished(adapted_run, args)
+    typed = as_typed(str(error.value), parameters_of(["finetune"]))
+    assert "Train without --resume to repeat it" in typed
+
+
+def test_the_most_telling_difference_is_named_first(adapted_run, tmp_path, tiny_model, tiny_dataset, tokenizer):
+    data = other_sequence(tiny_dataset(32))
+    options = {"class_weights": [1.0, 2.0]}
+    trainer = adapted(tmp_path, tiny_model, data, tokenizer, options=options, args={"learning_rate": 0.5})
+    first_and_last = "another run: the sequences differ; .*; class_weights was"
+    with pytest.raises(ConfigurationError, match=first_and_last) as e:
+        trainer.train(resume_from_checkpoint=adapted_run / "checkpoint-2")
+    typed = as_typed(str(e.value), parameters_of(["finetune"]))
+    assert typed.endswith("another folder with --output and no --resume")
 
 
 def test_a_description_is_the_same_for_the_same_rows_in_other_blocks(tmp_path, tiny_model, tiny_dataset, tokenizer):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_the_report_says_why_it_does_not_recommend_the_embeddings(result):
 def test_the_report_says_where_it_was_scored_and_what_it_recommends(result):
     text = str(result)
     assert "of validation" in text
-    assert f"keep {count_of(result.layer, 'layer')} of 4 (truncate(model, {result.layer}) in Python)" in text
+    option = f"--keep-layers {result.layer}, or keep_layers={result.layer} in Python"
+    assert f"keep {count_of(result.layer, 'layer')} of 4 ({option})" in text
     assert "A probe is not a promise" in text
     rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == list("01234")
@@ -89,6 +91,22 @@ def test_the_report_says_where_it_was_scored_and_what_it_recommends(result):
     assert "after the last norm" in text
     assert max(map(len, text.split("\n\n")[1].splitlines())) < 110  # the width of an output in the documentation
     assert json.loads(json.dumps(result.to_dict()))["layer"] == result.layer
+
+
+def test_a_best_constant_prediction_is_beside_the_layers_and_no_better_layer_is_no_advice(result):
+    rare = result.majority
+    assert (rare["mcc"], rare["auroc"]) == (0, 0.5)
+    assert 0.5 <= rare["accuracy"] < 1
+    [row] = [line.split() for line in str(result).splitlines() if line.endswith("best constant")]
+    assert row[1:7] == ["0.000", f"{rare['accuracy']:.3f}", "0.500"] * 2
+    best = result.score(result.best)
+    for error, is_better in ((0.99 * best, True), (1.01 * best, False)):
+        unsure = dataclasses.replace(result, standard_error=error)
+        text = str(unsure)
+        assert unsure.beats_chance == is_better
+        assert ("No layer is better than chance on these 37 proteins: no advice." in text) != is_better
+        assert ("Recommended: keep" in text) == (re.search("recommended$", text, re.MULTILINE) is not None) == is_better
+        assert ("recommended" in unsure.to_svg()) == is_better
 
 
 def test_the_plot_marks_the_recommended_layer(result):
