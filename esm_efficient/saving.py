@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -130,6 +131,14 @@ def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> Loaded:
     # An entry is a name, or in older versions a name with both shapes.
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     return Loaded(model, sorted(missing), sorted(mismatched))
+
+
+@contextmanager
+def without_deprecation() -> Iterator[None]:
+    """Keep peft from warning, in a ``with`` block, that it asks transformers 5.23 and later by a deprecated name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager

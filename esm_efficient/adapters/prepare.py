@@ -22,6 +22,7 @@ from esm_efficient.adapters.registry import (
 )
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import select_layers
+from esm_efficient.saving import without_deprecation
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -100,7 +101,7 @@ def prepare_model(
     freeze(model, head_only=head_only, layers="all" if adapters is not None else layers)
     prepared: PreTrainedModel | PeftModel = model
     if adapters is not None:
-        with _weights_as_float32(model, architecture, adapters):
+        with _weights_as_float32(model, architecture, adapters), without_deprecation():
             # Matrices that wait for data have no values until then: nothing trains by mistake without them.
             prepared = get_peft_model(model, adapters, low_cpu_mem_usage=needs_data(adapters))
         for name, parameter in prepared.named_parameters():

@@ -15,7 +15,7 @@ from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
 from esm_efficient.published import BASE_CONFIG, missing_model, models_beside, no_model_in, size_of
-from esm_efficient.saving import load_pretrained
+from esm_efficient.saving import load_pretrained, without_deprecation
 from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
 from esm_efficient.trunk.split import truncate
 
@@ -129,7 +129,8 @@ def build_adapted(saved: SavedAdapter, *, name: str = "default") -> Any:
         raise ConfigurationError(f"the adapter {folder} is for layers that {base} does not have: {listing(unknown)}")
     whole: Any = model
     try:
-        return PeftModel.from_pretrained(whole, str(folder), adapter_name=name, config=adapter)
+        with without_deprecation():
+            return PeftModel.from_pretrained(whole, str(folder), adapter_name=name, config=adapter)
     except LOAD_ERRORS as error:
         raise ConfigurationError(f"the adapter {folder} does not fit its base model {base}: {error}") from error
 

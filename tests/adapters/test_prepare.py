@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -146,3 +147,10 @@ def test_without_adapters_the_chosen_layers_the_last_norm_and_the_head_train(tin
         else:
             expected = number is None or number in trained
         assert parameter.requires_grad is expected, name
+
+
+def test_no_warning_of_a_deprecated_name_reaches_the_user(tiny_model):
+    model = tiny_model(EsmForSequenceClassification)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert isinstance(prepare_model(model, adapters=lora_config(model)), PeftModel)
