@@ -176,6 +176,8 @@ def lora_config(
                 "list of suffixes, or target_modules instead of the preset"
             )
         peft_options["exclude_modules"] = [*given, *report.excluded]
+    if peft_options.get("modules_to_save"):
+        peft_options["modules_to_save"] = list(peft_options["modules_to_save"])  # peft adds to it
     peft_options.setdefault("task_type", peft_task_type(model))
     if peft_options["task_type"] is None and (heads := _heads_unknown_to_peft(model)):
         peft_options.setdefault("modules_to_save", heads)
@@ -298,6 +300,10 @@ def _similar(target: str, paths: Sequence[str]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "no layer of the model has a similar name"
 
 
+_PEFT_HEADS = ("classifier", "score")
+"""What peft itself adds to ``modules_to_save`` of a classifier, whichever of them it has."""
+
+
 def _check_names(model: nn.Module, report: TargetReport, peft_options: Mapping[str, Any]) -> None:
     """Refuse names of peft's options that match nothing, which peft ignores; they are matched as peft matches them."""
     for option in ("rank_pattern", "alpha_pattern"):
@@ -307,7 +313,7 @@ def _check_names(model: nn.Module, report: TargetReport, peft_options: Mapping[s
                 raise TargetModuleError(f"{option}: {key!r} matches no layer that gets an adapter: {advice}")
     modules = [path for path, _ in model.named_modules()]
     for name in peft_options.get("modules_to_save") or ():
-        if not any(path.endswith(name) for path in modules):
+        if name not in _PEFT_HEADS and not any(path.endswith(name) for path in modules):
             raise TargetModuleError(f"modules_to_save: {name!r} matches no module: {_similar(name, modules)}")
 
 

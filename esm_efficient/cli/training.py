@@ -251,7 +251,9 @@ def evaluate(
     report: PageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a trained model on all sequences of another table, or on the test split of demo or deeploc.
+    """Measure a trained model on all sequences of another table.
+
+    Of demo and deeploc, it is the test split.
 
     Example: esm-efficient evaluate output/adapter other.csv --report evaluation.html
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import make_model
 from peft import get_peft_model
 from torch import nn
 from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
@@ -262,3 +263,10 @@ def test_the_layers_of_a_recipe_are_those_of_its_adapters(tiny_model):
     assert recipe_adapters(recipe, model).layers_to_transform == [1]
     assert recipe_adapters(recipe, model, layers=[0]).layers_to_transform == [0]
     assert recipe_adapters("lora", model).layers_to_transform is None
+
+
+def test_the_names_that_peft_adds_may_be_given_and_a_list_stays_as_it_was():
+    model, names = make_model(), ["classifier", "contact_head"]
+    get_peft_model(model, lora_config(model, modules_to_save=names))
+    assert names == ["classifier", "contact_head"]
+    assert lora_config(make_model(), modules_to_save=["classifier", "score"]).modules_to_save == ["classifier", "score"]

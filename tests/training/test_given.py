@@ -105,11 +105,13 @@ def test_options_of_a_named_table_that_no_command_has_give_no_words():
 
 @pytest.mark.parametrize("kind", ["classes", "several labels"])
 def test_a_label_without_a_training_example_is_refused_before_a_model_is_loaded(tmp_path, kind):
-    feature = ClassLabel(names=["a", "b"]) if kind == "classes" else {name: Value("float32") for name in ("a", "b")}
+    names = ["a", "b", "c"]
+    feature = ClassLabel(names=names) if kind == "classes" else {name: Value("float32") for name in names}
     features = Features({"sequence": Value("string"), "label": feature})
-    labels = [0, 1] if kind == "classes" else [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}]
+    ids = [0, 1, 2] if kind == "classes" else [{name: float(name == own) for name in names} for own in names]
     train, test = (
-        Dataset.from_dict({"sequence": ["MKV"] * 3, "label": [label] * 3}, features=features) for label in labels
+        Dataset.from_dict({"sequence": ["MKV"] * 4, "label": [ids[0], *[ids[place]] * 3]}, features=features)
+        for place in (2, 1)
     )
     with pytest.raises(DataError, match=r"no training example has the label b.*class_weights=None"):
         finetune(str(tmp_path / "no model"), DatasetDict(train=train, test=test), output_dir=tmp_path)
