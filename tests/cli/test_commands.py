@@ -15,6 +15,7 @@ from conftest import slow_except
 
 from esm_efficient import RECIPES, compare, estimate, recommend
 from esm_efficient.cli import commands, main, training
+from esm_efficient.cli.run_files import WRITTEN
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_bytes
 
@@ -226,6 +227,12 @@ def test_help_lists_commands_and_options(capsys):
     assert main(["recommend", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--batch-size", "--tokens", "--recipe", "--json"))
+
+
+def test_the_file_of_a_run_has_every_option_that_changes_the_run():
+    options = inspect.signature(training.finetune).parameters.keys()
+    assert options - set(WRITTEN) == {"output", "resume", "config", "as_json", "verbose"}
+    assert set(WRITTEN) <= options
 
 
 def test_the_default_device_is_one_in_python_and_on_the_command_line():

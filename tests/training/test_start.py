@@ -21,6 +21,7 @@ from esm_efficient.training.start import name_of_model, starting_model
 TASK = Task("single_label_classification", ("no", "yes"))
 TOP = Recipe("top", "full", 1e-4, layers="top-1")
 LOWEST = Recipe("lowest", "full", 1e-4, layers=(0,))
+KEPT = Recipe("kept", "full", 1e-4, layers="top-1", keep_layers=4)
 MEAN = RECIPES["lora"].replace(pooling="mean")
 
 
@@ -62,6 +63,8 @@ def load(folder, recipe, half, held, **options):
             (TOP, {}, True),
             (LOWEST, {}, True),
             (MEAN, {}, True),
+            (KEPT, {}, False),  # which layers train is known only after the others are dropped
+            (RECIPES["lora"].replace(keep_layers=4), {}, True),
         ],
         [torch.bfloat16, torch.float16],
     ),
