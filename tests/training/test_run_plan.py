@@ -42,16 +42,16 @@ def test_a_run_on_the_cpu_is_estimated_for_the_cpu_of_a_machine_with_a_gpu(machi
     assert gpu.flops_per_second
 
 
-@pytest.mark.parametrize(("options", "has_cache"), [({}, True), ({"neftune_noise_alpha": 5.0}, False)])
-def test_the_plan_has_a_cache_only_if_the_run_can_have_one(demo_table, tmp_path, options, has_cache):
+def planned(table, folder, **options):
+    """The plan of a run on a table, with options of training."""
     from esm_efficient import RECIPES, load_deeploc
     from esm_efficient.training.job import begin_job
 
     job = begin_job(
         "8M",
-        load_deeploc(demo_table, max_residues=220),
+        load_deeploc(table, max_residues=220),
         RECIPES["frozen"],
-        tmp_path,
+        folder,
         seed=0,
         task=None,
         precision="float32",
@@ -59,27 +59,16 @@ def test_the_plan_has_a_cache_only_if_the_run_can_have_one(demo_table, tmp_path,
         training_options=options,
         early_stopping=None,
     )
-    assert (job.with_plan(max_tokens=200, probe=False).plan.estimate.cache is not None) is has_cache
+    return job.with_plan(max_tokens=200, probe=False).plan
+
+
+@pytest.mark.parametrize(("options", "has_cache"), [({}, True), ({"neftune_noise_alpha": 5.0}, False)])
+def test_the_plan_has_a_cache_only_if_the_run_can_have_one(demo_table, tmp_path, options, has_cache):
+    assert (planned(demo_table, tmp_path, **options).estimate.cache is not None) is has_cache
 
 
 def test_the_plan_of_a_run_names_the_device_of_its_options(machine_with_a_gpu, demo_table, tmp_path):
-    from esm_efficient import RECIPES, load_deeploc
-    from esm_efficient.training.job import begin_job
-
-    data = load_deeploc(demo_table, max_residues=220)
-    job = begin_job(
-        "8M",
-        data,
-        RECIPES["frozen"],
-        tmp_path,
-        seed=0,
-        task=None,
-        precision="float32",
-        data_options={},
-        training_options={"use_cpu": True},
-        early_stopping=None,
-    )
-    plan = job.with_plan(max_tokens=200, probe=False).plan
+    plan = planned(demo_table, tmp_path, use_cpu=True)
     assert plan.estimate.device.name == "cpu"
     assert "of cpu" in str(plan)
 
