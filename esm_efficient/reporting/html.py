@@ -124,13 +124,12 @@ def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str
         (True, True)
     """
     from jinja2 import Environment
-    from markupsafe import Markup
 
     environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     numbers = itertools.count(1)
 
-    def draw(plot: Plot) -> Markup:
-        return Markup(plot.drawn(f"plot{next(numbers)}-"))
+    def draw(plot: Plot) -> str:
+        return plot.drawn(f"plot{next(numbers)}-")
 
     environment.filters |= {
         "plain": _plain,
