@@ -36,7 +36,6 @@ from esm_efficient.cli.output import (
     writable_folder,
 )
 from esm_efficient.cli.run_files import save_page
-from esm_efficient.recipes import RECIPES
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
 
@@ -90,19 +89,14 @@ def probe(
             max_labelled_residues=max_labelled_residues,
             seed=seed,
         )
-        words = command_words(data, options, hub_name(model))
+        words = command_words(data, options, model)
         if report is not None:
             command = shlex.join(["esm-efficient", "probe", *words])
             page = sweep_page(result, f"{Path(model).name} on {Path(data).name}", command=command)
             report.write_text(page, encoding="utf-8")
     show(result, as_json)
     if not as_json:
-        training = ["--recipe", "top", "--epochs", "3"]
-        if result.beats_chance:  # there is an advice, which the line follows
-            training += ["--keep-layers", str(result.layer)] if result.layer < result.layers else []
-            is_pooled = result.reading in ("first", "mean") and result.reading != RECIPES["top"].pooling
-            training += ["--pooling", result.reading] if is_pooled else []
-        show(f"\nNext, train: {shlex.join(['esm-efficient', 'finetune', *words, *training])}", as_json)
+        show(f"\nNext, train: {shlex.join(['esm-efficient', 'finetune', *words])}", as_json)
 
 
 @app.command()

@@ -198,14 +198,14 @@ def pareto_plot(methods: Sequence[Method], *, metric: str = "") -> str:
 
 @plain_text
 def layers_plot(
-    lines: Mapping[str, Sequence[float]], *, metric: str, chosen: int | None, band: tuple[float, float] | None = None
+    lines: Mapping[str, Sequence[float]], *, metric: str, enough: int | None, band: tuple[float, float] | None = None
 ) -> str:
     """Plot a metric by the number of layers, one line per name.
 
     Args:
         lines: values by name, for 0, 1, ... layers; NaN leaves a gap.
         metric: name of the metric.
-        chosen: number of layers to mark; None for none.
+        enough: number of layers to mark as enough for a probe; None for none.
         band: range of values to shade, such as one standard error below the best.
 
     Returns:
@@ -221,9 +221,9 @@ def layers_plot(
         axes.axhspan(*band, color="#999999", alpha=0.3, linewidth=0, label="within one standard error of the best")
     for (name, values), colour in zip(lines.items(), itertools.cycle(CATEGORY_COLOURS.values())):
         axes.plot(range(len(values)), values, marker="o", markersize=4, color=colour, label=one_line(name))
-    if chosen is not None:
-        label = f"recommended: {count_of(chosen, 'layer')}"
-        axes.axvline(chosen, color="black", linestyle="--", linewidth=1, label=label)
+    if enough is not None:
+        label = f"enough for a probe: {count_of(enough, 'layer')}"
+        axes.axvline(enough, color="black", linestyle="--", linewidth=1, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layers (0: embeddings)")
     axes.set_ylabel(one_line(metric))

@@ -53,7 +53,7 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class LayerSweep:
-    """The scores of all layers, and the number of layers that is recommended.
+    """The scores of all layers, and the number of layers that is enough for a probe.
 
     Attributes:
         task: the task.
@@ -63,7 +63,7 @@ class LayerSweep:
         examples: proteins or residues that the probes are fitted on, and that they are scored on.
         reading: the reading of the probe with the best score.
         best: the layer with the best score.
-        layer: the layer that is recommended: the lowest one, from 1, whose score in this reading is at most one
+        layer: the layer that is enough for a probe: the lowest one, from 1, whose score in this reading is at most one
             standard error below the best.
         standard_error: standard error of the best score, by bootstrap over proteins.
         seconds: time to compute the states, and time to fit and score the probes.
@@ -85,8 +85,20 @@ class LayerSweep:
     @property
     def beats_chance(self) -> bool:
         """Whether the best score is more than one standard error above that of the best constant prediction."""
-        chance, error = (np.nan_to_num(x) for x in (self.majority.get(self.metric, 0.0), self.standard_error))
-        return bool(self.score(self.best) - error > chance)
+        return self._is_above(self.majority.get(self.metric, 0.0))
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether the best score is also more than one standard error above that of the embeddings.
+
+        Without this, the probes read no more from the layers than from the amino acids, and do not say how many layers
+        a fine-tuned model needs.
+        """
+        return self.beats_chance and self._is_above(self.score(0))
+
+    def _is_above(self, other: float) -> bool:
+        other, error = np.nan_to_num([other, self.standard_error])
+        return bool(self.score(self.best) - error > other)
 
     def score(self, layer: int, reading: str | None = None, metric: str | None = None) -> float:
         """Return a metric of a layer, by default the one that decides, in the reading of the best score."""
@@ -110,7 +122,8 @@ class LayerSweep:
             {"layer": score.layer, "reading": score.reading} | finite_values(score.metrics) for score in self.scores
         ]
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        fields |= {"majority": finite_values(self.majority), "beats_chance": self.beats_chance}
+        fields |= {"majority": finite_values(self.majority)}
+        fields |= {"beats_chance": self.beats_chance, "needs_layers": self.needs_layers}
         lists = {"examples": list(self.examples), "seconds": list(self.seconds), "scores": scores}
         return fields | lists | {"task": {"kind": self.task.kind, "names": list(self.task.names)}}
 
@@ -130,7 +143,7 @@ class LayerSweep:
         return layers_plot(
             lines,
             metric=f"{self.metric} of a linear probe on {self.evaluated_on}",
-            chosen=self.layer if self.beats_chance else None,
+            enough=self.layer if self.needs_layers else None,
             band=(best - self.standard_error, best),
         )
 
@@ -140,7 +153,7 @@ class LayerSweep:
         rows = []
         for layer in range(self.layers + 1):
             note = {0: "embeddings", self.layers: "after the last norm"}.get(layer, "")
-            marks = (*([note] if note else []), *(["recommended"] if layer == self.layer and self.beats_chance else []))
+            marks = (*([note] if note else []), *(["enough"] if layer == self.layer and self.needs_layers else []))
             numbers = [self.score(layer, reading, metric) for reading in self.readings for metric in shown]
             rows.append([layer, *(format_number(number, "{:.3f}") for number in numbers), ", ".join(marks)])
         if self.majority:
@@ -160,18 +173,24 @@ class LayerSweep:
 
     def advice(self, unit: str) -> str:
         """Return how many layers to keep, in words; `unit` is what the examples are."""
-        scored = f"Layer {self.best} has the best {self.metric} ({self.score(self.best):.3f}, standard error "
+        where = f" with the {_NAMES[self.reading]}" if len(self.readings) > 1 else ""
+        scored = f"Layer {self.best} has the best {self.metric} ({self.score(self.best):.3f}{where}, standard error "
         scored += f"{self.standard_error:.3f})"
         if not self.beats_chance:
             return f"No layer is better than chance on these {self.examples[1]:,} {unit}: no advice. {scored}."
-        reason = "within one standard error of it" if self.layer <= self.best else "that can be kept"
-        how = (
-            f" (--keep-layers {self.layer}, or keep_layers={self.layer} in Python)" if self.layer < self.layers else ""
-        )
+        if not self.needs_layers:
+            return (
+                f"No layer is better than the embeddings (layer 0: {self.score(0):.3f}) by more than one standard error: "
+                f"no advice on the number of layers. {scored}. Fine-tuning changes the layers, and may still gain."
+            )
+        if self.layer == self.layers:
+            return (
+                f"Keep all {count_of(self.layers, 'layer')}. {scored}, and no other is within one standard error of it."
+            )
         return (
-            f"Recommended: keep {count_of(self.layer, 'layer')} of {self.layers}{how}, and a head that reads the "
-            f"{_NAMES[self.reading]}. {scored}; layer {self.layer} is the lowest, from 1, {reason}. A probe "
-            "is not a promise: fine-tuning may rank layers in another order."
+            f"{scored}; layer {self.layer} is the lowest, from 1, within one standard error of it. To end the model "
+            f"there (--keep-layers {self.layer}, or keep_layers={self.layer} in Python) saves memory and time, and may "
+            f"cost accuracy: fine-tuning may rank layers in another order. By default it keeps all {self.layers}."
         )
 
 
@@ -199,7 +218,7 @@ def sweep_layers(
     last layer are taken after the last layer norm. They stay in memory: 4 bytes x (layers + 1) x width per protein and
     reading, which is 0.17 MB for ESM-2 650M.
 
-    The lowest layer, from 1, whose score is at most one standard error below the best is recommended (the
+    The lowest layer, from 1, whose score is at most one standard error below the best is enough for a probe (the
     one-standard-error rule of Breiman et al. 1984, "Classification and regression trees"). It is the result of a probe:
     fine-tuning may rank the layers in another order.
 
@@ -219,7 +238,7 @@ def sweep_layers(
         device: the device of a model that is loaded here; None for the accelerator if there is one.
 
     Returns:
-        The scores, and the layer that is recommended.
+        The scores, and the layer that is enough for a probe.
 
     Raises:
         DataError: a split is missing, empty or streamed, the labels are not those of a task, or they tell no layer from
@@ -347,7 +366,7 @@ def _refuse_equal_scores(scores: Sequence[float], metric: str, split: str) -> No
     if not finite or (len(set(finite)) == 1 and finite[0] < 1):
         raise DataError(
             f"the {metric} on {split} is {format_number(scores[0], '{:.3f}')} for every layer, so that no layer can be "
-            f"recommended. Expected labels that differ, in train and in {split}: two classes, or two numbers"
+            f"chosen. Expected labels that differ, in train and in {split}: two classes, or two numbers"
         )
 
 

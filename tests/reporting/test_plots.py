@@ -40,9 +40,9 @@ def test_timelines_have_a_plot_per_method_and_a_colour_per_phase():
     assert {"one", "forward", "seconds"} <= set(texts(timeline_plot({"one": points})))
 
 
-def test_the_layers_plot_names_lines_axes_and_the_chosen_layer():
-    shown = texts(layers_plot({"first": [0.1, 0.5, 0.4], "mean": [0.2, 0.6, 0.5]}, metric="MCC", chosen=1))
-    assert {"first", "mean", "MCC", "layers (0: embeddings)", "recommended: 1 layer"} <= set(shown)
+def test_the_layers_plot_names_lines_axes_and_the_layer_that_is_enough():
+    shown = texts(layers_plot({"first": [0.1, 0.5, 0.4], "mean": [0.2, 0.6, 0.5]}, metric="MCC", enough=1))
+    assert {"first", "mean", "MCC", "layers (0: embeddings)", "enough for a probe: 1 layer"} <= set(shown)
 
 
 def test_the_pareto_plot_names_methods_and_axes():

@@ -65,7 +65,7 @@ def test_each_layer_has_all_metrics_on_the_validation_split(data, result):
     assert result.examples == (len(data["train"]), len(data["validation"]))
 
 
-def test_the_recommended_layer_is_the_lowest_within_one_standard_error_of_the_best(result):
+def test_the_layer_that_is_enough_is_the_lowest_within_one_standard_error_of_the_best(result):
     best = max(score.metrics["mcc"] for score in result.scores)
     assert result.score(result.best) == best
     assert result.standard_error > 0
@@ -73,18 +73,31 @@ def test_the_recommended_layer_is_the_lowest_within_one_standard_error_of_the_be
     assert result.layer == (enough[0] if enough else 1)
 
 
-def test_the_report_says_why_it_does_not_recommend_the_embeddings(result):
-    text = str(dataclasses.replace(result, best=0, layer=1))
-    assert "Layer 0 has the best mcc" in text
-    assert "layer 1 is the lowest, from 1, that can be kept." in text
+def test_scores_of_layers_that_are_no_better_than_the_embeddings_are_no_advice(result):
+    gain = result.score(result.best) - result.score(0)
+    assert gain > 0
+    for error, needed in ((0.99 * gain, True), (1.01 * gain, False)):
+        changed = dataclasses.replace(result, standard_error=error)
+        text = str(changed)
+        assert changed.beats_chance
+        assert changed.needs_layers == changed.to_dict()["needs_layers"] == needed
+        assert ("No layer is better than the embeddings (layer 0: " in text) != needed
+        assert (f"(--keep-layers {result.layer}, or keep_layers=" in text) == needed
+        assert (re.search("enough$", text, re.MULTILINE) is not None) == needed
+        assert ("enough for a probe" in changed.to_svg()) == needed
+    assert not dataclasses.replace(result, best=0, standard_error=0.0).needs_layers
 
 
-def test_the_report_says_where_it_was_scored_and_what_it_recommends(result):
+def test_the_report_says_where_it_was_scored_and_what_fewer_layers_cost(result):
+    result = dataclasses.replace(result, standard_error=0.0)
     text = str(result)
     assert "of validation" in text
-    option = f"--keep-layers {result.layer}, or keep_layers={result.layer} in Python"
-    assert f"keep {count_of(result.layer, 'layer')} of 4 ({option})" in text
-    assert "A probe is not a promise" in text
+    assert (
+        f"(--keep-layers {result.layer}, or keep_layers={result.layer} in Python) saves memory and time, and may "
+        in text
+    )
+    assert "cost accuracy: fine-tuning may rank layers in another order. By default it keeps all 4." in text
+    assert "Keep all 4 layers. Layer" in str(dataclasses.replace(result, layer=4))
     rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == list("01234")
     assert float(rows[2][1]) == pytest.approx(result.score(2, "first"), abs=1e-3)
@@ -105,14 +118,12 @@ def test_a_best_constant_prediction_is_beside_the_layers_and_no_better_layer_is_
         text = str(unsure)
         assert unsure.beats_chance == is_better
         assert ("No layer is better than chance on these 37 proteins: no advice." in text) != is_better
-        assert ("Recommended: keep" in text) == (re.search("recommended$", text, re.MULTILINE) is not None) == is_better
-        assert ("recommended" in unsure.to_svg()) == is_better
 
 
-def test_the_plot_marks_the_recommended_layer(result):
-    svg = result.to_svg()
+def test_the_plot_marks_the_layer_that_is_enough(result):
+    svg = dataclasses.replace(result, standard_error=0.0).to_svg()
     assert svg.startswith("<svg")
-    assert f"recommended: {count_of(result.layer, 'layer')}" in svg
+    assert f"enough for a probe: {count_of(result.layer, 'layer')}" in svg
     assert "mcc of a linear probe on validation" in svg
 
 
@@ -209,7 +220,7 @@ def test_every_task_has_a_probe(data, name):
     ],
     ids=["one class", "one number"],
 )
-def test_validation_that_tells_no_layer_from_another_gives_no_recommendation(data, labels, feature, message):
+def test_validation_that_tells_no_layer_from_another_is_refused(data, labels, feature, message):
     def make(split, low, high):
         return relabelled(data[split].select(range(12)), lambda number, _: high if number % 2 else low, feature)
 
