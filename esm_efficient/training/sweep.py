@@ -180,8 +180,8 @@ class LayerSweep:
             return f"No layer is better than chance on these {self.examples[1]:,} {unit}: no advice. {scored}."
         if not self.needs_layers:
             return (
-                f"No layer is better than the embeddings (layer 0: {self.score(0):.3f}) by more than one standard error: "
-                f"no advice on the number of layers. {scored}. Fine-tuning changes the layers, and may still gain."
+                f"No layer is better than the embeddings (layer 0: {self.score(0):.3f}) by more than one standard "
+                f"error: no advice on the number of layers. {scored}. Fine-tuning changes the layers and may gain."
             )
         if self.layer == self.layers:
             return (
@@ -190,7 +190,7 @@ class LayerSweep:
         return (
             f"{scored}; layer {self.layer} is the lowest, from 1, within one standard error of it. To end the model "
             f"there (--keep-layers {self.layer}, or keep_layers={self.layer} in Python) saves memory and time, and may "
-            f"cost accuracy: fine-tuning may rank layers in another order. By default it keeps all {self.layers}."
+            f"cost accuracy: fine-tuning may rank layers in another order. By default, finetune keeps all layers."
         )
 
 

@@ -96,7 +96,7 @@ def test_the_report_says_where_it_was_scored_and_what_fewer_layers_cost(result):
         f"(--keep-layers {result.layer}, or keep_layers={result.layer} in Python) saves memory and time, and may "
         in text
     )
-    assert "cost accuracy: fine-tuning may rank layers in another order. By default it keeps all 4." in text
+    assert "cost accuracy: fine-tuning may rank layers in another order. By default, finetune keeps all layers." in text
     assert "Keep all 4 layers. Layer" in str(dataclasses.replace(result, layer=4))
     rows = [line.split() for line in text.splitlines() if line[:1].isdigit()]
     assert [row[0] for row in rows] == list("01234")
