@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from esm_efficient.errors import ConfigurationError, listing
@@ -72,6 +74,24 @@ def missing_model(name: str, reason: str, *, revision: str | None = None) -> str
     start = f"{missing} the model " if size is None else ""
     download = f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir {folder}"
     return f'{start}{name} is not in the cache ({reason}). While online, run `{download}`, then give model="{folder}"'
+
+
+@contextmanager
+def available(name: str | Path) -> Iterator[None]:
+    """Say in a ``with`` block that loads a model what to do where there is none: transformers' error does not name it.
+
+    Raises:
+        ConfigurationError: the name is not a folder, and a file of the model could not be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        from huggingface_hub import constants
+
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable or does not have it"
+        raise ConfigurationError(missing_model(str(name), reason)) from error
 
 
 def hub_name(name: str) -> str:

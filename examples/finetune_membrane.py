@@ -39,7 +39,6 @@ from esm_efficient import (
     write_demo_table,
 )
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
-from esm_efficient.reporting.tables import format_bytes
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -119,7 +118,7 @@ def report(result: FinetuneResult, data: DatasetDict, difference: float | None) 
             ("layers that trained", result.layers_in_words),
             ("residues/s", f"{result.residues_per_second:,.0f}"),
             ("training time", f"{result.seconds:.0f} s"),
-            ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({result.peak_memory_kind})"),
+            ("peak memory", result.peak_memory_in_words),
             ("accuracy", f"{metrics['accuracy']:.3f} (majority class: {metrics['majority_accuracy']:.3f})"),
             ("MCC", f"{metrics['mcc']:.3f} (majority class: 0)"),
             ("AUROC", f"{metrics['auroc']:.3f} (majority class: 0.5)"),

@@ -308,7 +308,11 @@ def _check_names(model: nn.Module, report: TargetReport, peft_options: Mapping[s
     """Refuse names of peft's options that match nothing, which peft ignores; they are matched as peft matches them."""
     for option in ("rank_pattern", "alpha_pattern"):
         for key in peft_options.get(option) or ():
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in report.modules):
+            try:
+                pattern = re.compile(rf"(.*\.)?({key})$")
+            except re.error as error:
+                raise TargetModuleError(f"{option}: {key!r} is not a regular expression: {error}") from error
+            if not any(map(pattern.match, report.modules)):
                 advice = _similar(key, report.modules)
                 raise TargetModuleError(f"{option}: {key!r} matches no layer that gets an adapter: {advice}")
     modules = [path for path, _ in model.named_modules()]

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return typer.main.get_command(app).main(args, prog_name="esm-efficient", standalone_mode=False) or 0
     except usage_error as error:
-        status, message = 2, getattr(error, "format_message", error.__str__)() + _what_comes_last(error)
+        status, message = 2, getattr(error, "format_message", error.__str__)()
+        message += _what_was_given(error, message) + _what_comes_last(error)
     except (TrainingInterrupted, typer.Abort, KeyboardInterrupt) as error:
         status, message = INTERRUPTED, str(error) or "stopped"
     except (EsmEfficientError, OSError) as error:
@@ -51,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = " ".join(as_typed(message, typed_parameters.get()).split())
     sys.stderr.write(f"error: {without_codes(line)}\n")
     return status
+
+
+def _what_was_given(error: Any, message: str) -> str:
+    """Return what to add to pydantic's error for a value of another type: it does not repeat the value."""
+    details: list[Any] = getattr(error.__cause__, "errors", list)()
+    given = repr(details[0].get("input")) if details else ""
+    return "" if given in message else f" (given: {given})"
 
 
 def _what_comes_last(error: Any) -> str:

@@ -50,9 +50,11 @@ def _parse_layers(layers: str | None) -> Any:
         ) from error
 
 
-def change_recipes(names: list[str], *, layers: Any, cache: bool | None, pooling: Pooling | None) -> list[Recipe]:
+def change_recipes(
+    names: list[str], *, layers: Any, cache: bool | None, pooling: Pooling | None, keep_layers: int | None
+) -> list[Recipe]:
     """Return recipes with the options that were given."""
-    options = {"layers": layers, "cache": cache, "pooling": pooling}
+    options = {"layers": layers, "cache": cache, "pooling": pooling, "keep_layers": keep_layers}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for recipe in map(get_recipe, names):
         if cache and recipe.trains == "full" and (layers or recipe.layers) == "all":
@@ -156,7 +158,9 @@ QuantizationOption = Annotated[
 KeepLayersOption = Annotated[
     int | None,
     typer.Option(
-        "--keep-layers", min=1, help="Drop the encoder layers above so many; probe says how many. Default: keep all."
+        "--keep-layers",
+        min=1,
+        help="Keep so many encoder layers, which is cheaper and maybe less accurate; default: all.",
     ),
 ]
 SequencesOption = Annotated[
@@ -206,8 +210,8 @@ def estimate(
     Example: esm-efficient estimate --model 650M --device A10G --recipe lora --tokens 512
     """
     _check_cache(cache, quantization)
-    [changed] = change_recipes([recipe], layers=layers, cache=cache, pooling=pooling)
-    changed = changed.replace(keep_layers=keep_layers, **({"quantization": quantization} if quantization else {}))
+    [changed] = change_recipes([recipe], layers=layers, cache=cache, pooling=pooling, keep_layers=keep_layers)
+    changed = changed.replace(quantization=quantization) if quantization else changed
     target = get_device(device)
     check_depth(model, layers, keep_layers)
     with quiet():
@@ -247,6 +251,7 @@ def recommend(
         typer.Option("--cache/--no-cache", help="Try only settings with, or without, a cache; default: both."),
     ] = None,
     pooling: PoolingOption = None,
+    keep_layers: KeepLayersOption = None,
     quantization: Annotated[
         list[str],
         typer.Option(
@@ -273,10 +278,10 @@ def recommend(
     if disk is not None and not 0 <= disk < math.inf:
         raise typer.BadParameter(f"{disk}: expected a finite number of GiB, at least 0", param_hint="--disk")
     _check_cache(cache, quantization)
-    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
+    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling, keep_layers=keep_layers)
     changed = _with_quantized(changed, quantization)
     target = get_device(device)
-    check_depth(model, layers)
+    check_depth(model, layers, keep_layers)
     with quiet():
         from esm_efficient.estimation.inputs import MAX_TOKENS
         from esm_efficient.estimation.recommend import recommend
@@ -318,6 +323,8 @@ def _training_line(model: str, recipe: Recipe, epochs: float, precision: str) ->
         words.append("--cache" if recipe.cache else "--no-cache")
     if recipe.pooling != usual.pooling:
         words += ["--pooling", recipe.pooling]
+    if recipe.keep_layers:
+        words += ["--keep-layers", str(recipe.keep_layers)]
     if recipe.quantization:
         words += ["--quantization", recipe.quantization]
     return shlex.join(words if precision == "auto" else [*words, "--precision", precision])

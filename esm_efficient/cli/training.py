@@ -286,6 +286,7 @@ def compare(
     layers: LayersOption = None,
     cache: CacheOption = None,
     pooling: PoolingOption = None,
+    keep_layers: KeepLayersOption = None,
     sequences: SequencesOption = None,
     data: Annotated[
         str | None,
@@ -334,10 +335,10 @@ def compare(
     check_epochs(epochs)
     if data is not None:
         existing_file(data)
-    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling)
+    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling, keep_layers=keep_layers)
     training_options: dict[str, Any] = {} if data is None or precision == "auto" else {"precision": precision}
     target = get_device(device)
-    check_depth(model, layers)
+    check_depth(model, layers, keep_layers)
     with quiet():
         from esm_efficient.comparison import compare
         from esm_efficient.training.given import splits_from

@@ -16,7 +16,7 @@ import numpy as np
 
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.published import BASE_CONFIG, ESM2_SIZES, hub_name, size_of
+from esm_efficient.published import BASE_CONFIG, ESM2_SIZES, available, hub_name, size_of
 from esm_efficient.tasks import SPECIAL_TOKENS, Head, base_model_of, head_of
 
 if TYPE_CHECKING:
@@ -66,10 +66,12 @@ def _resolve(model: Any) -> tuple[str, PreTrainedConfig]:
         return name, _resolve(_base_of(path))[1]
     size = size_of(str(model))
     if size is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        try:
-            return str(model), AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
-            raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {error}") from error
+        with available(model):
+            try:
+                return str(model), AutoConfig.from_pretrained(model)
+            except ValueError as error:  # an architecture that transformers does not know
+                reason = str(error).split("\n")[0]
+                raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {reason}") from error
     if size is None:
         raise ConfigurationError(
             f"model={str(model)!r}: expected a folder with a config.json, a model id, or one of the ESM-2 sizes "

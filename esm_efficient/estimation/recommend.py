@@ -49,6 +49,7 @@ class Recommendation:
         margin: share of the device's memory to leave free.
         epochs: passes over the training sequences of a run.
         disk: bytes for a cache; None if unknown.
+        is_assumed: whether nobody gave the number of training sequences.
     """
 
     chosen: Estimate
@@ -56,6 +57,7 @@ class Recommendation:
     margin: float
     epochs: float
     disk: int | None = None
+    is_assumed: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -89,7 +91,7 @@ class Recommendation:
             f"peak {format_bytes(self.chosen.peak.total)}, {format_seconds(self.chosen.seconds)} or more per optimizer "
             f"step of {self.recipe.batch_size} sequences, {format_seconds(run_seconds(self.chosen, self.epochs))} or "
             f"more for {count_of(self.epochs, 'epoch')} of {self.chosen.sequences:,} sequences"
-            f"{self._describe_cache()}\n\n"
+            f"{' (for your table give sequences=N)' if self.is_assumed else ''}{self._describe_cache()}\n\n"
             f"{_table(self.attempts, self.epochs)}"
         )
 
@@ -196,7 +198,7 @@ def recommend(
     attempts = tuple(
         Attempt(e, refusal(e, time, reason)) for e, time, reason in zip(estimates, times, too_large, strict=True)
     )
-    return Recommendation(chosen, attempts, margin, epochs, disk)
+    return Recommendation(chosen, attempts, margin, epochs, disk, lengths.is_assumed)
 
 
 def run_seconds(e: Estimate, epochs: float) -> float:

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.download import sha256_of
-from esm_efficient.data.readers import read_blocks
-from esm_efficient.data.schema import find_column, texts_of
+from esm_efficient.data.readers import Block, read_blocks
+from esm_efficient.data.schema import find_column, refuse_column, texts_of
 from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.inputs import CheckedSequences, problem_of
@@ -193,6 +193,17 @@ def read_sequences(source: str | Path, *, sequence: str | None = None, accession
         DataError: the file cannot be read, or has no column of sequences.
     """
     number = 0
+    for block, column, names in _read_columns(source, sequence, accession):
+        accessions = [""] * len(block.places) if names is None else texts_of(block.columns[names])
+        for name, text, place in zip(accessions, block.columns[column], block.places, strict=True):
+            number += 1
+            yield Row(name or str(number), text, place)
+
+
+def _read_columns(
+    source: str | Path, sequence: str | None, accession: str | None
+) -> Iterator[tuple[Block, str, str | None]]:
+    """Yield the blocks of a file with the columns of sequences and of accessions; None if it has no accessions."""
     for block in read_blocks(source):
         column = find_column("sequence", block.columns, sequence, source, taken=(accession,))
         if column is None:
@@ -200,11 +211,7 @@ def read_sequences(source: str | Path, *, sequence: str | None = None, accession
                 f"{source} has the columns {listing(list(block.columns))}, and none has a usual name of sequences. "
                 "Name the one that holds them with sequence="
             )
-        names = find_column("accession", block.columns, accession, source, taken=(column,))
-        accessions = [""] * len(block.places) if names is None else texts_of(block.columns[names])
-        for name, text, place in zip(accessions, block.columns[column], block.places, strict=True):
-            number += 1
-            yield Row(name or str(number), text, place)
+        yield block, column, find_column("accession", block.columns, accession, source, taken=(column,))
 
 
 class CheckedRows(NamedTuple):
@@ -244,6 +251,10 @@ def check_rows(
             nucleotides.add([row.sequence], [row.place])
     if not rows:
         raise DataError(f"{source} has no sequence")
+    if len(wrong) == rows:
+        block, column, names = next(_read_columns(source, sequence, accession))
+        if set(block.columns) - {column, names, "header"}:  # FASTA has a header; another column may be the right one
+            refuse_column(block.columns, column, block.places, source)
     problems = f"{len(wrong):,} of {rows:,} rows cannot be used: {listing(list(wrong.values()), 3)}"
     if too_long:
         problems += '. Of sequences that are too long, read a part with keep="start", or all with keep="windows"'

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from esm_efficient import __version__
 from esm_efficient.heads import model_class
 from esm_efficient.published import size_of
-from esm_efficient.reporting import escape_markdown, format_bytes, format_markdown, one_line
+from esm_efficient.reporting import escape_markdown, format_markdown, one_line
 from esm_efficient.tasks import Pooling, Task
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run_settings(result: FinetuneResult) -> dict[str, str]:
         "seed": str(result.seed),
         "time of the training loop": f"{result.seconds:,.0f} s",
         **states,
-        "peak memory": f"{format_bytes(result.peak_memory_bytes)} ({result.peak_memory_kind})",
+        "peak memory": result.peak_memory_in_words,
     }
 
 

@@ -26,11 +26,10 @@ from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.errors import DataError
 from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.predictor import Predictor
-from esm_efficient.published import hub_name
+from esm_efficient.published import available, hub_name
 from esm_efficient.recipes import Precision, Recipe, get_recipe
 from esm_efficient.tasks import SPECIAL_TOKENS, Pooling, task_of
 from esm_efficient.training.finetune import finetune
-from esm_efficient.training.start import available
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class _EsmEstimator(BaseEstimator):
         columns: dict[str, Any] = {"sequence": sequences, "label": labels}
         features = Features({"sequence": Value("string"), "label": feature})
         if sample_weight is not None:
-            weights = np.asarray(sample_weight, dtype=np.float32)
+            weights = np.asarray(_listed(sample_weight), dtype=np.float32)
             if weights.shape != (len(sequences),):
                 raise DataError(f"sample_weight has the shape {weights.shape}: expected ({len(sequences)},)")
             columns[WEIGHT_COLUMN] = weights.tolist()
@@ -228,6 +227,7 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
         """
         import pandas as pd
 
+        y = _listed(y)
         labels = np.asarray(y)
         # numpy would make the text "nan" of a missing label among names.
         if missing := sum(bool(pd.isna(cell)) for cell in y if np.ndim(cell) == 0):
@@ -298,7 +298,7 @@ class EsmRegressor(RegressorMixin, _EsmEstimator):
             DataError: X, y and the weights have different lengths, y is one number or has three dimensions, a number is
                 not finite, or a text is not a protein.
         """
-        numbers = np.asarray(y, dtype=np.float32)
+        numbers = np.asarray(_listed(y), dtype=np.float32)
         if numbers.ndim not in (1, 2):
             raise DataError(f"y has the shape {numbers.shape}: expected (sequences,) or (sequences, numbers)")
         self.one_number_ = numbers.ndim == 1
@@ -344,6 +344,11 @@ def _without_bars() -> Iterator[None]:
     finally:
         for _, show in shown:
             show()
+
+
+def _listed(values: Any) -> Any:
+    """Return values that can be read twice: those of an iterator as a list."""
+    return list(values) if isinstance(values, Iterator) else values
 
 
 def _texts(X: Any) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esm_efficient.recipes import RECIPES
-from esm_efficient.reporting import format_bytes, format_number, format_table
+from esm_efficient.reporting import format_number, format_table
 from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
 from esm_efficient.reporting.score_plots import curves_plot
 from esm_efficient.tasks import SPECIAL_TOKENS
@@ -33,13 +33,6 @@ if TYPE_CHECKING:
     from esm_efficient.training.result import FinetuneResult
 
 _LIBRARY = Path(__file__).parents[1]
-
-_PEAKS = {
-    "CUDA tensors": "tensors on the GPU",
-    "process": "the whole process, with Python and libraries",
-    "process since it started": "the whole process since it started, with Python and libraries",
-}
-"""What the kinds of `esm_efficient.costs.memory.peak_memory` count, in words."""
 
 _NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
@@ -107,7 +100,7 @@ def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
         ("time of the training loop", f"{result.seconds:,.0f} s ({result.residues_per_second:,.0f} residues/s)"),
         *([("time of the cached states", f"{result.states_seconds:,.0f} s")] if result.states_seconds else []),
         *([] if result.probe is None else [("time of the linear probe", f"{result.probe.seconds:.0f} s")]),
-        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} of {_PEAKS[result.peak_memory_kind]}"),
+        ("peak memory", result.peak_memory_in_words),
         ("model", str(result.model_dir)),
         ("report", str(result.page)),
     ]

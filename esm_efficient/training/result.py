@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm_efficient.reporting import finite_values
+from esm_efficient.reporting import finite_values, format_bytes
 from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
 from esm_efficient.training.baselines import FrozenProbe
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 """The file of the report of a run, beside its record."""
+
+_PEAKS = {
+    "CUDA tensors": "tensors on the GPU",
+    "process": "the whole process, with Python and libraries",
+    "process since it started": "the whole process since it started, with Python and libraries",
+}
+"""What the kinds of `esm_efficient.costs.memory.peak_memory` count, in words."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,11 @@ class FinetuneResult:
     history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False, compare=False)
     data: DataDescription | None = field(default=None, repr=False, compare=False)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def peak_memory_in_words(self) -> str:
+        """Say what the peak of memory was, and of what."""
+        return f"{format_bytes(self.peak_memory_bytes)} of {_PEAKS[self.peak_memory_kind]}"
 
     @property
     def layers_in_words(self) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.adapters.prepare import freeze
@@ -17,7 +15,7 @@ from esm_efficient.adapters.quantization import quantization_config
 from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_pooling
-from esm_efficient.published import hub_name, missing_model, refuse_adapter
+from esm_efficient.published import available, hub_name, refuse_adapter
 from esm_efficient.recipes import Recipe
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, head_of
@@ -97,22 +95,6 @@ def starting_model(
         raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
     config.problem_type = task.problem_type
     return _kept(model, recipe), tokenizer, _forget_labels(config)
-
-
-@contextmanager
-def available(name: str | Path) -> Iterator[None]:
-    """Say in a ``with`` block that loads a model what to do where there is none: transformers' error does not name it.
-
-    Raises:
-        ConfigurationError: the name is not a folder, and a file of the model could not be read.
-    """
-    try:
-        yield
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable or does not have it"
-        raise ConfigurationError(missing_model(str(name), reason)) from error
 
 
 def _kept(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

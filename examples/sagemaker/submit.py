@@ -35,7 +35,7 @@ from sagemaker.core.training.configs import (
 )
 from sagemaker.train import ModelTrainer
 from sagemaker.train.distributed import Torchrun
-from train import make_parser, make_recipe
+from train import make_parser, make_recipe, positive, whole
 
 import esm_efficient
 from esm_efficient import RECIPES, ConfigurationError, estimate, get_device, recommend
@@ -55,24 +55,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", help="name of the run; a later job with the same name resumes from its checkpoints")
     parser.add_argument("--region", help="default: the configured one")
     parser.add_argument("--instance-type", default="ml.g5.2xlarge", help="default: %(default)s")
-    parser.add_argument("--instance-count", type=int, default=1)
-    parser.add_argument("--processes", type=int, help="processes per instance (default: one per GPU)")
-    parser.add_argument("--volume-gb", type=int, default=50)
-    parser.add_argument("--max-hours", type=float, default=24.0, help="longest training time")
+    parser.add_argument("--instance-count", type=whole(1), default=1)
+    parser.add_argument("--processes", type=whole(1), help="processes per instance (default: one per GPU)")
+    parser.add_argument("--volume-gb", type=whole(1), default=50)
+    parser.add_argument("--max-hours", type=positive, default=24.0, help="longest training time")
     parser.add_argument(
         "--spot", action="store_true", help="spare capacity: cheaper, but the job may be interrupted and resumed"
     )
     parser.add_argument(
-        "--max-wait-hours", type=float, help="with --spot, longest time with waiting (default: twice --max-hours)"
+        "--max-wait-hours", type=positive, help="with --spot, longest time with waiting (default: twice --max-hours)"
     )
-    parser.add_argument("--warm-pool-minutes", type=int, default=0, help="keep the instance for the next job")
+    parser.add_argument("--warm-pool-minutes", type=whole(0), default=0, help="keep the instance for the next job")
     parser.add_argument("--image", help="your own training image")
     parser.add_argument("--tracking", help="ARN of an MLflow tracking server")
     parser.add_argument(
         "--experiment", default="esm2", help="MLflow experiment, with --tracking (default: %(default)s)"
     )
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--tokens", type=int, help="tokens of the longest protein (default: the data's; dry run: 514)")
+    parser.add_argument(
+        "--tokens", type=whole(3), help="tokens of the longest protein (default: the data's; dry run: 514)"
+    )
     parser.add_argument(
         "--anyway", action="store_true", help="submit even if the instance is predicted to be too small"
     )

@@ -155,6 +155,7 @@ def test_chosen_layers_work_with_every_preset(tiny_model):
     [
         ({"rank_pattern": {"query": 4, "qery": 2}}, "rank_pattern: 'qery' matches no layer.*did you mean 'query'"),
         ({"alpha_pattern": {"attention.self.keys": 2}}, r"alpha_pattern: .*did you mean 'attention\.self\.key'"),
+        ({"rank_pattern": {"query(": 2}}, r"rank_pattern: 'query\(' is not a regular expression: missing \)"),
         ({"alpha_pattern": {r"layer\.7\..*": 2}}, "alpha_pattern: .* matches no layer that gets an adapter"),
         (
             {"rank_pattern": {"output.dense": 2}, "preset": "qkv"},

@@ -107,9 +107,15 @@ def test_recommend_prints_what_it_tried(capsys):
     out = capsys.readouterr().out
     assert "ESM-2 8M on T4" in out
     assert out.count("taken") == 1
+    advice = "(for your table give --sequences N)"
+    assert advice in out
+    assert main([*command.split(), "--sequences", "100"]) == 0
+    assert advice not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", slow_except(["", "--layers top-1/3 --cache --pooling mean --precision fp16"], ""))
+@pytest.mark.parametrize(
+    "options", slow_except(["", "--layers top-1/3 --cache --pooling mean --precision fp16 --keep-layers 3"], "")
+)
 def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch):
     command = "recommend --model 8M --device T4 --tokens 40 --batch-size 4 --recipe lora --epochs 2 " + options
     assert main([*command.split(), "--json"]) == 0
@@ -133,6 +139,7 @@ def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monke
     }
     assert (given["recipe"].layers, given["recipe"].cache) == (record["layers"], record["cached"])
     assert given["recipe"].pooling == record["pooling"]
+    assert given["recipe"].keep_layers == (3 if options else None)
     assert given["precision"] == ("fp16" if options else "auto")
 
 

@@ -175,6 +175,14 @@ def test_a_dataset_without_a_length_in_each_row_is_refused(tokens, message):
         data_lengths(tokens)
 
 
+def test_a_model_of_the_hub_that_is_not_there_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConfigurationError, match=r"no folder nobody/there, .* is set\). While online, run `hf download"
+    ):
+        estimate("nobody/there")
+
+
 def test_the_validation_split_may_be_one_number():
     assert data_lengths({"train": [5, 6], "validation": 7}).validation == (7,)
 

@@ -144,6 +144,16 @@ def test_it_works_in_cross_validation_and_in_a_pipeline(folder):
     assert scores.mean() > 0.8
 
 
+def test_labels_and_weights_of_an_iterator_are_read_once(folder):
+    sequences, rich = proteins()
+    weights = np.where(rich, 2.0, 1.0)
+    given = quick(EsmClassifier, folder).fit(sequences, rich, weights)
+    once = quick(EsmClassifier, folder).fit(iter(sequences), iter(rich), iter(weights))
+    np.testing.assert_array_equal(once.predict_proba(sequences), given.predict_proba(sequences))
+    numbers = quick(EsmRegressor, folder).fit(sequences, iter(1.0 * rich))
+    assert numbers.predict(sequences).shape == (len(sequences),)
+
+
 def test_a_pickled_estimator_predicts_the_same(folder):
     sequences, rich = proteins()
     model = quick(EsmClassifier, folder, epochs=1).fit(sequences, rich)

@@ -78,3 +78,9 @@ def test_a_folder_without_a_whole_record_is_refused(tmp_path, record, message):
 def test_the_layers_that_trained_are_named(trained, layers, words):
     record = SimpleNamespace(trained_layers=tuple(trained), layers=layers)
     assert FinetuneResult.layers_in_words.fget(record) == words
+
+
+def test_the_peak_of_memory_says_what_it_counts():
+    record = SimpleNamespace(peak_memory_bytes=2**30, peak_memory_kind="process")
+    words = "1.00 GiB of the whole process, with Python and libraries"
+    assert FinetuneResult.peak_memory_in_words.fget(record) == words

@@ -191,6 +191,23 @@ def test_wrong_options_are_refused_before_the_upload(monkeypatch, capsys, option
         script.main(arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--instance-count", "0", "'0': expected a whole number, at least 1"),
+        ("--max-hours", "-1", "'-1': expected a number above 0"),
+        ("--warm-pool-minutes", "1.5", "'1.5': expected a whole number, at least 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_usage(monkeypatch, capsys, option, value, message):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import submit as script
+
+    with pytest.raises(SystemExit):
+        script.main(["--place", "s3://bucket/prefix", "--role", ROLE, option, value, "--dry-run"])
+    assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
 def test_memory_is_predicted_for_the_longest_protein_of_the_data(aws, place):
     record = {"kind": "regression", "names": ["tm"], "dataset": "mine", "longest_tokens": 1022}
     aws.client("s3").put_object(Bucket=BUCKET, Key="long/dataset/task.json", Body=json.dumps(record).encode())
