@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
@@ -11,11 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from copies import ServedCopy
 
 boto3 = pytest.importorskip("boto3", reason="the extra sagemaker-test is not installed")
 pytest.importorskip("moto", reason="the extra sagemaker-test is not installed")
@@ -112,13 +113,9 @@ class Aws:
 
     def run(self, script: str, *arguments, **environment) -> subprocess.CompletedProcess:
         """Run a script as a user would."""
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", str(SCRIPTS / script), *map(str, arguments)],
-            env=os.environ | self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            changed = self.environment | environment
+            return ServedCopy(SCRIPTS / script, *arguments, folder=Path(folder), environment=changed).wait()
 
 
 class Container:
@@ -173,10 +170,10 @@ class Container:
     def run(self) -> int:
         return self.start().wait(timeout=240)
 
-    def interrupt(self, sent: signal.Signals, *, after: int) -> int:
-        """Start the job, wait for a checkpoint at step `after` or later, and send a signal.
+    def interrupt(self, *, after: int) -> int:
+        """Start the job, wait for a checkpoint at step `after` or later, and send SIGTERM.
 
-        SIGTERM goes to the process that the driver started, train.py or torchrun. SIGKILL goes to all processes.
+        It goes to the process that the driver started, train.py or torchrun.
         """
         process = self.start()
         end = time.monotonic() + 200
@@ -185,14 +182,7 @@ class Container:
             assert time.monotonic() < end, self.log()[-3000:]
             time.sleep(0.01)
         family = psutil.Process(process.pid).children(recursive=True)
-        if sent == signal.SIGKILL:
-            os.killpg(process.pid, sent)
-            for member in family:  # those of torchrun have a session of their own
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family, timeout=100)
-        else:
-            next(p for p in family if any("train.py" in word for word in p.cmdline())).send_signal(sent)
+        next(p for p in family if any("train.py" in word for word in p.cmdline())).send_signal(signal.SIGTERM)
         return process.wait(timeout=100)
 
     def checkpoints(self) -> list[int]:

@@ -1,7 +1,8 @@
-"""Scripts in a copy of this process, which has loaded the libraries; a new process takes seconds to load them."""
+"""Scripts in copies of processes that have loaded the libraries; a new process takes seconds to load them."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -10,11 +11,16 @@ import subprocess
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
+
+_LIBRARIES = ("sagemaker.train", "sagemaker.core.training.configs", "esm_efficient.training.finetune")
 
 
 class Copy:
@@ -37,7 +43,8 @@ class Copy:
         before: Callable[[], object] = lambda: None,
     ) -> None:
         self.folder, self.arguments = folder, [str(argument) for argument in arguments]
-        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(script, cwd, before))
+        run = functools.partial(_run, script, self.arguments, folder, cwd or folder, before)
+        self.process = multiprocessing.get_context("fork").Process(target=run)
         self.process.start()
 
     @property
@@ -58,34 +65,59 @@ class Copy:
         out, error = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode, out, error)
 
-    def _run(self, script: Path | str, cwd: Path | None, before: Callable[[], object]) -> None:
-        """Run the script in the copy, and end the copy without the exit handlers of the tests."""
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            file = (self.folder / name).open("w")
-            os.dup2(file.fileno(), number)
-            setattr(sys, name, file)
-        os.chdir(cwd or self.folder)
-        sys.argv = [str(script) if isinstance(script, Path) else "-c", *self.arguments]
-        before()  # while there is one thread, as some system calls need
-        torch.set_num_threads(1)  # a copy has none of the threads of its original
-        status: object = 0
-        try:
-            if isinstance(script, Path):
-                sys.path.insert(0, str(script.parent))
-                runpy.run_path(str(script), run_name="__main__")
-            else:
-                exec(textwrap.dedent(script), {"__name__": "__main__"})
-        except SystemExit as end:
-            status = end.code or 0
-            if not isinstance(status, int):
-                print(status, file=sys.stderr)
-                status = 1
-        except BaseException:
-            traceback.print_exc()
+
+class ServedCopy(Copy):
+    """A script that runs in a copy of a server, which has loaded the libraries and has no threads.
+
+    This process may have threads. The arguments are as of `Copy`; the script shows no warnings.
+    """
+
+    def __init__(self, script: Path, *arguments: object, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder, self.arguments = folder, [str(argument) for argument in arguments]
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_LIBRARIES))
+        become = functools.partial(_set_environment, os.environ | environment)
+        self.process = context.Process(target=_run, args=(script, self.arguments, folder, Path.cwd(), become))
+        with mock.patch.dict(os.environ, environment):  # the first copy starts the server
+            self.process.start()
+
+
+def _set_environment(environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    warnings.simplefilter("ignore")
+
+
+def _run(
+    script: Path | str, arguments: Sequence[str], folder: Path, cwd: Path, before: Callable[[], object]
+) -> NoReturn:
+    """Run a script in this process, and end it without the exit handlers of the tests."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = (folder / name).open("w")
+        os.dup2(file.fileno(), number)
+        setattr(sys, name, file)
+    os.chdir(cwd)
+    sys.argv = [str(script) if isinstance(script, Path) else "-c", *arguments]
+    before()  # while there is one thread, as some system calls need
+    torch.set_num_threads(1)  # a copy has none of the threads of its original
+    status: object = 0
+    try:
+        if isinstance(script, Path):
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            exec(textwrap.dedent(script), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
             status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_on_ranks(script: Path, *arguments: object, ranks: int, folder: Path, timeout: float = 400) -> None:

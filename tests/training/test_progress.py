@@ -11,9 +11,13 @@ import subprocess
 import sys
 import termios
 
+import pandas as pd
 import pytest
+from copies import Copy
 from transformers import TrainerState
 
+from esm_efficient import stratified_sample
+from esm_efficient.training.given import splits_from
 from esm_efficient.training.progress import RunLines
 
 CODE = (
@@ -23,14 +27,36 @@ CODE = (
     "finetune(demo_model_path(), data, recipe='lora', output_dir=sys.argv[1], logging_steps=1, epochs=1,\n"
     "    eval_strategy='epoch', disable_tqdm='quiet' in sys.argv)\n"
 )
-COMMAND = ["-m", "esm_efficient", "finetune", "demo", "--model", "demo", "--recipe", "frozen", "--no-probe"]
-COMMAND += ["--epochs", "1", "-o"]
+COMMAND = [
+    "finetune",
+    "proteins.csv",
+    "--model",
+    "demo",
+    "--recipe",
+    "frozen",
+    "--no-probe",
+    "--epochs",
+    "1",
+    "-o",
+    "out",
+]
 NUMBER = r"\d\.\d{3}"
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of 168 proteins to train on, 21 steps, and a few for validation and test."""
+    parts = [
+        stratified_sample(split, 168 if name == "train" else 16).to_pandas().assign(split=name)
+        for name, split in splits_from("demo").items()
+    ]
+    pd.concat(parts)[["sequence", "label", "split"]].to_csv(tmp_path / "proteins.csv", index=False)
 
 
 @pytest.mark.slow
 def test_without_a_terminal_the_log_has_a_line_per_report(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = Copy(CODE, tmp_path / "out", folder=tmp_path).wait()
+    assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("step ")]
     for step, line in enumerate(lines[:3], 1):
         left = r", \d+ s left" if step < 3 else ""
@@ -42,29 +68,37 @@ def test_without_a_terminal_the_log_has_a_line_per_report(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("table")
 def test_the_command_has_the_same_lines(tmp_path):
     """It lowers the level of transformers' logs, from which transformers concludes that no progress is wanted."""
-    done = subprocess.run([sys.executable, *COMMAND, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = Copy("import sys; from esm_efficient.cli import main; sys.exit(main())", *COMMAND, folder=tmp_path).wait()
+    assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("step ")]
-    assert re.fullmatch(rf"step 20 of 94: loss {NUMBER}, \d.* left", lines[0])
+    assert re.fullmatch(rf"step 20 of 21: loss {NUMBER}, \d.* left", lines[0])
     assert sum("validation: MCC" in line for line in lines) == 1
     assert "{" not in done.stderr
 
 
 @pytest.mark.slow
 def test_disable_tqdm_keeps_the_lines_of_the_trainer(tmp_path):
-    command = [sys.executable, "-c", CODE, str(tmp_path), "quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = Copy(CODE, tmp_path / "out", "quiet", folder=tmp_path).wait()
+    assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("'loss'") == 3
     assert "step " not in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "steps"), [(["-c", CODE], 3), (COMMAND, 94)], ids=["python", "command"])
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [(["-c", CODE, "out"], 3), (["-m", "esm_efficient", *COMMAND], 21)],
+    ids=["python", "command"],
+)
 def test_in_a_terminal_one_bar_shows_steps_loss_and_validation(tmp_path, arguments, steps):
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    run = subprocess.Popen([sys.executable, *arguments, str(tmp_path)], stderr=child, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *arguments]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=child, stdout=subprocess.DEVNULL)
     os.close(child)
     text = ""
     while True:

@@ -19,6 +19,8 @@ IMAGE = (
     "2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04"
 )
 MODEL = ("--model_id", "facebook/esm2_t6_8M_UR50D")
+ONE = ("--per_device_train_batch_size", "1")
+"""One sequence per step, for which a recommendation tries few settings."""
 
 
 def submit(aws, place, *options, hyperparameters=MODEL, **environment):
@@ -125,7 +127,8 @@ def test_every_field_of_the_request_is_right(aws, place, monkeypatch):
 
 def test_a_dry_run_prints_the_request_and_sends_nothing(aws, place):
     before = (len(aws.requests), aws.keys())
-    done = submit(aws, place, "--dry-run", "--warm-pool-minutes", 20, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    options = ["--dry-run", "--warm-pool-minutes", 20]
+    done = submit(aws, place, *options, hyperparameters=[*MODEL, *ONE], AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr[-3000:]
     assert (len(aws.requests), aws.keys()) == before
     request = json.loads(done.stdout[done.stdout.index("\n{") :])
@@ -140,7 +143,7 @@ def test_a_dry_run_prints_the_request_and_sends_nothing(aws, place):
 
 def test_a_job_too_large_for_its_instance_is_refused_with_a_recommendation(aws, place):
     before = len(aws.requests)
-    big = ["--model_id", "facebook/esm2_t36_3B_UR50D", "--lora", "false"]
+    big = ["--model_id", "facebook/esm2_t36_3B_UR50D", "--lora", "false", *ONE]
     done = submit(aws, place, "--instance-type", "ml.g4dn.xlarge", hyperparameters=big)
     assert done.returncode == 1
     assert "does not fit T4" in done.stdout
