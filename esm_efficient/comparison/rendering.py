@@ -23,13 +23,16 @@ def table_rows(figures: Sequence[MethodFigures], metric: str | None) -> tuple[li
         metric: name of the metric; None for estimates, which have none.
     """
     has_cache = any(f.cache_bytes for f in figures)
-    header = ["recipe", "micro-batch", "steps", "epochs", "time, s", "residues/s", "peak", *CATEGORIES]
-    header += ["cache", "caching, s"] if has_cache else []
-    header += ["trained parameters", *([] if metric is None else [metric, "95 % interval"])]
+    # The quality comes first, where a narrow window shows it.
+    header = ["recipe", *([] if metric is None else [metric, "95 % interval"]), "micro-batch", "steps", "epochs"]
+    header += ["time, s", "residues/s", "peak", *CATEGORIES, *(["cache", "caching, s"] if has_cache else [])]
+    header += ["trained parameters"]
     rows: list[list[object]] = []
     for f in figures:
+        interval = "-" if f.interval is None else f"{f.interval[0]:.3f} to {f.interval[1]:.3f}"
         row: list[object] = [
             f.recipe.name,
+            *([] if metric is None else [format_number(f.score, "{:.3f}"), interval]),
             f"{f.recipe.micro_batch} x {f.recipe.accumulation}",
             f"{f.steps:,}",
             f"{f.epochs:.3g}",
@@ -40,9 +43,6 @@ def table_rows(figures: Sequence[MethodFigures], metric: str | None) -> tuple[li
             *([format_bytes(f.cache_bytes), format_number(f.cache_seconds, "{:,.1f}")] if has_cache else ()),
             f"{f.trainable_parameters:,}",
         ]
-        if metric is not None:
-            row.append(format_number(f.score, "{:.3f}"))
-            row.append("-" if f.interval is None else f"{f.interval[0]:.3f} to {f.interval[1]:.3f}")
         rows.append(row)
     return header, rows
 

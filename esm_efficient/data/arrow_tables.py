@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
-_FORMAT = 5
+_FORMAT = 6
 """Of the cached tables; raise it when the same files and options give another table."""
 
 _SKIP = 'Correct them, or leave such rows out with on_error="skip"'

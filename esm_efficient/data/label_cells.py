@@ -40,6 +40,11 @@ _SITES = (
     'leave such rows out with on_error="skip"'
 )
 
+_NONE_OF_SEVERAL = (
+    "If a sequence may have none of the labels, write [] for it. Else correct them, or leave such rows out with "
+    'on_error="skip"'
+)
+
 Reading = Literal["letters", "items"]
 
 _NO_LABEL = frozenset(("", "None", "nan", "NaN", "NA", "<NA>", "null", "-100"))
@@ -209,10 +214,14 @@ class LabelObservations:
 
 
 def _refuse_missing(cells: Sequence[Any], missing: Sequence[bool], residues: np.ndarray, places: Sequence[str]) -> None:
-    """Refuse missing labels. If the others seem to be positions, the sequences without sites must not be left out."""
+    """Refuse missing labels. If the others seem to be positions or several labels, those without one may be meant."""
     if any(missing):
         sites = any(_may_be_positions(cell, length) for cell, length in zip(cells, residues.tolist(), strict=True))
-        refuse_cells(cells, places, missing, "the label is missing", _SITES if sites else "")
+        several = any(
+            isinstance(cell, list) or max(len(parts_of(str(cell), bar)) for bar in "|;") > 1 for cell in cells
+        )
+        advice = _SITES if sites else _NONE_OF_SEVERAL if several else ""
+        refuse_cells(cells, places, missing, "the label is missing", advice)
 
 
 def _may_be_positions(cell: Any, residues: int) -> bool:
@@ -293,8 +302,8 @@ def is_bracketed(text: str) -> bool:
 
 
 def parts_of(text: str, separator: str) -> list[str]:
-    """Return the labels in a cell of several labels; an empty separator reads a list."""
-    if not separator:
+    """Return the labels in a cell of several labels; an empty separator reads a list, and ``[]`` has none."""
+    if not separator or (is_bracketed(text) and not text[1:-1].strip()):
         return [item for item in items_of(text) if item is not None]
     return [part for part in map(str.strip, text.split(separator)) if part]
 

@@ -66,3 +66,18 @@ def test_lists_of_missing_labels_are_missing_and_an_empty_text_of_a_list_has_no_
     if name == "t.csv":
         data = several(tmp_path, ["['a']", "[]"])
         assert sum(row["label"]["a"] for row in rows_of(data).values()) == 20
+
+
+@pytest.mark.parametrize("separator", ["|", ";", ", "])
+def test_empty_brackets_are_no_label_among_separated_ones(tmp_path, separator):
+    data = several(tmp_path, [f"a{separator}b", "[]", "a", "b", "[ ]"])
+    rows = list(rows_of(data).values())
+    assert all(set(row["label"]) == {"a", "b"} for row in rows)
+    assert [sum(row["label"].values()) for row in rows].count(0) == 16
+
+
+def test_an_empty_cell_among_several_labels_says_how_to_write_none_of_them(tmp_path):
+    with pytest.raises(
+        DataError, match=r"the label is missing in 10 row.* may have none of the labels, write \[\] for it"
+    ):
+        several(tmp_path, ["a|b", "a", "", "b"])
