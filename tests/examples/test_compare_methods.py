@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from copies import Copy
 
 from esm_efficient import write_demo_table
 
@@ -44,31 +43,24 @@ def cells_of(report, method):
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
-def start(tmp_path, demo_table, *options):
-    command = [sys.executable, str(EXAMPLES / "compare_methods.py"), "--data", str(demo_table), *options]
-    with (tmp_path / "errors.txt").open("a") as errors:
-        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, text=True)
-
-
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_repeats_no_finished_run(tmp_path, demo_table):
     file = tmp_path / "output" / "results.jsonl"
     rows = ["majority", "composition", "probe2-mean", "lora-top1-first-e1", "truncated1-lora-first-e1"]
-    options = ["--rows", *rows, "--seeds", "0", "1", "--train-size", "64", "--test-size", "16"]
-    killed = start(tmp_path, demo_table, *options)
+    sizes = ["--seeds", 0, 1, "--train-size", 64, "--test-size", 16]
+    study = [EXAMPLES / "compare_methods.py", "--data", demo_table, "--rows", *rows, *sizes]
+    killed = Copy(*study, folder=tmp_path)
     deadline = time.monotonic() + 240
     while not (file.exists() and file.read_bytes().count(b"\n") >= 5):
-        assert killed.poll() is None, (tmp_path / "errors.txt").read_text()[-2000:]
+        assert killed.is_running, (tmp_path / "stderr").read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     killed.kill()
-    killed.communicate()
     finished = file.read_bytes()
     file.write_bytes(finished + b'{"method": "lora-to')
 
-    resumed = start(tmp_path, demo_table, *options)
-    output, _ = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, (tmp_path / "errors.txt").read_text()[-2000:]
+    resumed = Copy(*study, folder=tmp_path).wait()
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert file.read_bytes().startswith(finished)
     runs = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted((run["method"], run["seed"]) for run in runs) == sorted(
@@ -81,13 +73,12 @@ def test_a_killed_study_goes_on_and_repeats_no_finished_run(tmp_path, demo_table
             assert run["steps"] == 8
             assert run["peak_activation_bytes"] > 0
             assert 0 < run["train_cpu_seconds"] < run["cpu_seconds"]
-        assert f"\n{run['method']} " in output
+        assert f"\n{run['method']} " in resumed.stdout
     assert all(run["states"]["layers_below"] == 3 for run in runs if run["method"].startswith("lora-top1"))
 
-    again = start(tmp_path, demo_table, *options)
-    output, _ = again.communicate(timeout=240)
+    again = Copy(*study, folder=tmp_path).wait()
     assert again.returncode == 0
-    assert "seed 0" not in output
+    assert "seed 0" not in again.stdout
     assert [json.loads(line) for line in file.read_text().splitlines()] == runs
 
 

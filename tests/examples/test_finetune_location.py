@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from copies import Copy
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,13 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_it_prints_the_baselines_and_saves_the_thresholds(tmp_path, demo_table):
     options = ["--data", demo_table, "--limit", "60", "--recipe", "lora", "--token-budget", "2000", "--json", "r.json"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "finetune_location.py"), *map(str, options)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = Copy(ROOT / "examples" / "finetune_location.py", *options, folder=tmp_path).wait()
     assert done.returncode == 0, done.stderr[-2000:]
     for words in ("commonest label", "residue composition", "recipe lora", "f1_macro", "Golgi apparatus", "threshold"):
         assert words in done.stdout

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from copies import Copy
 from datasets import ClassLabel, Dataset, DatasetDict
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -85,8 +84,8 @@ def test_the_share_of_relatives_is_that_of_the_test_proteins(location_study):
 @pytest.mark.slow
 def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tmp_path, demo_table):
     def run(*rows):
-        command = [sys.executable, str(EXAMPLES / "location_study.py"), "--data", str(demo_table), "--rows", *rows]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        options = ["--data", demo_table, "--rows", *rows]
+        done = Copy(EXAMPLES / "location_study.py", *options, folder=tmp_path).wait()
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
