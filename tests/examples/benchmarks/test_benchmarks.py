@@ -31,7 +31,7 @@ def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
     options = {"sizes": ["8M"], "recipes": RECIPES, "precisions": ["float32"], "tokens": [40], "micro-batches": [2]}
     encoders = ["lean", "plain"]
     arguments = [word for name, values in options.items() for word in (f"--{name}", *values)]
-    result = run("estimate_accuracy.py", *arguments, "--json", file)
+    result = run_copy(tmp_path, "estimate_accuracy.py", *arguments, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
     rows = [row["what"].split()[1:3] for row in record["rows"]]
@@ -50,7 +50,7 @@ def test_estimates_are_within_five_percent_of_real_steps(tmp_path):
 def test_the_profiler_overhead_is_printed_and_written(tmp_path):
     file = tmp_path / "overhead.json"
     options = ["--recipes", "lora", "--steps", "11", "--real-steps", "11", "--tokens", "16"]
-    result = run("profiler_overhead.py", *options, "--json", file)
+    result = run_copy(tmp_path, "profiler_overhead.py", *options, "--json", file)
     # With batches this small the overhead may be above two percent; then the script must fail with that message.
     assert result.returncode == 0 or "costs more than 2%" in result.stderr, result.stderr[-2000:]
     [row] = json.loads(file.read_text())["rows"]
@@ -64,7 +64,7 @@ def test_the_lean_encoder_is_compared_with_its_baselines(tmp_path):
     file = tmp_path / "step.json"
     baselines = ["tutorial", "checkpointing", "prediction"]
     options = ["--model", "demo", "--batches", "2", "--max-residues", "150", "--threads", "1", "--others", "faesm"]
-    result = run("training_step.py", *options, "--baselines", *baselines, "--json", file)
+    result = run_copy(tmp_path, "training_step.py", *options, "--baselines", *baselines, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
     assert [row["baseline"] for row in record["rows"]] == ["tutorial", *baselines]
@@ -90,7 +90,7 @@ def test_cached_states_are_compared_with_training_without_them(tmp_path):
     file = tmp_path / "trunk.json"
     options = {"model": "demo", "batches": 2, "frozen-batches": 1, "turns": 2, "max-residues": 120, "threads": 1}
     arguments = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    result = run("trunk.py", *arguments, "--shares", "0", "1/3", "--json", file)
+    result = run_copy(tmp_path, "trunk.py", *arguments, "--shares", "0", "1/3", "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     record = json.loads(file.read_text())
     assert [(row["share"], row["top"], row["layers"]) for row in record["rows"]] == [("0", 0, 4), ("1/3", 1, 4)]
