@@ -43,14 +43,15 @@ def test_the_page_on_costs_shows_what_its_commands_print_offline():
 
 
 def test_options_reach_the_function(capsys):
-    options = "--recipe lora --preset qkv --micro-batch 3 --accumulation 2 --tokens 40 --device L4 --attention eager"
+    options = "--recipe lora --preset qkv --micro-batch 3 --accumulation 2 --tokens 40 --device L4 --attention eager "
+    options += "--keep-layers 3"
     command = ["estimate", "--model", "8M", *options.split(), "--padding", "equal-length"]
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert main(command) == 0
     expected = estimate(
         "8M",
-        recipe="lora",
+        recipe=RECIPES["lora"].replace(keep_layers=3),
         preset="qkv",
         micro_batch=3,
         accumulation=2,
