@@ -23,7 +23,7 @@ from esm_efficient.inference.windows import LongReading, describe_reading, windo
 from esm_efficient.published import hub_name, no_model_in
 from esm_efficient.reporting.files import written_as
 from esm_efficient.saving import load_pretrained
-from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.tasks import SPECIAL_TOKENS, base_model_of
 from esm_efficient.trunk.split import split_model
 
 EmbeddingPooling = Literal["mean", "first", "residues"]
@@ -71,8 +71,13 @@ class Embedder:
     ) -> None:
         if pooling not in get_args(EmbeddingPooling):
             raise ConfigurationError(f"pooling={pooling!r}: expected one of {', '.join(get_args(EmbeddingPooling))}")
-        body: Any = model.base_model.eval()
+        body: Any = base_model_of(model).base_model.eval()
         layers = body.config.num_hidden_layers
+        if layer not in (None, layers) and body is not model.base_model:
+            raise ConfigurationError(
+                f"layer={layer}: the model has adapters. Merge a copy of it, copy.deepcopy(model).merge_and_unload(), or "
+                "load it with Embedder.load"
+            )
         if layer is not None and not 0 <= layer <= layers:
             raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")
         self.pooling, self.max_tokens = pooling, max_tokens

@@ -51,6 +51,16 @@ _PATH = re.compile(r"\^?(?:[\w.]|\\\.)+\$?")
 """A module path, or its end, as text or as a regular expression that can match only this text."""
 
 
+def unread_options(options: Mapping[str, Any]) -> list[str]:
+    """Return the options of an adapter whose effect is not read when it is loaded, in order."""
+    unread = {name for name, value in options.items() if value and name not in {*_KEPT, *_IGNORED}}
+    initialisation = options.get("init_lora_weights")
+    is_known = isinstance(initialisation, str | bool | None)
+    if not is_known or initialisation not in (*_PLAIN_INITIALISATIONS, *KEPT_INITIALISATIONS):
+        unread.add("init_lora_weights")
+    return sorted(unread)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -173,17 +183,14 @@ def adapter_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> LoraC
             "adapters with merge_and_unload() of peft, and save the merged model with export_model"
         )
     kept = {name: record[name] for name in _KEPT if record.get(name) is not None}
-    if other := sorted(name for name, value in record.items() if value and name not in {*_KEPT, *_IGNORED}):
+    initialisation = record.get("init_lora_weights")
+    if other := [name for name in unread_options(record) if name != "init_lora_weights"]:
         raise ConfigurationError(
             f"{path} has the options {listing([name[:80] for name in other])}, which are not read. Merge the adapter "
             "with merge_and_unload() of peft, and save the merged model with export_model"
         )
     _check_types(kept, path)
-    initialisation = record.get("init_lora_weights")
-    if not isinstance(initialisation, str | bool | None) or initialisation not in (
-        *_PLAIN_INITIALISATIONS,
-        *KEPT_INITIALISATIONS,
-    ):
+    if unread_options(record):
         raise ConfigurationError(
             f"{path} has init_lora_weights={initialisation!r:.40}, which changes the base model's weights at random. "
             "Merge the adapter with merge_and_unload() of peft, and save the merged model with export_model"

@@ -38,7 +38,7 @@ from esm_efficient.training.eva import initialize_from_data
 from esm_efficient.training.finishing import finish_job, run_figures
 from esm_efficient.training.job import Job, begin_job
 from esm_efficient.training.metrics import compute_metrics_for
-from esm_efficient.training.options import resolve_options
+from esm_efficient.training.options import resolve_options, with_adapter_options
 from esm_efficient.training.progress import show_progress
 from esm_efficient.training.records import RESULT
 from esm_efficient.training.result import FinetuneResult
@@ -155,6 +155,7 @@ def finetune(
         >>> print(result.metrics["mcc"], result.model_dir)  # doctest: +SKIP
     """
     chosen, training_options = resolve_options(get_recipe(recipe), training_options, signature(finetune).parameters)
+    chosen, adapter_options = with_adapter_options(chosen, adapter_options or {})
     job = begin_job(
         model,
         dataset,
@@ -173,7 +174,7 @@ def finetune(
         "token_budget": token_budget,
     }
     _check_resuming(job, resume_from_checkpoint)
-    job.check(attention=attention, adapter_options=adapter_options or {}, **trainer_options)
+    job.check(attention=attention, adapter_options=adapter_options, **trainer_options)
     if announce is not None or profile:
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:
@@ -198,7 +199,7 @@ def finetune(
     if probe:
         frozen = probe_frozen(loaded, tokenized, task, recipe=chosen, args=args, seed=job.seed, states=states)
     with job.warned:
-        adapters = recipe_adapters(chosen, loaded, **(adapter_options or {}))
+        adapters = recipe_adapters(chosen, loaded, **adapter_options)
         read = splits["train"], collator if states is None else states.collator
         prepared = _prepare(loaded, task, chosen, args, adapters, read, attention=attention, fused=fused)
     audit = AuditCallback(usual_rate=RECIPES.get(chosen.name, chosen).learning_rate)

@@ -15,10 +15,15 @@ import numpy as np
 from transformers import TrainingArguments
 
 from esm_efficient import compat
+from esm_efficient.adapters.registry import ARCHITECTURES
 from esm_efficient.adapters.resolve import lora_config
 from esm_efficient.data.loading import load_sequences
 from esm_efficient.errors import ConfigurationError, nearest
+from esm_efficient.inference.foreign import unread_options
 from esm_efficient.recipes import Recipe, check_learning_rate
+
+_OWN = ("preset", "layers")
+"""Options of `lora_config` that are not in the saved adapter: they say where it is."""
 
 
 def resolve_options(
@@ -94,11 +99,28 @@ def _check_numbers(options: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{name}={value!r} is a {type(value).__name__}: expected a number")
 
 
+def with_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """Return a recipe with what it has itself of some options of adapters, and the other options.
+
+    The recipe's layers decide which states are cached, and its estimate reads the preset and the rank.
+    """
+    rest = dict(options)
+    if recipe.preset is None:
+        return recipe, rest
+    changes = {name: rest.pop(name) for name in ("preset", "r", "layers") if rest.get(name) is not None}
+    numbers = rest.get("layers_to_transform")
+    if numbers is not None and "layers" not in changes and rest.get("layers_pattern") is None:
+        changes["layers"] = [numbers] if isinstance(numbers, int) else list(numbers)
+        del rest["layers_to_transform"]
+    return recipe.replace(**changes), rest
+
+
 def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:
-    """Refuse options of adapters that a recipe cannot have.
+    """Refuse options of adapters that a recipe cannot have, or that could not be read when the model is loaded.
 
     Raises:
-        ConfigurationError: an option is unknown, or the recipe has no adapters.
+        ConfigurationError: an option is unknown or not read, the recipe has no adapters, or an option trains something
+            below the layers whose states are cached.
     """
     from peft import LoraConfig
 
@@ -112,6 +134,19 @@ def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:
         if name not in names:
             advice = nearest(name, names, "an option of lora_config or of peft.LoraConfig")
             raise ConfigurationError(f"adapter_options has the unknown option {name!r}{advice}")
+    if unread := unread_options({name: value for name, value in options.items() if name not in _OWN}):
+        raise ConfigurationError(
+            f"adapter_options: {unread[0]}={options[unread[0]]!r:.80} is not read when the model is loaded again. Train "
+            "with prepare_model and WeightedTrainer, and load the adapter with peft"
+        )
+    heads = {head for architecture in ARCHITECTURES for head in architecture.heads}
+    saved = {*(options.get("modules_to_save") or ())} - heads
+    below = ("bias", "all") if options.get("bias") == "all" else ("modules_to_save", sorted(saved)) if saved else None
+    if recipe.cache and below:
+        raise ConfigurationError(
+            f"adapter_options: {below[0]}={below[1]!r} trains below the layers whose states are cached too. Give the "
+            f"recipe without a cache: get_recipe({recipe.name!r}).replace(cache=False)"
+        )
 
 
 def _with_sizes(recipe: Recipe, options: Mapping[str, Any], **sizes: Any) -> Recipe:

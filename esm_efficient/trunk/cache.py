@@ -124,10 +124,12 @@ def _hash_model(trunk: Trunk) -> str:
 
 
 def _settings_of(name: str, module: Any) -> tuple[Any, ...]:
-    """Return the class of a module, its numbers and switches, and the names of its hooks."""
+    """Return the class of a module, its numbers and switches, and the names of its hooks and of another forward."""
     values = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _PASSING}
     simple = sorted((key, value) for key, value in values.items() if isinstance(value, (bool, int, float, str)))
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if (replaced := vars(module).get("forward")) is not None:
+        hooks.append(replaced)
     names = [f"{hook.__module__}.{hook.__qualname__}" for hook in hooks if hasattr(hook, "__qualname__")]
     return name, f"{type(module).__module__}.{type(module).__qualname__}", simple, len(hooks), names
 
