@@ -6,6 +6,7 @@ list or of a text such as ``H H E C`` or ``[0, 1, 0]``. Only all cells together 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -56,6 +57,12 @@ _NAMED_POSITION = re.compile(r"\b[A-Z]\d+\b")
 _POSITIONS = re.compile(r"[^\s,;|\[\]()]+")
 
 _QUOTES = "'\""
+
+_ITEM = re.compile(r"""\s*(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"|([^\s,;|'"]+))(?=[\s,;|]|$)\s*[,;|]?""")
+"""An item of a list, in quotes or without; quotes hold separators and white space."""
+
+_BRACKETS = {"[": "]", "(": ")", "{": "}"}
+_EMPTY_SETS = ("set()", "frozenset()")
 
 
 @dataclass
@@ -163,14 +170,15 @@ class LabelObservations:
         mixed = [is_list != expected for is_list in are_lists]
         refuse_cells(cells, places, mixed, "the label is a list in some rows and not in others")
         labels: list[Any] = [items_of_list(cell) for cell in cells] if expected else texts_of(cells)
-        _refuse_missing(cells, [not label for label in labels], residues, places)
+        if not expected:
+            _refuse_missing(cells, [not label for label in labels], residues, places)
         self.are_lists = expected
         self.rows += len(labels)
         for label, length, place in zip(labels, residues.tolist(), places, strict=True):
             if expected:
                 self.readings["items"].observe(label, length, place)
                 self._observe_parts("", [item for item in label if item is not None], place)
-                if all(item is None for item in label):
+                if label and all(item is None for item in label):
                     self.missing.setdefault(str(label), place)
                 continue
             self.readings["letters"].observe(letters_of(label, length), length, place)
@@ -251,12 +259,16 @@ def items_of(text: str) -> tuple[str | None, ...]:
     """Return the items of a text with commas, semicolons, bars or white space between them; None for a missing item.
 
     Example:
-        >>> items_of("[0, 1, None]"), items_of("H H E")
-        (('0', '1', None), ('H', 'H', 'E'))
+        >>> items_of("[0, 1, None]"), items_of("H H E"), items_of("['DNA binding', 'RNA, short']")
+        (('0', '1', None), ('H', 'H', 'E'), ('DNA binding', 'RNA, short'))
     """
-    inner = text[1:-1].strip() if is_bracketed(text) else text
-    separator = next((character for character in ",;|" if character in inner), None)
-    items = (item.strip().strip(_QUOTES) for item in inner.split(separator))
+    inner = _inside(text) if is_bracketed(text) else text
+    if any(quote in inner for quote in _QUOTES) and not _ITEM.sub("", inner):
+        found = (match[1] or match[2] or match[3] or "" for match in _ITEM.finditer(inner))
+        items = [re.sub(r"\\(.)", r"\1", item).strip() for item in found]
+    else:
+        separator = next((character for character in ",;|" if character in inner), None)
+        items = [item.strip().strip(_QUOTES) for item in inner.split(separator)]
     return tuple(None if item in _NO_LABEL else item for item in items)
 
 
@@ -297,13 +309,31 @@ def items_of_list(cell: Sequence[Any]) -> list[str | None]:
 
 
 def is_bracketed(text: str) -> bool:
-    """Return whether a text is a list as Python, pandas or numpy writes it."""
-    return (text[:1], text[-1:]) in (("[", "]"), ("(", ")"))
+    """Return whether a text is a list or a set as Python, pandas or numpy writes it: its first bracket ends it.
+
+    Example:
+        >>> [is_bracketed(text) for text in ("[a, b]", "{'a'}", "set()", "[2Fe-2S]|[4Fe-4S]", "a")]
+        [True, True, True, False, False]
+    """
+    closing = _BRACKETS.get(text[:1])
+    if closing is None or text[-1:] != closing:
+        return text in _EMPTY_SETS
+    depths = itertools.accumulate((letter == text[0]) - (letter == closing) for letter in text[:-1])
+    return all(depth > 0 for depth in depths)
+
+
+def _inside(text: str) -> str:
+    return "" if text in _EMPTY_SETS else text[1:-1].strip()
+
+
+def holds_list(text: str) -> bool:
+    """Return whether a text is a list also beside texts without brackets: it is empty, quoted, or has several items."""
+    return is_bracketed(text) and (not (inner := _inside(text)) or inner[0] in _QUOTES or "," in inner)
 
 
 def parts_of(text: str, separator: str) -> list[str]:
     """Return the labels in a cell of several labels; an empty separator reads a list, and ``[]`` has none."""
-    if not separator or (is_bracketed(text) and not text[1:-1].strip()):
+    if not separator or holds_list(text):
         return [item for item in items_of(text) if item is not None]
     return [part for part in map(str.strip, text.split(separator)) if part]
 

@@ -23,6 +23,7 @@ from esm_efficient.data.label_cells import (
     SEPARATORS,
     LabelObservations,
     Reading,
+    holds_list,
     items_of,
     letters_of,
     parts_of,
@@ -120,7 +121,7 @@ class LabelEncoding:
             rows = rows if rows and isinstance(rows[0], list) else self._of_residues(rows, residues)
             return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)) == residues
         missing = (
-            label.count(None) == len(label) if isinstance(label, list) else says_missing(label) for label in rows
+            0 < label.count(None) == len(label) if isinstance(label, list) else says_missing(label) for label in rows
         )
         return ~np.fromiter(missing, dtype=bool, count=len(rows))
 
@@ -306,7 +307,7 @@ def _several_encoding(observed: LabelObservations, skip: bool) -> LabelEncoding:
             'on_error="skip", or give the label another name if it is one'
         )
     is_list = _all_lists(observed)
-    separators = [] if is_list else [s for s in SEPARATORS if any(s in text for text in observed.counts)]
+    separators = [] if is_list else [s for s in SEPARATORS if any(s in t for t in observed.counts if not holds_list(t))]
     separator = separators[0] if separators else "" if is_list else SEPARATORS[0]
     counts = Counter(observed.parts[separator])
     for text, rows in observed.counts.items():
@@ -340,7 +341,8 @@ def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> 
     if skip:
         spellings = [text for text in spellings if text not in MISSING]
     if observed.long_text is not None and not skip:
-        raise DataError(f"the label has more than {MAX_NAME} characters in {observed.long_text}: too long for a class")
+        long = f"the label has more than {MAX_NAME} characters in {observed.long_text}: too long for a class"
+        raise DataError(f"{long}, and as labels of residues: {observed.readings['letters'].describe_mismatch()}")
     refuse_many(spellings)
     usual = usual_spellings(spellings, observed.counts)
     notes = []
@@ -369,7 +371,8 @@ def _class_doubts(observed: LabelObservations, texts: Sequence[str], asked: bool
     if asked:
         return
     if compound := compounds(texts):
-        cure = 'Pass label_kind="several" to read each of them'
+        is_read = any(mark in text or holds_list(text) for text in compound for mark in SEPARATORS)
+        cure = f'{"Pass" if is_read else "Write | between them and pass"} label_kind="several" to read each of them'
         yield f"a cell may hold several labels: {_shown(observed, compound)}", cure
     if len(texts) > _most_classes(observed):
         problem = f"the label has {len(texts)} different values in {observed.rows} rows, which is many for classes: "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from esm_efficient.data.label_cells import MAX_CLASSES, MAX_NAME, SEPARATORS, spelling
+from esm_efficient.data.label_cells import MAX_CLASSES, MAX_NAME, SEPARATORS, holds_list, is_bracketed, spelling
 from esm_efficient.data.schema import number_of
 from esm_efficient.errors import DataError, listing
 
@@ -22,8 +22,8 @@ def usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[str
 
 
 def compounds(texts: Sequence[str]) -> list[str]:
-    """Return texts that may hold several labels: with a bar or a semicolon, or with a part that other texts have."""
-    if certain := [text for text in texts if "|" in text or ";" in text]:
+    """Return texts that may hold several labels: lists, with a bar or a semicolon, or with a part that others have."""
+    if certain := [text for text in texts if "|" in text or ";" in text or holds_list(text)]:
         return certain
     parts = {text: {part.strip() for part in _COMPOUND.split(text) if part.strip()} for text in texts}
     texts_with: dict[str, int] = {}
@@ -75,15 +75,17 @@ def refuse_separators(names: Sequence[str], separator: str, places: Mapping[str,
         places: the first row of each name.
 
     Raises:
-        DataError: a name has a semicolon, though bars separate the labels; or a part of a name is a label too.
+        DataError: a name has a semicolon, though bars separate the labels; a part of a name is a label too; or a name
+            is another one in brackets.
     """
     known = {spelling(name) for name in names}
     wrong = []
-    for other in SEPARATORS.replace(separator, "") if separator else SEPARATORS:
+    for other in (SEPARATORS.replace(separator, "") if separator else SEPARATORS) + "/&+":
         for name in names:
             parts = [spelling(part) for part in name.split(other)]
             if len(parts) > 1 and ((separator, other) == ("|", ";") or known.intersection(parts)):
                 wrong.append(f"{places[name]}: {name!r:.40}")
+    wrong += [f"{places[name]}: {name!r:.40}" for name in names if is_bracketed(name) and spelling(name[1:-1]) in known]
     if wrong:
         between = f"{separator} between" if separator else "separate items for"
         raise DataError(f"a label of a sequence seems to be several: {listing(wrong)}. Write {between} all labels")

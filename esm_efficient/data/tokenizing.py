@@ -286,10 +286,7 @@ def _encode_sequence_labels(labels: pa.Array, task: Task, rows: list[str]) -> pa
         valid = np.isnan(table) | ((table >= 0) & (table <= 1))
         _complain(~valid.all(axis=1), rows, "a label is not between 0 and 1")
         return pa.FixedSizeListArray.from_arrays(pa.array(table.ravel()), size)
-    are_lists = any(
-        is_kind(labels.type) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    )
-    values = _float32(labels.flatten() if are_lists else labels)
+    values = _float32(labels.flatten() if pa.types.is_nested(labels.type) else labels)
     if len(values) != len(rows) * size:
         raise DataError(f"expected {size} numbers per row, got {len(values)} in {len(rows)} row(s): {listing(rows)}")
     _complain(np.isinf(values.reshape(len(rows), size)).any(axis=1), rows, "a number is infinite")

@@ -82,8 +82,8 @@ def predict_file(
     def compute(sequences: list[str]) -> Mapping[str, Any]:
         found = predictor.predict(sequences, keep=keep, token_budget=token_budget)
         columns = columns_of(found, predictor.task)
-        if is_csv and predictor.task.kind == "multi_label_classification":  # a name may have spaces
-            columns["labels"] = pa.array(["|".join(prediction.labels) for prediction in found])
+        if is_csv and predictor.task.kind == "multi_label_classification":  # as tables are read
+            columns["labels"] = pa.array(["|".join(prediction.labels) or "[]" for prediction in found])
         return columns
 
     longest = predictor.max_tokens - SPECIAL_TOKENS

@@ -76,6 +76,65 @@ def test_empty_brackets_are_no_label_among_separated_ones(tmp_path, separator):
     assert [sum(row["label"].values()) for row in rows].count(0) == 16
 
 
+GO = ("transferase activity, phosphorus", "DNA binding", "kinase activity")
+
+
+@pytest.mark.parametrize(
+    ("cells", "rows"),
+    [
+        ([f"['{GO[0]}', '{GO[1]}']", f"['{GO[2]}']", "[]"], [set(GO[:2]), {GO[2]}, set()]),
+        ([f"['{GO[0]}' '{GO[1]}']", f'["{GO[2]}"]'], [set(GO[:2]), {GO[2]}]),
+        (["{'a', 'b'}", "{'b'}", "set()"], [{"a", "b"}, {"b"}, set()]),
+        (["[a, b]", "a", "b"], [{"a", "b"}, {"a"}, {"b"}]),
+        (["[2Fe-2S]|[4Fe-4S]", "[2Fe-2S]", "[4Fe-4S]"], [{"[2Fe-2S]", "[4Fe-4S]"}, {"[2Fe-2S]"}, {"[4Fe-4S]"}]),
+        (["[5'-end, 3'-end]", "[5'-end]"], [{"5'-end", "3'-end"}, {"5'-end"}]),
+    ],
+    ids=["quotes of a list", "quotes without commas", "sets", "lists among names", "names in brackets", "apostrophes"],
+)
+def test_lists_and_sets_written_as_text_hold_the_names_that_were_in_them(tmp_path, cells, rows):
+    data = several(tmp_path, cells)
+    found = [row["label"] for _, row in sorted(rows_of(data).items(), key=lambda item: int(item[0][1:]))]
+    assert set(found[0]) == set().union(*rows)
+    assert [{name for name, value in label.items() if value} for label in found[: len(rows)]] == rows
+
+
+def test_empty_lists_of_a_table_with_lists_are_sequences_without_any_label(tmp_path):
+    lists = [["a", "b"], ["a"], [], ["b"]]
+    path = write(frame(40).assign(label=[lists[row % 4] for row in range(40)]), tmp_path / "t.parquet")
+    for on_error in ("raise", "skip"):
+        data = load_sequences(path, label="label", label_kind="several", on_error=on_error)
+        assert [sum(row["label"].values()) for row in rows_of(data).values()].count(0) == 10
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["a/b", "a", "b"], "seems to be several: .*line 2: 'a/b'. Write | between all labels"),
+        (["a & b", "a", "b"], "'a & b'"),
+        (["a + b", "a|b", "b"], "'a \\+ b'"),
+        (["[a]", "a", "b"], "line 2: '\\[a\\]'"),
+    ],
+)
+def test_names_that_other_marks_divide_into_labels_are_refused(tmp_path, cells, message):
+    with pytest.raises(DataError, match=message):
+        several(tmp_path, cells)
+
+
+@pytest.mark.parametrize(
+    ("cells", "cure"),
+    [
+        (["a/b", "a", "b"], "Write | between them and pass label_kind="),
+        (["a|b", "a", "b"], ". Pass label_kind="),
+        (["{'a', 'b'}", "a", "b"], ". Pass label_kind="),
+        (["[]", "a", "b"], ". Pass label_kind="),
+    ],
+)
+def test_the_cure_for_cells_of_several_labels_fits_how_they_are_written(tmp_path, cells, cure):
+    table = frame(40).assign(label=[cells[row % 3] for row in range(40)])
+    with pytest.raises(DataError, match=f"a cell may hold several labels: .*{re.escape(cure)}"):
+        load_sequences(write(table, tmp_path / "t.csv"), label="label")
+
+
 def test_an_empty_cell_among_several_labels_says_how_to_write_none_of_them(tmp_path):
     with pytest.raises(
         DataError, match=r"the label is missing in 10 row.* may have none of the labels, write \[\] for it"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from sequence_texts import sequences
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
-from esm_efficient import Embedder, demo_model_path, embed_file
+from esm_efficient import Embedder, demo_model_path, embed_file, lora_config
 from esm_efficient.encoder import forward
 from esm_efficient.errors import ConfigurationError
 
@@ -51,6 +54,19 @@ def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(layer, monkeypat
 def test_a_layer_or_a_pooling_that_does_not_exist_is_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         Embedder.load(demo_model_path(), **options)
+
+
+def test_a_model_with_adapters_has_their_embeddings_and_must_be_merged_for_a_lower_layer(tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path())
+    config = lora_config(model, init_lora_weights=False)
+    adapted, merged = get_peft_model(copy.deepcopy(model), config), get_peft_model(model, config)
+    merged.load_state_dict(adapted.state_dict())
+    texts = sequences(3)
+    expected = Embedder(merged.merge_and_unload(), tokenizer).embed(texts)
+    for one, other in zip(Embedder(adapted, tokenizer).embed(texts), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    with pytest.raises(ConfigurationError, match=r"layer=2: the model has adapters.*merge_and_unload"):
+        Embedder(adapted, tokenizer, layer=2)
 
 
 def test_a_file_of_embeddings_per_residue_needs_lists(tmp_path):

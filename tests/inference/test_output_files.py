@@ -15,7 +15,7 @@ from pyarrow import parquet
 from sequence_texts import sequences
 from test_predictor import model_for
 
-from esm_efficient import Predictor, demo_model_path, embed_file, predict_file
+from esm_efficient import Predictor, demo_model_path, embed_file, load_sequences, predict_file
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.inference import files
 
@@ -132,6 +132,23 @@ def test_names_that_csv_cannot_tell_apart_need_another_format(tokenizer, tmp_pat
     expected = [list(found.labels) for found in predictor.predict(sequences(2))]
     predict_file(predictor, source, tmp_path / "out.jsonl")
     assert [json.loads(line)["labels"] for line in (tmp_path / "out.jsonl").open()] == expected
+
+
+def test_a_sequence_without_any_label_is_read_back_from_csv(tokenizer, tmp_path):
+    model = model_for("multi_label_classification", ("a", "b"))
+    model.config.label_thresholds = {"a": 0.99, "b": 0.0}
+    source = table(tmp_path / "in.csv")
+    predict_file(Predictor(model, tokenizer), source, tmp_path / "b.csv")
+    model.config.label_thresholds = {"a": 0.99, "b": 0.99}
+    predict_file(Predictor(model, tokenizer), source, tmp_path / "none.csv")
+    cells = [pd.read_csv(tmp_path / name)["labels"].iloc[0] for name in ("b.csv", "none.csv")]
+    assert cells == ["b", "[]"]
+    texts = sequences(40)
+    pd.DataFrame({"sequence": texts, "label": [cells[n % 2] for n in range(40)]}).to_csv(
+        tmp_path / "l.csv", index=False
+    )
+    data = load_sequences(tmp_path / "l.csv", label_kind="several")
+    assert sum(sum(label.values()) for split in data.values() for label in split["label"]) == 20
 
 
 def test_labels_and_accessions_read_back_as_they_were(tokenizer, tmp_path):

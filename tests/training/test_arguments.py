@@ -115,6 +115,13 @@ def test_deepspeed_options_that_save_no_weights_are_refused(tmp_path, zero, refu
         ({"adapter_options": {"lora_alhpa": 3}}, "unknown option 'lora_alhpa': did you mean 'lora_alpha'"),
         ({"adapter_options": {"frobnicate": 3}}, "expected an option of lora_config or of peft.LoraConfig"),
         ({"adapter_options": {"r": 3}, "recipe": "base"}, "has no adapters: leave out r"),
+        ({"adapter_options": {"bias": "all"}, "recipe": "top"}, "bias='all' trains below the layers whose states"),
+        ({"adapter_options": {"modules_to_save": ["dense"]}, "recipe": "top"}, "modules_to_save=.*replace.cache=False"),
+        ({"adapter_options": {"trainable_token_indices": [4]}, "recipe": "lora"}, "trainable_token_indices=.4. is not"),
+        (
+            {"adapter_options": {"init_lora_weights": "corda"}, "recipe": "lora"},
+            "init_lora_weights='corda' is not read",
+        ),
         ({"prediction_loss_only": True}, "prediction_loss_only=True: a run is evaluated by its predictions"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics=True"),

@@ -100,6 +100,29 @@ def test_a_frozen_run_keeps_one_state_per_protein_if_the_head_reads_no_more(tmp_
     assert (size < 2 * rows * width * 4) is (states == 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    slow_except(
+        [
+            ({"layers": "top-1/2"}, (2, 3)),
+            ({"layers": [1, 3]}, (1, 3)),
+            ({"layers": "all"}, (0, 1, 2, 3)),
+            ({"layers_to_transform": [0, 3]}, (0, 3)),
+            ({"layers_to_transform": 2, "preset": "qkv", "r": 2}, (2,)),
+        ],
+        ({"layers": [1, 3]}, (1, 3)),
+    ),
+    ids=str,
+)
+def test_options_of_adapters_choose_the_layers_of_a_run_on_cached_states(tmp_path, data, options, trained):
+    result = run("top", data, tmp_path, epochs=1, probe=False, adapter_options=options)
+    assert result.trained_layers == trained
+    adapters = [name for name, _ in result.model.named_parameters() if "lora_A" in name]
+    if "r" in options:
+        assert len(adapters) == 3
+        assert result.model.peft_config["default"].r == 2
+
+
 def test_runs_that_share_a_folder_compute_the_states_once(tmp_path, data, monkeypatch):
     recipe = RECIPES["lora"].replace(layers="top-1", cache=True)
     first = run(recipe, data, tmp_path / "a", states_dir=tmp_path / "states")

@@ -72,11 +72,11 @@ def test_a_classifier_learns_and_answers_with_the_classes_it_was_given(folder, l
     assert model.score(others, labels[rich.astype(int)]) > 0.9
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [0, 1, 2])
 def test_a_regressor_predicts_in_the_unit_and_the_shape_of_its_numbers(folder, several):
     sequences, rich = proteins()
     y = 1000 + 100.0 * rich
-    y = np.stack([y, -y], axis=1) if several else y
+    y = np.stack([y, -y][:several], axis=1) if several else y
     model = quick(EsmRegressor, folder).fit(sequences, y)
     predicted = model.predict(sequences)
     assert predicted.shape == y.shape

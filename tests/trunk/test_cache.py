@@ -157,6 +157,11 @@ def _hooked(esm):
     esm.encoder.layer[0].register_forward_hook(lambda module, given, out: out)
 
 
+def _replaced(esm):
+    first = esm.encoder.layer[0].intermediate
+    first.forward = lambda states: 2 * type(first).forward(first, states)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -164,6 +169,7 @@ def _hooked(esm):
         {"model": _other_config},
         {"model": lambda: _changed(_no_token_dropout)},
         {"model": lambda: _changed(_hooked)},
+        {"model": lambda: _changed(_replaced)},
         {"model": lambda: load().to(torch.bfloat16)},
         {"layers": 2},
         {"rows": [1, 0, *range(2, 30)]},
