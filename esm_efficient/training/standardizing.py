@@ -34,6 +34,9 @@ CONFIG_NAME = "label_scale"
 """The entry of a regressor's config with the mean and the standard deviation of the labels that it was trained on."""
 
 _STREAM_ROWS = 10_000
+_ROUNDED = 50
+"""The standard deviation in steps of float32 below which a warning says that labels are rounded."""
+
 _MOST_SPREAD = 100
 """The standard deviation in interquartile ranges from which a warning says that few labels are far from the others."""
 
@@ -98,6 +101,12 @@ def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
         )
     if (largest := float(np.abs(known).max())) > LARGEST_NUMBER:
         raise DataError(f"{name}: a label is {largest:g}: expected at most {LARGEST_NUMBER:g}. Give a larger unit")
+    if (step := float(np.spacing(np.float32(abs(mean))))) > std / _ROUNDED:
+        logger.warning(
+            "%s: the labels are float32, which around %g has steps of %g, and their standard deviation is %g. Subtract a "
+            "constant from them",
+            *(name, mean, step, std),
+        )
     spread = float(np.subtract(*np.percentile(known, (75, 25))))
     if 0 < spread < std / _MOST_SPREAD:
         logger.warning(

@@ -242,6 +242,14 @@ def test_a_label_far_from_the_others_is_a_warning(caplog):
     assert "the label 100000 in row 31 is far from the others" in caplog.text
 
 
+def test_labels_that_float32_rounds_are_a_warning(caplog):
+    labels = np.random.default_rng(0).normal(0, 4, 30)
+    measure_scale(Dataset.from_dict({"labels": 1e5 + labels}), ["y"])
+    assert not caplog.records
+    measure_scale(Dataset.from_dict({"labels": 1e8 + labels}), ["y"])
+    assert "around 1e+08 has steps of 8" in caplog.text
+
+
 def test_a_layer_is_written_in_the_unit_and_read_back_bit_for_bit():
     torch.manual_seed(0)
     scale = LabelScale(np.array([50.0, -3.0]), np.array([0.37, 1234.5]))
