@@ -103,8 +103,8 @@ def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
         raise DataError(f"{name}: a label is {largest:g}: expected at most {LARGEST_NUMBER:g}. Give a larger unit")
     if (step := float(np.spacing(np.float32(abs(mean))))) > std / _ROUNDED:
         logger.warning(
-            "%s: the labels are float32, which around %g has steps of %g, and their standard deviation is %g. Subtract a "
-            "constant from them",
+            "%s: the labels are float32, which around %g has steps of %g, and their standard deviation is %g. Subtract "
+            "a constant from them",
             *(name, mean, step, std),
         )
     spread = float(np.subtract(*np.percentile(known, (75, 25))))
