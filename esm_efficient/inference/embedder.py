@@ -75,8 +75,8 @@ class Embedder:
         layers = body.config.num_hidden_layers
         if layer not in (None, layers) and body is not model.base_model:
             raise ConfigurationError(
-                f"layer={layer}: the model has adapters. Merge a copy of it, copy.deepcopy(model).merge_and_unload(), or "
-                "load it with Embedder.load"
+                f"layer={layer}: the model has adapters. Load it from its folder with Embedder.load, or give a merged "
+                "copy: copy.deepcopy(model).merge_and_unload()"
             )
         if layer is not None and not 0 <= layer <= layers:
             raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")

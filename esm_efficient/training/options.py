@@ -136,8 +136,8 @@ def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"adapter_options has the unknown option {name!r}{advice}")
     if unread := unread_options({name: value for name, value in options.items() if name not in _OWN}):
         raise ConfigurationError(
-            f"adapter_options: {unread[0]}={options[unread[0]]!r:.80} is not read when the model is loaded again. Train "
-            "with prepare_model and WeightedTrainer, and load the adapter with peft"
+            f"adapter_options: {unread[0]}={options[unread[0]]!r:.80} is not read when the model is loaded again. "
+            "Train with prepare_model and WeightedTrainer, and load the adapter with peft"
         )
     heads = {head for architecture in ARCHITECTURES for head in architecture.heads}
     saved = {*(options.get("modules_to_save") or ())} - heads
