@@ -76,14 +76,14 @@ def probe(
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
     options = data_options(data, **columns, **bounds, **splits, labels=labels, unlabelled=unlabelled, on_error=on_error)
     with quiet(verbose=verbose):
-        from esm_efficient.published import hub_name
-        from esm_efficient.training.given import command_words, splits_from
+        from esm_efficient.training.given import command_words
         from esm_efficient.training.sweep import sweep_layers
         from esm_efficient.training.sweep_page import sweep_page
 
         result = sweep_layers(
-            hub_name(model),
-            splits_from(data, **options),
+            model,
+            data,
+            data_options=options,
             max_tokens=max_tokens,
             token_budget=token_budget,
             max_labelled_residues=max_labelled_residues,

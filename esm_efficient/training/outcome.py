@@ -141,7 +141,8 @@ def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
         f"{format_number(tuned, '{:.3f}')}), and needs no training:"
     )
     words = result.probe_words
-    return sentence, shlex.join(["esm-efficient", "probe", *words]) if words else "sweep_layers(model, dataset)"
+    in_python = "sweep_layers(model, dataset)  # and the tokenizer, task and data_options that finetune was given"
+    return sentence, shlex.join(["esm-efficient", "probe", *words]) if words else in_python
 
 
 def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
