@@ -324,8 +324,9 @@ def _load(
     """Return a model and its tokenizer, which may be None for tokenised splits."""
     if isinstance(model, torch.nn.Module):
         return model, tokenizer
+    refuse_adapter(str(model))
     folder = find_folder(hub_name(str(model)), None, None)
-    refuse_adapter(str(folder))
+    refuse_adapter(str(folder))  # that of a name on the Hub
     loaded, missing, mismatched = load_pretrained(AutoModel, folder, dtype=torch.float32)
     architecture = find_architecture(loaded)
     unread = ("pooler", *architecture.heads)
