@@ -65,7 +65,7 @@ class Recipe:
             (`esm_efficient.encoder`), ``"plain"`` for that of transformers. Loss and gradient are the same.
         keep_layers: number of the lowest encoder layers to keep; the others are dropped before anything is trained
             (`esm_efficient.truncate`). `layers` are then chosen among those that are kept. None for all.
-        description: one line for a table.
+        description: one line for a table; empty after a change that may contradict it (`replace`).
 
     Raises:
         ConfigurationError: preset and rank do not fit `trains`, the learning rate is no finite number from 0, a size or
@@ -142,7 +142,7 @@ class Recipe:
 
         For Adam, a batch k times as large needs a learning rate sqrt(k) times as large (Malladi et al. 2022, "On the
         SDEs and Scaling Rules for Adaptive Gradient Algorithms"). With all layers or a quantised base, `cache`
-        becomes False unless it is given.
+        becomes False unless it is given. A description that was written for other settings is dropped.
 
         Raises:
             ConfigurationError: a recipe has no such setting, or as `Recipe`.
@@ -163,7 +163,15 @@ class Recipe:
         if "learning_rate" not in changes and changed.batch_size != self.batch_size:
             scaled = self.learning_rate * math.sqrt(changed.batch_size / self.batch_size)
             changed = dataclasses.replace(changed, learning_rate=scaled)
+        if "description" not in changes and changed._described != self._described:
+            changed = dataclasses.replace(changed, description="")
         return changed
+
+    @property
+    def _described(self) -> tuple[Any, ...]:
+        """The settings that a description may name."""
+        names = ("trains", "preset", "layers", "cache", "gradient_checkpointing", "pooling", "quantization")
+        return (*(getattr(self, name) for name in names), self.keep_layers, self.accumulation > 1)
 
 
 def check_learning_rate(rate: Any) -> None:
@@ -227,7 +235,7 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("base", "full", 1e-4, description="all parameters; LoRA scores as high for less time and memory"),
+        Recipe("base", "full", 1e-4, description="all parameters; LoRA is as good at equal epochs, in less time"),
         Recipe("ga", "full", 1e-4, micro_batch=2, accumulation=4, description="all parameters, gradient accumulation"),
         Recipe("gc", "full", 1e-4, gradient_checkpointing=True, description="all parameters, gradient checkpointing"),
         Recipe("lora", "adapters", 1e-3, preset="all-linear", r=8, description="LoRA on every linear layer"),
@@ -240,7 +248,7 @@ RECIPES: dict[str, Recipe] = {
             gradient_checkpointing=True,
             preset="all-linear",
             r=8,
-            description="LoRA, accumulation and checkpointing; `top` scores as high in less than half of the time",
+            description="LoRA, accumulation, checkpointing; `top` is as good at equal epochs, in a third of the time",
         ),
         Recipe(
             "top",

@@ -42,6 +42,29 @@ def test_the_learning_rate_scales_with_the_root_of_the_accumulated_batch(changes
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "stays"),
+    [
+        ("top", {"layers": "all"}, False),
+        ("top", {"layers": "top-2"}, False),
+        ("top", {"cache": False}, False),
+        ("base", {"layers": "top-2", "cache": True}, False),
+        ("ga", {"accumulation": 1, "micro_batch": 8}, False),
+        ("all", {"gradient_checkpointing": False}, False),
+        ("lora", {"trains": "full", "preset": None, "r": None}, False),
+        ("frozen", {"pooling": "mean"}, False),
+        ("lora", {"keep_layers": 4}, False),
+        ("lora", {"quantization": "4bit"}, False),
+        ("top", {"layers": "top-1/3", "learning_rate": 1e-4, "micro_batch": 4, "r": 4}, True),
+        ("all", {"accumulation": 8}, True),
+    ],
+)
+def test_a_description_of_other_settings_is_dropped(name, changes, stays):
+    recipe = RECIPES[name]
+    assert recipe.replace(**changes).description == (recipe.description if stays else "")
+    assert recipe.replace(**changes, description="mine").description == "mine"
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "cache"),
     [
         ("top", {}, True),

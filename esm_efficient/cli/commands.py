@@ -139,13 +139,13 @@ PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number 
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer of the estimate.")]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention implementation of transformers.")]
 PaddingOption = Annotated[Padding | None, typer.Option("--padding", help="Layout of a batch; default: the recipe's.")]
-LayersOption = Annotated[
-    str | None,
-    typer.Option(
-        "--layers",
-        callback=_parse_layers,
-        help="Encoder layers that train: all, top-2, top-1/3, or numbers such as 4,5; default: the recipe's.",
-    ),
+_LAYERS = "all, top-2, top-1/3, or numbers such as 4,5; default:"
+_layers_option = functools.partial(typer.Option, "--layers", callback=_parse_layers)
+LayersOption = Annotated[str | None, _layers_option(help=f"Encoder layers that train: {_LAYERS} the recipe's.")]
+AdapterLayersOption = Annotated[str | None, _layers_option(help=f"Encoder layers that get adapters: {_LAYERS} all.")]
+MaxTokensOption = Annotated[
+    int,
+    typer.Option("--max-tokens", min=3, help="The most tokens per sequence; of a longer sequence, the start is read."),
 ]
 CacheOption = Annotated[
     bool | None, typer.Option("--cache/--no-cache", help="Cache the frozen layers' states; default: the recipe's.")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from esm_efficient.cli.commands import LayersOption, app
+from esm_efficient.cli.commands import AdapterLayersOption, app
 from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_model, quiet, show
 from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.errors import ConfigurationError
@@ -246,6 +246,7 @@ def data(
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a table as finetune reads it: the first thing to do.
@@ -258,7 +259,7 @@ def data(
     columns: dict[str, Any] = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
     columns |= {"labels": labels, "unlabelled": unlabelled}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
-    splits = {"split": split, "partition": partition, "clusters": clusters}
+    splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
     options = data_options(source, **columns, **bounds, **splits, on_error=on_error)
     with quiet():
         from esm_efficient.reporting.description import describe
@@ -274,7 +275,7 @@ def targets(
     preset: Annotated[
         Literal["qkv", "attention", "mlp", "all-linear"], typer.Option(help="Kinds of layers that get adapters.")
     ] = "all-linear",
-    layers: LayersOption = None,
+    layers: AdapterLayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which layers of a model get adapters, without its weights.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from esm_efficient.cli.commands import app
+from esm_efficient.cli.commands import MaxTokensOption, app
 from esm_efficient.cli.jobs import (
     AccessionOption,
     ClustersOption,
@@ -44,7 +44,7 @@ RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrot
 def probe(
     data: DataArgument,
     model: ModelOption = "35M",
-    max_tokens: Annotated[int, typer.Option(min=3, help="The most tokens per sequence.")] = 1024,
+    max_tokens: MaxTokensOption = 1024,
     token_budget: Annotated[int, typer.Option(min=16, help="The most tokens per batch.")] = 8192,
     max_labelled_residues: Annotated[
         int, typer.Option(min=2, help="With labels of residues: residues that are drawn.")
@@ -76,20 +76,20 @@ def probe(
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
     options = data_options(data, **columns, **bounds, **splits, labels=labels, unlabelled=unlabelled, on_error=on_error)
     with quiet(verbose=verbose):
-        from esm_efficient.published import hub_name
-        from esm_efficient.training.given import command_words, splits_from
+        from esm_efficient.training.given import command_words
         from esm_efficient.training.sweep import sweep_layers
         from esm_efficient.training.sweep_page import sweep_page
 
         result = sweep_layers(
-            hub_name(model),
-            splits_from(data, **options),
+            model,
+            data,
+            data_options=options,
             max_tokens=max_tokens,
             token_budget=token_budget,
             max_labelled_residues=max_labelled_residues,
             seed=seed,
         )
-        words = command_words(data, options, model)
+        words = command_words(data, options, model, max_tokens=max_tokens)
         if report is not None:
             command = shlex.join(["esm-efficient", "probe", *words])
             page = sweep_page(result, f"{Path(model).name} on {Path(data).name}", command=command)

@@ -22,9 +22,9 @@ RUN_FILE = "run.yaml"
 
 WRITTEN = (
     *("data", "model", "recipe", "epochs", "batch_size", "micro_batch", "learning_rate", "layers", "cache", "pooling"),
-    *("quantization", "keep_layers", "class_weights", "sequence", "label", "label_kind", "labels", "unlabelled"),
-    *("accession", "split", "partition", "clusters", "min_residues", "max_residues", "on_error", "early_stopping"),
-    *("probe", "precision", "seed"),
+    *("quantization", "keep_layers", "max_tokens", "class_weights", "sequence", "label", "label_kind", "labels"),
+    *("unlabelled", "accession", "split", "partition", "clusters", "min_residues", "max_residues", "on_error"),
+    *("early_stopping", "probe", "precision", "seed"),
 )
 """The options of a run that its file has."""
 

@@ -152,8 +152,9 @@ def split_by_group(
     wanted = {"train", "test"} | ({"validation"} if validation_size else set())
     if empty := sorted(wanted - {name for name, split in splits.items() if len(split)}):
         raise ConfigurationError(
-            f"{len(sizes)} groups of {rows} rows leave nothing for {', '.join(empty)} with test_size={test_size} and "
-            f"validation_size={validation_size}"
+            f"{rows} row(s) in {len(sizes)} group(s) of equal or related sequences leave nothing for "
+            f"{', '.join(empty)} ({test_size:.0%} for test, {validation_size:.0%} for validation). Expected at least "
+            f"{len(wanted)} groups: give more sequences that differ, or name the column with each row's split (split=)"
         )
     return splits
 

@@ -1,4 +1,4 @@
-"""A collator that tells the lean encoder where the tokens of a batch are."""
+"""A collator that tells the lean encoder where the tokens of a batch are, and a check that a collator can pad."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import DefaultDataCollator, default_data_collator
 
 from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.encoder.packing import attach_packing, describe_batch
+from esm_efficient.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 PACKING = "packing"
 """The key in a batch of what `PackingCollator` adds."""
+
+_ROWS_READ = 64
+"""Rows whose lengths are compared before a run: enough to find that they differ, and read in no time."""
 
 
 class PackingCollator:
@@ -61,3 +66,28 @@ def attach_packing_of(batch: Any) -> Any:
         return batch
     attach_packing(batch["attention_mask"], batch[PACKING])
     return {name: value for name, value in batch.items() if name != PACKING}
+
+
+def refuse_rows_without_padding(trainer: Trainer) -> None:
+    """Refuse sequences of unequal lengths if a Trainer without a tokenizer has the collator that does not pad.
+
+    The first rows of a `datasets.Dataset` are read; other data are left to the collator, and so are batches of one.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    from datasets import Dataset
+
+    rows: Any = trainer.train_dataset
+    collate: Any = trainer.data_collator
+    if collate is not default_data_collator and not isinstance(collate, DefaultDataCollator):
+        return
+    is_single = trainer.args.train_batch_size == 1 and getattr(trainer, "token_budget", None) is None
+    if is_single or not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+        return
+    lengths = [len(ids) for ids in rows[:_ROWS_READ].get("input_ids", ())]
+    if len(set(lengths)) > 1:
+        raise ConfigurationError(
+            f"the training sequences have {min(lengths)} to {max(lengths)} tokens, and the trainer has neither a "
+            "tokenizer nor a data collator that pads them. Give processing_class=tokenizer, or data_collator="
+        )

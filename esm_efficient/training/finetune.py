@@ -167,6 +167,7 @@ def finetune(
         data_options=data_options or {},
         training_options=training_options,
         early_stopping=early_stopping,
+        max_tokens=max_tokens,
     )
     trainer_options: dict[str, Any] = {
         "class_weights": class_weights,

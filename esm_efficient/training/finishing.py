@@ -72,6 +72,7 @@ def finish_job(
     figures["model"].eval()
     result = FinetuneResult(
         recipe=job.recipe.name,
+        recipe_description=job.recipe.description,
         seed=job.seed,
         task=job.task,
         metrics=evaluation.metrics,

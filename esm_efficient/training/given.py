@@ -23,6 +23,7 @@ from esm_efficient.data.schema import no_column
 from esm_efficient.data.splits import split_at_random
 from esm_efficient.demo import write_demo_table
 from esm_efficient.errors import ConfigurationError, DataError, listing, nearest
+from esm_efficient.estimation.inputs import MAX_TOKENS
 from esm_efficient.reporting.description import DataDescription, describe
 from esm_efficient.tasks import Task, task_of
 
@@ -99,13 +100,16 @@ def name_of(data: Any) -> str:
     return ", ".join(Path(path).name for path in paths if isinstance(path, str | Path))
 
 
-def command_words(data: Any, options: Mapping[str, Any], model: str) -> tuple[str, ...]:
+def command_words(
+    data: Any, options: Mapping[str, Any], model: str, *, max_tokens: int = MAX_TOKENS
+) -> tuple[str, ...]:
     """Return the words after ``esm-efficient probe`` that read the same data and model, from any folder.
 
     Args:
         data: what `splits_from` takes.
         options: its options.
         model: the Hub name or the folder of the model.
+        max_tokens: the most tokens per sequence.
 
     Returns:
         The words; none if the command cannot name the data, one of the options or the model.
@@ -126,6 +130,7 @@ def command_words(data: Any, options: Mapping[str, Any], model: str) -> tuple[st
             return ()
         texts = [_place(e) if name in ("clusters", "labels") else "none" if e is False else str(e) for e in values]
         words += [word for text in texts for word in (f"--{name.replace('_', '-')}", text)]
+    words += [] if max_tokens == MAX_TOKENS else ["--max-tokens", str(max_tokens)]
     return (*words, "--model", _place(model))
 
 

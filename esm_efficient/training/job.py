@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from esm_efficient.encoder.attention import BACKENDS
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.estimation.inputs import MAX_TOKENS
 from esm_efficient.recipes import Precision, Recipe
 from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import Task
@@ -161,6 +162,7 @@ def begin_job(
     data_options: Mapping[str, Any],
     training_options: Mapping[str, Any],
     early_stopping: int | Literal["auto"] | None,
+    max_tokens: int = MAX_TOKENS,
 ) -> Job:
     """Read the data and check the options of a run; the arguments are as in `finetune`.
 
@@ -201,7 +203,7 @@ def begin_job(
         evaluated_on=evaluated_on,
         base_model=base_model,
         data_name=data_name,
-        probe_words=command_words(dataset, data_options, base_model),
+        probe_words=command_words(dataset, data_options, base_model, max_tokens=max_tokens),
         data=data,
         warned=warned,
     )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esm_efficient.recipes import RECIPES
 from esm_efficient.reporting import format_number, format_table
 from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
 from esm_efficient.reporting.score_plots import curves_plot
@@ -141,7 +140,8 @@ def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
         f"{format_number(tuned, '{:.3f}')}), and needs no training:"
     )
     words = result.probe_words
-    return sentence, shlex.join(["esm-efficient", "probe", *words]) if words else "sweep_layers(model, dataset)"
+    in_python = "sweep_layers(model, dataset)  # and the tokenizer, task and data_options that finetune was given"
+    return sentence, shlex.join(["esm-efficient", "probe", *words]) if words else in_python
 
 
 def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
@@ -192,8 +192,8 @@ def _about_losses(result: FinetuneResult, curves: Mapping[str, Any]) -> list[str
 
 
 def _what_ran(result: FinetuneResult, command: str | None) -> Section:
-    recipe = RECIPES.get(result.recipe)
-    what = f"Recipe {result.recipe}{'' if recipe is None else f' ({recipe.description})'}, seed {result.seed}. "
+    about = f" ({result.recipe_description})" if result.recipe_description else ""
+    what = f"Recipe {result.recipe}{about}, seed {result.seed}. "
     what += f"The task: {result.task.describe()}. " + (f"The data: {result.dataset}." if result.dataset else "")
     parts: list[Part] = [what, Table(("", ""), cost_rows(result))]
     return Section("What ran", parts if command is None else [*parts, "Repeat it:", Command(command)])

@@ -38,6 +38,7 @@ class FinetuneResult:
 
     Attributes:
         recipe: name of the recipe.
+        recipe_description: its description; empty if the run changed a setting that it names.
         seed: seed of the run.
         task: the task that was learnt (`esm_efficient.tasks.task_of`).
         metrics: metrics of `compute_metrics_for` and ``loss`` on the split `evaluated_on`.
@@ -93,6 +94,7 @@ class FinetuneResult:
     model_dir: Path
     result_path: Path
     model: PreTrainedModel | PeftModel | None = field(repr=False, compare=False)
+    recipe_description: str = ""
     base_model: str = ""
     dataset: str = ""
     probe_words: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_p
 from esm_efficient.published import available, hub_name, refuse_adapter
 from esm_efficient.recipes import Recipe
 from esm_efficient.saving import load_pretrained
-from esm_efficient.tasks import Task, head_of
+from esm_efficient.tasks import Task, auto_class, head_of
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
 from esm_efficient.trunk.split import truncate
 
@@ -81,8 +81,12 @@ def starting_model(
         )
     if tokenizer is None:
         raise ConfigurationError("model is a loaded model, which has no tokenizer: give tokenizer too")
-    if (head_of(model) == "token-classification") != (task.head == "token-classification"):
-        raise ConfigurationError(f"{type(model).__name__} has no head for {task.describe()}")
+    if head_of(model) != task.head:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no head for {task.describe()}: expected a model of "
+            f"{auto_class(task.head).__name__}.from_pretrained(..., num_labels={len(task.names)}), or give the folder "
+            "or the name of the model, so that the head is made"
+        )
     if pooling not in ("first", found := pooling_of_model(model)):
         raise ConfigurationError(
             f"the head of {type(model).__name__} has the pooling {found!r}, and the recipe has {pooling!r}: expected "

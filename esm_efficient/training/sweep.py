@@ -17,12 +17,12 @@ from esm_efficient.adapters.registry import find_architecture, is_in_head, is_un
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.loading import find_folder
-from esm_efficient.published import refuse_adapter
+from esm_efficient.published import hub_name, refuse_adapter
 from esm_efficient.reporting import count_of, finite_values, format_number, format_table
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task
 from esm_efficient.training.baselines import majority_metrics
-from esm_efficient.training.given import task_of_splits
+from esm_efficient.training.given import splits_from, task_of_splits
 from esm_efficient.training.intervals import without_warnings
 from esm_efficient.training.layer_probes import METRICS, Examples, fit_probes, read_examples
 from esm_efficient.training.metrics import compute_metrics_for
@@ -196,10 +196,11 @@ class LayerSweep:
 
 def sweep_layers(
     model: str | Path | PreTrainedModel,
-    dataset: DatasetDict,
+    dataset: Any,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     task: Task | None = None,
+    data_options: Mapping[str, Any] | None = None,
     readings: Sequence[Reading] = ("first", "mean"),
     max_tokens: int = 1024,
     token_budget: int = 8192,
@@ -223,11 +224,12 @@ def sweep_layers(
     fine-tuning may rank the layers in another order.
 
     Args:
-        model: a folder or a Hub name of an ESM-2 model, or a loaded model with any head and without adapters. It is not
-            changed.
-        dataset: splits ``train`` and ``validation`` (or ``test``) as for `finetune`.
+        model: a folder, a Hub name or a size (``"650M"``) of an ESM-2 model, or a loaded model with any head and
+            without adapters. It is not changed.
+        dataset: splits ``train`` and ``validation`` (or ``test``), or other data, as for `finetune`.
         tokenizer: required with a loaded model, unless the splits are tokenised.
         task: as `finetune`.
+        data_options: as `finetune`.
         readings: what probes read of a sequence, of ``"first"`` for the first token and ``"mean"`` for the mean over
             residues, without special tokens.
         max_tokens: maximal number of tokens of a sequence, special tokens included.
@@ -247,13 +249,14 @@ def sweep_layers(
 
     Example:
         >>> from esm_efficient import load_deeploc, sweep_layers, truncate
-        >>> sweep = sweep_layers("facebook/esm2_t6_8M_UR50D", load_deeploc())  # doctest: +SKIP
+        >>> sweep = sweep_layers("8M", load_deeploc())  # doctest: +SKIP
         >>> smaller = truncate(model, sweep.layer)  # doctest: +SKIP
     """
     if not readings or isinstance(readings, str) or set(readings) - set(get_args(Reading)):
         raise ConfigurationError(f"readings={list(readings)}: expected a list of {' and '.join(get_args(Reading))}")
+    dataset = splits_from(dataset, **(data_options or {}))
     evaluated_on = _evaluation_split(dataset)
-    task = task or task_of_splits(dataset["train"].features)
+    task = task or task_of_splits(dataset["train"].features, (data_options or {}).get("label"))
     loaded, tokenizer = _load(model, tokenizer, device)
     reader = LayerReader(loaded)
     splits = _tokenised({name: dataset[name] for name in ("train", evaluated_on)}, tokenizer, max_tokens)
@@ -302,8 +305,8 @@ def sweep_layers(
     )
 
 
-def _evaluation_split(dataset: Any) -> str:
-    names = list(dataset) if isinstance(dataset, Mapping) else []
+def _evaluation_split(dataset: DatasetDict) -> str:
+    names = list(dataset)
     found = next((name for name in ("validation", "test") if name in names), None)
     if "train" not in names or found is None:
         raise DataError(
@@ -321,8 +324,9 @@ def _load(
     """Return a model and its tokenizer, which may be None for tokenised splits."""
     if isinstance(model, torch.nn.Module):
         return model, tokenizer
-    folder = find_folder(model, None, None)
-    refuse_adapter(str(folder))
+    refuse_adapter(str(model))
+    folder = find_folder(hub_name(str(model)), None, None)
+    refuse_adapter(str(folder))  # that of a name on the Hub
     loaded, missing, mismatched = load_pretrained(AutoModel, folder, dtype=torch.float32)
     architecture = find_architecture(loaded)
     unread = ("pooler", *architecture.heads)

@@ -24,6 +24,7 @@ from esm_efficient.tasks import (
 )
 from esm_efficient.training.audit import AuditCallback
 from esm_efficient.training.batches import forget_labels
+from esm_efficient.training.collating import refuse_rows_without_padding
 from esm_efficient.training.losses import LOSSES, WeightedLoss, make_loss
 from esm_efficient.training.runs import WatchedTrainer
 from esm_efficient.training.weights import check_labels, resolve_class_weights
@@ -75,12 +76,17 @@ class WeightedTrainer(WatchedTrainer):
 
     Raises:
         ConfigurationError: the weights or the exponent do not fit the model's labels or the task, or a token budget is
-            given with a stream of data; or, in training, a subclass's `compute_loss` does not use them.
+            given with a stream of data; or, in training, a subclass's `compute_loss` does not use them, or sequences
+            of unequal lengths have no tokenizer and no collator that pads them.
         DataError: a class has no example, so its balanced weight is undefined.
 
     Example:
         >>> trainer = WeightedTrainer(
-        ...     model, args, train_dataset=data["train"], class_weights={"non-membrane": 0.7, "membrane": 1.7}
+        ...     model,
+        ...     args,
+        ...     train_dataset=tokenized["train"],
+        ...     processing_class=tokenizer,
+        ...     class_weights={"non-membrane": 0.7, "membrane": 1.7},
         ... )  # doctest: +SKIP
     """
 
@@ -220,8 +226,12 @@ class WeightedTrainer(WatchedTrainer):
         return output
 
     def begin_run(self, state: TrainerState) -> None:
-        """Reset what is counted in a run, and check the labels if only this class's loss reads them."""
+        """Reset what is counted in a run, check that its sequences can be padded, and check its labels.
+
+        The labels are left to an overriding `compute_loss`, which may have its own.
+        """
         super().begin_run(state)
+        refuse_rows_without_padding(self)
         if type(self).compute_loss is WeightedTrainer.compute_loss and self._is_weighted:
             check_labels(self.train_dataset, self.data_collator, self.model, self._problem_type)
 

@@ -20,7 +20,9 @@ from transformers import TrainerState, pipeline
 
 from esm_efficient import Predictor, demo_model_path, load_deeploc, write_demo_table
 from esm_efficient.cli import main
-from esm_efficient.errors import DataError, TrainingInterrupted
+from esm_efficient.errors import ConfigurationError, DataError, TrainingInterrupted
+from esm_efficient.reporting.description import describe
+from esm_efficient.training.given import splits_from
 
 pytestmark = pytest.mark.filterwarnings("ignore:A random split")
 
@@ -226,6 +228,30 @@ def test_a_run_is_exported_for_plain_transformers(run, capsys):
         assert found["score"] == pytest.approx(expected.values.max(), abs=1e-5)
 
 
+def test_the_bound_of_the_tokens_and_the_seed_reach_the_run(run, monkeypatch):
+    given = {}
+
+    def stop(model, data, **options):
+        given.update(options)
+        raise ConfigurationError("seen")
+
+    monkeypatch.setattr("esm_efficient.training.finetune.finetune", stop)
+    assert main(["finetune", str(run / "proteins.csv"), "--max-tokens", "52", "--seed", "1", "--label", "binds"]) == 1
+    assert given["max_tokens"] == 52
+    assert given["data_options"]["seed"] == 1
+
+
+def test_the_data_are_shown_as_a_run_with_this_seed_splits_them(run, capsys):
+    shown = []
+    for seed in (0, 1):
+        command = ["data", str(run / "proteins.csv"), "--label", "binds", "--seed", str(seed), "--json"]
+        assert main(command) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+        splits = splits_from(run / "proteins.csv", label="binds", seed=seed)
+        assert shown[-1] == json.loads(json.dumps(describe(splits).to_dict()))
+    assert shown[0] != shown[1]
+
+
 @pytest.mark.usefixtures("drawn_figures")
 def test_the_layers_are_probed(run, capsys):
     command = ["probe", str(run / "proteins.csv"), "--label", "binds", "--model", "demo"]
@@ -234,6 +260,10 @@ def test_the_layers_are_probed(run, capsys):
     assert [line.split()[0] for line in lines if line[:1].isdigit()] == list("01234")
     # The line trains by default, whatever the probe says: fewer layers may cost accuracy.
     assert lines[-1] == f"Next, train: esm-efficient finetune {run / 'proteins.csv'} --label binds --model demo"
+    assert main([*command, "--max-tokens", "20", "--report", str(run / "short.html")]) == 0
+    words = f"{run / 'proteins.csv'} --label binds --max-tokens 20 --model demo"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Next, train: esm-efficient finetune {words}"
+    assert f"<pre>esm-efficient probe {words}</pre>" in (run / "short.html").read_text()
     page = (run / "probe.html").read_text()
     assert lines[-3] in html.unescape(page)
     assert "<pre>esm-efficient probe " in page

@@ -58,7 +58,9 @@ def test_no_group_is_cut_and_no_row_is_lost(groups, seed, validation_size):
 
 
 def test_too_few_groups_are_an_error():
-    with pytest.raises(ConfigurationError, match="1 groups of 4 rows leave nothing for train"):
+    with pytest.raises(
+        ConfigurationError, match=r"4 row\(s\) in 1 group\(s\) .*leave nothing for train .*least 2 groups"
+    ):
         split_by_group(rows("abcd"), np.zeros(4, int), test_size=0.2, validation_size=0.0, seed=0)
 
 
@@ -172,7 +174,9 @@ def test_a_random_split_works_with_classes_of_one_member_and_without_classes():
     assert [len(split) for split in splits.values()] == [6, 3, 4]
     splits = split_at_random(rows("abcdefghij"), test_size=0.3, validation_size=0.2, seed=0)
     assert [len(split) for split in splits.values()] == [5, 2, 3]
-    with pytest.raises(ConfigurationError, match="2 groups of 2 rows leave nothing for train"):
+    with pytest.raises(
+        ConfigurationError, match=r"2 row\(s\) in 2 group\(s\) .*leave nothing for train .*least 3 groups"
+    ):
         split_at_random(rows("ab"), test_size=0.3, validation_size=0.2, seed=0)
 
 

@@ -289,8 +289,11 @@ def test_the_table_the_page_and_the_record_show_both_and_name_the_cheaper_way(tm
     cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
     assert cells[-2:] == [f"{probed:.3f} ({low:.3f} to {high:.3f})", gain]
     assert f"<td>{result.probe.metrics['mcc']:.3f} ({low:.3f} to {high:.3f})</td>" in page
-    assert "no training: sweep_layers(model, dataset)" in table  # the data are no file, which a command could read
-    assert "<pre>sweep_layers(model, dataset)</pre>" in page
+    # The data are no file, which a command could read.
+    assert "no training: sweep_layers(model, dataset)  # and the tokenizer" in table
+    assert "<pre>sweep_layers(model, dataset)  # and the tokenizer" in page
+    assert f"Recipe lora ({RECIPES['lora'].description}), seed" in page
+    assert "Recipe lora, seed" in dataclasses.replace(result, recipe_description="").to_html()
     headings = [heading for heading in re.findall("<h2>(.*?)</h2>", page) if heading != "Warnings"]
     assert headings[:3] == ["Result", "What ran", "By class"]
     assert "Training" not in headings  # one step has no curve

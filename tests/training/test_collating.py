@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import make_dataset, make_model
 from trainer_runs import Gradients, arguments, relative_error, weighted
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, DefaultDataCollator
 
-from esm_efficient import apply_lean_encoder
+from esm_efficient import WeightedTrainer, apply_lean_encoder
 from esm_efficient.encoder import forward
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.training.collating import PACKING, PackingCollator, attach_packing_of
 
 
@@ -92,3 +93,24 @@ def test_a_batch_without_a_mask_of_sequences_and_tokens_is_left_as_it_is(tokeniz
         assert PackingCollator(lambda rows, other=other: other)(rows) is other
         assert PACKING not in other
         assert attach_packing_of(other) is other
+
+
+@pytest.mark.parametrize("options", [{}, {"token_budget": 200}], ids=["plain", "token budget"])
+@pytest.mark.parametrize("collator", [None, DefaultDataCollator()], ids=["no collator", "a collator that does not pad"])
+def test_sequences_of_unequal_lengths_need_a_tokenizer_or_a_collator_that_pads(tmp_path, collator, options):
+    data = make_dataset()
+    lengths = [len(ids) for ids in data["input_ids"]]
+    trainer = WeightedTrainer(
+        make_model(), arguments(tmp_path, 8, 1), train_dataset=data, data_collator=collator, **options
+    )
+    found = f"{min(lengths)} to {max(lengths)} tokens, .* Give processing_class=tokenizer, or data_collator="
+    with pytest.raises(ConfigurationError, match=found):
+        trainer.train()
+
+
+def test_sequences_that_need_no_padding_train_without_a_tokenizer(tmp_path):
+    data = make_dataset()
+    equal = data.map(lambda row: {name: row[name][:7] for name in ("input_ids", "attention_mask")})
+    for rows, size in ((equal, 8), (data, 1)):
+        trainer = WeightedTrainer(make_model(), arguments(tmp_path, size, 1, max_steps=1), train_dataset=rows)
+        assert trainer.train().global_step == 1

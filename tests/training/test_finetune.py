@@ -12,6 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -285,8 +287,12 @@ def test_a_loaded_model_gets_the_task_of_the_labels_or_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="multi_label_classification, but the labels are numbers"):
         finetune(loaded, data, output_dir=tmp_path, **options)
     tokens = AutoModelForTokenClassification.from_pretrained(demo_model_path(), num_labels=3)
-    with pytest.raises(ConfigurationError, match="no head for numbers"):
-        finetune(tokens, data, output_dir=tmp_path, **options)
+    bare = AutoModel.from_pretrained(demo_model_path())
+    filling = AutoModelForMaskedLM.from_pretrained(demo_model_path())
+    for model in (tokens, bare, filling):
+        expected = r"no head for numbers.*AutoModelForSequenceClassification\.from_pretrained\(.*num_labels=3\)"
+        with pytest.raises(ConfigurationError, match=expected):
+            finetune(model, data, output_dir=tmp_path, **options)
 
 
 @pytest.mark.slow

@@ -100,7 +100,8 @@ def test_a_number_has_the_name_of_the_column_that_the_user_named(tmp_path):
 
 def test_options_of_a_named_table_that_no_command_has_give_no_words():
     assert command_words("demo", {"task": "membrane"}, "8M") == ()
-    assert command_words("demo", {"label": None}, "8M") == ("demo", "--model", "8M")
+    assert command_words("demo", {"label": None}, "8M", max_tokens=1024) == ("demo", "--model", "8M")
+    assert command_words("demo", {}, "8M", max_tokens=52) == ("demo", "--max-tokens", "52", "--model", "8M")
 
 
 @pytest.mark.parametrize("kind", ["classes", "several labels"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import slow_except
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from peft import get_peft_model
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -30,6 +30,7 @@ from esm_efficient import (
 from esm_efficient.reporting import count_of
 from esm_efficient.tasks import Task
 from esm_efficient.training import sweep as sweep_module
+from esm_efficient.training.given import splits_from
 from esm_efficient.training.layer_probes import Examples
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
@@ -256,6 +257,19 @@ def test_sweep_truncate_and_finetune_work_one_after_the_other(data, tokenizer, t
     assert loaded.config.num_hidden_layers == found.layer
 
 
+def test_models_and_data_are_given_as_to_finetune(data):
+    frame = concatenate_datasets(list(data.values())).to_pandas()[["sequence", "label"]]
+    frame = frame.rename(columns={"label": "binds"})
+    options = {"label": "binds", "seed": 1, "validation_size": 0.3}
+    splits = splits_from(frame, **options)
+    named = sweep_layers("demo", frame, data_options=options, readings=["mean"])
+    expected = sweep_layers(demo_model_path(), splits, readings=["mean"])
+    assert named.scores == expected.scores
+    assert named.examples == (len(splits["train"]), len(splits["validation"]))
+    other = sweep_layers("demo", frame, data_options=options | {"seed": 0}, readings=["mean"])
+    assert other.scores != expected.scores
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -263,7 +277,7 @@ def test_sweep_truncate_and_finetune_work_one_after_the_other(data, tokenizer, t
         (lambda data: sweep_layers(load(), data), ConfigurationError, "give tokenizer too"),
         (lambda data: sweep_layers(torch.nn.Linear(2, 2), data), ConfigurationError, "expected one"),
         (lambda data: sweep_layers(load(), DatasetDict(train=data["train"])), DataError, "has the splits train: exp"),
-        (lambda data: sweep_layers(load(), data["train"]), DataError, "has the splits none"),
+        (lambda data: sweep_layers(load(), 3), ConfigurationError, "data of the type int: expected a path"),
         (lambda data: sweep_layers(load(), data, readings=["max"]), ConfigurationError, "list of first and mean"),
         (lambda data: sweep_layers(load(), data, readings="mean"), ConfigurationError, "list of first and mean"),
         (
