@@ -136,7 +136,7 @@ def test_a_probe_that_is_better_is_named_by_a_line_that_works_from_any_folder(ru
     monkeypatch.chdir(tmp_path)
     assert main(line.split()[1:]) == 0
     captured = capsys.readouterr()
-    assert "Recommended" in captured.out
+    assert "has the best mcc" in captured.out
     following = captured.out.splitlines()[-1].split("Next, train: esm-efficient ")[1]
     assert following.startswith(words.replace("probe", "finetune"))
     monkeypatch.setattr("esm_efficient.training.finetune.finetune", lambda *given, **options: pytest.skip("it is read"))
