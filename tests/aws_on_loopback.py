@@ -125,9 +125,10 @@ class Container:
         root: the folder.
         aws: the server that received the job.
         request: the body of CreateTrainingJob.
+        with_dependencies: whether the driver's pip also checks what the requirements require, which takes long.
     """
 
-    def __init__(self, root: Path, aws: Aws, request: dict) -> None:
+    def __init__(self, root: Path, aws: Aws, request: dict, *, with_dependencies: bool = False) -> None:
         self.root = root
         self.command = [part.replace("/opt/ml", str(root)) for part in self._entry(request)]
         config = root / "input" / "config"
@@ -154,6 +155,8 @@ class Container:
             )
         )
         self.environment = request.get("Environment", {}) | {"TRAINING_JOB_NAME": request["TrainingJobName"]}
+        if not with_dependencies:
+            self.environment["PIP_NO_DEPS"] = "1"
 
     @staticmethod
     def _entry(request: dict) -> list[str]:

@@ -148,8 +148,8 @@ def lora_config(
     Raises:
         TargetModuleError: as `resolve_targets`; or a key of ``rank_pattern`` or ``alpha_pattern`` matches no layer that
             gets an adapter, or a name in ``modules_to_save`` no module.
-        ConfigurationError: the preset is unknown, ``exclude_modules`` is a pattern and the preset needs a list, or
-            `layers` and ``layers_to_transform`` are both given.
+        ConfigurationError: the preset is unknown, ``exclude_modules`` is a pattern and the preset needs a list,
+            ``modules_to_save`` is a text, or `layers` and ``layers_to_transform`` are both given.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -177,7 +177,7 @@ def lora_config(
             )
         peft_options["exclude_modules"] = [*given, *report.excluded]
     if peft_options.get("modules_to_save"):
-        peft_options["modules_to_save"] = list(peft_options["modules_to_save"])  # peft adds to it
+        peft_options["modules_to_save"] = names_to_save(peft_options)  # a copy, because peft adds to it
     peft_options.setdefault("task_type", peft_task_type(model))
     if peft_options["task_type"] is None and (heads := _heads_unknown_to_peft(model)):
         peft_options.setdefault("modules_to_save", heads)
@@ -316,9 +316,21 @@ def _check_names(model: nn.Module, report: TargetReport, peft_options: Mapping[s
                 advice = _similar(key, report.modules)
                 raise TargetModuleError(f"{option}: {key!r} matches no layer that gets an adapter: {advice}")
     modules = [path for path, _ in model.named_modules()]
-    for name in peft_options.get("modules_to_save") or ():
+    for name in names_to_save(peft_options):
         if name not in _PEFT_HEADS and not any(path.endswith(name) for path in modules):
             raise TargetModuleError(f"modules_to_save: {name!r} matches no module: {_similar(name, modules)}")
+
+
+def names_to_save(peft_options: Mapping[str, Any]) -> list[str]:
+    """Return the names in ``modules_to_save``, of modules that train in full.
+
+    Raises:
+        ConfigurationError: it is a text.
+    """
+    names = peft_options.get("modules_to_save") or ()
+    if isinstance(names, str):
+        raise ConfigurationError(f"modules_to_save={names!r} is a text: expected a list of names, [{names!r}]")
+    return list(names)
 
 
 def _heads_unknown_to_peft(model: nn.Module) -> list[str]:

@@ -304,8 +304,10 @@ def recommend(
             padding=padding,
         )
     show(result, as_json)
-    is_usual = optimizer == "adamw_fused" and attention == "sdpa" and padding is None and tokens <= MAX_TOKENS
+    is_usual = optimizer == "adamw_fused" and attention == "sdpa" and padding is None
     line = _training_line(model, result.recipe, epochs, precision) if is_usual else ""
+    if line and tokens > MAX_TOKENS:
+        line += f" --max-tokens {tokens}"
     if line and not as_json:
         show(f"\nTrain with it: {line}", as_json)
 

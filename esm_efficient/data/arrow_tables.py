@@ -39,14 +39,14 @@ from esm_efficient.data.schema import (
     texts_of,
 )
 from esm_efficient.data.second_table import SecondTable
-from esm_efficient.data.sequences import count_residues
+from esm_efficient.data.sequences import GAPS, count_residues
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
-_FORMAT = 6
+_FORMAT = 7
 """Of the cached tables; raise it when the same files and options give another table."""
 
 _SKIP = 'Correct them, or leave such rows out with on_error="skip"'
@@ -128,6 +128,7 @@ class _TableWriter:
         self.files, self.plan = files, plan
         self.observed, self.counts, self.notes = LabelObservations(), RowCounts(), Notes()
         self.label_names = dict(plan.label_columns)
+        self.gapped: list[str] = []
         self.left_out = LeftOut() if plan.on_error == "skip" else None
         self.second = None if plan.second_table is None else SecondTable(plan.second_table, plan.columns["accession"])
 
@@ -158,6 +159,9 @@ class _TableWriter:
             unused = sorted(self.second.unused)
             message = f"{len(unused)} row(s) of the second table have no sequence: {listing(unused)}"
             self.notes.add(logging.WARNING, message)
+        if self.gapped:
+            message = f"{len(self.gapped)} sequence(s) with sites have gaps: {listing(self.gapped)}"
+            self.notes.add(logging.WARNING, f"{message}. The positions count residues, and no gaps")
         self._encode(raw, encoded)
         for note in () if self.left_out is None else self.left_out.notes():  # with those of wrong labels
             self.notes.add(logging.WARNING, note)
@@ -275,6 +279,8 @@ class _TableWriter:
                 return parsed
             if self.plan.label_kind == "positions":
                 cells = labels_at_positions(cells, residues, places)
+                rows = zip(columns[roles["sequence"] or ""], cells, accessions, strict=True)
+                self.gapped += [name for text, labels, name in rows if "1" in labels and {*GAPS} & {*str(text)}]
             # A label that only rows outside the bounds have is no class.
             keep = self._within_bounds(residues)
             kept = np.flatnonzero(keep).tolist()

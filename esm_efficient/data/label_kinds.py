@@ -1,8 +1,7 @@
 """What kind of label a column holds: classes, one class per residue, several labels per sequence, or numbers.
 
 `LabelObservations` gathers what the cells look like, `decide_encoding` tells the kind from it, and `LabelEncoding`
-stores the labels. Cells that fit two kinds, and cells that are unlikely to be classes, are an error that says how to
-choose.
+stores the labels. Cells that fit two kinds, or are unlikely to be classes, are an error that says how to choose.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from esm_efficient.data.label_names import (
     refuse_long,
     refuse_many,
     refuse_separators,
+    respelled,
     usual_spellings,
 )
 from esm_efficient.data.schema import number_of
@@ -295,8 +295,9 @@ def _residue_encoding(
             f"labels per residue must be classes, but have values such as {listing(spellings)}: numbers per residue "
             "are not supported"
         )
-    names, ids = named(spellings)
-    return LabelEncoding("residues", names, ids, reading)
+    others = respelled(usual_spellings(spellings, Counter()))
+    notes = (f"classes of residues may be one class in several spellings: {others}",) if others else ()
+    return LabelEncoding("residues", *named(spellings), reading, notes=notes)
 
 
 def _several_encoding(observed: LabelObservations, skip: bool) -> LabelEncoding:
@@ -324,9 +325,8 @@ def _several_encoding(observed: LabelObservations, skip: bool) -> LabelEncoding:
             "column per label, and pass label=[...]"
         )
     usual = usual_spellings(spellings, counts)
-    notes = []
-    if others := [f"{text!r:.40} as {name!r:.40}" for text, name in usual.items() if text != name]:
-        notes.append(f"several spellings are read as one label: {listing(others)}")
+    others = respelled(usual)
+    notes = [f"several spellings are read as one label: {others}"] if others else []
     if missing := [f"{name!r} ({observed.part_places[name]})" for name in spellings if name in MISSING]:
         notes.append(f"{listing(missing)} is read as a label, but may say that one is missing")
     names = sorted(set(usual.values()))
@@ -346,12 +346,12 @@ def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> 
     refuse_many(spellings)
     usual = usual_spellings(spellings, observed.counts)
     notes = []
-    if others := [f"{text!r:.40} as {name!r:.40}" for text, name in usual.items() if text != name]:
+    if others := respelled(usual):
         if asked:
             usual = {text: text for text in spellings}
-            notes.append(f"classes may be one class in several spellings: {listing(others)}")
+            notes.append(f"classes may be one class in several spellings: {others}")
         else:
-            notes.append(f"several spellings are read as one class: {listing(others)}. To keep them apart, {_AS_CLASS}")
+            notes.append(f"several spellings are read as one class: {others}. To keep them apart, {_AS_CLASS}")
     counts: dict[str, int] = {}
     for text, name in usual.items():
         counts[name] = counts.get(name, 0) + observed.counts[text]

@@ -21,6 +21,12 @@ def usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[str
     return {text: max(groups[spelling(text)], key=lambda each: counts[each]) for text in texts}
 
 
+def respelled(usual: Mapping[str, str]) -> str:
+    """Return which texts `usual_spellings` has another spelling for; empty if there is none."""
+    others = [f"{text!r:.40} as {name!r:.40}" for text, name in usual.items() if text != name]
+    return listing(others) if others else ""
+
+
 def compounds(texts: Sequence[str]) -> list[str]:
     """Return texts that may hold several labels: lists, with a bar or a semicolon, or with a part that others have."""
     if certain := [text for text in texts if "|" in text or ";" in text or holds_list(text)]:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from esm_efficient import compat
 from esm_efficient.adapters.registry import ARCHITECTURES
-from esm_efficient.adapters.resolve import lora_config
+from esm_efficient.adapters.resolve import lora_config, names_to_save
 from esm_efficient.data.loading import load_sequences
 from esm_efficient.errors import ConfigurationError, nearest
 from esm_efficient.inference.foreign import unread_options
@@ -140,7 +140,7 @@ def check_adapter_options(recipe: Recipe, options: Mapping[str, Any]) -> None:
             "Train with prepare_model and WeightedTrainer, and load the adapter with peft"
         )
     heads = {head for architecture in ARCHITECTURES for head in architecture.heads}
-    saved = {*(options.get("modules_to_save") or ())} - heads
+    saved = {*names_to_save(options)} - heads
     below = ("bias", "all") if options.get("bias") == "all" else ("modules_to_save", sorted(saved)) if saved else None
     if recipe.cache and below:
         raise ConfigurationError(

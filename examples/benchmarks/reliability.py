@@ -6,7 +6,8 @@ Runs are killed with SIGKILL in training, in a save and in an evaluation, on one
 their last checkpoint, and their weights are compared bit for bit with those of a run that was not killed. Tables and
 request bodies are damaged at random: each must be read, or refused by an error of the library; anything else is lost.
 The full disk is a small tmpfs where mounting is possible, else a limit of the size of files. The memory of long runs is
-compared between their second quarter and their end.
+compared between their second quarter and their end. They keep no compiled kernels: on a CPU, oneDNN keeps those of the
+last 1,024 shapes, and so the memory of a usual run grows by some tens of MB until that many were seen.
 
 The script fails if a run differs, an input is lost, the last whole checkpoint does not stay, or memory grows.
 """
@@ -31,8 +32,8 @@ from reliability_runs import PROTEIN, fill_disk, predict_long, quiet, train_long
 MOMENTS = ("training", "save", "evaluation")
 DISK_BYTES = 3_000_000
 """Room for three checkpoints of the demo's adapter, of about 0.9 MB each."""
-GROWTH_BYTES = 30_000_000
-"""The most that the memory of a long run may grow, of about 700 MB."""
+GROWTH_BYTES = 15_000_000
+"""The most that the memory of a long run may grow, of about 600 MB."""
 
 ODD_CELLS = ("", "nan", "1e999", "-1", "\x00", "=cmd|'/C calc'!A0", "é" * 9, "a,b", '"', "MKX" * 4000, "[0, 1]", "true")
 

@@ -113,6 +113,7 @@ def train_long(folder: str, steps: int, answers: Any) -> None:
             if state.global_step * 4 % steps < 4:
                 answers.put(resident_bytes())
 
+    keep_no_kernels()
     quiet()
     data = load_deeploc(Path(folder).parent / "demo.csv", max_residues=150)
     options = {"recipe": "lora", "max_steps": steps, "logging_steps": 50, "disable_tqdm": True, "use_cpu": True}
@@ -124,6 +125,7 @@ def predict_long(folder: str, predictions: int, answers: Any) -> None:
 
     from esm_efficient import Predictor, demo_model_path
 
+    keep_no_kernels()
     quiet()
     model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
     predictor = Predictor(model, AutoTokenizer.from_pretrained(demo_model_path()))
@@ -132,6 +134,11 @@ def predict_long(folder: str, predictions: int, answers: Any) -> None:
         for _ in range(0, predictions // 4, 50):
             predictor.predict([PROTEIN[: rng.randrange(5, len(PROTEIN))] for _ in range(50)])
         answers.put(resident_bytes())
+
+
+def keep_no_kernels() -> None:
+    """Let oneDNN keep no compiled kernels; it reads this when it compiles the first one."""
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"
 
 
 def resident_bytes() -> int:

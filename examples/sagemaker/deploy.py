@@ -19,6 +19,7 @@ import boto3
 from aws import Place, client, find_image, run, tags
 from botocore.exceptions import BotoCoreError, ClientError
 from cleanup import KINDS, describe, words_of
+from ranges import whole
 
 from esm_efficient import ConfigurationError, format_table, get_device
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
@@ -37,16 +38,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--instance-type", default="ml.g5.xlarge", help="type of a real-time endpoint (default: %(default)s)"
     )
-    parser.add_argument("--instances", type=int, default=1, help="number of instances of a real-time endpoint")
+    parser.add_argument("--instances", type=whole(1), default=1, help="number of instances of a real-time endpoint")
     parser.add_argument("--serverless", action="store_true")
     parser.add_argument(
-        "--memory-mb", type=int, default=6144, help="memory of a serverless endpoint (default: %(default)s)"
+        "--memory-mb",
+        type=int,
+        default=6144,
+        choices=range(1024, 6145, 1024),
+        help="memory of a serverless endpoint (default: %(default)s)",
     )
-    parser.add_argument("--concurrency", type=int, default=5, help="simultaneous requests to a serverless endpoint")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="most tokens per sequence in a request")
+    parser.add_argument(
+        "--concurrency", type=whole(1, 200), default=5, help="simultaneous requests to a serverless endpoint"
+    )
+    parser.add_argument("--max-tokens", type=whole(3), default=1024, help="most tokens per sequence in a request")
     parser.add_argument("--image", help="your own inference image")
     parser.add_argument("--region", help="default: the configured one")
-    parser.add_argument("--timeout", type=int, default=1800, help="most seconds to wait for the endpoint")
+    parser.add_argument("--timeout", type=whole(1), default=1800, help="most seconds to wait for the endpoint")
     return parser.parse_args(arguments)
 
 

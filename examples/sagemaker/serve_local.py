@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import inference
+from ranges import whole
 
 from esm_efficient import EsmEfficientError, Predictor, RequestError
 
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080, help="0 chooses a free port")
+    parser.add_argument("--port", type=whole(0, 65535), default=8080, help="0 chooses a free port")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     Handler.predictor = inference.model_fn(options.model)

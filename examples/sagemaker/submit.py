@@ -23,6 +23,7 @@ from typing import Any
 import boto3
 from aws import Place, Unsent, claim, client, dry_session, find_image, run, tags
 from job_metrics import METRIC_DEFINITIONS
+from ranges import positive, whole
 from sagemaker.core.helper.session_helper import Session
 from sagemaker.core.training.configs import (
     CheckpointConfig,
@@ -35,13 +36,13 @@ from sagemaker.core.training.configs import (
 )
 from sagemaker.train import ModelTrainer
 from sagemaker.train.distributed import Torchrun
-from train import make_parser, make_recipe, positive, whole
+from train import make_parser, make_recipe
 
 import esm_efficient
 from esm_efficient import RECIPES, ConfigurationError, estimate, get_device, recommend
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("train.py", "job_metrics.py", "inference.py", "requirements.txt")
+SOURCES = ("train.py", "job_metrics.py", "ranges.py", "inference.py", "requirements.txt")
 TRACKING = ("mlflow>=3.0", "sagemaker-mlflow>=0.1")
 
 

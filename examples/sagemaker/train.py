@@ -20,13 +20,13 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import DatasetDict, load_from_disk
 from job_metrics import memory_line
+from ranges import positive, whole
 
 import esm_efficient
 from esm_efficient import (
@@ -73,38 +73,9 @@ def layers(text: str) -> str:
     return text
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers that are not below `least`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least {least}")
-        return int(text)
-
-    return parse
-
-
-def seed(text: str) -> int:
-    """Parse a seed: numpy's are whole numbers of 32 bits."""
-    number = whole(0)(text)
-    if number >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a seed below {2**32}")
-    return number
-
-
 def steps(text: str) -> int:
     """Parse a number of optimizer steps, or -1 for the default."""
     return -1 if text == "-1" else whole(1)(text)
-
-
-def positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:  # NaN is refused here too
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
-    return number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -129,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--token_budget", type=whole(1), help="tokens per micro-batch, instead of a fixed number of sequences")
     add("--save_steps", type=whole(1), default=100, help="optimizer steps between checkpoints")
     add("--logging_steps", type=whole(1), default=20)
-    add("--seed", type=seed, default=0)
+    add("--seed", type=whole(0, 2**32 - 1), default=0)
     add("--report_to", default="none", choices=["none", "mlflow"], help="experiment tracking")
     return parser
 

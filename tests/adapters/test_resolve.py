@@ -174,6 +174,11 @@ def test_a_name_in_an_option_of_peft_that_matches_nothing_is_refused(tiny_model,
         lora_config(tiny_model(), **options)
 
 
+def test_a_text_in_place_of_a_list_of_names_is_refused(tiny_model):
+    with pytest.raises(ConfigurationError, match=r"modules_to_save='classifier' is a text: .* \['classifier'\]"):
+        lora_config(tiny_model(), modules_to_save="classifier")
+
+
 def test_names_in_options_of_peft_are_matched_as_peft_matches_them(tiny_model):
     model = tiny_model()
     ranks = {r"layer\.1\..*\.query": 4, "key": 3, "esm.encoder.layer.0.attention.self.value": 2}

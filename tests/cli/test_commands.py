@@ -115,9 +115,15 @@ def test_recommend_prints_what_it_tried(capsys):
 
 
 @pytest.mark.parametrize(
-    "options", slow_except(["", "--layers top-1/3 --cache --pooling mean --precision fp16 --keep-layers 3"], "")
+    "options",
+    slow_except(
+        ["", "--tokens 2000", "--layers top-1/3 --cache --pooling mean --precision fp16 --keep-layers 3"],
+        "",
+        "--tokens 2000",
+    ),
 )
 def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch):
+    # The last of two numbers of tokens counts.
     command = "recommend --model 8M --device T4 --tokens 40 --batch-size 4 --recipe lora --epochs 2 " + options
     assert main([*command.split(), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -140,14 +146,15 @@ def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monke
     }
     assert (given["recipe"].layers, given["recipe"].cache) == (record["layers"], record["cached"])
     assert given["recipe"].pooling == record["pooling"]
-    assert given["recipe"].keep_layers == (3 if options else None)
-    assert given["precision"] == ("fp16" if options else "auto")
+    assert given["recipe"].keep_layers == (3 if "keep-layers" in options else None)
+    assert given["precision"] == ("fp16" if "fp16" in options else "auto")
+    assert given["max_tokens"] == (2000 if "tokens" in options else 1024)
 
 
-@pytest.mark.parametrize("option", ["--preset qkv", "--optimizer adamw_foreach", "--tokens 1025"])
+@pytest.mark.parametrize("option", ["--preset qkv", "--optimizer adamw_foreach"])
 def test_recommend_gives_no_line_for_what_finetune_has_no_option_for(capsys, option):
     command = f"recommend --model 8M --device T4 --tokens 40 --batch-size 1 --recipe lora {option}"
-    assert main(command.split()) == 0  # the last of two numbers of tokens counts
+    assert main(command.split()) == 0
     assert "Train with it" not in capsys.readouterr().out
 
 

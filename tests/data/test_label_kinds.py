@@ -370,6 +370,28 @@ def test_positions_become_labels_of_residues(tmp_path, cells, sites):
     assert {name: row.tolist() for name, row in found.items()} == dict(zip("abcde", map(list, sites), strict=True))
 
 
+def test_positions_do_not_count_gaps_which_is_noted(tmp_path, caplog):
+    rows = pd.DataFrame({"accession": list("abcd"), "sequence": ["MK-TV", "M.KTV", "MKTVV", "M-KTA"]})
+    path = write(rows.assign(sites=["3", "[]", "3", "1"]), tmp_path / "a.csv")
+    data = load_sequences(path, label="sites", label_kind="positions", test_size=0.25)
+    assert {name: row["label"][2] for name, row in rows_of(data).items()} == {"a": 1, "b": 0, "c": 1, "d": 0}
+    assert "2 sequence(s) with sites have gaps: a, d. The positions count residues, and no gaps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("letters", "note"),
+    [("HHEC", ""), ("HHeEC", "'e' as 'E'|'E' as 'e'")],
+)
+def test_two_spellings_of_a_class_of_residues_are_noted_and_stay_two(tmp_path, caplog, letters, note):
+    table = frame()
+    table["label"] = [(letters * 40)[: len(sequence)] for sequence in table.sequence]
+    data = load_sequences(write(table, tmp_path / "a.csv"))
+    assert data["train"].features["label"].feature.names == sorted({*letters})
+    found = re.search("classes of residues may be one class in several spellings: (.*)", caplog.text)
+    assert (found is not None) == bool(note)
+    assert found is None or re.fullmatch(note, found[1])
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

@@ -116,6 +116,11 @@ def test_deepspeed_options_that_save_no_weights_are_refused(tmp_path, zero, refu
         ({"adapter_options": {"frobnicate": 3}}, "expected an option of lora_config or of peft.LoraConfig"),
         ({"adapter_options": {"r": 3}, "recipe": "base"}, "has no adapters: leave out r"),
         ({"adapter_options": {"bias": "all"}, "recipe": "top"}, "bias='all' trains below the layers whose states"),
+        (
+            {"adapter_options": {"modules_to_save": "classifier"}, "recipe": "lora"},
+            r"expected a list .*\['classifier'\]",
+        ),
+        ({"adapter_options": {"modules_to_save": "classifier"}, "recipe": "top"}, "='classifier' is a text"),
         ({"adapter_options": {"modules_to_save": ["dense"]}, "recipe": "top"}, "modules_to_save=.*replace.cache=False"),
         ({"adapter_options": {"trainable_token_indices": [4]}, "recipe": "lora"}, "trainable_token_indices=.4. is not"),
         (

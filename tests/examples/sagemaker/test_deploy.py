@@ -127,6 +127,35 @@ def test_the_answers_of_every_task_are_shown_on_one_line(monkeypatch, kind, valu
     assert script.row_of({"name": "P1", **prediction.to_dict()}) == ("P1", *shown)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--instances", "0", "'0': expected a whole number, at least 1"),
+        ("--concurrency", "201", "'201': expected a whole number from 1 to 200"),
+        ("--memory-mb", "1000", "invalid choice: 1000"),
+        ("--timeout", "-1", "'-1': expected a whole number, at least 1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_the_usage(monkeypatch, capsys, option, value, message):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import deploy as script
+
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--job", "job", "--endpoint", "name", "--role", ROLE, option, value])
+    assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+def test_the_limits_of_a_serverless_endpoint_are_those_of_sagemaker(aws, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import deploy as script
+
+    shape = aws.client("sagemaker").meta.service_model.shape_for("ProductionVariantServerlessConfig")
+    for option, member in (("--memory-mb", "MemorySizeInMB"), ("--concurrency", "MaxConcurrency")):
+        for limit in shape.members[member].metadata.values():
+            given = ["--job", "job", "--endpoint", "name", "--role", ROLE, option, str(limit)]
+            assert limit in vars(script.parse_arguments(given)).values()
+
+
 def test_the_rest_of_an_incomplete_endpoint_is_deleted(aws, job):
     assert deploy(aws, "half", "--serverless").returncode == 0
     aws.client("sagemaker").delete_endpoint(EndpointName="half")

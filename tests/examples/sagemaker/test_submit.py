@@ -110,6 +110,7 @@ def test_every_field_of_the_request_is_right(aws, place, monkeypatch):
     assert {
         "train.py",
         "job_metrics.py",
+        "ranges.py",
         "inference.py",
         "requirements.txt",
         "esm_efficient/demo/model/config.json",

@@ -36,7 +36,11 @@ def submit(aws, place, *options, hyperparameters=()):
     return aws.sent("create_training_job")
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids=["one process", "two processes"])
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(number, marks=pytest.mark.xdist_group(f"{number} process(es)")) for number in (1, 2)],
+    ids=["one process", "two processes"],
+)
 def processes(request):
     return request.param
 
@@ -47,9 +51,10 @@ def request_of(aws, place, processes):
 
 
 @pytest.fixture(scope="session")
-def whole(aws, request_of, tmp_path_factory):
+def whole(aws, request_of, processes, tmp_path_factory):
     """A job that ran without interruption."""
-    container = Container(tmp_path_factory.mktemp("whole") / "ml", aws, request_of)
+    folder = tmp_path_factory.mktemp("whole") / "ml"
+    container = Container(folder, aws, request_of, with_dependencies=processes == 1)
     assert container.run() == 0, container.log()[-3000:]
     return container
 
