@@ -279,8 +279,8 @@ class _TableWriter:
                 return parsed
             if self.plan.label_kind == "positions":
                 cells = labels_at_positions(cells, residues, places)
-                rows = zip(columns[roles["sequence"] or ""], cells, accessions, strict=True)
-                self.gapped += [name for text, labels, name in rows if "1" in labels and {*GAPS} & {*str(text)}]
+                given = zip(columns[roles["sequence"] or ""], cells, accessions, strict=True)
+                self.gapped += [name for text, sites, name in given if "1" in sites and {*GAPS} & {*str(text)}]
             # A label that only rows outside the bounds have is no class.
             keep = self._within_bounds(residues)
             kept = np.flatnonzero(keep).tolist()
