@@ -89,20 +89,22 @@ TRAINED = [
     if not (head in (EsmModel, EsmForMaskedLM) and trains == "head")
     and not (head is EsmModel and trains not in ("full", "all-linear"))  # which layers train is tested with the heads
 ]
-# Every head with everything that trains. Both types and both plans take turns, so that all pairs of values are there.
-QUICK = [
-    (
-        *(head, trains),
-        (*LIMITS,)[(HEADS.index(head) + (trains in ("qkv", "all-linear"))) % 2],
-        PLANS[(HEADS.index(head) % 3 + TRAINS.index(trains) // 3) % 2],
-    )
-    for head, trains in TRAINED
-]
+
+
+def take_turns(head, trains, turn):
+    """Return a case; over the heads and what trains, all pairs of a type and a plan take turns."""
+    dtype = HEADS.index(head) + (trains in ("qkv", "all-linear")) + turn
+    plan = HEADS.index(head) % 3 + TRAINS.index(trains) // 3 + turn
+    return head, trains, (*LIMITS,)[dtype % 2], PLANS[plan % 2]
+
+
+# Every head with everything that trains, in two cases that have both types and both plans.
+QUICK, OTHERS = ([take_turns(*pair, turn) for pair in TRAINED] for turn in range(2))
 
 
 @pytest.mark.parametrize(
     ("head", "trains", "dtype", "plan"),
-    slow_except([(*pair, dtype, plan) for pair in TRAINED for dtype in LIMITS for plan in PLANS], *QUICK),
+    slow_except([*QUICK, *OTHERS], *QUICK),
     indirect=["plan"],
     ids=name_of,
 )

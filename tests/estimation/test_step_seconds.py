@@ -43,7 +43,7 @@ def median_step_seconds(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "width"), itertools.product(["base", "lora"], [32, 256]))
+@pytest.mark.parametrize(("recipe", "width"), list(itertools.product(["base", "lora"], [32, 256])))
 def test_the_predicted_time_is_near_that_of_a_clock(recipe, width, this_cpu):
     model = make_model(hidden_size=width, intermediate_size=4 * width, num_attention_heads=4, num_hidden_layers=4)
     predicted = estimate(model, recipe=recipe, device=this_cpu, micro_batch=ROWS, tokens=TOKENS, precision="float32")
