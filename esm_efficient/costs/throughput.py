@@ -26,6 +26,8 @@ from esm_efficient.costs.devices import Backend, Device
 from esm_efficient.tasks import SPECIAL_TOKENS
 
 _CPU_ATTENTION, _CPU_ATTENTION_BACKWARD = cpu_attention_operations()
+_LONG_SECONDS = 0.5
+"""Time of one matrix product from which a smaller one is measured."""
 
 
 def flops_of(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
@@ -161,7 +163,15 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
         True
     """
     device = torch.device(device)
-    size = 1024 if device.type == "cpu" else 4096
+    if device.type != "cpu":
+        return _matmul_rate(device, dtype, 4096)
+    rate = _matmul_rate(device, dtype, 256)
+    # A product of the larger size takes seconds in a dtype that the CPU only emulates, such as bf16 on many.
+    return rate if 2 * 1024**3 / rate > _LONG_SECONDS else _matmul_rate(device, dtype, 1024)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Measure `matmul_rate` with square matrices of a size."""
     with torch.no_grad():
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
         times = []

@@ -84,3 +84,16 @@ def test_a_measured_device_can_be_estimated():
 
 def test_the_matmul_rate_is_plausible():
     assert 1e9 < matmul_rate("cpu", torch.float32) < 1e14
+
+
+@pytest.mark.parametrize(("rate", "sizes"), [(1e9, [256]), (1e11, [256, 1024])])
+def test_no_large_product_is_measured_that_takes_seconds(monkeypatch, rate, sizes):
+    measured = []
+
+    def measure(device, dtype, size):
+        measured.append(size)
+        return rate
+
+    monkeypatch.setattr("esm_efficient.costs.throughput._matmul_rate", measure)
+    assert matmul_rate("cpu", torch.bfloat16) == rate
+    assert measured == sizes

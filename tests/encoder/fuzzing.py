@@ -1,9 +1,9 @@
 """Random models and calls: the lean encoder must agree with the plain model.
 
 `run(seed)` makes one model from a seed, and calls it several times with random batches and in random states. Its errors
-name the seed and what was drawn. The tests have the first 1,600 seeds; this tries others:
+name the seed and what was drawn. The tests have the first 500 seeds; this tries others:
 
-    PYTHONPATH=tests python tests/encoder/fuzzing.py 1600 10000
+    PYTHONPATH=tests python tests/encoder/fuzzing.py 500 10000
 """
 
 from __future__ import annotations
@@ -167,8 +167,11 @@ def compute(model, batch, tokens):
     return result.detach(), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def errors(found, expected):
-    """Relative errors of the outputs and of the whole gradient, and infinity where only one side is a number."""
+def errors(found, expected, dtype):
+    """Relative errors of the outputs and of the whole gradient, and infinity where only one side is a number.
+
+    A gradient that should be zero, such as that of a query of a single token, may have rounding errors of the dtype.
+    """
     (outputs, grads), (wanted, wanted_grads) = found, expected
     known = wanted.isfinite()
     if not torch.equal(outputs.isfinite(), known):
@@ -180,7 +183,8 @@ def errors(found, expected):
     differences = torch.stack([zero.double(), *((a - b).norm() for a, b in pairs)])
     norms = torch.stack([zero.double(), *(b.norm() for _, b in pairs)])
     output_error = (outputs[known] - wanted[known]).norm() / wanted[known].norm().clamp(min=1e-6)
-    return float(output_error), float(differences.norm() / norms.norm().clamp(min=1e-6))
+    least = max(1e-6, 1e4 * torch.finfo(dtype).eps)
+    return float(output_error), float(differences.norm() / norms.norm().clamp(min=least))
 
 
 def change(fuzz, plain, lean):
@@ -244,8 +248,9 @@ def compare(fuzz):
             half = dtype == torch.float32 and fuzz.happens("autocast", 0.1)
             with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
                 if half:
-                    limits = [HALF_LIMIT * value + 0.25 for value in errors(compute(plain, batch, tokens), expected)]
-                found = errors(compute(lean, batch, tokens), expected)
+                    usual = errors(compute(plain, batch, tokens), expected, dtype)
+                    limits = [HALF_LIMIT * value + 0.25 for value in usual]
+                found = errors(compute(lean, batch, tokens), expected, dtype)
         assert all(a <= b for a, b in zip(found, limits, strict=True)), f"{found} > {limits}: {' '.join(fuzz.drawn)}"
 
 

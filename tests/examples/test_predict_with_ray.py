@@ -107,6 +107,7 @@ def test_a_wrong_row_is_an_error_before_anything_is_written(script, fasta, tmp_p
     assert list(tmp_path.glob("*.parquet")) == []
 
 
+@pytest.mark.slow
 def test_a_local_cluster_predicts_in_the_order_of_the_file_and_goes_on(model, fasta, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     output = tmp_path / "out"
