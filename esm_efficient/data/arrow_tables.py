@@ -279,8 +279,6 @@ class _TableWriter:
                 return parsed
             if self.plan.label_kind == "positions":
                 cells = labels_at_positions(cells, residues, places)
-                given = zip(columns[roles["sequence"] or ""], cells, accessions, strict=True)
-                self.gapped += [name for text, sites, name in given if "1" in sites and {*GAPS} & {*str(text)}]
             # A label that only rows outside the bounds have is no class.
             keep = self._within_bounds(residues)
             kept = np.flatnonzero(keep).tolist()
@@ -292,6 +290,9 @@ class _TableWriter:
                     rows = [kept[row] for row in error.rows]
                     raise CellError(error.problem, rows, error.shown, error.advice) from None
                 parsed["label"] = found.take(pa.array(np.cumsum(keep) - 1, mask=~keep))
+            if self.plan.label_kind == "positions":
+                texts = columns[roles["sequence"] or ""]
+                self.gapped += [accessions[r] for r in kept if "1" in cells[r] and {*GAPS} & {*str(texts[r])}]
         return parsed
 
     def _struct_labels(self, cells: Sequence[Any], path: str | Path, places: Sequence[str]) -> Any:

@@ -371,9 +371,9 @@ def test_positions_become_labels_of_residues(tmp_path, cells, sites):
 
 
 def test_positions_do_not_count_gaps_which_is_noted(tmp_path, caplog):
-    rows = pd.DataFrame({"accession": list("abcd"), "sequence": ["MK-TV", "M.KTV", "MKTVV", "M-KTA"]})
-    path = write(rows.assign(sites=["3", "[]", "3", "1"]), tmp_path / "a.csv")
-    data = load_sequences(path, label="sites", label_kind="positions", test_size=0.25)
+    rows = pd.DataFrame({"accession": list("abcde"), "sequence": ["MK-TV", "M.KTV", "MKTVV", "M-KTA", "-MK"]})
+    path = write(rows.assign(sites=["3", "[]", "3", "1", "1"]), tmp_path / "a.csv")
+    data = load_sequences(path, label="sites", label_kind="positions", test_size=0.25, min_residues=4)
     assert {name: row["label"][2] for name, row in rows_of(data).items()} == {"a": 1, "b": 0, "c": 1, "d": 0}
     assert "2 sequence(s) with sites have gaps: a, d. The positions count residues, and no gaps" in caplog.text
 
