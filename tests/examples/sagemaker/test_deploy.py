@@ -151,7 +151,9 @@ def test_the_limits_of_a_serverless_endpoint_are_those_of_sagemaker(aws, monkeyp
 
     shape = aws.client("sagemaker").meta.service_model.shape_for("ProductionVariantServerlessConfig")
     for option, member in (("--memory-mb", "MemorySizeInMB"), ("--concurrency", "MaxConcurrency")):
-        for limit in shape.members[member].metadata.values():
+        limits = shape.members[member].metadata
+        assert set(limits) == {"min", "max"}
+        for limit in limits.values():
             given = ["--job", "job", "--endpoint", "name", "--role", ROLE, option, str(limit)]
             assert limit in vars(script.parse_arguments(given)).values()
 
