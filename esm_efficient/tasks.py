@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from esm_efficient import compat
-from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -33,6 +33,9 @@ IGNORE = -100
 SPECIAL_TOKENS = 2
 """Tokens added to a sequence: ``<cls>`` before it and ``<eos>`` after it."""
 
+MAX_TOKENS = 1024
+"""The most tokens of a sequence that are read unless another number is given: ESM-2 was trained on no more."""
+
 _SUFFIXES: Mapping[str, Head] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
@@ -40,6 +43,7 @@ _SUFFIXES: Mapping[str, Head] = {
 }
 _OWN_LOSSES = ("transformers.", "esm_efficient.heads")
 """Prefixes of modules whose models have transformers' losses."""
+_SHOWN_NAMES = 12
 _PEFT_TASKS = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
 
 
@@ -66,14 +70,14 @@ class Task:
         return "token-classification" if self.kind == "token_classification" else "sequence-classification"
 
     def describe(self) -> str:
-        """Return the task in one line of plain words."""
+        """Return the task in one line of plain words, with the first names of many."""
         words = {
             "single_label_classification": "one class per sequence",
             "multi_label_classification": "several labels per sequence",
             "token_classification": "one class per residue",
             "regression": "numbers",
         }
-        return f"{words[self.kind]}: {', '.join(self.names)}"
+        return f"{words[self.kind]}: {listing(self.names, _SHOWN_NAMES)}"
 
 
 def task_of(features: Features, column: str = "label") -> Task:

@@ -283,8 +283,8 @@ def recommend(
     target = get_device(device)
     check_depth(model, layers, keep_layers)
     with quiet():
-        from esm_efficient.estimation.inputs import MAX_TOKENS
         from esm_efficient.estimation.recommend import recommend
+        from esm_efficient.tasks import MAX_TOKENS
 
         result = recommend(
             model,

@@ -66,13 +66,13 @@ class PeakMemory:
 
 
 class OutOfMemoryError(EsmEfficientError, torch.OutOfMemoryError):
-    """A device ran out of memory in a profiled run; the message says what filled it and which setting would fit.
+    """A device ran out of memory; the message says what would fit, and in a profiled run what filled the memory.
 
     The class is a subclass of torch's error, so that ``except torch.OutOfMemoryError`` catches it.
 
     Attributes:
-        phase: the phase of training, one of `PHASES`.
-        held: bytes by category at that moment, and their ``total``.
+        phase: the phase of training, one of `PHASES`; empty in a prediction.
+        held: bytes by category at that moment, and their ``total``; empty in a prediction.
     """
 
     def __init__(self, message: str, *, phase: str = "", held: dict[str, int] | None = None) -> None:

@@ -14,13 +14,34 @@ import numpy as np
 
 from esm_efficient.data.sequences import AMBIGUOUS_RESIDUES, GAPS, RESIDUES, SPECIAL_PATTERN, STOP, Keep, clean
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.tasks import SPECIAL_TOKENS
+from esm_efficient.tasks import MAX_TOKENS, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST_TOKENS = 1_000_000
+"""Tokens of a sequence above which a tokenizer's ``model_max_length`` means that it is unknown."""
+
 _DROPPED = 255
 """The entry of a dropped character in the table of ids."""
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the most tokens that a model reads, special tokens included, as its tokenizer says.
+
+    Args:
+        tokenizer: of a model; ``model_max_length`` is what `finetune` was given as ``max_tokens``. transformers has a
+            huge number there if nothing is known, which gives 1,024.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from esm_efficient.demo import demo_model_path
+        >>> longest_input(AutoTokenizer.from_pretrained(demo_model_path()))
+        1024
+    """
+    length = tokenizer.model_max_length
+    is_known = isinstance(length, int | float) and SPECIAL_TOKENS < length <= _MOST_TOKENS
+    return int(length) if is_known else MAX_TOKENS
 
 
 class Encoded(NamedTuple):

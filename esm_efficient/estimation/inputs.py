@@ -17,7 +17,7 @@ import numpy as np
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.published import BASE_CONFIG, ESM2_SIZES, available, hub_name, size_of
-from esm_efficient.tasks import SPECIAL_TOKENS, Head, base_model_of, head_of
+from esm_efficient.tasks import MAX_TOKENS, SPECIAL_TOKENS, Head, base_model_of, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -147,9 +147,6 @@ def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:
         token_dropout=True,
     )
 
-
-MAX_TOKENS = 1024
-"""The most tokens of a sequence that `finetune` reads unless it is told otherwise."""
 
 _UNREADABLE = (
     "tokens: got {}: expected a whole number, many of them, or a dataset, such as load_sequences returns for a file"

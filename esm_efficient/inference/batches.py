@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from esm_efficient.costs.memory import OutOfMemoryError
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.encoder.packing import attach_packing, describe_batch, sent
@@ -55,6 +57,7 @@ def run_in_batches(
     Raises:
         DataError: a sequence is too long.
         ConfigurationError: a result is not finite, or `keep` is unknown.
+        OutOfMemoryError: the device has too little memory for a batch.
     """
     ids, offsets, pieces = _encode(encoder, sequences, max_tokens - SPECIAL_TOKENS, keep)
     lengths = pieces.residues + SPECIAL_TOKENS
@@ -68,12 +71,12 @@ def run_in_batches(
         mask = torch.from_numpy((np.arange(tokens.shape[1]) < lengths[batch][:, None]).astype(np.int64))
         described, mask = describe_batch(mask), sent(mask, device)
         attach_packing(mask, described)  # so that the lean encoder need not read the mask from the device
-        with torch.inference_mode(), _autocast(device, half):
+        with torch.inference_mode(), _autocast(device, half), _explained(tokens.shape, token_budget):
             found: Any = compute(input_ids=sent(torch.from_numpy(tokens), device), attention_mask=mask)
             if result == "mean":
                 shares = torch.from_numpy(means.shares(batch, tokens.shape[1]))
                 found = (found * sent(shares, device).unsqueeze(-1).to(found.dtype)).sum(1)
-            found = found.double().cpu().numpy()
+            found = found.cpu().double().numpy()  # not on the device: an Apple GPU has no float64
         for piece, numbers in zip(batch, found, strict=True):
             means.add(piece, numbers)
     if bad := [name_of(sequences, i) for i in range(len(sequences)) if not np.isfinite(means.found[i]).all()]:
@@ -83,6 +86,23 @@ def run_in_batches(
             + (', or precision="float32" if float16 overflows' if half == torch.float16 else "")
         )
     return [means.found[index] for index in range(len(sequences))]
+
+
+@contextmanager
+def _explained(shape: tuple[int, ...], token_budget: int) -> Iterator[None]:
+    """Say what to do when the device runs out of memory in a batch of (sequences, tokens)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sequences, width = shape
+        raise OutOfMemoryError(
+            f"the device ran out of memory with a batch of {sequences} sequence(s) of up to {width:,} tokens. "
+            + (
+                f"Give a smaller budget than token_budget={token_budget}"
+                if sequences > 1
+                else "That is one sequence: use a smaller model, read only a part of long sequences with keep="
+            )
+        ) from error
 
 
 def _autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:

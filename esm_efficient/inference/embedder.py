@@ -18,8 +18,8 @@ from esm_efficient.inference.batches import run_in_batches
 from esm_efficient.inference.files import FileResult, map_file
 from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import sequences_from
-from esm_efficient.inference.loading import find_folder, load_model
-from esm_efficient.inference.windows import LongReading, describe_reading, windows_for
+from esm_efficient.inference.loading import default_device, find_folder, load_model, place
+from esm_efficient.inference.windows import LongReading, describe_reading, refuse_joined_ends, windows_for
 from esm_efficient.published import hub_name, no_model_in
 from esm_efficient.reporting.files import written_as
 from esm_efficient.saving import load_pretrained
@@ -111,7 +111,7 @@ class Embedder:
             name_or_path: the folder or the Hub name of a model or of an adapter, or an ESM-2 size such as ``"650M"``.
             layer: as `Embedder`.
             pooling: as `Embedder`.
-            device: the device to compute on; None for the accelerator if there is one.
+            device: as `Predictor.load`.
             max_tokens: as `Embedder`.
 
         Raises:
@@ -129,9 +129,8 @@ class Embedder:
                 AutoModel, folder, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False
             ).model
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return cls(model.to(device or "cpu"), tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens)
+        on_device = place(model, default_device() if device is None else device)
+        return cls(on_device, tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens)
 
     def embed(
         self, sequences: Iterable[str], *, keep: LongReading | None = None, token_budget: int = 8192
@@ -145,7 +144,8 @@ class Embedder:
             token_budget: as `Predictor.predict`.
 
         Returns:
-            float32 of shape (width,) per sequence, or of shape (residues, width) with ``pooling="residues"``.
+            float32 of shape (width,) per sequence, or of shape (residues, width) with ``pooling="residues"``: those
+            that `keep` reads, in their order.
 
         Raises:
             DataError: as `Predictor.predict`.
@@ -211,13 +211,24 @@ def embed_file(
 
     Raises:
         DataError: as `predict_file`.
-        ConfigurationError: as `predict_file` and `Embedder.load`; or embeddings per residue are to be written as CSV.
+        ConfigurationError: as `predict_file` and `Embedder.load`; embeddings per residue are to be written as CSV; or
+            `layer` or `pooling` is given beside an `Embedder` that has another.
 
     Example:
         >>> embed_file("facebook/esm2_t6_8M_UR50D", "proteome.fasta", "embeddings.parquet")  # doctest: +SKIP
     """
-    if written_as(output, source=source) == "csv" and pooling == "residues":
-        raise ConfigurationError(f"{output}: embeddings per residue do not fit into CSV. Write .parquet or .jsonl")
+    kind = written_as(output, source=source)
+    if isinstance(model, Embedder):
+        if layer is not None or pooling not in ("mean", model.pooling):
+            raise ConfigurationError(
+                f"layer={layer}, pooling={pooling!r}: the Embedder has its own layer and pooling, {model.pooling!r}. "
+                "Give them to the Embedder alone"
+            )
+        pooling = model.pooling
+    if pooling == "residues":
+        refuse_joined_ends(keep)
+        if kind == "csv":
+            raise ConfigurationError(f"{output}: embeddings per residue do not fit into CSV. Write .parquet or .jsonl")
     embedder = model if isinstance(model, Embedder) else Embedder.load(model, layer=layer, pooling=pooling)
 
     def compute(sequences: list[str]) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from esm_efficient.data.encoding import longest_input
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.inference import foreign
 from esm_efficient.inference.loading import LOAD_ERRORS, SavedAdapter, build_adapted, load_tokenizer, read_adapter
@@ -23,7 +24,7 @@ class Ensemble(NamedTuple):
 
     Attributes:
         model: a model of peft with all adapters; one at a time is active.
-        tokenizer: the tokenizer of the base model.
+        tokenizer: the tokenizer of the member that reads the fewest tokens.
         members: the names of the adapters, in the order in which they were given.
     """
 
@@ -65,7 +66,7 @@ def load_ensemble(
     if found.kind == "multi_label_classification":
         tuned = np.mean([foreign.label_thresholds(member.config, found.names) for member in saved], axis=0)
         model.config.label_thresholds = dict(zip(found.names, tuned.tolist(), strict=True))
-    return Ensemble(model, load_tokenizer(saved[0]), members)
+    return Ensemble(model, min(map(load_tokenizer, saved), key=longest_input), members)
 
 
 def _check_alone(member: SavedAdapter) -> None:

@@ -16,18 +16,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.download import sha256_of
-from esm_efficient.data.readers import Block, read_blocks
-from esm_efficient.data.schema import find_column, refuse_column, texts_of
-from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
-from esm_efficient.errors import ConfigurationError, DataError, listing
-from esm_efficient.inference.inputs import CheckedSequences, problem_of
+from esm_efficient.data.sequences import clean, count_residues
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.inference.inputs import CheckedSequences
+from esm_efficient.inference.rows import Row, check_rows, usable_rows
 from esm_efficient.reporting import count_of
 from esm_efficient.reporting.files import blocks_folder, write_tables, written_as
 
@@ -77,19 +77,6 @@ class FileResult:
 
 def _were(rows: int) -> str:
     return f"{count_of(rows, 'row')} {'was' if rows == 1 else 'were'}"
-
-
-class Row(NamedTuple):
-    """A sequence of a file: its accession, its text as it is in the file, and its place for messages."""
-
-    accession: str
-    sequence: str
-    place: str
-
-    @property
-    def name(self) -> str:
-        """What a message calls it."""
-        return f"{self.place} (accession {self.accession})"
 
 
 def map_file(
@@ -144,8 +131,9 @@ def map_file(
     total, wrong = check_rows(source, longest=longest, on_error=on_error, **columns)
     rows = range(total * (part - 1) // parts, total * part // parts)
     if not rows:
-        usable_rows = count_of(total, "row")
-        raise ConfigurationError(f"shard={part}/{parts}: {source} has only {usable_rows} to use, so this part is empty")
+        raise ConfigurationError(
+            f"shard={part}/{parts}: {source} has only {count_of(total, 'row')} to use, so this part is empty"
+        )
     block_rows = block_rows or BLOCK_ROWS
     what = (identity, sha256_of(source), rows, sequence, accession, block_rows)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()
@@ -162,7 +150,7 @@ def map_file(
     _wait_for_all()  # before any rank adds a block
     computed = residues = reused = 0
     bar = tqdm(total=len(rows), desc=description, unit="seq", disable=rank > 0 or None)
-    usable = (row for index, row in enumerate(read_sequences(source, **columns)) if index not in wrong)
+    usable = usable_rows(source, wrong, **columns)
     for number, (file, block) in enumerate(zip(files, _blocks(usable, rows, block_rows), strict=True)):
         if file in finished:
             reused += len(block)
@@ -183,89 +171,7 @@ def map_file(
         shutil.rmtree(folder)
     _wait_for_all()
     seconds = time.perf_counter() - started
-    return FileResult(output, len(rows), computed, reused, residues, seconds, long_sequences, len(wrong))
-
-
-def read_sequences(source: str | Path, *, sequence: str | None = None, accession: str | None = None) -> Iterator[Row]:
-    """Yield the rows of a file, in its order; the arguments are as in `map_file`.
-
-    Raises:
-        DataError: the file cannot be read, or has no column of sequences.
-    """
-    number = 0
-    for block, column, names in _read_columns(source, sequence, accession):
-        accessions = [""] * len(block.places) if names is None else texts_of(block.columns[names])
-        for name, text, place in zip(accessions, block.columns[column], block.places, strict=True):
-            number += 1
-            yield Row(name or str(number), text, place)
-
-
-def _read_columns(
-    source: str | Path, sequence: str | None, accession: str | None
-) -> Iterator[tuple[Block, str, str | None]]:
-    """Yield the blocks of a file with the columns of sequences and of accessions; None if it has no accessions."""
-    for block in read_blocks(source):
-        column = find_column("sequence", block.columns, sequence, source, taken=(accession,))
-        if column is None:
-            raise DataError(
-                f"{source} has the columns {listing(list(block.columns))}, and none has a usual name of sequences. "
-                "Name the one that holds them with sequence="
-            )
-        yield block, column, find_column("accession", block.columns, accession, source, taken=(column,))
-
-
-class CheckedRows(NamedTuple):
-    """How many rows of a file can be used, and the numbers of those that cannot, from 0."""
-
-    usable: int
-    wrong: frozenset[int]
-
-
-def check_rows(
-    source: str | Path,
-    *,
-    longest: int | None = None,
-    on_error: OnError = "raise",
-    sequence: str | None = None,
-    accession: str | None = None,
-) -> CheckedRows:
-    """Check every row of a file; the arguments are as in `map_file`.
-
-    Raises:
-        DataError: a row cannot be used, and `on_error` is not ``"skip"``; there is no row to use; or most sequences are
-            nucleotides.
-        ConfigurationError: `on_error` is unknown.
-    """
-    if on_error not in get_args(OnError):
-        raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
-    wrong: dict[int, str] = {}
-    rows, too_long, nucleotides = 0, False, NucleotideCount()
-    for row in read_sequences(source, sequence=sequence, accession=accession):
-        rows += 1
-        problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
-        if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
-            problem, too_long = f"has {size:,} residues, more than {longest:,}", True
-        if problem:
-            wrong[rows - 1] = f"{row.place} {problem}"
-        else:
-            nucleotides.add([row.sequence], [row.place])
-    if not rows:
-        raise DataError(f"{source} has no sequence")
-    if len(wrong) == rows:
-        block, column, names = next(_read_columns(source, sequence, accession))
-        if set(block.columns) - {column, names, "header"}:  # FASTA has a header; another column may be the right one
-            refuse_column(block.columns, column, block.places, source)
-    problems = f"{len(wrong):,} of {rows:,} rows cannot be used: {listing(list(wrong.values()), 3)}"
-    if too_long:
-        problems += '. Of sequences that are too long, read a part with keep="start", or all with keep="windows"'
-    if wrong and (on_error == "raise" or len(wrong) == rows):
-        cure = "" if len(wrong) == rows else '. Correct wrong rows, or leave them out with on_error="skip"'
-        raise DataError(f"{source}: {problems}{cure}")
-    if wrong:
-        logger.warning("left out of %s: %s", source, problems)
-    if warning := nucleotides.warning(str(source)):
-        logger.warning("%s: %s", source, warning)
-    return CheckedRows(rows - len(wrong), frozenset(wrong))
+    return FileResult(output, len(rows), computed, reused, residues, seconds, long_sequences, wrong.count)
 
 
 def _blocks(rows: Iterator[Row], wanted: range, most: int) -> Iterator[list[Row]]:
@@ -344,8 +250,9 @@ def rank_and_ranks() -> tuple[int, int]:
     import torch
     from accelerate import PartialState
 
-    # Without cpu=True, the processes of a machine without an accelerator do not find each other.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # Without cpu=True, the processes of a machine without an accelerator do not find each other. The others wait while
+    # the first writes the output, which may take longer than the usual limit of minutes.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     return state.process_index, state.num_processes
 
 

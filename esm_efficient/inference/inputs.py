@@ -10,6 +10,7 @@ from typing import Any
 from esm_efficient.data.schema import non_letters
 from esm_efficient.data.sequences import STOP, NucleotideCount, clean, looks_like_words
 from esm_efficient.errors import DataError, listing
+from esm_efficient.reporting import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ _FILE = re.compile(r"\.(fa|faa|fas|fasta|csv|tsv|txt|parquet|json|jsonl|pdb|cif)
 
 
 class CheckedSequences(list[str]):
-    """Sequences of a file whose rows `esm_efficient.inference.files.check_rows` has checked, all of them together.
+    """Sequences of a file whose rows `esm_efficient.inference.rows.check_rows` has checked, all of them together.
 
     Args:
         sequences: the sequences.
@@ -85,7 +86,26 @@ def sequences_from(given: Any) -> list[str]:
     nucleotides.add(sequences, [f"sequence {number}" for number in range(1, len(sequences) + 1)])
     if warning := nucleotides.warning("the given sequences"):
         logger.warning("%s", warning)
+    warn_of_unknown(sum(map(count_unknown, sequences)), "the given sequences")
     return [str(text) for text in sequences]
+
+
+def count_unknown(sequence: str) -> int:
+    """Return the letters of a sequence that are no amino acid: of the alphabet, J alone.
+
+    Example:
+        >>> count_unknown("MKTJ"), count_unknown("MKTX")
+        (1, 0)
+    """
+    return clean(sequence).count("J")
+
+
+def warn_of_unknown(letters: int, where: str) -> None:
+    """Warn of letters that are no amino acid."""
+    if letters:
+        logger.warning(
+            "%s: %s J, which is no amino acid: the model reads it as <unk>", where, count_of(letters, "letter")
+        )
 
 
 def problem_of(text: str) -> str:

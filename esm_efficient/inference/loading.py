@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from esm_efficient.costs.memory import OutOfMemoryError
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
 from esm_efficient.published import BASE_CONFIG, missing_model, models_beside, no_model_in, size_of
+from esm_efficient.reporting import format_bytes
 from esm_efficient.saving import load_pretrained, without_deprecation
 from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
 from esm_efficient.trunk.split import truncate
@@ -145,6 +148,32 @@ def _load_base(saved: SavedAdapter) -> PreTrainedModel:
     whole = copy.deepcopy(config)
     whole.num_hidden_layers = count
     return truncate(_load_whole(base, whole, shapes, adapter_folder=folder), kept)
+
+
+def default_device() -> torch.device:
+    """Return the accelerator if there is one; of several ranks on a machine, each has one of its own."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return accelerator
+    return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+
+
+def place(model: Any, device: torch.device | str) -> Any:
+    """Move a model to a device.
+
+    Raises:
+        OutOfMemoryError: the device has too little memory for it.
+    """
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        size = format_bytes(sum(tensor.nbytes for tensor in model.parameters()))
+        raise OutOfMemoryError(
+            f"{device} has too little free memory for a model of {size}. Use a smaller model, stop other programs that "
+            "use the device, or compute on the CPU: set CUDA_VISIBLE_DEVICES to nothing"
+        ) from error
 
 
 def load_tokenizer(saved: SavedAdapter) -> PreTrainedTokenizerBase:

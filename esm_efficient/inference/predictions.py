@@ -13,7 +13,7 @@ from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.inference.files import FileResult, map_file
 from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.predictor import Prediction, Predictor
-from esm_efficient.inference.windows import LongReading, describe_reading, windows_for
+from esm_efficient.inference.windows import LongReading, describe_reading, refuse_joined_ends, windows_for
 from esm_efficient.reporting.files import written_as
 from esm_efficient.tasks import SPECIAL_TOKENS, Task
 
@@ -66,7 +66,8 @@ def predict_file(
     Raises:
         DataError: a row is not a protein sequence or is too long, with its place; or the file cannot be read.
         ConfigurationError: the output has another suffix, is the source or cannot be written; the shard does not exist;
-            the model's names cannot be told apart in such a file; or as `Predictor.load`.
+            the model's names cannot be told apart in such a file; one class per residue is predicted and `keep` is
+            ``"end"`` or ``"both"``, which leaves open which residues are meant; or as `Predictor.load`.
 
     Example:
         >>> predict_file("output/adapter", "proteome.fasta", "predictions.csv")  # doctest: +SKIP
@@ -76,6 +77,8 @@ def predict_file(
     is_csv = written_as(output, source=source) == "csv"
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
     column_names(predictor.task, spread=bool(predictor.members))
+    if predictor.task.kind == "token_classification":
+        refuse_joined_ends(keep)
     if is_csv:
         _refuse_ambiguous_names(predictor.task, output)
 

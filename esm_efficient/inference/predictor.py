@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.costs.devices import native_precision
-from esm_efficient.data.encoding import ResidueEncoder
+from esm_efficient.data.encoding import ResidueEncoder, longest_input
 from esm_efficient.encoder import apply_lean_encoder_if_supported
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import pooling_of_model
@@ -21,13 +21,10 @@ from esm_efficient.inference.batches import Result, run_in_batches
 from esm_efficient.inference.ensembles import compute_members, joint_logits, load_ensemble
 from esm_efficient.inference.foreign import label_thresholds
 from esm_efficient.inference.inputs import sequences_from
-from esm_efficient.inference.loading import load_model
+from esm_efficient.inference.loading import default_device, load_model, place
 from esm_efficient.inference.windows import LongReading
 from esm_efficient.recipes import Precision
 from esm_efficient.tasks import SPECIAL_TOKENS, Kind, Task, base_model_of, task_of_model
-
-_MAX_TRAINED_TOKENS = 1024
-"""Tokens of the longest sequence that ESM-2 was trained on."""
 
 _HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,7 +91,8 @@ class Predictor:
         model: an ESM model with a sequence or token classification head. It is put into evaluation mode, and an ESM-2
             model computes with the lean encoder from then on. Which of its parameters train stays as it is.
         tokenizer: the tokenizer of an ESM model.
-        max_tokens: the most tokens per sequence, special tokens included.
+        max_tokens: the most tokens per sequence, special tokens included; None for ``model_max_length`` of the
+            tokenizer, which `finetune` saves with a model, or 1,024 if that is unknown.
         precision: ``"float32"``; ``"bf16"`` or ``"fp16"`` for autocast, whose logits differ by about a hundredth; or
             ``"auto"`` for what the device multiplies fastest (`esm_efficient.recipes.Precision`), which is float32 on a
             CPU.
@@ -123,10 +121,11 @@ class Predictor:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_tokens: int = _MAX_TRAINED_TOKENS,
+        max_tokens: int | None = None,
         precision: Precision = "auto",
         members: Sequence[str] = (),
     ) -> None:
+        max_tokens = longest_input(tokenizer) if max_tokens is None else max_tokens
         if max_tokens <= SPECIAL_TOKENS:
             raise ConfigurationError(
                 f"max_tokens={max_tokens}: expected room for a residue beside {SPECIAL_TOKENS} special tokens"
@@ -166,7 +165,7 @@ class Predictor:
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         device: str | torch.device | None = None,
-        max_tokens: int = _MAX_TRAINED_TOKENS,
+        max_tokens: int | None = None,
         task: Task | None = None,
         precision: Precision = "auto",
     ) -> Predictor:
@@ -179,11 +178,12 @@ class Predictor:
             name_or_path: the folder or the Hub name of a model, or of an adapter with its ``base_config/``. The base
                 model of an adapter is loaded by the name or path in the adapter's config. A list of adapters is an
                 ensemble: they share one base model, which is in memory once, and have the same task and head, and the
-                prediction is their mean (`Prediction.spread`). The threshold of a label is the mean of theirs.
+                prediction is their mean (`Prediction.spread`). The threshold of a label is the mean of theirs, and the
+                most tokens are the fewest of theirs.
             revision: branch, tag or commit on the Hub; None for the main branch.
             cache_dir: the folder of downloaded models; None for that of huggingface_hub.
-            device: the device to compute on; None for the accelerator if there is one.
-            max_tokens: the most tokens per sequence, special tokens included.
+            device: the device to compute on; None for the accelerator if there is one, one for each rank of a machine.
+            max_tokens: as `Predictor`.
             task: what the model predicts, for an adapter that peft saved: it has no label names. None for the task in
                 the model's config.
             precision: as `Predictor`.
@@ -201,11 +201,8 @@ class Predictor:
             model, tokenizer = load_model(names[0], revision=revision, cache_dir=cache_dir, task=task)
         else:
             model, tokenizer, members = load_ensemble(names, revision=revision, cache_dir=cache_dir, task=task)
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            device = accelerator or "cpu"
-        on_device: Any = model
-        return cls(on_device.to(device), tokenizer, max_tokens=max_tokens, precision=precision, members=members)
+        on_device = place(model, default_device() if device is None else device)
+        return cls(on_device, tokenizer, max_tokens=max_tokens, precision=precision, members=members)
 
     def predict(
         self, sequences: Iterable[str], *, keep: LongReading | None = None, token_budget: int = 8192
@@ -221,7 +218,8 @@ class Predictor:
             token_budget: the most tokens per batch.
 
         Returns:
-            One prediction per sequence, in the same order.
+            One prediction per sequence, in the same order. One with a class per residue has those residues that `keep`
+            reads, in their order.
 
         Raises:
             DataError: a sequence is not a text, is empty, is too long, or is not a protein; or all splits of a data set
@@ -260,7 +258,7 @@ class Predictor:
         prediction: the state of a residue contains what the encoder has read of the others.
 
         Returns:
-            float64 of shape (residues,) per sequence, with the sum 1.
+            float64 of shape (residues,) per sequence, with the sum 1: those residues that `keep` reads, in their order.
 
         Raises:
             DataError: as `predict`.

@@ -19,9 +19,13 @@ TYPES = ("application/json", "text/csv", "text/x-fasta")
 
 _FASTA = ("text/x-fasta", "application/x-fasta", "text/fasta", "chemical/seq-aa-fasta")
 _HEADERS = frozenset(name for names in USUAL_NAMES.values() for name in names) | frozenset(
-    ("aa", "antibody", "antigen", "chain", "fasta", "heavy", "light", "membrane", "peptide", "text", "vh", "vl")
+    (
+        *("aa", "antibody", "antigen", "chain", "fasta", "heavy", "input", "light", "membrane", "peptide", "query"),
+        *("queries", "target", "text", "vh", "vl"),
+    )
 )
-"""Words that head a column and whose letters are also residues: in capitals they look like a sequence."""
+"""Words that head a column and whose letters are also residues: in capitals they look like a sequence. So do their
+plurals."""
 _MAX_SHOWN = 40
 """Characters of a name or content type that an error repeats."""
 
@@ -169,15 +173,15 @@ def _csv(text: str) -> Iterator[tuple[str, str]]:
         _check_first_line(sequence)
         yield "", sequence
     for _, row in rows:
-        if any(cell.strip() for cell in row):
-            cells = dict(zip(names, row, strict=True))
-            yield cells.get(accession or "", "").strip(), cells[sequence]
+        cells = dict(zip(names, row, strict=True))
+        yield cells.get(accession or "", "").strip(), cells[sequence]
 
 
 def _check_first_line(line: str) -> None:
     """Refuse the first line of a CSV with one column if it may be a header: without one, it is a sequence too."""
     letters = SPECIAL_PATTERN.sub("", line)
-    if letters != letters.upper() or letters.strip().lower() in _HEADERS:
+    word = letters.strip().lower()
+    if letters != letters.upper() or not _HEADERS.isdisjoint((word, word.removesuffix("s"))):
         raise RequestError(
             f"the first line of the CSV is {line[:_MAX_SHOWN]!r}: expected the header sequence, or no header and "
             "sequences in capitals"

@@ -75,6 +75,19 @@ def windows_for(keep: LongReading | None, longest: int) -> Windows | None:
     return None
 
 
+def refuse_joined_ends(keep: LongReading | None) -> None:
+    """Refuse to write an entry per residue if the first entry need not be that of the first residue.
+
+    Raises:
+        ConfigurationError: `keep` is ``"end"`` or ``"both"``.
+    """
+    if keep in ("end", "both"):
+        raise ConfigurationError(
+            f'keep="{keep}": a file with an entry per residue would not say which residues were read. Give '
+            'keep="start" or keep="windows"'
+        )
+
+
 def describe_reading(keep: LongReading | None, longest: int) -> str:
     """Return in words what is read of a sequence that is too long; the arguments are as in `windows_for`.
 

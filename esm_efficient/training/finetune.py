@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -108,7 +109,8 @@ def finetune(
             so that without options its loss is that of Trainer. With numbers, ``"balanced"`` means None.
         focal_gamma: as `WeightedTrainer`.
         token_budget: as `WeightedTrainer`.
-        max_tokens: maximal number of tokens of a sequence, special tokens included.
+        max_tokens: maximal number of tokens of a sequence, special tokens included. It is saved with the model, so that
+            `Predictor` reads as much.
         seed: seed of the head, the adapters and the order of the batches.
         precision: ``"auto"``, ``"float32"``, ``"bf16"`` or ``"fp16"`` (`esm_efficient.recipes.Precision`).
         attention: how the lean encoder computes attention, as `apply_lean_encoder`.
@@ -187,7 +189,12 @@ def finetune(
         loaded, tokenizer, has_unit = starting_model(
             model, tokenizer, task, chosen, half=half, adapter_options=adapter_options, device=args.device
         )
-        tokenized = job.raw if job.is_tokenized else tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
+        if job.is_tokenized:
+            tokenized = job.raw
+        else:
+            tokenized = tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
+            tokenizer = copy.copy(tokenizer)  # it may be the caller's
+            tokenizer.model_max_length = max_tokens  # saved with the model: predictions read as much
     scale = start_scale(loaded, tokenizer, tokenized["train"], task, has_unit=has_unit)
     collator = _make_collator(task, tokenizer)
     _check_splits(tokenized, collator, loaded, task)

@@ -23,9 +23,8 @@ from esm_efficient.data.schema import no_column
 from esm_efficient.data.splits import split_at_random
 from esm_efficient.demo import write_demo_table
 from esm_efficient.errors import ConfigurationError, DataError, listing, nearest
-from esm_efficient.estimation.inputs import MAX_TOKENS
 from esm_efficient.reporting.description import DataDescription, describe
-from esm_efficient.tasks import Task, task_of
+from esm_efficient.tasks import MAX_TOKENS, Task, task_of
 
 if TYPE_CHECKING:
     import pandas as pd

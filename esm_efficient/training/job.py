@@ -13,10 +13,9 @@ from transformers import TrainingArguments
 
 from esm_efficient.encoder.attention import BACKENDS
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.estimation.inputs import MAX_TOKENS
 from esm_efficient.recipes import Precision, Recipe
 from esm_efficient.reporting.description import DataDescription
-from esm_efficient.tasks import Task
+from esm_efficient.tasks import MAX_TOKENS, Task
 from esm_efficient.training.arguments import (
     check_token_budget,
     recipe_arguments,

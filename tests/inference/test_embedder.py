@@ -79,3 +79,13 @@ def test_a_file_of_embeddings_per_residue_needs_lists(tmp_path):
 
     rows = pq.read_table(tmp_path / "out.parquet")["embedding"].to_pylist()
     assert [np.shape(row) for row in rows] == [(3, 128), (5, 128)]
+
+
+@pytest.mark.parametrize("options", [{"layer": 2}, {"pooling": "first"}])
+def test_a_file_does_not_change_the_layer_or_the_pooling_of_an_embedder(tokenizer, tmp_path, options):
+    (tmp_path / "p.fasta").write_text(">a\nMKT\n")
+    embedder = Embedder(AutoModel.from_pretrained(demo_model_path()), tokenizer, pooling="residues")
+    with pytest.raises(ConfigurationError, match="has its own layer and pooling, 'residues'"):
+        embed_file(embedder, tmp_path / "p.fasta", tmp_path / "out.parquet", **options)
+    with pytest.raises(ConfigurationError, match=r"Write \.parquet or \.jsonl"):
+        embed_file(embedder, tmp_path / "p.fasta", tmp_path / "out.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
@@ -126,6 +127,16 @@ def test_windows_are_averaged_before_the_members(folders):
     singles = [Predictor.load(path, **options).predict(texts, keep="windows") for path in paths]
     for index, found in enumerate(Predictor.load(paths, **options).predict(texts, keep="windows")):
         np.testing.assert_allclose(found.values, np.mean([s[index].values for s in singles], axis=0), atol=2e-6)
+
+
+def test_an_ensemble_reads_as_much_as_the_member_that_reads_least(base, tmp_path, tokenizer):
+    paths = [save_member(tmp_path / f"m{i}", base, i) for i in (1, 2)]
+    bounded = copy.copy(tokenizer)
+    bounded.model_max_length = 30
+    bounded.save_pretrained(paths[1])
+    assert Predictor.load(paths, device="cpu").max_tokens == 30
+    assert Predictor.load(paths[::-1], device="cpu").max_tokens == 30
+    assert Predictor.load(paths[0], device="cpu").max_tokens == 1024
 
 
 def test_the_base_model_is_in_memory_once(base, folders):

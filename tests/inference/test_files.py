@@ -22,6 +22,7 @@ from test_predictor import model_for
 from esm_efficient import Embedder, Predictor, demo_model_path, embed_file, predict_file
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference import files
+from esm_efficient.inference.rows import check_rows, usable_rows
 
 FASTA_ROWS = 23
 
@@ -255,6 +256,55 @@ def test_a_file_without_a_row_to_use_is_an_error_also_if_wrong_rows_are_left_out
         predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
     with pytest.raises(ConfigurationError, match="on_error='drop': expected"):
         predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="drop")
+
+
+def test_rows_that_cannot_be_parsed_are_left_out_too(tokenizer, tmp_path, small_blocks, caplog):
+    rows = [*(f"p{i},{text}" for i, text in enumerate(sequences(7))), "p7", "p8,M,K", "p9,MKTAYI", "p10,", "p11,MALWMR"]
+    (tmp_path / "in.csv").write_text("\n".join(["id,sequence", *rows]) + "\n")
+    predictor = Predictor(model_for("regression"), tokenizer)
+    with pytest.raises(DataError, match="line 9: 1 cells for 2 columns"):
+        predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv")
+    done = predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
+    assert (done.rows, done.left_out) == (9, 3)
+    assert "3 of 12 rows cannot be used: " in caplog.text
+    assert "line 9: the number of cells is not 2" in caplog.text
+    found = read(tmp_path / "out.csv")
+    assert found["accession"].tolist() == [*(f"p{i}" for i in range(7)), "p9", "p11"]
+    expected = [p.values[0] for p in predictor.predict([*sequences(7), "MKTAYI", "MALWMR"])]
+    assert np.abs(found.iloc[:, 1].to_numpy() - expected).max() < 1e-6
+    (tmp_path / "bare.csv").write_text("sequence,note\nMKTAYI,a\nMKT\nMALWMR,b\n")
+    with pytest.raises(DataError, match="Rows have no accession, and their numbers would not be those of the file"):
+        predict_file(predictor, tmp_path / "bare.csv", tmp_path / "bare_out.csv", on_error="skip")
+
+
+def test_many_wrong_rows_are_counted_in_little_memory(tmp_path):
+    (tmp_path / "in.csv").write_text("id,sequence\n" + "".join(f"{i},{'' if i % 3 else 'MKT'}\n" for i in range(9000)))
+    checked = check_rows(tmp_path / "in.csv", on_error="skip")
+    assert (checked.usable, checked.wrong.count) == (3000, 6000)
+    assert str(checked.wrong) == "line 3 is empty, line 4 is empty, line 6 is empty and 5,997 more"
+    assert len(checked.wrong.shown) == 3
+    kept = usable_rows(tmp_path / "in.csv", checked.wrong)
+    assert [row.accession for row in kept] == [str(i) for i in range(0, 9000, 3)]
+
+
+def test_letters_that_are_no_amino_acid_are_counted(tokenizer, tmp_path, caplog):
+    predictor = Predictor(model_for("regression"), tokenizer)
+    predictor.predict(["MKTJJ", "MJK"])
+    assert "the given sequences: 3 letters J, which is no amino acid" in caplog.text
+    (tmp_path / "in.fasta").write_text(">a\nMKTJ\n>b\nMKX\n")
+    predict_file(predictor, tmp_path / "in.fasta", tmp_path / "out.csv")
+    assert "in.fasta: 1 letter J, which is no amino acid" in caplog.text
+
+
+@pytest.mark.parametrize("keep", ["end", "both"])
+def test_a_file_with_an_entry_per_residue_begins_with_the_first_residue(tokenizer, fasta, tmp_path, keep):
+    predictor = Predictor(model_for("token_classification"), tokenizer)
+    with pytest.raises(ConfigurationError, match="would not say which residues were read"):
+        predict_file(predictor, fasta, tmp_path / "out.parquet", keep=keep)
+    embedder = Embedder(model_for("regression"), tokenizer, pooling="residues")
+    with pytest.raises(ConfigurationError, match="would not say which residues were read"):
+        embed_file(embedder, fasta, tmp_path / "out.parquet", keep=keep)
+    assert predict_file(Predictor(model_for("regression"), tokenizer), fasta, tmp_path / "out.csv", keep=keep).rows
 
 
 def test_a_folder_with_files_of_the_user_is_not_removed(tokenizer, fasta, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -20,11 +21,12 @@ from scipy.special import expit, softmax
 from sequence_texts import sequences
 from transformers import AutoTokenizer, EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification
 
-from esm_efficient import Predictor, demo_model_path, export_model, finetune, load_deeploc
+from esm_efficient import OutOfMemoryError, Predictor, demo_model_path, export_model, finetune, load_deeploc
 from esm_efficient.costs.devices import native_precision
 from esm_efficient.encoder import forward
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference import Prediction
+from esm_efficient.inference.loading import default_device, place
 from esm_efficient.tasks import Task
 
 HEADS = {
@@ -323,3 +325,73 @@ def test_the_device_decides_the_precision_of_predictions(monkeypatch, capability
 def test_an_unknown_precision_is_refused(tokenizer):
     with pytest.raises(ConfigurationError, match="precision='pure-bf16': expected"):
         Predictor(model_for("regression"), tokenizer, precision="pure-bf16")
+
+
+@pytest.mark.parametrize(("known", "longest"), [(30, 30), (514.0, 514), (int(1e30), 1024), (0, 1024)])
+def test_the_most_tokens_are_those_of_the_tokenizer(tokenizer, known, longest):
+    bounded = copy.copy(tokenizer)
+    bounded.model_max_length = known
+    predictor = Predictor(model_for("regression"), bounded)
+    assert predictor.max_tokens == longest
+    assert Predictor(model_for("regression"), bounded, max_tokens=99).max_tokens == 99
+    with pytest.raises(DataError, match=f"more than {longest - 2} residues"):
+        predictor.predict(["M" * (longest - 1)])
+
+
+@pytest.mark.parametrize(
+    ("rank", "devices", "expected"), [(None, 4, "cuda"), ("0", 4, "cuda:0"), ("3", 4, "cuda:3"), ("3", 1, "cuda:0")]
+)
+def test_each_rank_of_a_machine_has_an_accelerator_of_its_own(monkeypatch, rank, devices, expected):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    if rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert default_device() == torch.device(expected)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert default_device() == torch.device("cpu")
+
+
+def test_too_little_memory_of_the_device_is_explained(tokenizer, monkeypatch):
+    predictor = Predictor(model_for("regression"), tokenizer)
+
+    def full(*args, **inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(predictor.model, "forward", full)
+    with pytest.raises(OutOfMemoryError, match=r"2 sequence\(s\) of up to 5 tokens.*than token_budget=99"):
+        predictor.predict(["MKT", "MAL"], token_budget=99)
+    with pytest.raises(OutOfMemoryError, match="That is one sequence: use a smaller model"):
+        predictor.predict(["MKT"])
+    model = model_for("regression")
+    monkeypatch.setattr(model, "to", full)
+    with pytest.raises(OutOfMemoryError, match="cuda has too little free memory for a model of "):
+        place(model, torch.device("cuda"))
+
+
+def test_the_numbers_of_a_model_leave_the_device_before_they_become_float64(tokenizer, monkeypatch):
+    """An Apple GPU has no float64."""
+    predictor = Predictor(model_for("regression"), tokenizer)
+    order = []
+
+    class Recorded(torch.Tensor):
+        def cpu(self):
+            order.append("cpu")
+            return torch.Tensor.cpu(self).as_subclass(torch.Tensor)
+
+        def double(self):
+            order.append("double")
+            return torch.Tensor.double(self)
+
+    forward = predictor.model.forward
+
+    def recorded(**inputs):
+        found = forward(**inputs)
+        found.logits = found.logits.as_subclass(Recorded)
+        return found
+
+    monkeypatch.setattr(predictor.model, "forward", recorded)
+    predictor.predict(["MKT"])
+    assert order == ["cpu"]

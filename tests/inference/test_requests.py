@@ -75,8 +75,13 @@ def test_sequences_are_read_with_their_names(content_type, body, expected):
         (CSV, b"seq,sequence\na,b\n", 400, "could be any of"),
         *(
             (CSV, f"{header}\nMKTAYI\n".encode(), 400, f"the first line of the CSV is '{header}': expected the header")
-            for header in ("Peptide", "Entry", "AA", "HEAVY", "fasta", "text", "id", "ID", "MEMBRANE", "Antigen chain")
+            for header in (
+                *("Peptide", "Entry", "AA", "HEAVY", "fasta", "text", "id", "ID", "MEMBRANE", "Antigen chain"),
+                *("SEQUENCES", "PROTEINS", "QUERY", "QUERIES"),
+            )
         ),
+        (CSV, b'sequence\nMKT\n""\nMAL\n', 400, "sequence 2 is empty"),
+        (CSV, b"sequence,note\nMKT,a\n,b\nMAL,c\n", 400, "sequence 2 is empty"),
         (CSV, b"id,sequence\na\n", 400, "the CSV, line 2: 1 cells for 2"),
         (CSV, b'id,sequence\na,"MK\n', 400, "the CSV, line 2: unexpected end"),
         (CSV, b"sequence\nM\0K\n", 400, "null character"),

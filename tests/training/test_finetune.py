@@ -21,7 +21,9 @@ from transformers import (
 
 from esm_efficient import (
     RECIPES,
+    Predictor,
     demo_model_path,
+    export_model,
     finetune,
     load_deeploc,
     multi_label_metrics,
@@ -388,6 +390,8 @@ def test_the_report_shows_the_residues_that_were_read_with_their_own_labels(tmp_
             features=Features({"sequence": Value("string"), "label": List(ClassLabel(names=["other", "aliphatic"]))}),
         )
     result = finetune(demo_model_path(), data, recipe="lora", output_dir=tmp_path, max_steps=2, max_tokens=22)
+    assert Predictor.load(result.model_dir).max_tokens == 22
+    assert Predictor.load(export_model(result, tmp_path / "published", base_model="demo")).max_tokens == 22
     strips = residue_strips(result.evaluation, 12)[1:]
     assert strips
     for strip in strips:

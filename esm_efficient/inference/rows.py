@@ -1,0 +1,185 @@
+"""The rows of a file of sequences: read one by one, and all checked before anything is computed."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from esm_efficient.data.arrow_tables import OnError
+from esm_efficient.data.fasta import LeaveOut
+from esm_efficient.data.readers import Block, read_blocks
+from esm_efficient.data.schema import find_column, refuse_column, texts_of
+from esm_efficient.data.sequences import NucleotideCount, clean, count_residues
+from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.inference.inputs import count_unknown, problem_of, warn_of_unknown
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3
+
+
+class Row(NamedTuple):
+    """A sequence of a file: its accession, its text as it is in the file, and its place for messages."""
+
+    accession: str
+    sequence: str
+    place: str
+    is_numbered: bool
+    """Whether the accession is the number of the row, since it has no other."""
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return f"{self.place} (accession {self.accession})"
+
+
+def _ignore(place: str, problem: str) -> None:
+    """Leave out a row that was counted when the file was checked."""
+
+
+def read_sequences(
+    source: str | Path,
+    *,
+    sequence: str | None = None,
+    accession: str | None = None,
+    leave_out: LeaveOut | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of a file, in its order.
+
+    Args:
+        source: as `map_file`.
+        sequence: as `map_file`.
+        accession: as `map_file`.
+        leave_out: takes the rows that cannot be parsed; None to raise an error.
+
+    Raises:
+        DataError: the file cannot be read, or has no column of sequences.
+    """
+    number = 0
+    for block, column, names in _read_columns(source, sequence, accession, leave_out):
+        accessions = [""] * len(block.places) if names is None else texts_of(block.columns[names])
+        for name, text, place in zip(accessions, block.columns[column], block.places, strict=True):
+            number += 1
+            yield Row(name or str(number), text, place, not name)
+
+
+def _read_columns(
+    source: str | Path, sequence: str | None, accession: str | None, leave_out: LeaveOut | None
+) -> Iterator[tuple[Block, str, str | None]]:
+    """Yield the blocks of a file with the columns of sequences and of accessions; None if it has no accessions."""
+    for block in read_blocks(source, leave_out=leave_out):
+        column = find_column("sequence", block.columns, sequence, source, taken=(accession,))
+        if column is None:
+            raise DataError(
+                f"{source} has the columns {listing(list(block.columns))}, and none has a usual name of sequences. "
+                "Name the one that holds them with sequence="
+            )
+        yield block, column, find_column("accession", block.columns, accession, source, taken=(column,))
+
+
+class WrongRows:
+    """Rows of a file that cannot be used, in memory that hardly grows with their number.
+
+    Attributes:
+        count: how many there are.
+        rows: the numbers of those that can be parsed, ascending from 0.
+        shown: what is wrong with the first ones.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rows = array("q")
+        self.shown: list[str] = []
+
+    def add(self, place: str, problem: str, row: int | None = None) -> None:
+        """Count a row; `row` is its number, or None if it cannot be parsed."""
+        self.count += 1
+        if row is not None:
+            self.rows.append(row)
+        if len(self.shown) < _SHOWN:
+            self.shown.append(f"{place} {problem}")
+
+    def __str__(self) -> str:
+        more = self.count - len(self.shown)
+        return ", ".join(self.shown) + (f" and {more:,} more" if more else "")
+
+
+class CheckedRows(NamedTuple):
+    """How many rows of a file can be used, and those that cannot."""
+
+    usable: int
+    wrong: WrongRows
+
+
+def check_rows(
+    source: str | Path,
+    *,
+    longest: int | None = None,
+    on_error: OnError = "raise",
+    sequence: str | None = None,
+    accession: str | None = None,
+) -> CheckedRows:
+    """Check every row of a file; the arguments are as in `map_file`.
+
+    Raises:
+        DataError: a row cannot be used, and `on_error` is not ``"skip"``; there is no row to use; or most sequences are
+            nucleotides.
+        ConfigurationError: `on_error` is unknown.
+    """
+    if on_error not in get_args(OnError):
+        raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
+    wrong, columns = WrongRows(), {"sequence": sequence, "accession": accession}
+    leave_out = None if on_error == "raise" else lambda place, problem: wrong.add(f"{place}:", problem)
+    rows, unknown, too_long, numbered, nucleotides = 0, 0, False, False, NucleotideCount()
+    for row in read_sequences(source, **columns, leave_out=leave_out):
+        rows += 1
+        numbered |= row.is_numbered
+        problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
+        if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
+            problem, too_long = f"has {size:,} residues, more than {longest:,}", True
+        if problem:
+            wrong.add(row.place, problem, rows - 1)
+        else:
+            nucleotides.add([row.sequence], [row.place])
+            unknown += count_unknown(row.sequence)
+    if not rows:
+        raise DataError(f"{source} has no sequence{f': {wrong}' if wrong.count else ''}")
+    usable = rows - len(wrong.rows)
+    if not usable:
+        block, column, names = next(_read_columns(source, sequence, accession, _ignore))
+        if set(block.columns) - {column, names, "header"}:  # FASTA has a header; another column may be the right one
+            refuse_column(block.columns, column, block.places, source)
+    problems = f"{wrong.count:,} of {usable + wrong.count:,} rows cannot be used: {wrong}"
+    if too_long:
+        problems += '. Of sequences that are too long, read a part with keep="start", or all with keep="windows"'
+    if wrong.count and (on_error == "raise" or not usable):
+        cure = '. Correct wrong rows, or leave them out with on_error="skip"' if usable else ""
+        raise DataError(f"{source}: {problems}{cure}")
+    if numbered and wrong.count > len(wrong.rows):
+        raise DataError(
+            f"{source}: {problems}. Rows have no accession, and their numbers would not be those of the file: correct "
+            "these rows, or name a column with accession="
+        )
+    if wrong.count:
+        logger.warning("left out of %s: %s", source, problems)
+    if warning := nucleotides.warning(str(source)):
+        logger.warning("%s: %s", source, warning)
+    warn_of_unknown(unknown, str(source))
+    return CheckedRows(usable, wrong)
+
+
+def usable_rows(
+    source: str | Path, wrong: WrongRows, *, sequence: str | None = None, accession: str | None = None
+) -> Iterator[Row]:
+    """Yield the rows of a file that was checked, without the wrong ones; the other arguments are as in `map_file`."""
+    left_out = iter(wrong.rows)
+    skipped = next(left_out, None)
+    leave_out = _ignore if wrong.count > len(wrong.rows) else None
+    for index, row in enumerate(read_sequences(source, sequence=sequence, accession=accession, leave_out=leave_out)):
+        if index == skipped:
+            skipped = next(left_out, None)
+        else:
+            yield row
