@@ -269,10 +269,12 @@ def evaluate(
         from esm_efficient.training.given import NAMED_TABLES, splits_from
         from esm_efficient.training.outcome import evaluation_page
 
-        named = data in NAMED_TABLES
-        split = (splits_from(data, **given) if named else splits_from({"test": data}, split=False, **given))["test"]
+        if data in NAMED_TABLES:
+            splits = splits_from(data, **given)
+        else:
+            splits = splits_from({"test": data}, split=False, partition=False, **given)
         reading = reading_of(keep, overlap)
-        result = evaluate_in_full(model, split, keep=reading, token_budget=token_budget, on_error=on_error)
+        result = evaluate_in_full(model, splits["test"], keep=reading, token_budget=token_budget, on_error=on_error)
         if report is not None:
             report.write_text(evaluation_page(result, model=model, dataset=data), encoding="utf-8")
     show(result, as_json)

@@ -23,7 +23,7 @@ from esm_efficient.data.label_cells import LabelObservations, labels_at_position
 from esm_efficient.data.label_kinds import LabelEncoding, LabelKind, decide_encoding
 from esm_efficient.data.label_names import refuse_bars
 from esm_efficient.data.left_out import LeftOut, Notes, RowCounts
-from esm_efficient.data.own_splits import FLAGS, are_split_names, split_names, splits_of
+from esm_efficient.data.own_splits import FLAGS, are_split_names, same_splits, split_names, splits_of
 from esm_efficient.data.readers import Block, block_without, read_blocks
 from esm_efficient.data.schema import (
     OPTIONAL_COLUMNS,
@@ -177,7 +177,7 @@ class _TableWriter:
                     try:
                         joined = self._joined(block, path)
                         if roles is None:
-                            roles = self._roles(joined.columns, path)
+                            roles = self._roles(joined.columns, path, split)
                             refuse_column(joined.columns, roles["sequence"] or "", joined.places, path)
                         columns = self._parsed_columns(joined, roles, path, split)
                     except CellError as error:
@@ -197,16 +197,21 @@ class _TableWriter:
             return block
         given = self.plan.columns["accession"]
         # The user may have named the column of the second table.
-        key = find_column("accession", block.columns, given if given in block.columns else None, path)
+        is_of_second = given not in block.columns and self.second.names_accession
+        key = find_column("accession", block.columns, None if is_of_second else given, path)
+        if key is None:
+            raise DataError(
+                f"{path} has the columns {listing(list(block.columns))}, and none has a usual name of accessions, by "
+                f"which {self.plan.second_table} is joined. Name it with accession="
+            )
         places = [f"{path}, {place}" for place in block.places]
-        accessions = places if key is None else texts_of(block.columns[key])
-        joined = self.second.columns_for(accessions, places)
+        joined = self.second.columns_for(texts_of(block.columns[key]), places)
         if both := [name for name in joined if name in block.columns]:
             raise DataError(f"{path} and the second table both have a column {listing(both)}. Remove one of them")
         return block._replace(columns=block.columns | joined)
 
-    def _roles(self, columns: Mapping[str, list[Any]], path: str | Path) -> dict[str, str | None]:
-        """The column of each role, from the first block of a file."""
+    def _roles(self, columns: Mapping[str, list[Any]], path: str | Path, split: str) -> dict[str, str | None]:
+        """The column of each role, from the first block of a file, which may be that of one split."""
         given = dict(self.plan.columns)
         if self.second is not None and given["accession"] not in columns:
             given["accession"] = None
@@ -226,8 +231,8 @@ class _TableWriter:
             if len(words) > 1:
                 raise DataError(f"{path}: the split could be any of {listing(words)}. Name one with split=")
             roles["split"] = words[0] if words else None
-        if roles["split"] is not None and roles["split"] == roles["partition"]:
-            roles["partition"] = None
+        if given["partition"] is None and (split or any(roles[role] for role in ("split", *FLAGS))):
+            roles["partition"] = None  # it decides nothing, and may be something else, such as a fold of a protein
         return roles
 
     def _label_option(self) -> str | None:
@@ -262,8 +267,9 @@ class _TableWriter:
         column = roles["split"]
         flags = {role: (name, columns[name]) for role in FLAGS if (name := roles[role]) is not None}
         words = [split] * len(places) if split else None
-        if words is None and column is not None:
-            words = split_names(columns[column], column, places)
+        if column is not None:
+            named_words = split_names(columns[column], column, places)
+            words = named_words if words is None else same_splits(words, named_words, column, places)
         if words is not None or flags:
             parsed["split"] = splits_of(words, flags, places)
         for role, (parse, _) in OPTIONAL_COLUMNS.items():

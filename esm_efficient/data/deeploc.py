@@ -29,7 +29,7 @@ from esm_efficient.data.schema import (
     zeros_and_ones,
 )
 from esm_efficient.data.sequences import NucleotideCount, count_residues
-from esm_efficient.data.splits import split_at_random, split_by_partition
+from esm_efficient.data.splits import sizes_of, split_at_random, split_by_partition
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def load_deeploc(
     min_residues: int | None = 100,
     max_residues: int | None = 512,
     split: Literal["partition", "random"] = "partition",
-    test_partitions: Sequence[int] = (4,),
-    validation_partitions: Sequence[int] = (3,),
-    test_size: float = 0.2,
-    validation_size: float = 0.1,
+    test_partitions: Sequence[int] | None = None,
+    validation_partitions: Sequence[int] | None = None,
+    test_size: float | None = None,
+    validation_size: float | None = None,
     seed: int = 0,
     sha256: str | None = None,
 ) -> DatasetDict:
@@ -88,10 +88,10 @@ def load_deeploc(
         max_residues: the most residues of a protein to keep; None for no bound.
         split: ``"partition"`` uses the homology partitions of the table (at most 30 % identity between two of them);
             ``"random"`` is stratified by class and puts relatives of training proteins into the test set.
-        test_partitions: partitions of the test set, with ``split="partition"``.
-        validation_partitions: partitions of the validation set; empty for none.
-        test_size: fraction of the proteins in the test set, with ``split="random"``.
-        validation_size: fraction of the proteins in the validation set, likewise; 0 for none.
+        test_partitions: partitions of the test set, with ``split="partition"``; None for partition 4.
+        validation_partitions: partitions of the validation set, likewise; empty for none; None for partition 3.
+        test_size: fraction of the proteins in the test set, with ``split="random"``; None for 0.2.
+        validation_size: fraction of the proteins in the validation set, likewise; 0 for none; None for 0.1.
         seed: of the shuffling and of the random split.
         sha256: the expected SHA-256 of the file. The authors' file is always checked.
 
@@ -114,16 +114,27 @@ def load_deeploc(
     """
     if split not in ("partition", "random"):
         raise ConfigurationError(f'split={split!r}: expected "partition" or "random"')
+    is_random = split == "random"
+    sizes: dict[str, Any] = sizes_of(test_size, validation_size)
+    for name, value, is_used in (
+        ("test_partitions", test_partitions, not is_random),
+        ("validation_partitions", validation_partitions, not is_random),
+        ("test_size", test_size, is_random),
+        ("validation_size", validation_size, is_random),
+    ):
+        if value is not None and not is_used:
+            raise ConfigurationError(f'{name}= would not be used with split="{split}": remove one of the two')
     whole = _read(_local_path(source, sha256), task)
     residues = np.asarray(whole["residues"][:])
     keep = (residues >= (min_residues or 0)) & (residues <= (math.inf if max_residues is None else max_residues))
     if not keep.any():
         raise DataError(f"no protein of the table has between {min_residues} and {max_residues} residues")
     whole = whole.select(np.flatnonzero(keep))
-    if split == "partition":
-        parts = split_by_partition(whole, test_partitions, validation_partitions)
+    if is_random:
+        parts = split_at_random(whole, seed=seed, **sizes)
     else:
-        parts = split_at_random(whole, test_size=test_size, validation_size=validation_size, seed=seed)
+        test = (4,) if test_partitions is None else test_partitions
+        parts = split_by_partition(whole, test, (3,) if validation_partitions is None else validation_partitions)
     return shuffled_splits(parts, seed)
 
 

@@ -103,6 +103,7 @@ def _numbered_lines(
                 )
             yield line
 
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARACTERS))  # of a cell; by default 131,072
     reader = csv.reader(counted(), delimiter=delimiter, strict=True)
     while True:
         size, begun = 0, reader.line_num + 1

@@ -22,9 +22,9 @@ from esm_efficient.data.own_splits import FLAGS
 from esm_efficient.data.schema import ONE_NUMBER, WEIGHT_COLUMN, Column
 from esm_efficient.data.splits import (
     SPLITS,
-    check_sizes,
     cluster_groups,
     read_clusters,
+    sizes_of,
     split_at_random,
     split_by_group,
     split_by_partition,
@@ -54,8 +54,8 @@ def load_sequences(
     clusters: str | Path | None = None,
     test_partitions: Sequence[int] | None = None,
     validation_partitions: Sequence[int] | None = None,
-    test_size: float = 0.2,
-    validation_size: float = 0.1,
+    test_size: float | None = None,
+    validation_size: float | None = None,
     min_residues: int | None = None,
     max_residues: int | None = None,
     on_error: OnError = "raise",
@@ -92,8 +92,8 @@ def load_sequences(
         test_partitions: partitions of the test set; None for the highest, which is 4 of DeepLoc-2.0's.
         validation_partitions: partitions of the validation set; empty for none; None for the highest that does not
             test, if at least one more is left to train on.
-        test_size: fraction of the rows in the test set, when the split is by cluster or at random.
-        validation_size: fraction of the rows in the validation set, likewise; 0 for none.
+        test_size: fraction of the rows in the test set, when the split is by cluster or at random; None for 0.2.
+        validation_size: fraction of the rows in the validation set, likewise; 0 for none; None for 0.1.
         min_residues: the fewest residues of a sequence to keep; None for no bound.
         max_residues: the most residues of a sequence to keep; None for no bound.
         on_error: ``"skip"`` leaves out rows that are wrong and FASTA records whose header does not match, and logs how
@@ -112,7 +112,7 @@ def load_sequences(
     Example:
         >>> data = load_sequences("proteins.tsv", label="binds", clusters="cluster.tsv")  # doctest: +SKIP
     """
-    check_sizes(test_size, validation_size)
+    sizes = sizes_of(test_size, validation_size)
     files = dict(path) if isinstance(path, Mapping) else {"": path}
     if unknown := sorted(set(files) - {"", *SPLITS}):
         raise ConfigurationError(f"files for {listing(unknown)}: expected train, validation and test")
@@ -144,8 +144,9 @@ def load_sequences(
     whole = Dataset.from_file(str(mapped_table(files, plan)))
     named = {"test_partitions": test_partitions, "validation_partitions": validation_partitions}
     chosen = [name for name, value in named.items() if value is not None]
+    fractions = [name for name, v in (("test_size", test_size), ("validation_size", validation_size)) if v is not None]
     if "split" in whole.features and (
-        unused := [*(n for n, v in (("clusters", clusters), ("partition", partition)) if v), *chosen]
+        unused := [*(n for n, v in (("clusters", clusters), ("partition", partition)) if v), *chosen, *fractions]
     ):
         raise ConfigurationError(
             f"the files tell their splits, so {unused[0]}= would not be used. Remove it, or pass split=False to ignore "
@@ -153,8 +154,12 @@ def load_sequences(
         )
     if chosen and (clusters is not None or "partition" not in whole.features):
         raise ConfigurationError(f"{chosen[0]}= needs a column of partitions, and no clusters: name it with partition=")
-    sizes = {"test_size": test_size, "validation_size": validation_size, "seed": seed}
-    parts = _split(whole, clusters, (test_partitions, validation_partitions), sizes)
+    if fractions and clusters is None and "partition" in whole.features:
+        raise ConfigurationError(
+            f"the split is by the column of partitions, so {fractions[0]}= would not be used. Remove it, or pass "
+            "partition=False to split at random"
+        )
+    parts = _split(whole, clusters, (test_partitions, validation_partitions), sizes | {"seed": seed})
     return shuffled_splits(parts, seed)
 
 

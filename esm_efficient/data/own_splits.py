@@ -54,6 +54,26 @@ def are_split_names(blocks: Iterable[Sequence[Any]]) -> bool:
     return False
 
 
+def same_splits(files: list[str], words: list[str], column: str, places: Sequence[str]) -> list[str]:
+    """Return the splits that the files name, which a column must not contradict.
+
+    Rows of ``train`` may be in the file of ``validation``: some tables have both under one word.
+
+    Args:
+        files: the split of each row by its file.
+        words: the split of each row by the column.
+        column: the name of the column.
+        places: where each row is.
+
+    Raises:
+        CellError: the column says something else.
+    """
+    wrong = [a != b and (a, b) != ("validation", "train") for a, b in zip(files, words, strict=True)]
+    problem = f"the file is that of another split than {column} says"
+    refuse_cells(words, places, wrong, problem, "Correct the rows, or pass split=False")
+    return files
+
+
 def splits_of(
     words: Sequence[str] | None, flags: Mapping[str, tuple[str, Sequence[Any]]], places: Sequence[str]
 ) -> list[str]:

@@ -17,6 +17,7 @@ class SecondTable:
 
     Attributes:
         names: the columns, without the accession.
+        names_accession: whether the column that the user named as that of the accessions is here.
         rows: accession to the cells of these columns.
         unused: accessions that have not been joined.
     """
@@ -27,7 +28,9 @@ class SecondTable:
             columns = {"label": columns["sequence"]} | columns
             del columns["header"], columns["sequence"]
             accession = None
-        key = find_column("accession", columns, accession, path)
+        self.names_accession = accession in columns
+        # The user may have named the column of the first table.
+        key = find_column("accession", columns, accession if self.names_accession else None, path)
         self.names = [name for name in columns if name != key]
         if key is None or not self.names:
             raise DataError(

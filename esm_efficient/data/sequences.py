@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from esm_efficient.errors import DataError
+from esm_efficient.errors import DataError, listing
 
 Keep = Literal["start", "end", "both"]
 
@@ -68,6 +68,21 @@ def clean(sequence: str) -> str:
     """
     text = "".join(sequence.split()).translate(_FOLD).rstrip(STOP)
     return SPECIAL_PATTERN.sub(lambda match: match[0].lower(), text) if "<" in text else text
+
+
+def check_texts(sequences: Iterable[object], rows: Iterable[int], split: str) -> None:
+    """Refuse sequences that are not texts.
+
+    Args:
+        sequences: the sequences.
+        rows: the number of the row of each.
+        split: the name of their split.
+
+    Raises:
+        DataError: one is missing or not a text.
+    """
+    if bad := [f"row {row} of {split}" for row, text in zip(rows, sequences, strict=True) if not isinstance(text, str)]:
+        raise DataError(f"the sequence of {len(bad)} row(s) is missing or not a text: {listing(bad)}")
 
 
 def count_residues(sequence: str) -> int:

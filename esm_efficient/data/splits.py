@@ -123,7 +123,7 @@ def split_by_group(
     Raises:
         ConfigurationError: the fractions leave nothing to train on, or there are too few groups for the splits.
     """
-    check_sizes(test_size, validation_size)
+    sizes_of(test_size, validation_size)
     _, first_rows, group_of_row, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     rows = len(dataset)
     test_rows = max(round(test_size * rows), 1)
@@ -359,17 +359,18 @@ def sequence_groups(dataset: Dataset) -> np.ndarray:
     return np.unique(sequence_hashes(dataset), return_inverse=True)[1]
 
 
-def check_sizes(test_size: float, validation_size: float) -> None:
-    """Refuse fractions that leave nothing to train on.
+def sizes_of(test_size: float | None, validation_size: float | None) -> dict[str, float]:
+    """Return the fractions of the test and validation sets by the names of the arguments; None is 0.2 and 0.1.
 
     Raises:
         ConfigurationError: a size is not a fraction, or the sizes leave nothing to train on.
     """
+    test_size = 0.2 if test_size is None else test_size
+    validation_size = 0.1 if validation_size is None else validation_size
+    sizes = {"test_size": test_size, "validation_size": validation_size}
     if not (0 < test_size < 1 and 0 <= validation_size < 1 and test_size + validation_size < 1):
-        raise ConfigurationError(
-            f"test_size={test_size} and validation_size={validation_size}: expected fractions that leave something to "
-            "train on"
-        )
+        raise ConfigurationError(f"{sizes}: expected fractions that leave something to train on")
+    return sizes
 
 
 def has_classes(dataset: Dataset) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from esm_efficient.data.encoding import ResidueEncoder, residue_positions, truncation_mask
 from esm_efficient.data.schema import WEIGHT_COLUMN
-from esm_efficient.data.sequences import Keep, NucleotideCount, count_residues, is_nucleotides
+from esm_efficient.data.sequences import Keep, NucleotideCount, check_texts, count_residues, is_nucleotides
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 
@@ -221,8 +221,7 @@ def _encode_table(
 
     rows = [f"row {index} of {split}" for index in indices]
     sequences = table["sequence"].to_pylist()
-    if bad := [row for row, sequence in zip(rows, sequences, strict=True) if not isinstance(sequence, str)]:
-        raise DataError(f"the sequence of {len(bad)} row(s) is missing or not a text: {listing(bad)}")
+    check_texts(sequences, indices, split)
     ids, offsets, residues = encoder(sequences, max_residues=max_residues, keep=keep)
     _complain(residues == 0, rows, "the sequence is empty")
     lengths = np.diff(offsets)

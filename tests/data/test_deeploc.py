@@ -97,7 +97,11 @@ def test_partitions_make_the_splits(demo_table):
         ({"test_partitions": (0, 1, 2), "validation_partitions": (3, 4)}, "left to train on"),
         ({"test_partitions": 4}, "expected a list of whole numbers"),
         ({"split": "both"}, '"partition" or "random"'),
-        ({"split": "random", "test_size": 0.9}, "something to train on"),
+        ({"split": "random", "test_size": 0.95}, "something to train on"),
+        ({"test_size": 0.3}, 'test_size= would not be used with split="partition"'),
+        ({"validation_size": 0.3}, 'validation_size= would not be used with split="partition"'),
+        ({"split": "random", "test_partitions": [0]}, 'test_partitions= would not be used with split="random"'),
+        ({"split": "random", "validation_partitions": []}, "validation_partitions= would not be used with split="),
     ],
 )
 def test_contradicting_split_options_are_refused(demo_table, options, message):

@@ -339,3 +339,20 @@ def test_the_only_column_of_sequences_cannot_be_that_of_the_labels(tmp_path):
 def test_a_misspelt_column_names_the_nearest_one(tmp_path):
     with pytest.raises(DataError, match="no column 'Labels'; it has id, sequence, label: did you mean 'label'"):
         load_sequences(write(frame()[["id", "sequence", "label"]], tmp_path / "t.csv"), label="Labels")
+
+
+def test_a_second_table_is_joined_although_its_accessions_have_another_name(tmp_path):
+    table = frame(30)
+    sequences = write(table[["id", "sequence"]].rename(columns={"id": "uniprotkb"}), tmp_path / "p.csv")
+    labels = write(table[["id", "golgi"]], tmp_path / "l.csv")
+    with pytest.raises(DataError, match=r"p\.csv has the columns uniprotkb, sequence, and none .*accession="):
+        load_sequences(sequences, labels=labels, label="golgi")
+    joined = load_sequences(sequences, labels=labels, label="golgi", accession="uniprotkb")
+    expected = {row.id: int(float(row.golgi)) for row in table.itertuples()}
+    assert {name: row["label"] for name, row in rows_of(joined).items()} == expected
+    other = write(table[["id", "golgi"]].rename(columns={"id": "uniprotkb"}), tmp_path / "l2.csv")
+    proteins = write(table[["id", "sequence"]], tmp_path / "p2.csv")
+    joined = load_sequences(proteins, labels=other, label="golgi", accession="uniprotkb")
+    assert {name: row["label"] for name, row in rows_of(joined).items()} == expected
+    with pytest.raises(DataError, match="no column 'uniprot'"):
+        load_sequences(sequences, labels=labels, label="golgi", accession="uniprot")

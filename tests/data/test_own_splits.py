@@ -136,3 +136,40 @@ def test_partitions_that_would_not_be_used_are_refused(tmp_path, name):
     with_folds = write(table().assign(fold=[0, 1, 2, 3] * 10), tmp_path / "c.csv")
     with pytest.raises(ConfigurationError, match=f"{name}=3: expected a list of whole numbers"):
         load_sequences(with_folds, **{name: 3})
+
+
+@pytest.mark.parametrize("name", ["test_size", "validation_size"])
+def test_sizes_that_would_not_be_used_are_refused(tmp_path, name):
+    split = write(table().assign(set=WORDS), tmp_path / "split.csv")
+    with pytest.raises(ConfigurationError, match=f"the files tell their splits, so {name}= would not be used"):
+        load_sequences(split, **{name: 0.3})
+    folds = write(table().assign(fold=[i % 4 for i in range(40)]), tmp_path / "folds.csv")
+    with pytest.raises(ConfigurationError, match=f"{name}= would not be used.*partition=False"):
+        load_sequences(folds, **{name: 0.3})
+    sizes = {name: len(split) for name, split in load_sequences(folds, partition=False, **{name: 0.25}).items()}
+    assert sizes[name.removesuffix("_size")] == 10
+
+
+def test_the_file_of_a_split_must_not_hold_rows_of_another(tmp_path):
+    rows = table().assign(split=["train"] * 30 + ["test"] * 10)
+    files = {"train": write(rows, tmp_path / "train.csv"), "test": write(rows[30:], tmp_path / "test.csv")}
+    with pytest.raises(DataError, match=r"that of another split than split says in 10 row.*pass split=False"):
+        load_sequences(files)
+    files["train"] = write(rows[:20], tmp_path / "train.csv")
+    files["validation"] = write(rows[20:30], tmp_path / "validation.csv")  # "train" may mean both
+    assert {name: len(split) for name, split in load_sequences(files).items()} == {
+        "train": 20,
+        "validation": 10,
+        "test": 10,
+    }
+
+
+def test_a_column_of_folds_is_not_read_if_the_split_is_known(tmp_path):
+    """It may be the fold of a protein; with a name it is a partition."""
+    rows = table().assign(set=WORDS, fold=["TIM barrel", "Rossmann"] * 20)
+    data = load_sequences(write(rows, tmp_path / "a.csv"))
+    assert {name: len(split) for name, split in data.items()} == {"train": 20, "test": 20}
+    assert "partition" not in data["train"].column_names
+    assert len(load_sequences({"test": write(rows.drop(columns="set"), tmp_path / "b.csv")})["test"]) == 40
+    with pytest.raises(DataError, match="fold"):
+        load_sequences(write(rows.drop(columns="set"), tmp_path / "b.csv"))
