@@ -7,7 +7,8 @@
 The task is to tell membrane proteins from soluble ones in DeepLoc-2.0's table. Each run appends one line of JSON to the
 results file. A finished run is never repeated, and a line that was cut off by a stop is dropped; so the same command
 again goes on where it stopped. ``--report`` reads the results file alone. ``--list`` prints the methods, and ``--rows``
-chooses some by shell patterns.
+chooses some by shell patterns. Give each model and each table a results file of its own: a line has their names without
+the folders.
 
 A seed draws the sample of proteins, the head, the adapters and the order of the batches. Methods with the same seed
 have the same sample, so their differences are paired by seed.

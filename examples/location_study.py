@@ -13,11 +13,13 @@ the two ends are read, where most sorting signals are.
 
 Each fold of each method appends one line of JSON to the results file, and a finished one is never repeated. The states
 of all layers are read once per partition and kept in ``--work``; so the same command again goes on where it stopped.
+Give each model and each table a results file of its own: a line has their names without the folders.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import statistics
 import time
@@ -47,6 +49,7 @@ from esm_efficient import (
     tune_thresholds,
     write_demo_table,
 )
+from esm_efficient.data.download import sha256_of
 from esm_efficient.data.relatives import close_relatives
 from esm_efficient.reporting.tables import format_markdown
 from esm_efficient.training.probes import fit_probe
@@ -171,7 +174,7 @@ class LocationStudy:
         seconds = 0.0
         reader = None
         for number in PARTITIONS:
-            file = self.options.work / f"states-{number}.npz"
+            file = self.options.work / f"states-{self.fingerprint()}-{number}.npz"
             if not file.exists():
                 part = self.load(number, [(number - 1) % len(PARTITIONS)])["test"]
                 started = time.process_time()
@@ -188,6 +191,13 @@ class LocationStudy:
                 found |= dict(zip(kept["accession"].tolist(), np.moveaxis(kept["states"], 1, 0), strict=True))
                 seconds += float(kept["seconds"])
         return found, seconds
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the model's files and of the table, by which kept states are told apart."""
+        folder, table = Path(self.model), Path(self.source or "deeploc")
+        files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", table]
+        facts = [str(self.model), str(table), *(sha256_of(file) for file in files if file.is_file())]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def fine_tune(self, data: DatasetDict) -> dict[str, Any]:
         """Return the figures of the recipe `top`."""
@@ -259,6 +269,8 @@ def main() -> None:
                 append_result(options.results, run)
                 print(f"{method}, partition {fold}: F1 macro {run['metrics']['f1_macro']:.3f}", flush=True)
     runs = read_results(options.results)
+    if not runs:
+        raise SystemExit(f"{options.results} has no runs: run the study without --report first")
     print(f"\n{location_table(runs, format_table)}\n\nMCC by location\n{locations_table(runs, format_table)}")
 
 

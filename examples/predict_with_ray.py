@@ -31,14 +31,14 @@ import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
 from esm_efficient import EsmEfficientError, Predictor
-from esm_efficient.inference.files import check_rows, read_sequences
 from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import CheckedSequences
 from esm_efficient.inference.predictions import columns_of
+from esm_efficient.inference.rows import check_rows, read_sequences
 from esm_efficient.tasks import SPECIAL_TOKENS
 
-KEY = b"esm_efficient"
-"""The entry of a Parquet file's metadata that says what the file was computed from."""
+SEQUENCES, MODEL, PRECISION = b"esm_efficient.sequences", b"esm_efficient.model", b"esm_efficient.precision"
+"""The entries of a Parquet file's metadata that say what the file was computed from."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, default=1, help="CPU cores and threads of an actor")
     parser.add_argument("--block-rows", type=int, default=2048, help="sequences per file")
     parser.add_argument("--token-budget", type=int, default=8192, help="the most tokens per batch")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="the most tokens per sequence")
+    parser.add_argument("--max-tokens", type=int, help="the most tokens per sequence (default: as in training)")
     parser.add_argument("--keep", choices=("start", "end", "both"), help="part to read of sequences that are too long")
     parser.add_argument("--sequence", help="column of the sequences")
     parser.add_argument("--accession", help="column of the accessions")
@@ -73,6 +73,30 @@ def write_blocks(options: argparse.Namespace, folder: Path) -> list[Path]:
     return paths
 
 
+def model_facts(predictor: Predictor, keep: Any) -> str:
+    """Return a hash of what decides predictions, besides the precision, which is that of an actor's device."""
+    return identity_of(predictor.model, predictor.model.config, predictor.max_tokens, keep)
+
+
+def facts_of(block: Path, identity: str) -> dict[bytes, bytes]:
+    """Return the metadata of the predictions from a block by a model."""
+    rows = repr(pq.read_table(block).to_pydict()).encode()
+    return {SEQUENCES: hashlib.sha256(rows).hexdigest().encode(), MODEL: identity.encode()}
+
+
+def has_facts(file: Path, facts: dict[bytes, bytes]) -> bool:
+    """Return whether a file of predictions exists and was computed from these sequences by this model."""
+    return file.is_file() and facts.items() <= (pq.read_schema(file).metadata or {}).items()
+
+
+def remove_others(output: Path, paths: list[Path], identity: str) -> None:
+    """Remove predictions from other sequences, by other models and of lost actors, so that none are mixed."""
+    blocks = {path.name: path for path in paths}
+    for file in [*output.glob("block-*.parquet"), *output.glob("_block-*")]:
+        if file.name not in blocks or not has_facts(file, facts_of(blocks[file.name], identity)):
+            file.unlink()
+
+
 class PredictBlocks:
     """An actor that holds one model, and writes a file of predictions for each block."""
 
@@ -80,8 +104,7 @@ class PredictBlocks:
         transformers_logging.set_verbosity_error()
         self.predictor = Predictor.load(model, max_tokens=max_tokens)
         self.output, self.keep, self.token_budget = output, keep, token_budget
-        options = (max_tokens, self.predictor.half, keep)
-        self.identity = identity_of(self.predictor.model, self.predictor.model.config, *options)
+        self.identity = model_facts(self.predictor, keep)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         done = [self.predict(Path(path)) for path in batch["block"]]
@@ -91,16 +114,16 @@ class PredictBlocks:
         """Predict from a block; return the number of its rows, and whether they were computed."""
         table = pq.read_table(block)
         rows = table.to_pydict()
-        key = hashlib.sha256(repr((self.identity, rows)).encode()).hexdigest().encode()
+        facts = facts_of(block, self.identity) | {PRECISION: str(self.predictor.half).encode()}
         file = self.output / block.name
-        if file.is_file() and (pq.read_schema(file).metadata or {}).get(KEY) == key:
+        if has_facts(file, facts):
             return table.num_rows, False
         # Checked by write_blocks, all rows together.
         sequences = CheckedSequences(rows["sequence"], rows["accession"])
         found = self.predictor.predict(sequences, keep=self.keep, token_budget=self.token_budget)
         result = pa.table({"accession": table["accession"], **columns_of(found, self.predictor.task)})
         partial = file.with_name(f"_{file.name}.{os.getpid()}")
-        pq.write_table(result.replace_schema_metadata({KEY: key}), partial)
+        pq.write_table(result.replace_schema_metadata(facts), partial)
         os.replace(partial, file)
         return table.num_rows, True
 
@@ -111,10 +134,17 @@ def main() -> None:
 
     started = time.perf_counter()
     output = options.output.absolute()
+    # Actors run in other folders. The model is also loaded here, so that an error is found at once.
+    model = str(Path(options.model).absolute()) if Path(options.model).exists() else options.model
+    transformers_logging.set_verbosity_error()
+    predictor = Predictor.load(model, device="cpu", max_tokens=options.max_tokens)
+    options.max_tokens = predictor.max_tokens
     blocks = output / "_input"  # readers of the folder leave out names that begin with _
     shutil.rmtree(blocks, ignore_errors=True)
     blocks.mkdir(parents=True)
     paths = write_blocks(options, blocks)
+    remove_others(output, paths, model_facts(predictor, options.keep))
+    del predictor
     ray.init(address=options.address)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = options.actors or gpus or max(1, int(ray.cluster_resources()["CPU"]) // options.cpus)
@@ -122,7 +152,7 @@ def main() -> None:
         ray.data.from_items([{"block": str(path)} for path in paths], override_num_blocks=len(paths))
         .map_batches(
             PredictBlocks,
-            fn_constructor_args=(options.model, output, options.keep, options.token_budget, options.max_tokens),
+            fn_constructor_args=(model, output, options.keep, options.token_budget, options.max_tokens),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(paths))),
             num_cpus=options.cpus,
@@ -131,10 +161,8 @@ def main() -> None:
         .take_all()
     )
     ray.shutdown()
-    names = {path.name for path in paths}
-    for left_over in [*output.glob("block-*.parquet"), *output.glob("_block-*")]:
-        if left_over.name not in names:
-            left_over.unlink()  # of a longer file, or of an actor that was lost
+    for left_over in output.glob("_block-*"):  # of an actor that was lost
+        left_over.unlink()
     shutil.rmtree(blocks)
     rows, reused = sum(row["rows"] for row in done), sum(row["rows"] for row in done if not row["computed"])
     seconds = time.perf_counter() - started

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esm_efficient.data.relatives import CLOSE, WORD, close_relatives
-from esm_efficient.data.sequences import STANDARD_RESIDUES, count_residues
+from esm_efficient.data.sequences import STANDARD_RESIDUES, check_texts, count_residues
 from esm_efficient.data.splits import sequence_hashes
 from esm_efficient.errors import listing
 
@@ -38,7 +38,7 @@ class SplitDescription:
         labels: label name to the number of sequences, or of residues, that have it; empty for numbers.
         labelled: label name to the number of sequences, or of residues, of which it is known whether they have it; the
             share of a label is of these.
-        numbers: mean and standard deviation of numbers; None for other labels.
+        numbers: mean and standard deviation of each number, by its name; empty for other labels.
         relatives: share of the sequences with a close relative in ``train`` (`esm_efficient.data.relatives`), from at
             most `MOST_QUERIES` of them; None for ``train`` itself, and if it has more than `MOST_REFERENCES` sequences.
     """
@@ -49,7 +49,7 @@ class SplitDescription:
     unusual: int
     labels: Mapping[str, int]
     labelled: Mapping[str, int]
-    numbers: tuple[float, float] | None
+    numbers: Mapping[str, tuple[float, float]]
     relatives: float | None
 
 
@@ -76,9 +76,9 @@ class DataDescription:
             ("with unusual letters", *(f"{split.unusual:,}" for split in found)),
             *((f"label {label}", *(self._label(split, label) for split in found)) for label in labels),
         ]
-        if any(split.numbers for split in found):
-            shown = ("-" if split.numbers is None else "{:.4g} ± {:.3g}".format(*split.numbers) for split in found)
-            lines.append(("label, mean ± standard deviation", *shown))
+        for number in dict.fromkeys(name for split in found for name in split.numbers):
+            shown = ("{:.4g} ± {:.3g}".format(*s.numbers[number]) if number in s.numbers else "-" for s in found)
+            lines.append((f"{number}, mean ± standard deviation", *shown))
         relatives = ("-" if s.relatives is None else f"{100 * s.relatives:.1f} %" for s in found)
         return [*lines, ("with a close relative in train", *relatives)]
 
@@ -107,7 +107,7 @@ class DataDescription:
         """Return everything as a dict for JSON; an undefined number becomes None."""
         splits = {}
         for name, split in self.splits.items():
-            numbers = None if split.numbers is None else [x if np.isfinite(x) else None for x in split.numbers]
+            numbers = {n: [x if np.isfinite(x) else None for x in pair] for n, pair in split.numbers.items()}
             splits[name] = dataclasses.asdict(split) | {"residues": list(split.residues), "numbers": numbers}
         return {"columns": list(self.columns), "splits": splits}
 
@@ -138,9 +138,14 @@ def describe(splits: Mapping[str, Dataset]) -> DataDescription:
     Args:
         splits: splits with the column ``sequence``, and ``label`` if they are labelled.
 
+    Raises:
+        DataError: a sequence is missing or is not a text.
+
     Example:
         >>> print(describe(load_sequences("proteins.csv")))  # doctest: +SKIP
     """
+    for name, split in splits.items():
+        check_texts(split["sequence"][:], range(len(split)), name)
     train = splits["train"]["sequence"][:] if "train" in splits else []
     described = {}
     for name, split in splits.items():
@@ -168,20 +173,35 @@ def _relatives(sequences: Sequence[str], train: Sequence[str]) -> float | None:
     return close_relatives([sequences[index] for index in chosen], train)
 
 
-def _count_labels(split: Dataset) -> tuple[dict[str, int], dict[str, int], tuple[float, float] | None]:
-    """Return the count of each label, that of its known cells, and mean and standard deviation of numbers."""
+def _count_labels(split: Dataset) -> tuple[dict[str, int], dict[str, int], dict[str, tuple[float, float]]]:
+    """Return the count of each label, that of its known cells, and mean and standard deviation of each number."""
     if "label" not in split.column_names:
-        return {}, {}, None
+        return {}, {}, {}
     feature, cells = split.features["label"], split["label"][:]
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if isinstance(feature, Mapping):
-        # An unknown label is None, NaN or -100.
-        known = {name: [cell[name] for cell in cells if cell[name] is not None and cell[name] >= 0] for name in feature}
+        # An unknown label is None, NaN or -100; in a row without any label, all are unknown.
+        present = [cell for cell in cells if cell is not None]
+        known = {
+            name: [cell[name] for cell in present if cell[name] is not None and cell[name] >= 0] for name in feature
+        }
         counts = {name: sum(value > 0 for value in values) for name, values in known.items()}
-        return counts, {name: len(values) for name, values in known.items()}, None
+        return counts, {name: len(values) for name, values in known.items()}, {}
     if names is None:
-        values = np.array(cells, dtype=np.float64)
-        return {}, {}, (float(np.nanmean(values)), float(np.nanstd(values)))
+        return {}, {}, _mean_and_deviation(cells, max(getattr(feature, "length", -1), 1))
     found = Counter(label for cell in cells for label in (cell if isinstance(cell, list) else [cell]))
     labels = {name: found[index] for index, name in enumerate(names)}
-    return labels, dict.fromkeys(labels, sum(labels.values())), None
+    return labels, dict.fromkeys(labels, sum(labels.values())), {}
+
+
+def _mean_and_deviation(cells: Sequence[Any], count: int) -> dict[str, tuple[float, float]]:
+    """Return mean and standard deviation of the known values of each number, by its name; NaN if there is none."""
+    unknown = [None] * count
+    rows = [unknown if cell is None else cell if isinstance(cell, list) else [cell] for cell in cells]
+    table = np.array(rows, dtype=np.float64).reshape(len(rows), count)
+    names = ["label"] if count == 1 else [f"label_{index}" for index in range(count)]
+    columns = (column[~np.isnan(column)] for column in table.T)
+    return {
+        name: (float(column.mean()), float(column.std())) if column.size else (np.nan, np.nan)
+        for name, column in zip(names, columns, strict=True)
+    }

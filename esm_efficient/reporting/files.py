@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,10 +77,17 @@ def write_tables(tables: Iterable[pa.Table], output: str | Path) -> None:
     """
     output = Path(output)
     write = {"csv": _write_csv, "jsonl": _write_json_lines, "parquet": _write_parquet}[written_as(output)]
-    partial = _unfinished(output)
-    try:
+    with whole_file(output) as partial:
         write(iter(tables), partial)
-        os.replace(partial, output)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which becomes `path` if the block ends well and is removed otherwise."""
+    partial = _unfinished(path)
+    try:
+        yield partial
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

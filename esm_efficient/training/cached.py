@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+    from esm_efficient.training.trainer import WeightedTrainer
+
 logger = logging.getLogger(__name__)
 
 
@@ -54,9 +56,11 @@ class CachedTraining:
         """Put the lowest layers back into a Trainer's model, which then takes sequences as every model does."""
         join_model(trainer.accelerator.unwrap_model(trainer.model), self.trunk)
 
-    def residues_trained(self, trainer: Trainer) -> int:
-        """Return the residues of the epochs that a Trainer ran."""
-        return round(self.residues_per_epoch * (trainer.state.epoch or 0))
+    def residues_trained(self, trainer: WeightedTrainer) -> int:
+        """Return the residues of the steps that a trainer ran, without those before the checkpoint that it resumed."""
+        steps = trainer.state.global_step
+        ran = (steps - trainer.steps_resumed) / max(steps, 1)
+        return round(self.residues_per_epoch * (trainer.state.epoch or 0) * ran)
 
 
 def cache_for_training(

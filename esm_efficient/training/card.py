@@ -97,7 +97,7 @@ def model_card(facts: CardFacts, base_model: str, *, holds: Holds, dataset: str 
         dataset: name of the data.
         description: a paragraph in Markdown.
     """
-    base = Path(base_model).name if Path(base_model).is_absolute() else base_model
+    base = public_name(base_model)
     title = f"{one_line(Path(base).name)}, fine-tuned: {one_line(facts.task.describe())}"
     is_esm2 = not Path(base_model).is_absolute() and size_of(base_model) is not None  # not anyone's folder of that name
     metadata = _metadata(facts, title, base, dataset, holds, is_esm2=is_esm2)
@@ -121,6 +121,11 @@ def model_card(facts: CardFacts, base_model: str, *, holds: Holds, dataset: str 
         _citation(is_esm2, holds),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def public_name(base_model: str) -> str:
+    """Return the name of a base model to publish: of a folder of this machine, its last part."""
+    return Path(base_model).name if Path(base_model).is_absolute() else base_model
 
 
 def _metrics(facts: CardFacts, dataset: str) -> str:

@@ -270,12 +270,19 @@ def _regression_sections(evaluation: Evaluation) -> list[Section]:
     plots: list[Any] = []
     for index, name in enumerate(names):
         known = np.isfinite(true[:, index])
+        if not known.any():
+            plots.append(f"{name}: no number is known in this split.")
+            continue
         caption = f"{name}: predicted against true; the line is a perfect prediction."
         plots.append(draw(scatter_plot, true[known, index], predicted[known, index], name, caption=caption))
-    errors = np.nan_to_num(np.abs(predicted - true)).max(axis=1)
-    rows = np.argsort(-errors)[:MISTAKES]
-    wrong = [(float(errors[row]), row, _numbers(true[row]), _numbers(predicted[row])) for row in rows]
-    text = f"Largest errors, {len(rows)} of {count_of(len(errors), 'sequence')}:"
+    errors, of = np.abs(predicted - true), ""
+    if len(names) > 1:  # their units may differ
+        errors /= np.array([np.std(column[np.isfinite(column)]) or 1.0 for column in true.T])
+        of = ", each divided by the standard deviation of its number"
+    largest = np.nan_to_num(errors).max(axis=1)
+    rows = np.argsort(-largest)[:MISTAKES]
+    wrong = [(float(largest[row]), row, _numbers(true[row]), _numbers(predicted[row])) for row in rows]
+    text = f"Largest errors{of}, {len(rows)} of {count_of(len(largest), 'sequence')}:"
     return [Section("Predicted and true", plots), _mistakes(evaluation, wrong, score="error", text=text)]
 
 

@@ -23,8 +23,9 @@ from esm_efficient.inference.loading import load_model
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config
 from esm_efficient.tasks import Task, base_model_of, task_of_model
-from esm_efficient.training.card import CARD, CardFacts, Holds, model_card, run_settings
+from esm_efficient.training.card import CARD, CardFacts, Holds, model_card, public_name, run_settings
 from esm_efficient.training.onnx_file import remove_onnx, require_onnx, write_onnx
+from esm_efficient.training.outcome import NO_METRICS
 from esm_efficient.training.records import RESULT, load_result
 from esm_efficient.training.result import FinetuneResult
 from esm_efficient.training.saved_tokenizer import save_tokenizer
@@ -32,7 +33,15 @@ from esm_efficient.training.saved_tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NOT_EXPORTED = ("model_dir", "result_path", "history")
+_NOT_EXPORTED = ("model_dir", "result_path", "history", "probe_words", "warnings")
+"""What a record has that is of no use elsewhere, or names paths of this machine."""
+
+_OF_THE_RUN = ("intervals", "baselines", "gains", "probe")
+"""What a record has of the split that the run evaluated."""
+
+_PREFIXES = {"eval_": "validation", "test_": "test"}
+"""What a Trainer puts before the names of metrics, and the split that they are of."""
+
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl")
 """Files of a Trainer or of torch that are unpickled when they are loaded."""
 
@@ -73,7 +82,7 @@ def export_model(
     base_model: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     metrics: Mapping[str, float] | None = None,
-    evaluated_on: str = "test",
+    evaluated_on: str | None = None,
     dataset: str | None = None,
     description: str = "",
     onnx: bool = False,
@@ -95,8 +104,10 @@ def export_model(
         base_model: Hub name, or another name, of the model that was fine-tuned, for the card and the adapter. None for
             the model that `finetune` began with; any other model needs a name.
         tokenizer: the model's tokenizer; required for a model, and for a Trainer without ``processing_class``.
-        metrics: metrics for the card, such as `evaluate` returns; None for those of the result of `finetune`.
-        evaluated_on: split that `metrics` are of.
+        metrics: metrics for the card, such as `evaluate` or ``trainer.evaluate()`` returns; None for those of the
+            result of `finetune`. Times and the epoch, which a Trainer puts among them, are left out.
+        evaluated_on: split that `metrics` are of. None for what a Trainer's prefix tells: ``eval_`` is validation, and
+            ``test_`` is test. Metrics without a prefix need it.
         dataset: name of the data, for the card; None for that of the run.
         description: a paragraph for the card, in Markdown.
         onnx: also write ``model.onnx``, which onnxruntime computes without torch. It takes ``input_ids`` and
@@ -122,7 +133,9 @@ def export_model(
     _check_folder(folder)
     if isinstance(trained, str | Path):
         trained = _load_run(trained)
-    found = _trained(trained, tokenizer, metrics, evaluated_on)
+    if metrics is not None:
+        metrics, evaluated_on = _without_prefix(metrics, evaluated_on)
+    found = _trained(trained, tokenizer, metrics, evaluated_on or "test")
     if not isinstance(found.model, PeftModel) and (folder / "adapter" / CONFIG_NAME).is_file():
         raise ConfigurationError(f"{folder / 'adapter'} is an adapter of another model: give another folder")
     base_model, dataset = base_model or found.base_model, found.dataset if dataset is None else dataset
@@ -139,7 +152,7 @@ def export_model(
     with portable_saving(model):
         model.save_pretrained(folder)
     save_tokenizer(found.tokenizer, folder)
-    record = {**found.record, "base_model": base_model, "dataset": dataset}
+    record = {**found.record, "base_model": public_name(base_model), "dataset": dataset}
     (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     holds: Holds = "merged" if adapted else "model"
     card = model_card(found.facts, base_model, holds=holds, dataset=dataset, description=description)
@@ -171,6 +184,19 @@ def _check_folder(folder: Path) -> None:
         raise ConfigurationError(
             f"{folder} has pickled files ({listing(files)}), which would be published with it: give another folder"
         )
+
+
+def _without_prefix(metrics: Mapping[str, float], evaluated_on: str | None) -> tuple[dict[str, float], str]:
+    """Return metrics without a Trainer's prefix, times and epoch, and the split that they are of.
+
+    Raises:
+        ConfigurationError: the split is not known.
+    """
+    prefix = next((prefix for prefix in _PREFIXES if all(n.startswith(prefix) or n == "epoch" for n in metrics)), "")
+    if evaluated_on is None and not prefix:
+        raise ConfigurationError('it is not known what the metrics are of: give evaluated_on, such as "test"')
+    kept = {n.removeprefix(prefix): v for n, v in metrics.items() if n != "epoch" and not n.endswith(NO_METRICS)}
+    return kept, evaluated_on or _PREFIXES[prefix]
 
 
 def _load_run(folder: str | Path) -> FinetuneResult:
@@ -206,7 +232,8 @@ def _trained_by_finetune(
     facts = _facts(model, result.task, metrics, evaluated_on, run_settings(result), result.trainable_parameters)
     intervals = result.evaluation.intervals if own and result.evaluation is not None else {}
     facts = dataclasses.replace(facts, intervals=intervals, data=result.data)
-    record = {name: value for name, value in result.to_dict().items() if name not in _NOT_EXPORTED}
+    left_out = _NOT_EXPORTED if own else (*_NOT_EXPORTED, *_OF_THE_RUN)
+    record = {name: value for name, value in result.to_dict().items() if name not in left_out}
     return _Trained(model, tokenizer, facts, record | _record(facts, metrics), result.base_model, result.dataset)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from esm_efficient.adapters.quantization import count_parameters
 from esm_efficient.published import BASE_CONFIG
+from esm_efficient.reporting.files import whole_file
 from esm_efficient.saving import save_base_config
 from esm_efficient.tasks import Task
 from esm_efficient.training.cached import CachedTraining
@@ -139,6 +140,7 @@ def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTrai
     return {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
+        "steps_resumed": trainer.steps_resumed,
         "residues_per_second": residues / seconds,
         "seconds": seconds,
         "states_seconds": 0.0 if states is None else states.seconds,
@@ -186,9 +188,10 @@ def _save_result(result: FinetuneResult, trainer: WeightedTrainer, *, report: bo
     if not trainer.is_world_process_zero():
         return
     with explain_full_disk(result.result_path.parent):
-        result.result_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         if result.evaluation is not None:
             save_evaluation(result.evaluation, result.result_path.with_name(PREDICTIONS))
+        with whole_file(result.result_path) as partial:  # the last: a run with this file is finished
+            partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         if report:
             result.save_page()
             write_card(result)

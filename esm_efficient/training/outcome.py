@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _LIBRARY = Path(__file__).parents[1]
 
-_NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
+NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
+"""Ends of the names of what a Trainer puts among the metrics."""
 
 
 def evaluate_split(
@@ -61,7 +62,7 @@ def evaluate_split(
     metrics = {
         name.removeprefix("test_"): value
         for name, value in (output.metrics or {}).items()
-        if not name.endswith(_NO_METRICS)
+        if not name.endswith(NO_METRICS)
     }
     scores, labels = logits_of(output.predictions), np.asarray(output.label_ids)
     draws: Draws = {}
@@ -92,11 +93,15 @@ def _as_read(sequences: Sequence[str], ids: Sequence[Sequence[int]]) -> list[str
 def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
     """Return name and value of what a run cost, as text."""
     share = 100 * result.trainable_parameters / result.total_parameters
+    resumed, ran = result.steps_resumed, result.steps > result.steps_resumed
     return [
         ("optimizer steps", f"{result.steps:,}"),
         ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"),
-        ("layers that trained", result.layers_in_words),
-        ("time of the training loop", f"{result.seconds:,.0f} s ({result.residues_per_second:,.0f} residues/s)"),
+        *([("layers that trained", result.layers_in_words)] if ran else []),
+        (
+            f"time of the training loop{f' after step {resumed:,}' if resumed else ''}",
+            f"{result.seconds:,.0f} s ({result.residues_per_second:,.0f} residues/s)",
+        ),
         *([("time of the cached states", f"{result.states_seconds:,.0f} s")] if result.states_seconds else []),
         *([] if result.probe is None else [("time of the linear probe", f"{result.probe.seconds:.0f} s")]),
         ("peak memory", result.peak_memory_in_words),

@@ -12,6 +12,7 @@ import numpy as np
 
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting.description import DataDescription, SplitDescription
+from esm_efficient.reporting.files import whole_file
 from esm_efficient.tasks import Task
 from esm_efficient.training.baselines import PROBE, FrozenProbe
 from esm_efficient.training.evaluation_page import Evaluation
@@ -95,7 +96,8 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
         columns["sequence"] = list(evaluation.sequences)
     columns |= {name: list(values.reshape(len(values), -1)) for name, values in arrays.items()}
     table = pa.table(columns).replace_schema_metadata({_SHAPES: json.dumps(shapes)})
-    parquet.write_table(table, path, compression="zstd")
+    with whole_file(path) as partial:
+        parquet.write_table(table, partial, compression="zstd")
 
 
 def _step_memory(record: Mapping[str, Any] | None) -> StepMemory | None:
@@ -156,7 +158,10 @@ def _description(record: Mapping[str, Any] | None) -> DataDescription | None:
         return None
     splits = {}
     for name, split in record["splits"].items():
-        numbers = split["numbers"] and tuple(float("nan") if value is None else value for value in split["numbers"])
+        numbers = {
+            number: tuple(float("nan") if value is None else value for value in pair)
+            for number, pair in split["numbers"].items()
+        }
         pairs = {"residues": tuple(split["residues"]), "numbers": numbers}
         splits[name] = SplitDescription(**(split | pairs))
     return DataDescription(tuple(record["columns"]), splits)

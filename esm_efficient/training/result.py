@@ -45,6 +45,8 @@ class FinetuneResult:
         evaluated_on: ``"test"``, or ``"validation"`` if there is no test split.
         train_loss: mean loss of the optimizer steps.
         steps: number of optimizer steps.
+        steps_resumed: those before the checkpoint from which the run was resumed; ``seconds`` and
+            ``residues_per_second`` are of the steps after it.
         trainable_parameters: number of trainable parameters.
         total_parameters: number of parameters, adapters included.
         trained_layers: indices of the encoder layers in which a parameter moved.
@@ -102,6 +104,7 @@ class FinetuneResult:
     memory: Mapping[str, int] | None = None
     step_memory: StepMemory | None = None
     states_seconds: float = 0.0
+    steps_resumed: int = 0
     thresholds: Mapping[str, float] | None = None
     temperature: float | None = None
     probe: FrozenProbe | None = None

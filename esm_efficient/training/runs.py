@@ -60,10 +60,12 @@ class WatchedTrainer(Trainer):
     Attributes:
         stream: the training batches of a run on a stream; None otherwise.
         residues_resumed: residues that the run had trained on whose checkpoint this one resumed.
+        steps_resumed: its optimizer steps.
     """
 
     stream: EndlessStream | None = None
     residues_resumed = 0
+    steps_resumed = 0
     _residues_trained: Tensor | int = 0
     _real_examples = sys.maxsize
     _warned_of_repeats = False
@@ -210,6 +212,7 @@ class WatchedTrainer(Trainer):
         states: Any = state.stateful_callbacks
         saved = states.get(_STATE, {}).get("attributes", {})
         self._residues_trained, self.residues_resumed = 0, int(saved.get("residues", 0))
+        self.steps_resumed = state.global_step
 
     def end_run(self) -> None:
         """Let go of what a run needed; `train` calls this also after an error."""

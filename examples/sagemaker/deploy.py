@@ -24,6 +24,10 @@ from ranges import whole
 from esm_efficient import ConfigurationError, format_table, get_device
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
 
+GPU_RESIDUES, CPU_RESIDUES = 200_000, 4_000
+"""The most residues of a request. ESM-2 650M needs about 1.3 GFLOP per residue, which a few CPU cores compute at about
+100 GFLOP/s, and SageMaker waits 60 s."""
+
 RESIDUES = 5
 """Labels that are shown of a sequence, for a model with a label per residue."""
 
@@ -35,26 +39,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--model-data", help="s3://.../model.tar.gz of a training job")
     parser.add_argument("--endpoint", required=True, help="name of the new endpoint")
     parser.add_argument("--role", required=True, help="ARN of the role that the endpoint assumes")
-    parser.add_argument(
-        "--instance-type", default="ml.g5.xlarge", help="type of a real-time endpoint (default: %(default)s)"
-    )
-    parser.add_argument("--instances", type=whole(1), default=1, help="number of instances of a real-time endpoint")
+    parser.add_argument("--instance-type", help="type of a real-time endpoint (default: ml.g5.xlarge)")
+    parser.add_argument("--instances", type=whole(1), help="number of instances of a real-time endpoint (default: 1)")
     parser.add_argument("--serverless", action="store_true")
     parser.add_argument(
         "--memory-mb",
         type=int,
-        default=6144,
         choices=range(1024, 6145, 1024),
-        help="memory of a serverless endpoint (default: %(default)s)",
+        help="memory of a serverless endpoint (default: 6144)",
     )
     parser.add_argument(
-        "--concurrency", type=whole(1, 200), default=5, help="simultaneous requests to a serverless endpoint"
+        "--concurrency", type=whole(1, 200), help="simultaneous requests to a serverless endpoint (default: 5)"
     )
     parser.add_argument("--max-tokens", type=whole(3), default=1024, help="most tokens per sequence in a request")
+    parser.add_argument(
+        "--max-residues",
+        type=whole(1),
+        help=f"most residues per request (default: {GPU_RESIDUES:,} with a GPU, {CPU_RESIDUES:,} without, because "
+        "SageMaker ends a request after 60 s)",
+    )
     parser.add_argument("--image", help="your own inference image")
     parser.add_argument("--region", help="default: the configured one")
     parser.add_argument("--timeout", type=whole(1), default=1800, help="most seconds to wait for the endpoint")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    of_other = ("instance_type", "instances") if options.serverless else ("memory_mb", "concurrency")
+    for name in of_other:
+        if getattr(options, name) is not None:
+            kind = "a real-time" if options.serverless else "a serverless"
+            parser.error(f"--{name.replace('_', '-')} is for {kind} endpoint")
+    options.instance_type = options.instance_type or "ml.g5.xlarge"
+    return options
 
 
 def model_of(sagemaker: Any, job: str) -> str:
@@ -109,6 +123,9 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
         env_vars={
             "SAGEMAKER_PROGRAM": "inference.py",
             "ESM_EFFICIENT_MAX_TOKENS": str(options.max_tokens),
+            "ESM_EFFICIENT_MAX_RESIDUES": str(
+                options.max_residues or (GPU_RESIDUES if has_gpu(instance) else CPU_RESIDUES)
+            ),
             # Without a GPU the server would start one worker per core, each with a copy of the model.
             **({} if has_gpu(instance) else {"SAGEMAKER_MODEL_SERVER_WORKERS": "1"}),
         },
@@ -116,12 +133,14 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
     )
     builder.build(model_name=options.endpoint, tags=tags())
     if options.serverless:
-        config = ServerlessInferenceConfig(memory_size_in_mb=options.memory_mb, max_concurrency=options.concurrency)
+        config = ServerlessInferenceConfig(
+            memory_size_in_mb=options.memory_mb or 6144, max_concurrency=options.concurrency or 5
+        )
         return builder.deploy(endpoint_name=options.endpoint, inference_config=config, wait=False)
     return builder.deploy(
         endpoint_name=options.endpoint,
         instance_type=instance,
-        initial_instance_count=options.instances,
+        initial_instance_count=options.instances or 1,
         wait=False,
     )
 

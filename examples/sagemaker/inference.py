@@ -2,8 +2,8 @@
 
 The file is in ``code/`` beside the model, together with the library. A request is JSON (``{"inputs": "MKT..."}`` or a
 list), CSV or FASTA; see ``esm_efficient.read_request``. The response is a JSON list with one entry per sequence. The
-endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` (sequences per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens
-per sequence) set limits.
+endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` (sequences per request), ``ESM_EFFICIENT_MAX_RESIDUES`` (residues
+per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens per sequence) set limits.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from esm_efficient import Predictor, Query, RequestError, RequestLimits, read_re
 
 MAX_TOKENS = int(os.environ.get("ESM_EFFICIENT_MAX_TOKENS", 1024))
 LIMITS = RequestLimits(
-    sequences=int(os.environ.get("ESM_EFFICIENT_MAX_SEQUENCES", RequestLimits.sequences)), residues=MAX_TOKENS - 2
+    sequences=int(os.environ.get("ESM_EFFICIENT_MAX_SEQUENCES", RequestLimits.sequences)),
+    residues=MAX_TOKENS - 2,
+    total_residues=int(os.environ.get("ESM_EFFICIENT_MAX_RESIDUES", RequestLimits.total_residues)),
 )
 
 
 def model_fn(model_dir: str, context: Any = None) -> Predictor:
-    """Load the model, from safetensors files only: nothing is unpickled."""
-    return Predictor.load(model_dir, max_tokens=MAX_TOKENS)
+    """Load the model, from safetensors files only: nothing is unpickled.
+
+    The server starts a worker for each GPU, and tells it the number of its own.
+    """
+    gpu = None if context is None else context.system_properties.get("gpu_id")
+    device = None if gpu is None else f"cuda:{gpu}"
+    return Predictor.load(model_dir, max_tokens=MAX_TOKENS, device=device)
 
 
 def input_fn(body: bytes | str, content_type: str | None, context: Any = None) -> list[Query]:

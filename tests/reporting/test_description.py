@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from sequence_files import frame
 
 from esm_efficient import load_sequences
+from esm_efficient.errors import DataError
 from esm_efficient.reporting.description import describe
 
 
@@ -38,7 +39,7 @@ def test_every_kind_of_label_is_counted(path, options, names):
     assert sum(split.unusual for split in found.splits.values()) == 1
     for name, split in found.splits.items():
         assert set(split.labels) == names
-        assert (split.numbers is not None) == (options["label"] == "stability")
+        assert list(split.numbers) == (["label"] if options["label"] == "stability" else [])
         assert (split.relatives is None) == (name == "train")
     if options["label"] == "label":
         assert sum(split.labels["membrane"] for split in found.splits.values()) == 20
@@ -104,3 +105,26 @@ def test_unknown_labels_are_not_counted_and_no_part_of_a_share():
     assert found.splits["train"].labelled == {"a": 2, "b": 3}
     shares = [row for row in found.rows() if row[0].startswith("label ")]
     assert shares == [("label a", "2 (100.0 % of 2 known)"), ("label b", "2 (66.7 % of 3 known)")]
+
+
+def test_each_of_several_numbers_has_its_own_mean_and_deviation():
+    feature = Features({"sequence": Value("string"), "label": List(Value("float32"), length=2)})
+    labels = [[0.5, 250.0], [0.75, None], None, [1.0, 350.0]]
+    split = Dataset.from_dict({"sequence": ["MKTA", "MKTV", "MKTI", "MKTL"], "label": labels}, features=feature)
+    unknown = Dataset.from_dict({"sequence": ["MAAA"], "label": [[2.0, None]]}, features=feature)
+    found = describe({"train": split, "test": unknown})
+    assert found.splits["train"].numbers["label_0"] == pytest.approx((0.75, 0.2041241))
+    assert found.splits["train"].numbers["label_1"] == pytest.approx((300.0, 50.0))
+    rows = {row[0]: row[1:] for row in found.rows()}
+    assert rows["label_1, mean ± standard deviation"] == ("300 ± 50", "nan ± nan")
+    assert found.to_dict()["splits"]["test"]["numbers"]["label_1"] == [None, None]
+
+
+def test_a_row_without_any_label_is_unknown_and_a_missing_sequence_is_an_error():
+    feature = Features({"sequence": Value("string"), "label": {"golgi": Value("float32")}})
+    rows = {"sequence": ["MKTA", "MKTV", "MKTI"], "label": [{"golgi": 1.0}, None, {"golgi": 0.0}]}
+    found = describe({"train": Dataset.from_dict(rows, features=feature)}).splits["train"]
+    assert (found.labels, found.labelled) == ({"golgi": 1}, {"golgi": 2})
+    rows["sequence"][1] = None
+    with pytest.raises(DataError, match=r"missing or not a text: row 1 of train"):
+        describe({"train": Dataset.from_dict(rows, features=feature)})
