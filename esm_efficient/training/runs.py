@@ -116,7 +116,13 @@ class WatchedTrainer(Trainer):
             self.end_run()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them."""
+        """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them.
+
+        There is none for a run that resumes after its last step; Trainer would take one more.
+        """
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         if self.is_in_train and is_stream(self.callback_handler.train_dataloader):
             epoch_iterator = iter(self._take_from_stream(num_batches))
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)

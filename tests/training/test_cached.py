@@ -141,7 +141,18 @@ def test_a_cached_run_resumes_as_the_whole_run(tmp_path, data):
             path.unlink()
         (tmp_path / "whole" / f"checkpoint-{number}").rmdir()
     resumed = run(recipe, data, tmp_path / "whole", resume_from_checkpoint=True, **options)
+    assert (resumed.steps_resumed, resumed.steps) == (2, 6)
     assert resumed.metrics == pytest.approx(whole.metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["frozen", "top"])
+def test_the_speed_of_a_resumed_run_is_that_of_its_own_steps(tmp_path, data, recipe):
+    options = {"states_dir": tmp_path / "states", "save_strategy": "epoch", "probe": False}
+    run(recipe, data, tmp_path / "run", epochs=2, **options)
+    found = run(recipe, data, tmp_path / "run", epochs=3, resume_from_checkpoint=True, **options)
+    residues = sum(map(len, data["train"]["sequence"]))
+    assert found.steps_resumed == 2 * found.steps // 3 > 0
+    assert found.residues_per_second * found.seconds == pytest.approx(residues, rel=0.01)
 
 
 def test_the_saved_model_predicts_from_sequences(tmp_path, data):

@@ -33,6 +33,7 @@ from esm_efficient import (
 )
 from esm_efficient.errors import ConfigurationError, TrainingInterrupted
 from esm_efficient.training.checkpoints import find_faults
+from esm_efficient.training.outcome import cost_rows
 
 STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "disable_tqdm": True}
 
@@ -86,6 +87,8 @@ def test_a_run_that_resumes_after_a_signal_ends_with_the_weights_of_a_whole_run(
         **STEPS,
     )
     expected = weights(whole)
+    assert (resumed.steps_resumed, resumed.steps, whole.steps_resumed) == (4, 6, 0)
+    assert weights(resumed).keys() == expected.keys()
     for name, found in weights(resumed).items():
         assert torch.equal(found, expected[name]), name
     # A run that resumes after its last step trains nothing, and has the same weights.
@@ -97,7 +100,13 @@ def test_a_run_that_resumes_after_a_signal_ends_with_the_weights_of_a_whole_run(
         resume_from_checkpoint=last_checkpoint(tmp_path / "cut"),
         **STEPS,
     )
+    assert (again.steps_resumed, again.steps) == (6, 6)
+    assert weights(again).keys() == expected.keys()
     assert all(torch.equal(found, expected[name]) for name, found in weights(again).items())
+    table = dict(cost_rows(again))
+    assert "layers that trained" not in table
+    assert "time of the training loop after step 6" in table
+    assert dict(cost_rows(whole))["layers that trained"]
 
 
 def test_a_signal_during_a_scheduled_checkpoint_ends_the_run_after_the_next_step(tmp_path, data):

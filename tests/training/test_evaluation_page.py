@@ -230,7 +230,27 @@ def test_the_caption_says_how_many_of_the_curves_are_drawn():
 
 
 def test_the_largest_errors_of_numbers_are_said_to_be_those_of_all_sequences():
-    assert evaluation_sections(evaluation("regression"))[-1].parts[0] == "Largest errors, 12 of 60 sequences:"
+    one = dataclasses.replace(evaluation("regression"), task=Task("regression", ("tm",)))
+    one = dataclasses.replace(one, labels=one.labels[:, 0], scores=one.scores[:, :1])
+    assert evaluation_sections(one)[-1].parts[0] == "Largest errors, 12 of 60 sequences:"
+
+
+def test_errors_of_numbers_in_different_units_are_compared_by_their_deviations():
+    found = evaluation("regression")  # the numbers are about 1, 10 and 100
+    found.scores[:] = found.labels
+    found.scores[3, 0] += 5
+    found.scores[4, 2] += 50
+    note, table = evaluation_sections(found)[-1].parts
+    assert note == "Largest errors, each divided by the standard deviation of its number, 12 of 60 sequences:"
+    assert [row[0] for row in table.rows[:2]] == ["P3", "P4"]
+
+
+def test_a_number_that_is_never_known_has_a_sentence_in_place_of_its_plot():
+    found = evaluation("regression")
+    found.labels[:, 1] = np.nan
+    plots = evaluation_sections(found)[1].parts
+    assert plots[1] == "b: no number is known in this split."
+    assert not any(isinstance(plots[index], str) for index in (0, 2))
 
 
 def test_a_model_without_a_mistake_has_no_empty_table():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,12 +29,13 @@ from esm_efficient import (
     export_model,
     finetune,
     load_deeploc,
+    load_result,
     multi_label_metrics,
     stratified_sample,
     task_of,
     tokenize_dataset,
 )
-from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.errors import CheckpointError, ConfigurationError, DataError
 from esm_efficient.tasks import Task
 from esm_efficient.training.residue_page import residue_strips
 
@@ -401,3 +405,26 @@ def test_the_report_shows_the_residues_that_were_read_with_their_own_labels(tmp_
         true = [residue.true for residue in strip.residues if residue.letter != "?"]
         assert true == ["A" if letter in "AVIL" else "O" for letter in letters if letter != "?"]
         assert strip.heading.endswith("residues 1 to 20 of 20")
+
+
+@pytest.mark.parametrize("file", ["result.json", "predictions.parquet"])
+def test_a_run_whose_record_is_not_written_whole_is_not_finished(tmp_path, demo_table, monkeypatch, file):
+    """Its metrics are computed again by resuming."""
+    data = load_deeploc(demo_table, max_residues=150)
+    options = {"recipe": "lora", "output_dir": tmp_path, "max_steps": 2, "probe": False, "save_strategy": "epoch"}
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CheckpointError, match="full"):
+        finetune(demo_model_path(), data, **options)
+    assert not list(tmp_path.glob("result.json*"))
+    assert not list(tmp_path.glob(f"{file}*"))
+    monkeypatch.setattr(os, "replace", replace)
+    result = finetune(demo_model_path(), data, resume_from_checkpoint=True, **options)
+    assert (result.steps, result.steps_resumed) == (2, 2)
+    assert load_result(tmp_path).metrics == result.metrics

@@ -97,6 +97,7 @@ def test_checkpoints_predict_in_the_unit_and_a_resumed_run_has_the_same_weights(
         demo_model_path(), data, output_dir=tmp_path / "2", resume_from_checkpoint=tmp_path / "checkpoint-3", **options
     )
     expected = dict(whole.model.named_parameters())
+    assert (resumed.steps_resumed, resumed.steps) == (3, whole.steps)
     assert all(torch.equal(value, expected[name]) for name, value in resumed.model.named_parameters())
     assert resumed.metrics == whole.metrics
 

@@ -113,13 +113,14 @@ def test_a_stream_resumes_in_its_second_and_third_pass(tmp_path, tokenizer, adap
         model = prepare_model(model, adapters=adapted)
         trainer = weighted(model, args, Passes(rows_of(10)), tokenizer, data_collator=collate)
         trainer.train(**train)
-        return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), trainer.state.epoch
+        weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        return weights, trainer.state.epoch, trainer.steps_resumed
 
-    whole, epoch = run()
-    for step in (2, 3, 4, 7):
-        resumed, resumed_epoch = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    whole, epoch, _ = run()
+    for step in (2, 3, 4, 7, 8):
+        resumed, resumed_epoch, resumed_steps = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert torch.equal(resumed, whole)
-        assert resumed_epoch == epoch
+        assert (resumed_epoch, resumed_steps) == (epoch, step)
 
 
 def test_a_stream_with_fewer_batches_than_an_accumulated_batch_trains(tmp_path, tokenizer):

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import TASK_LOSS, each_value, make_dataset, make_task_dataset, slow_except
+from conftest import TASK_LOSS, each_value, make_dataset, make_model, make_task_dataset, slow_except
 from peft import get_peft_model
 from trainer_runs import (
     WEIGHTS,
@@ -338,6 +338,22 @@ def test_a_resumed_run_ends_with_the_weights_of_a_whole_run(
         resumed = run(3, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert relative_error(resumed, whole) <= 1e-6
     assert relative_error(run(3), whole) > 0.1
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 2}], ids=str)
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_that_resumes_after_its_last_step_takes_none(tmp_path, tokenizer, length, strategy):
+    def run(**train):
+        model = make_model()
+        options = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": strategy, "save_steps": 1}
+        trainer = weighted(model, arguments(tmp_path, 4, 2, **length, **options), make_dataset(29), tokenizer)
+        trainer.train(**train)
+        return trainer.state.global_step, torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    steps, whole = run()
+    again, resumed = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert again == steps
+    assert torch.equal(resumed, whole)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

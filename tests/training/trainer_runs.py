@@ -126,7 +126,9 @@ def resumed_weights(folder, tokenizer, strategy, seedable, drop_last, step, **ch
     )
     train = {"resume_from_checkpoint": str(folder / f"checkpoint-{step}")} if step else {}
     torch.manual_seed(step or 0)  # a run that resumes has drawn other random numbers
-    weighted(model, args, make_dataset(29), tokenizer).train(**train)
+    trainer = weighted(model, args, make_dataset(29), tokenizer)
+    trainer.train(**train)
+    assert trainer.steps_resumed == (step or 0)
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
