@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import settings
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
@@ -39,6 +40,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)  # a busy machine fails no test
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Keep tables where no earlier run of the tests, with other code, and no user has any; all workers share them."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "ESM_EFFICIENT_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
+        )
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +148,15 @@ def run_on_ranks(script: Path, *arguments: object, ranks: int, folder: Path, tim
         return Copy(script, *arguments, folder=printed, before=become_rank)
 
     copies = [start(rank) for rank in range(ranks)]
+    end = time.monotonic() + timeout
+    # If one fails, the others would wait for it.
+    while any(copy.is_running for copy in copies) and time.monotonic() < end:
+        if any(not copy.is_running and copy.process.exitcode for copy in copies):
+            break
+        time.sleep(0.05)
+    failed = [copy for copy in copies if not copy.is_running and copy.process.exitcode]
     for copy in copies:
-        done = copy.wait(timeout)
+        copy.kill()
+    for copy in failed or copies:
+        done = copy.wait()
         assert done.returncode == 0, done.stderr[-3000:]

@@ -81,24 +81,24 @@ def test_a_change_that_leaves_nothing_to_cache_turns_the_cache_off(name, changes
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"trains": "adapters"},
-        {"trains": "full", "preset": "qkv", "r": 8},
-        {"trains": "adapters", "preset": "qkv"},
-        {"trains": "full", "micro_batch": 0},
-        {"trains": "full", "accumulation": 0},
-        {"trains": "full", "cache": True},
-        {"trains": "full", "layers": "bottom-2"},
-        {"trains": "full", "layers": "top-0"},
-        {"trains": "full", "layers": ()},
-        {"trains": "full", "layers": [-1]},
-        {"trains": "full", "pooling": "max"},
-        {"trains": "full", "keep_layers": 0},
+        ({"trains": "adapters"}, "expected a preset and a rank with trains='adapters'"),
+        ({"trains": "full", "preset": "qkv", "r": 8}, "and neither otherwise"),
+        ({"trains": "adapters", "preset": "qkv"}, "expected a preset and a rank with trains='adapters'"),
+        ({"trains": "full", "micro_batch": 0}, "micro_batch=0 .*expected at least 1 for both"),
+        ({"trains": "full", "accumulation": 0}, "accumulation=0: expected at least 1 for both"),
+        ({"trains": "full", "cache": True}, "cache=True with all parameters training"),
+        ({"trains": "full", "layers": "bottom-2"}, "layers='bottom-2': expected \"all\""),
+        ({"trains": "full", "layers": "top-0"}, "layers='top-0'"),
+        ({"trains": "full", "layers": ()}, "expected at least one layer number"),
+        ({"trains": "full", "layers": [-1]}, "expected at least one layer number, from 0"),
+        ({"trains": "full", "pooling": "max"}, "pooling='max': expected one of first, mean, attention"),
+        ({"trains": "full", "keep_layers": 0}, "keep_layers=0: expected at least 1 layer"),
     ],
 )
-def test_contradictory_settings_are_refused(options):
-    with pytest.raises(ConfigurationError):
+def test_contradictory_settings_are_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
         Recipe("mine", learning_rate=1e-3, **options)
 
 

@@ -177,20 +177,21 @@ def test_a_sequence_in_two_splits_is_refused_and_within_one_is_counted(frame, wr
         load_deeploc(write(pd.concat([frame, copied.to_frame().T])))
 
 
-def test_a_missing_or_damaged_file_is_refused(tmp_path):
+def test_a_missing_or_damaged_file_is_refused(tmp_path, demo_table):
     with pytest.raises(DataError, match="no file at"):
         load_deeploc(tmp_path / "absent.csv")
+    table = demo_table.read_bytes()
     broken = {
-        "empty.csv": b"",
-        "binary.csv": b"\xff\xfe\x00\x01",
-        "text.csv.gz": b"not gzip",
-        "cut.csv.gz": gzip.compress(b"ACC,Sequence\n" * 1000)[:40],
-        "damaged.csv.xz": b"\xfd7zXZ\x00 and then no xz data",
-        "cut.csv.xz": lzma.compress(b"ACC,Sequence\n" * 1000)[:60],
+        "empty.csv": (b"", "is empty"),
+        "binary.csv": (b"\xff\xfe\x00\x01", "not text|UTF-8"),
+        "text.csv.gz": (b"not gzip", "has column names but no rows"),
+        "cut.csv.gz": (gzip.compress(table)[:-2000], "cannot be read .*EOFError"),
+        "damaged.csv.xz": (b"\xfd7zXZ\x00 and then no xz data", "cannot be read .*LZMAError"),
+        "cut.csv.xz": (lzma.compress(table)[:-2000], "cannot be read .*(EOFError|LZMAError)"),
     }
-    for name, content in broken.items():
+    for name, (content, message) in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=message):
             load_deeploc(tmp_path / name)
 
 

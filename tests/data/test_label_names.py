@@ -109,7 +109,7 @@ def test_empty_lists_of_a_table_with_lists_are_sequences_without_any_label(tmp_p
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (["a/b", "a", "b"], "seems to be several: .*line 2: 'a/b'. Write | between all labels"),
+        (["a/b", "a", "b"], "seems to be several: .*line 2: 'a/b'. Write \\| between all labels"),
         (["a & b", "a", "b"], "'a & b'"),
         (["a + b", "a|b", "b"], "'a \\+ b'"),
         (["[a]", "a", "b"], "line 2: '\\[a\\]'"),

@@ -173,7 +173,7 @@ def test_using_the_callback_without_a_trainer_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_are_reported_one_by_one_and_summed(tmp_path):
     script = Path(__file__).with_name("profiled_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     run = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     record = json.loads((tmp_path / "ranks.json").read_text())

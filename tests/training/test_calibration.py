@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_dataset, make_model
 from datasets import ClassLabel, Dataset, Features, Value
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm_efficient import Predictor, Recipe, finetune, load_result
@@ -30,6 +30,7 @@ def draw(task, number=4000, seed=0):
     return (logits + rng.gumbel(size=logits.shape)).argmax(axis=1), logits
 
 
+@settings(max_examples=20)  # each fits 4,000 examples
 @given(temperature=st.floats(0.2, 8), task=st.sampled_from([CLASSES, RESIDUES, SEVERAL]))
 def test_the_temperature_that_was_applied_is_found(temperature, task):
     labels, logits = draw(task)

@@ -72,7 +72,9 @@ def test_a_rate_that_is_far_too_large_stops_the_run_and_saves_nothing_broken(tmp
     _, train = run(tmp_path, tokenizer, learning_rate=1e6, save_strategy="steps", save_steps=1, logging_steps=5)
     with pytest.raises(DivergenceError, match=r"learning_rate .it is 1e\+06"):
         train()
-    for folder in tmp_path.glob("checkpoint-*"):
+    saved = list(tmp_path.glob("checkpoint-*"))
+    assert saved
+    for folder in saved:
         assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
 
 

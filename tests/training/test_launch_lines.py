@@ -45,6 +45,7 @@ def test_a_launch_line_trains_on_two_ranks_and_one_of_them_reports(tmp_path, dem
     script = words.index("examples/finetune_membrane.py")
     if words[0] == "torchrun":
         words = [sys.executable, "-m", "torch.distributed.run", *replaced(words, {"--nproc-per-node": "2"})[1:]]
+        words.insert(3, "--standalone")  # a free port: another test may have the usual one
     else:
         starter = tmp_path / "starter.py"
         starter.write_text(STARTER)
