@@ -49,7 +49,6 @@ from esm_efficient import (
     tune_thresholds,
     write_demo_table,
 )
-from esm_efficient.data.download import sha256_of
 from esm_efficient.data.relatives import close_relatives
 from esm_efficient.reporting.tables import format_markdown
 from esm_efficient.training.probes import fit_probe
@@ -193,11 +192,12 @@ class LocationStudy:
         return found, seconds
 
     def fingerprint(self) -> str:
-        """Return a short hash of the model's files and of the table, by which kept states are told apart."""
-        folder, table = Path(self.model), Path(self.source or "deeploc")
-        files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", table]
-        facts = [str(self.model), str(table), *(sha256_of(file) for file in files if file.is_file())]
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+        """Return a short hash of the model and the table, by which kept states are told apart."""
+        table = Path(self.source or "deeploc")
+        weights = [(file.resolve(), file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
+        facts = [str(self.model), *((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in weights)]
+        content = table.read_bytes() if table.is_file() else str(table).encode()
+        return hashlib.sha256(repr(facts).encode() + content).hexdigest()[:12]
 
     def fine_tune(self, data: DatasetDict) -> dict[str, Any]:
         """Return the figures of the recipe `top`."""

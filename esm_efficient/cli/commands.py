@@ -160,7 +160,7 @@ KeepLayersOption = Annotated[
     typer.Option(
         "--keep-layers",
         min=1,
-        help="Keep so many encoder layers, which is cheaper and maybe less accurate; default: all.",
+        help="Keep only this number of the lowest encoder layers: cheaper, and maybe less accurate; default: all.",
     ),
 ]
 SequencesOption = Annotated[

@@ -278,7 +278,7 @@ def targets(
     layers: AdapterLayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which layers of a model get adapters, without its weights.
+    """Show which layers get adapters; no weights are loaded.
 
     Example: esm-efficient targets 650M --preset qkv --layers top-1/3
     """

@@ -141,7 +141,7 @@ def finetune(
         int | None,
         typer.Option(
             min=0,
-            help="Stop after so many epochs without a better result on validation, and keep the best; 0: never. "
+            help="Stop after this number of epochs without a better result on validation, and keep the best; 0: never. "
             "Default: 3 if there is a validation split.",
         ),
     ] = None,
@@ -256,7 +256,7 @@ def evaluate(
 ) -> None:
     """Measure a trained model on all sequences of another table.
 
-    Of demo and deeploc, it is the test split.
+    For demo and deeploc, only the test split is used.
 
     Example: esm-efficient evaluate output/adapter other.csv --report evaluation.html
     """

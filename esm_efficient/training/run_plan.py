@@ -98,6 +98,8 @@ class RunPlan:
             text += ", beside Python and libraries"
         seconds = found.run_seconds(self.steps)
         text = text if math.isnan(seconds) else f"{text}; {format_duration(seconds)} or more"
+        if found.cache is not None:
+            text += f"; {format_bytes(found.cache.bytes)} or more on disk for the cached states"
         return f"{text}. {self._cure(found)}" if found.device.memory and not found.fits() else text
 
     def _cure(self, found: Estimate) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from copies import Copy
 from datasets import ClassLabel, Dataset, DatasetDict
+
+from esm_efficient import demo_model_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -117,3 +123,27 @@ def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tm
     again = json.loads(file.read_text().splitlines()[-1])
     assert again["metrics"] == runs[-1]["metrics"]
     assert {file: file.stat().st_mtime_ns for file in states} == states
+
+
+def test_states_are_those_of_one_model_and_one_table(location_study, tmp_path, demo_table):
+    shutil.copytree(demo_model_path(), tmp_path / "model")
+    other = tmp_path / "other.csv"
+    other.write_bytes(demo_table.read_bytes() + b"\n")
+
+    def fingerprint(model, data):
+        return location_study.LocationStudy(Namespace(model=model, data=data, work=tmp_path)).fingerprint()
+
+    found = [
+        fingerprint(*pair) for pair in ((None, None), ("8M", None), (None, str(other)), (tmp_path / "model", None))
+    ]
+    assert len(set(found)) == 4
+    assert fingerprint(None, None) == found[0]
+    weights = tmp_path / "model" / "model.safetensors"
+    os.utime(weights, (0, 0))
+    assert fingerprint(tmp_path / "model", None) != found[3]
+
+
+def test_a_report_without_runs_is_one_line(location_study, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["location_study.py", "--report", "--results", str(tmp_path / "none.jsonl")])
+    with pytest.raises(SystemExit, match="has no runs: run the study without --report first"):
+        location_study.main()

@@ -75,7 +75,11 @@ def test_an_endpoint_is_created_queried_and_deleted(aws, job, serverless):
     container = model["PrimaryContainer"]
     assert IMAGE.format("cpu" if serverless else "gpu") in container["Image"]
     assert container["ModelDataUrl"] == f"s3://{BUCKET}/work/output/job/output/model.tar.gz"
-    environment = {"SAGEMAKER_PROGRAM": "inference.py", "ESM_EFFICIENT_MAX_TOKENS": "1024"}
+    environment = {
+        "SAGEMAKER_PROGRAM": "inference.py",
+        "ESM_EFFICIENT_MAX_TOKENS": "1024",
+        "ESM_EFFICIENT_MAX_RESIDUES": "4000" if serverless else "200000",
+    }
     assert container["Environment"] == environment | ({"SAGEMAKER_MODEL_SERVER_WORKERS": "1"} if serverless else {})
     assert model["ExecutionRoleArn"] == ROLE
     (variant,) = aws.sent("create_endpoint_config")["ProductionVariants"]
@@ -154,7 +158,7 @@ def test_the_limits_of_a_serverless_endpoint_are_those_of_sagemaker(aws, monkeyp
         limits = shape.members[member].metadata
         assert set(limits) == {"min", "max"}
         for limit in limits.values():
-            given = ["--job", "job", "--endpoint", "name", "--role", ROLE, option, str(limit)]
+            given = ["--job", "job", "--endpoint", "name", "--role", ROLE, "--serverless", option, str(limit)]
             assert limit in vars(script.parse_arguments(given)).values()
 
 
@@ -358,3 +362,23 @@ def test_iam_accepts_the_policies(aws):
     assert metrics["Condition"]["StringLike"]["cloudwatch:namespace"]
     (listing,) = [s for s in policy_of("role_policy.json")["Statement"] if s["Sid"] == "ListThePlace"]
     assert listing["Condition"]["StringLike"]["s3:prefix"] == ["work/*"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--memory-mb", "4096"),
+        ("--concurrency", "2"),
+        ("--serverless", "--instances", "2"),
+        ("--serverless", "--instance-type", GPU),
+    ],
+    ids=" ".join,
+)
+def test_an_option_of_the_other_kind_of_endpoint_is_refused(monkeypatch, capsys, options):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import deploy as script
+
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--job", "job", "--endpoint", "name", "--role", ROLE, *options])
+    kind = "real-time" if "--serverless" in options else "serverless"
+    assert f"is for a {kind} endpoint" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -175,6 +176,18 @@ def test_other_paths_methods_and_headers_are_refused(server, method, path, body,
     received, answer = call(server.port, method, path, body, headers)
     assert received == status
     assert answer["error"]
+
+
+def test_the_worker_of_a_gpu_uses_its_own(monkeypatch, model_dir):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import inference
+
+    devices = []
+    monkeypatch.setattr(inference.Predictor, "load", lambda folder, device, **options: devices.append(device))
+    for properties in ({"gpu_id": 2}, {"gpu_id": None}, {}):
+        inference.model_fn(model_dir, SimpleNamespace(system_properties=properties))
+    inference.model_fn(model_dir)
+    assert devices == ["cuda:2", None, None, None]
 
 
 def test_a_failed_prediction_is_status_500(monkeypatch, model_dir):
