@@ -80,10 +80,13 @@ def test_trainable_parameters_are_float32_over_a_bfloat16_base(tiny_model, kind)
 
 def test_a_bfloat16_base_runs_after_its_adapters_are_merged(tiny_model):
     model = tiny_model()
-    model = prepare_model(model, adapters=lora_config(model, r=2), dtype=torch.bfloat16).eval()
+    adapters = lora_config(model, r=2, init_lora_weights=False)
+    model = prepare_model(model, adapters=adapters, dtype=torch.bfloat16).eval()
     expected = model(**batch()).logits
-    merged = model.merge_and_unload()
-    assert torch.allclose(merged(**batch()).logits, expected, atol=0.05)
+    with model.disable_adapter():
+        without = model(**batch()).logits
+    error = (model.merge_and_unload()(**batch()).logits - expected).abs().max()
+    assert error < 0.05 * (expected - without).abs().max()
 
 
 def test_a_model_loaded_in_bfloat16_trains_in_float32(tiny_model):

@@ -308,8 +308,10 @@ def test_a_head_that_replaces_the_first_one_gets_every_token():
 def test_calls_with_unsupported_arguments_run_the_plain_encoder(caplog):
     model = apply_lean_encoder(build(trains="full").eval())
     ends = torch.tensor([0, 5, 9], dtype=torch.int32)
+    plain = build(trains="full").eval()
     with torch.no_grad(), caplog.at_level(logging.INFO, "esm_efficient"):
-        model.esm(**make_batch([9]), cu_seq_lens_q=ends)
+        found = model.esm(**make_batch([9]), cu_seq_lens_q=ends).last_hidden_state
+        assert torch.equal(found, plain.esm(**make_batch([9]), cu_seq_lens_q=ends).last_hidden_state)
     assert "the argument cu_seq_lens_q is not supported" in caplog.text
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from sequence_texts import sequences
 from transformers import EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
-from esm_efficient import PooledEsmForSequenceClassification, Predictor, evaluate, predict_file
+from esm_efficient import PooledEsmForSequenceClassification, Predictor, evaluate, multi_label_metrics, predict_file
 from esm_efficient.cli import main
 from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import ConfigurationError
@@ -242,7 +242,12 @@ def test_an_ensemble_is_evaluated_and_computed_again_when_a_member_changes(folde
     rows = {"sequence": sequences(6), "label": [{name: 0.0 for name in NAMES}] * 6}
     features = Features({"sequence": Value("string"), "label": {name: Value("float32") for name in NAMES}})
     data = Dataset.from_dict(rows, features=features)
-    assert evaluate(Predictor.load(folders["multi_label_classification"]), data)
+    ensemble = Predictor.load(folders["multi_label_classification"])
+    logits, labels = np.stack(ensemble.logits(rows["sequence"])), np.zeros((6, len(NAMES)))
+    expected = multi_label_metrics(labels, logits, NAMES, thresholds=ensemble.thresholds)
+    found = evaluate(ensemble, data)
+    assert found["subset_accuracy"] == expected["subset_accuracy"] < 1
+    assert {name: found[name] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_folder_of_a_run_is_not_a_member(folders, tmp_path):

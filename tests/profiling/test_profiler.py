@@ -318,8 +318,11 @@ def test_the_split_of_totals_is_close_to_exact_counts(monkeypatch, recipe):
     for phase in ("forward", "backward", "optimizer"):
         ours, theirs = split_up.phases[phase].peak, exact.phases[phase].peak
         assert ours.total == pytest.approx(theirs.total, rel=0.01)
-        for category in CATEGORIES:
-            assert abs(getattr(ours, category) - getattr(theirs, category)) <= 0.25 * theirs.total
+        assert (ours.weights, ours.optimizer) == (theirs.weights, theirs.optimizer)
+        assert abs(ours.gradients - theirs.gradients) < 100_000  # those of a layer
+        # What the backward pass adds is divided by what the forward pass had kept, which is a guess.
+        assert ours.activations == pytest.approx(theirs.activations, abs=0.25 * theirs.total)
+        assert ours.activations + ours.other == pytest.approx(theirs.activations + theirs.other, rel=0.02, abs=50_000)
 
 
 def test_a_model_without_tokens_has_no_token_rates():

@@ -168,8 +168,8 @@ def test_cached_states_are_not_computed_twice(tmp_path, tokenized, tokenizer):
     assert sum(seen) == len(tokenized["test"])
     assert found.layer in (2, 3, 4)  # the top two layers train
     plain = measure(tokenized, model=load())
-    if plain.layer == found.layer:
-        assert found.metrics == pytest.approx(plain.metrics, abs=1e-3)
+    assert plain.layer == found.layer  # of these data
+    assert found.metrics == pytest.approx(plain.metrics, abs=1e-3)
     only = measure({name: tokenized[name] for name in ("train", "test")}, model=states.rest, recipe=TOP, states=states)
     assert (only.layer, only.picked) == (2, False)
     expected = measure({name: tokenized[name] for name in ("train", "test")})
