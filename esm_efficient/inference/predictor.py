@@ -125,8 +125,7 @@ class Predictor:
         precision: Precision = "auto",
         members: Sequence[str] = (),
     ) -> None:
-        max_tokens = longest_input(tokenizer) if max_tokens is None else max_tokens
-        if max_tokens <= SPECIAL_TOKENS:
+        if max_tokens is not None and max_tokens <= SPECIAL_TOKENS:
             raise ConfigurationError(
                 f"max_tokens={max_tokens}: expected room for a residue beside {SPECIAL_TOKENS} special tokens"
             )
@@ -151,7 +150,8 @@ class Predictor:
             raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32", "bf16" or "fp16"')
         self.half = _HALF.get(native_precision(model.device) if precision == "auto" else precision)
         self.padding = tokenizer.pad_token_id
-        self.max_tokens, self.members = max_tokens, tuple(members)
+        self.max_tokens = longest_input(tokenizer) if max_tokens is None else max_tokens
+        self.members = tuple(members)
         self.model: Any = apply_lean_encoder_if_supported(model.eval())
         self.thresholds: np.ndarray | None = None
         if self.task.kind == "multi_label_classification":
