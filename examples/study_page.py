@@ -42,6 +42,7 @@ HEADLINE = {
     "majority": "the majority class",
     "composition": "logistic regression on amino-acid shares",
     "probe": "linear probe on one layer: the best of all",
+    "frozen-attention-e3": "frozen: the head alone, on a learned mean over residues, three epochs",
     "lora-top2-first-e1": "top: LoRA on the top third, on cached states",
     "lora-top2-first-e3": "top, for three epochs (the default)",
     "all-first-e1": "all: LoRA on all layers, with the least memory",

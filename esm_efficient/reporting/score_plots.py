@@ -18,8 +18,11 @@ BINS = 10
 MOST_CURVES = 12
 """The most curves of `ranking_plot`."""
 
-_MOST_NUMBERED = 20
+MOST_NUMBERED = 20
 """The most classes of which a confusion matrix shows the numbers."""
+
+_MOST_NAMED = 40
+"""The most classes of which it shows the names."""
 
 
 @plain_text
@@ -50,7 +53,8 @@ def curves_plot(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
 def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> str:
     """Plot a confusion matrix; the colour is the share of the row, which is a true class.
 
-    With more than 20 classes it has a scale of colours in place of the numbers.
+    With more than 20 classes it has a scale of colours in place of the numbers. With more than 40, the axes have the
+    numbers of the classes, from 1, in place of their names.
 
     Args:
         counts: int of shape (classes, classes): true class by predicted class.
@@ -66,11 +70,15 @@ def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> str:
     figure, [[axes]] = new_figure(min(size + 1.2, 10), min(size, 9))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels, is_small = [_short(name, 24) for name in names], len(names) <= _MOST_NUMBERED
+    is_small, every = len(names) <= MOST_NUMBERED, 1
+    labels = [_short(name, 24) for name in names]
+    if len(names) > _MOST_NAMED:
+        every = max(1, len(names) // 20)
+        labels = [str(number) for number in range(1, len(names) + 1, every)]
     turned = {"rotation": 35, "ha": "right"} if is_small else {"rotation": 90}
-    letters = 9 if is_small else max(3.0, 9 * 40 / max(len(names), 40) * 0.8)
-    axes.set_xticks(range(len(names)), labels, fontsize=letters, **turned)
-    axes.set_yticks(range(len(names)), labels, fontsize=letters)
+    letters = 9 if is_small else 7
+    axes.set_xticks(range(0, len(names), every), labels, fontsize=letters, **turned)
+    axes.set_yticks(range(0, len(names), every), labels, fontsize=letters)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.spines[:].set_visible(False)

@@ -14,6 +14,7 @@ from esm_efficient.reporting import count_of, finite_values, format_number, form
 from esm_efficient.reporting.html import Part, Plot, Section, Table
 from esm_efficient.reporting.score_plots import (
     MOST_CURVES,
+    MOST_NUMBERED,
     confusion_plot,
     ranking_plot,
     reliability,
@@ -214,8 +215,11 @@ def _class_sections(evaluation: Evaluation) -> list[Section]:
     shown = range(1, 2) if len(names) == 2 else range(len(names))
     ranked = {names[index]: (true == index, chances[:, index]) for index in shown}
     bins, error = reliability(best, predicted == true)
+    confusion: list[Part] = [draw(confusion_plot, counts, names, caption=CONFUSION)]
+    if len(names) > MOST_NUMBERED:
+        confusion += _confusions(counts, names)
     sections = [
-        Section("Confusion", [draw(confusion_plot, counts, names, caption=CONFUSION)]),
+        Section("Confusion", confusion),
         _ranking(ranked),
         Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))]),
     ]
@@ -253,6 +257,17 @@ def _several_sections(evaluation: Evaluation) -> list[Section]:
     reliable = Section("Reliability", [draw(reliability_plot, bins, caption=_calibration(error))])
     mistakes = _mistakes(evaluation, wrong, score="surest mistake, probability", shown=surest)
     return [_ranking(ranked), reliable, mistakes]
+
+
+def _confusions(counts: np.ndarray, names: Sequence[str]) -> list[Part]:
+    """Return the most frequent confusions of classes, where the plot has no numbers."""
+    wrong = counts * (1 - np.eye(len(names), dtype=int))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    pairs = [divmod(int(place), len(names)) for place in order if wrong.flat[place]]
+    rows = [
+        (f"{t + 1} {names[t]}", f"{p + 1} {names[p]}", f"{counts[t, p]:,} of {counts[t].sum():,}") for t, p in pairs
+    ]
+    return ["The most frequent confusions:", Table(("true", "predicted", "of the true class"), rows)] if rows else []
 
 
 def _joined(names: Sequence[str], chosen: np.ndarray) -> str:

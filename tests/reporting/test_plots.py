@@ -81,6 +81,13 @@ def test_a_confusion_of_many_classes_has_a_scale_of_colours_and_no_numbers(class
     assert ("share of the true class" in shown) != has_numbers
 
 
+def test_a_confusion_of_very_many_classes_has_the_numbers_of_some_of_them():
+    shown = texts(confusion_plot(np.eye(60, dtype=int), [f"class {number}" for number in range(60)]))
+    assert not any(text.startswith("class ") for text in shown)
+    assert [shown.count(str(number)) for number in (1, 4, 58)] == [2, 2, 2]  # on both axes
+    assert "60" not in shown
+
+
 @pytest.mark.parametrize("letters", [5, 40])
 def test_the_names_of_all_curves_are_inside_of_the_plot(letters):
     rng = np.random.default_rng(0)

@@ -327,3 +327,16 @@ def test_the_interval_of_a_difference_is_narrower_than_those_of_predictions_that
     low, high = differences_of(one, other)["accuracy"]
     assert 0 < low < (better.mean() - right.mean()) < high
     assert ends_of(one)["accuracy"][0] < ends_of(other)["accuracy"][1]  # these overlap
+
+
+def test_the_most_frequent_confusions_of_many_classes_are_listed():
+    names = tuple(f"c{number}" for number in range(21))
+    labels = np.array([5] * 4 + [7] * 3 + list(range(21)))
+    scores = np.eye(21)[np.array([6] * 4 + [5] * 3 + list(range(21)))] * 9
+    task = Task("single_label_classification", names)
+    many = Evaluation(task=task, scores=scores, labels=labels, metrics={}, intervals={}, names=list(map(str, labels)))
+    section = next(section for section in evaluation_sections(many) if section.heading == "Confusion")
+    assert section.parts[1] == "The most frequent confusions:"
+    assert section.parts[2].rows == [("6 c5", "7 c6", "4 of 5"), ("8 c7", "6 c5", "3 of 4")]
+    few = dataclasses.replace(many, task=Task(task.kind, names[:8]), scores=scores[:7, :8], labels=labels[:7])
+    assert len(next(s for s in evaluation_sections(few) if s.heading == "Confusion").parts) == 1
