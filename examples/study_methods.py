@@ -104,6 +104,7 @@ def list_methods(layers: int) -> list[Method]:
         methods.append(Method(f"full-{end}", base.replace(pooling=pooling), epochs))
         whole = lora.replace(pooling=pooling)
         methods += [Method(f"truncated{kept}-lora-{end}", whole, epochs, kept) for kept in range(1, layers)]
+    methods += [Method(f"frozen-{pooling}-e10", frozen.replace(pooling=pooling), 10) for pooling in get_args(Pooling)]
     methods.append(Method("all-first-e1", RECIPES["all"], 1))
     methods.append(Method("top-calibrated-e1", RECIPES["top"], 1, calibrated=True))
     return methods + tuning_methods(layers)
