@@ -329,9 +329,9 @@ def _several_encoding(observed: LabelObservations, skip: bool) -> LabelEncoding:
     notes = [f"several spellings are read as one label: {others}"] if others else []
     if missing := [f"{name!r} ({observed.part_places[name]})" for name in spellings if name in MISSING]:
         notes.append(f"{listing(missing)} is read as a label, but may say that one is missing")
-    names = sorted(set(usual.values()))
-    ids = {text: names.index(name) for text, name in usual.items()}
-    return LabelEncoding("several", tuple(names), ids, separator=separator, notes=tuple(notes))
+    names, numbers = named(sorted(set(usual.values())))
+    ids = {text: numbers[name] for text, name in usual.items()}
+    return LabelEncoding("several", names, ids, separator=separator, notes=tuple(notes))
 
 
 def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> LabelEncoding:

@@ -140,3 +140,14 @@ def test_an_empty_cell_among_several_labels_says_how_to_write_none_of_them(tmp_p
         DataError, match=r"the label is missing in 10 row.* may have none of the labels, write \[\] for it"
     ):
         several(tmp_path, ["a|b", "a", "", "b"])
+
+
+def test_whole_numbers_in_two_spellings_are_one_of_several_labels(tmp_path):
+    data = several(tmp_path, ["1|2", "1.0", "2.0|3"])
+    assert list(data["train"].features["label"]) == ["1", "2", "3"]
+    rows = rows_of(data)
+    assert {tuple(name for name, value in row["label"].items() if value) for row in rows.values()} == {
+        ("1", "2"),
+        ("1",),
+        ("2", "3"),
+    }
