@@ -265,7 +265,7 @@ RECIPES: dict[str, Recipe] = {
             "head",
             1e-3,
             cache=True,
-            description="the classification head alone; a linear probe of a middle layer scores higher",
+            description="the head alone, on the first token; a linear probe and pooling='attention' score higher",
         ),
     )
 }
