@@ -78,9 +78,9 @@ def model_facts(predictor: Predictor, keep: Any) -> str:
     return identity_of(predictor.model, predictor.model.config, predictor.max_tokens, keep)
 
 
-def facts_of(block: Path, identity: str) -> dict[bytes, bytes]:
-    """Return the metadata of the predictions from a block by a model."""
-    rows = repr(pq.read_table(block).to_pydict()).encode()
+def facts_of(block: pa.Table, identity: str) -> dict[bytes, bytes]:
+    """Return the metadata of the predictions from a block of rows by a model."""
+    rows = repr(block.to_pydict()).encode()
     return {SEQUENCES: hashlib.sha256(rows).hexdigest().encode(), MODEL: identity.encode()}
 
 
@@ -93,7 +93,7 @@ def remove_others(output: Path, paths: list[Path], identity: str) -> None:
     """Remove predictions from other sequences, by other models and of lost actors, so that none are mixed."""
     blocks = {path.name: path for path in paths}
     for file in [*output.glob("block-*.parquet"), *output.glob("_block-*")]:
-        if file.name not in blocks or not has_facts(file, facts_of(blocks[file.name], identity)):
+        if file.name not in blocks or not has_facts(file, facts_of(pq.read_table(blocks[file.name]), identity)):
             file.unlink()
 
 
@@ -114,7 +114,7 @@ class PredictBlocks:
         """Predict from a block; return the number of its rows, and whether they were computed."""
         table = pq.read_table(block)
         rows = table.to_pydict()
-        facts = facts_of(block, self.identity) | {PRECISION: str(self.predictor.half).encode()}
+        facts = facts_of(table, self.identity) | {PRECISION: str(self.predictor.half).encode()}
         file = self.output / block.name
         if has_facts(file, facts):
             return table.num_rows, False

@@ -81,7 +81,7 @@ def run_settings(result: FinetuneResult) -> dict[str, str]:
     return settings | {
         "optimizer steps": f"{result.steps:,}",
         "seed": str(result.seed),
-        "time of the training loop": f"{result.seconds:,.0f} s",
+        f"time of the {result.loop_in_words}": f"{result.seconds:,.0f} s",
         **states,
         "peak memory": result.peak_memory_in_words,
     }

@@ -292,7 +292,8 @@ def _regression_sections(evaluation: Evaluation) -> list[Section]:
         plots.append(draw(scatter_plot, true[known, index], predicted[known, index], name, caption=caption))
     errors, of = np.abs(predicted - true), ""
     if len(names) > 1:  # their units may differ
-        errors /= np.array([np.std(column[np.isfinite(column)]) or 1.0 for column in true.T])
+        known_columns = (column[np.isfinite(column)] for column in true.T)
+        errors /= np.array([(known.std() if known.size else 0.0) or 1.0 for known in known_columns])
         of = ", each divided by the standard deviation of its number"
     largest = np.nan_to_num(errors).max(axis=1)
     rows = np.argsort(-largest)[:MISTAKES]

@@ -93,13 +93,13 @@ def _as_read(sequences: Sequence[str], ids: Sequence[Sequence[int]]) -> list[str
 def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
     """Return name and value of what a run cost, as text."""
     share = 100 * result.trainable_parameters / result.total_parameters
-    resumed, ran = result.steps_resumed, result.steps > result.steps_resumed
+    ran = result.steps > result.steps_resumed
     return [
         ("optimizer steps", f"{result.steps:,}"),
         ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"),
         *([("layers that trained", result.layers_in_words)] if ran else []),
         (
-            f"time of the training loop{f' after step {resumed:,}' if resumed else ''}",
+            f"time of the {result.loop_in_words}",
             f"{result.seconds:,.0f} s ({result.residues_per_second:,.0f} residues/s)",
         ),
         *([("time of the cached states", f"{result.states_seconds:,.0f} s")] if result.states_seconds else []),

@@ -114,6 +114,11 @@ class FinetuneResult:
     warnings: tuple[str, ...] = ()
 
     @property
+    def loop_in_words(self) -> str:
+        """Say what ``seconds`` are of: the training loop, or its steps after a checkpoint that was resumed."""
+        return f"training loop{f' after step {self.steps_resumed:,}' if self.steps_resumed else ''}"
+
+    @property
     def peak_memory_in_words(self) -> str:
         """Say what the peak of memory was, and of what."""
         return f"{format_bytes(self.peak_memory_bytes)} of {_PEAKS[self.peak_memory_kind]}"

@@ -32,6 +32,7 @@ from esm_efficient import (
     tokenize_dataset,
 )
 from esm_efficient.errors import ConfigurationError, TrainingInterrupted
+from esm_efficient.training.card import run_settings
 from esm_efficient.training.checkpoints import find_faults
 from esm_efficient.training.outcome import cost_rows
 
@@ -106,6 +107,7 @@ def test_a_run_that_resumes_after_a_signal_ends_with_the_weights_of_a_whole_run(
     table = dict(cost_rows(again))
     assert "layers that trained" not in table
     assert "time of the training loop after step 6" in table
+    assert "time of the training loop after step 6" in run_settings(again)
     assert dict(cost_rows(whole))["layers that trained"]
 
 
