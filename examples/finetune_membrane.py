@@ -207,3 +207,5 @@ if __name__ == "__main__":
         main()
     except EsmEfficientError as error:
         raise SystemExit(f"error: {error}") from error
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

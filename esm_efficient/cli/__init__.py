@@ -41,17 +41,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     typed_parameters.set(parameters_of(args))
     try:
-        return typer.main.get_command(app).main(args, prog_name="esm-efficient", standalone_mode=False) or 0
+        status = typer.main.get_command(app).main(args, prog_name="esm-efficient", standalone_mode=False) or 0
+        _leave_ranks()
+        return status
     except usage_error as error:
         status, message = 2, getattr(error, "format_message", error.__str__)()
         message += _what_was_given(error, message) + _what_comes_last(error)
     except (TrainingInterrupted, typer.Abort, KeyboardInterrupt) as error:
         status, message = INTERRUPTED, str(error) or "stopped"
+        if isinstance(error, TrainingInterrupted):
+            _leave_ranks()
     except (EsmEfficientError, OSError) as error:
         status, message = 1, str(error)
     line = " ".join(as_typed(message, typed_parameters.get()).split())
     sys.stderr.write(f"error: {without_codes(line)}\n")
     return status
+
+
+def _leave_ranks() -> None:
+    """Destroy the process group, if there is one, at an end that all ranks reach.
+
+    A process that ends with a group of gloo is sometimes aborted (SIGABRT) by a thread of the group.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _what_was_given(error: Any, message: str) -> str:

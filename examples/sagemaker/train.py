@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import DatasetDict, load_from_disk
 from job_metrics import memory_line
@@ -284,11 +285,12 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     os.environ.setdefault("SM_MODEL_DIR", "/opt/ml/model")
     root = Path(os.environ["SM_MODEL_DIR"]).parent
+    status = 0
     try:
         run(sys.argv[1:], root)
     except TrainingInterrupted as interruption:
         logger.warning("%s", interruption)
-        return 143
+        status = 143
     except Exception as error:
         # SageMaker shows the first 1,024 characters of this file as the reason of the failure.
         failure = root / "output" / "failure"
@@ -299,7 +301,9 @@ def main() -> int:
             raise
         logger.error("error: %s", error)
         return 1
-    return 0
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # without it, gloo sometimes aborts the process (SIGABRT)
+    return status
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from sequence_files import frame
 from sequence_texts import sequences
@@ -170,6 +171,20 @@ def test_one_rank_of_several_prints(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
     assert main(["data", "demo", "--json"]) == 0
     assert bool(capsys.readouterr().out) == (rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [(["data", "demo"], 0), (["data", "nothing.csv"], 2)], ids=["success", "error"]
+)
+def test_a_command_that_succeeds_leaves_the_process_group(command, status):
+    """With it, gloo may abort the process. After an error the other ranks may still use the group."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert main(command) == status
+        assert torch.distributed.is_initialized() == (status != 0)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_a_run_that_replaces_another_one_says_so(run, capsys, monkeypatch):
