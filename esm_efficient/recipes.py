@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any, Literal, get_args
 
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.tasks import Pooling
+from esm_efficient.tasks import Head, Pooling
 
 Trains = Literal["full", "adapters", "head"]
 Encoder = Literal["lean", "plain"]
@@ -58,7 +58,8 @@ class Recipe:
             (`esm_efficient.trunk`). The layers below are then neither computed again nor in memory.
         pooling: what the head of a sequence-level task reads: ``"first"`` for the first token, as transformers' own
             head, ``"mean"`` for the mean over the residues, ``"attention"`` for a mean with learned weights
-            (`esm_efficient.heads`).
+            (`esm_efficient.heads`). Where a head cannot have the pooling of a named recipe, it has its own
+            (`with_possible_pooling`).
         quantization: hold the frozen linear layers in 4 or 8 bits (`Quantization`); None for the precision of the run.
             It needs adapters, and the extra ``quantized``.
         encoder: ``"lean"`` for the encoder that computes without padding and saves less for the backward pass
@@ -265,11 +266,32 @@ RECIPES: dict[str, Recipe] = {
             "head",
             1e-3,
             cache=True,
-            description="the head alone, on the first token; a linear probe and pooling='attention' score higher",
+            pooling="attention",
+            description="the head alone, on cached states",
         ),
     )
 }
 """The recipes by their names: `base`, `ga`, `gc`, `lora`, `all`, `top` and `frozen`."""
+
+
+def with_possible_pooling(recipe: Recipe, head: Head, model_type: str, own: Pooling | None = None) -> Recipe:
+    """Return a recipe whose usual pooling gives way to what a head can read.
+
+    A head for residues pools nothing, models other than ESM-2 have the head of transformers alone, and a loaded model
+    has its own head. A pooling other than the usual one of the recipe was chosen for the run: it is kept, and is an
+    error where it does not fit.
+
+    Args:
+        recipe: the recipe.
+        head: the kind of head.
+        model_type: ``config.model_type`` of the model.
+        own: what the head of a loaded model reads.
+    """
+    if recipe.name not in RECIPES or recipe.pooling != RECIPES[recipe.name].pooling:
+        return recipe
+    if head != "sequence-classification" or model_type != "esm":
+        own = "first"
+    return dataclasses.replace(recipe, pooling=own or recipe.pooling)
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

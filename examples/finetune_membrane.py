@@ -31,6 +31,7 @@ from esm_efficient import (
     RECIPES,
     EsmEfficientError,
     FinetuneResult,
+    PooledEsmForSequenceClassification,
     demo_model_path,
     finetune,
     format_table,
@@ -87,9 +88,14 @@ def logits_of(model: torch.nn.Module, tokenizer, sequences: list[str]) -> torch.
 
 
 def reload_plainly(base: str, result: FinetuneResult) -> torch.nn.Module:
-    """Load the saved result with transformers, and with peft if it is an adapter, but without this library."""
+    """Load the saved result with transformers, and with peft if it is an adapter.
+
+    Only a head that pools residues needs a class of this library.
+    """
     if not (result.model_dir / "adapter_config.json").exists():
-        return AutoModelForSequenceClassification.from_pretrained(result.model_dir)
+        pooled = hasattr(AutoConfig.from_pretrained(result.model_dir), "classifier_pooling")
+        kind = PooledEsmForSequenceClassification if pooled else AutoModelForSequenceClassification
+        return kind.from_pretrained(result.model_dir)
     config = AutoConfig.from_pretrained(result.model_dir / "base_config")
     model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
     return PeftModel.from_pretrained(model, result.model_dir)

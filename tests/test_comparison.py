@@ -62,10 +62,10 @@ def test_all_recipes_are_estimated_at_both_budgets(estimated):
             assert (f.cache_bytes > 0) == (f.cache_seconds > 0) == f.recipe.cache
             assert (f.score, f.interval) == (None, None)
     assert figures["all"].peak.total < figures["base"].peak.total
-    assert figures["frozen"].cache_bytes == 1000 * (320 * 2 + 1)
+    assert figures["frozen"].cache_bytes == 1000 * (100 * 320 * 2 + 1)
     header, rows = estimated.rows("epochs")
     assert header[12:14] == ["cache", "caching, s"]
-    assert [row[12] for row in rows if row[0] in ("base", "frozen")] == ["0 B", "626 KiB"]
+    assert [row[12] for row in rows if row[0] in ("base", "frozen")] == ["0 B", "61.0 MiB"]
 
 
 @pytest.mark.parametrize(("tokens", "described"), [(1200, "of 1,200 tokens"), ([9, 9, 1200], "of up to 1,200 tokens")])
@@ -95,7 +95,8 @@ def test_runs_are_measured_with_their_metric(measured, data):
 def test_a_run_on_cached_states_shows_what_the_cache_costs(data):
     comparison = compare(demo_model_path(), data, recipes=["frozen"], steps=3, epochs=1)
     [f, _] = comparison.figures
-    assert f.cache_bytes == 24 * comparison.timelines["frozen"].cache.stored.bytes_for(np.ones(1), 128).sum()
+    tokens = np.array([len(sequence) + 2 for sequence in data["train"]["sequence"]])
+    assert f.cache_bytes == comparison.timelines["frozen"].cache.stored.bytes_for(tokens, 128).sum()
     assert 0 < f.cache_seconds < f.seconds
 
 

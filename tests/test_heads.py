@@ -308,10 +308,36 @@ def test_a_new_head_in_the_place_of_a_trained_one_is_announced(tmp_path, data, t
     model.save_pretrained(tmp_path / "mean")
     tokenizer.save_pretrained(tmp_path / "mean")
     with caplog.at_level(logging.WARNING):
-        result = train(data, tmp_path, "frozen", tmp_path / "mean", max_steps=2)
+        first = RECIPES["frozen"].replace(pooling="first")
+        result = train(data, tmp_path, first, tmp_path / "mean", max_steps=2)
     assert "has the pooling 'mean', and the recipe has 'first': a new head is trained" in caplog.text
     plain = AutoModelForSequenceClassification.from_pretrained(result.model_dir)
     assert not hasattr(plain.config, "classifier_pooling")
+    with caplog.at_level(logging.WARNING):
+        result = train(data, tmp_path / "again", "frozen", result.model_dir, max_steps=2)
+    assert "has the pooling 'first', and the recipe has 'attention': a new head is trained" in caplog.text
+    assert pooling_of_model(Predictor.load(result.model_dir).model) == "attention"
+
+
+def test_the_pretrained_model_has_no_head_that_a_new_one_replaces(tmp_path, data, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(data, tmp_path, "frozen", max_steps=1)
+    assert "a new head is trained" not in caplog.text
+
+
+def test_the_usual_pooling_of_a_recipe_gives_way_to_the_head_that_there_is():
+    """Of labels of residues and of a loaded model; test_other_encoders.py has other encoders, in training too."""
+    frozen = RECIPES["frozen"].replace(cache=False)
+    found = {
+        what: estimate(model, recipe=frozen, device="cpu", tokens=9, **options).recipe.pooling
+        for what, model, options in [
+            ("ESM-2", "8M", {}),
+            ("residues", "8M", {"head": "token-classification"}),
+            ("first token", make_model(), {}),
+            ("mean", make_pooled("mean"), {}),
+        ]
+    }
+    assert found == {"ESM-2": "attention", "residues": "first", "first token": "first", "mean": "mean"}
 
 
 def test_a_head_for_residues_cannot_pool_them(tmp_path):

@@ -12,6 +12,7 @@ def test_the_seven_recipes():
     table = {
         r.name: (r.trains, r.accumulation > 1, r.gradient_checkpointing, r.preset is not None) for r in RECIPES.values()
     }
+    assert [r.name for r in RECIPES.values() if r.pooling != "first"] == ["frozen"]
     assert table == {
         "base": ("full", False, False, False),
         "ga": ("full", True, False, False),

@@ -20,7 +20,7 @@ from esm_efficient.estimation.extrapolate import simulate_model
 from esm_efficient.estimation.inputs import DataLengths, batch_lengths, data_lengths, resolve_config, resolve_head
 from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
 from esm_efficient.estimation.step import Attention, Padding, Step
-from esm_efficient.recipes import Precision, Recipe, get_recipe
+from esm_efficient.recipes import Precision, Recipe, get_recipe, with_possible_pooling
 from esm_efficient.reporting import format_bytes, format_seconds, format_table
 from esm_efficient.tasks import Head
 from esm_efficient.trunk.split import encoder_dropout
@@ -286,9 +286,10 @@ def estimate(
         True
     """
     name, config = resolve_config(model, keep_layers=get_recipe(recipe).keep_layers)
-    head, num_labels = resolve_head(model, head, num_labels)
+    head, num_labels, own = resolve_head(model, head, num_labels)
     changes = {"micro_batch": micro_batch, "accumulation": accumulation, "preset": preset}
     recipe = get_recipe(recipe).replace(**{key: value for key, value in changes.items() if value is not None})
+    recipe = with_possible_pooling(recipe, head, config.model_type, own)
     if recipe.quantization is None and (held := quantization_of(config)):
         recipe = recipe.replace(quantization=held)
     device = get_device(device)

@@ -17,7 +17,7 @@ import numpy as np
 from esm_efficient.data.sequences import clean, count_residues
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.published import BASE_CONFIG, ESM2_SIZES, available, hub_name, size_of
-from esm_efficient.tasks import MAX_TOKENS, SPECIAL_TOKENS, Head, base_model_of, head_of
+from esm_efficient.tasks import MAX_TOKENS, SPECIAL_TOKENS, Head, Pooling, base_model_of, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -102,8 +102,10 @@ def _shortened(config: PreTrainedConfig, kept: int) -> PreTrainedConfig:
     return shorter
 
 
-def resolve_head(model: Any, head: Head | None, num_labels: int | None) -> tuple[Head, int]:
+def resolve_head(model: Any, head: Head | None, num_labels: int | None) -> tuple[Head, int, Pooling | None]:
     """Return the kind of head and the number of labels to estimate: what is given, or what a model object has.
+
+    The third value is what the head of a model object reads; None without such an object.
 
     Args:
         model: as in `estimate`.
@@ -115,16 +117,19 @@ def resolve_head(model: Any, head: Head | None, num_labels: int | None) -> tuple
     """
     from transformers import PreTrainedModel
 
+    from esm_efficient.heads import pooling_of_model
+
     base = base_model_of(model)
-    own: tuple[Head | None, Any] = ("sequence-classification", 2)
+    own: tuple[Head | None, Any, Pooling | None] = ("sequence-classification", 2, None)
     if isinstance(base, PreTrainedModel):
-        own = head_of(base), base.config.num_labels
+        kind = head_of(base)
+        own = kind, base.config.num_labels, pooling_of_model(base) if kind == "sequence-classification" else None
     chosen = head or own[0]
     if chosen is None:
         raise ConfigurationError(
             f"{type(base).__name__} has no head that can be estimated: give head=, one of {', '.join(get_args(Head))}"
         )
-    return chosen, own[1] if num_labels is None else num_labels
+    return chosen, own[1] if num_labels is None else num_labels, own[2]
 
 
 def _esm2_config(layers: int, width: int, heads: int) -> PreTrainedConfig:

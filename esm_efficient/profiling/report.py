@@ -32,7 +32,7 @@ class ProfileReport:
     """Costs of a run on one rank.
 
     Rates do not include the warm-up steps. A rate that could not be measured is NaN. If the model gets pooled states,
-    as with the recipe `frozen`, the rates of tokens are NaN.
+    as of a head that trains alone on the first token, the rates of tokens are NaN.
 
     Attributes:
         device: such as ``"cuda:0"``.

@@ -16,9 +16,9 @@ from esm_efficient.adapters.registry import find_architecture, is_in_head, is_un
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_pooling
 from esm_efficient.published import available, hub_name, refuse_adapter
-from esm_efficient.recipes import Recipe
+from esm_efficient.recipes import Recipe, with_possible_pooling
 from esm_efficient.saving import load_pretrained
-from esm_efficient.tasks import Task, auto_class, head_of
+from esm_efficient.tasks import Task, auto_class, head_of, head_of_config
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
 from esm_efficient.trunk.split import truncate
 
@@ -53,7 +53,6 @@ def starting_model(
     Raises:
         ConfigurationError: there is no such model, or it does not fit the task or the recipe.
     """
-    pooling = recipe.pooling
     if isinstance(model, str | Path):
         name = hub_name(str(model))
         # Other adapters than LoRA's original form may read the weights, or train some of them.
@@ -87,13 +86,15 @@ def starting_model(
             f"{auto_class(task.head).__name__}.from_pretrained(..., num_labels={len(task.names)}), or give the folder "
             "or the name of the model, so that the head is made"
         )
-    if pooling not in ("first", found := pooling_of_model(model)):
+    config: Any = model.config
+    found = pooling_of_model(model)
+    pooling = with_possible_pooling(recipe, task.head, config.model_type, found).pooling
+    if pooling not in ("first", found):
         raise ConfigurationError(
             f"the head of {type(model).__name__} has the pooling {found!r}, and the recipe has {pooling!r}: expected "
             "the same. Give the folder or the name of the model, so that the head is made, or the recipe's pooling to "
             "PooledEsmForSequenceClassification.from_pretrained(..., classifier_pooling=...)"
         )
-    config: Any = model.config
     set_pooling(config, found)
     if config.problem_type not in (None, task.problem_type):
         raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
@@ -129,11 +130,11 @@ def _load_pretrained(
     quantized: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """Load a model with the head of a task, which is new unless the checkpoint has one of this size."""
-    pooling = recipe.pooling
     config = AutoConfig.from_pretrained(name)
+    pooling = with_possible_pooling(recipe, task.head, config.model_type).pooling
     was_regressor = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     _forget_labels(config)
-    if (before := pooling_of(config)) not in ("first", pooling):
+    if head_of_config(config) == "sequence-classification" and (before := pooling_of(config)) != pooling:
         logger.warning(
             "the head of %s has the pooling %r, and the recipe has %r: a new head is trained", name, before, pooling
         )

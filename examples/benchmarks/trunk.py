@@ -55,6 +55,7 @@ from transformers import (
 
 from esm_efficient import (
     RECIPES,
+    PooledEsmForSequenceClassification,
     StatesCollator,
     apply_lean_encoder,
     cache_states,
@@ -256,7 +257,12 @@ def measure_frozen(config: transformers.PreTrainedConfig, options: argparse.Name
     data = tokenize_dataset(raw, tokenizer)[0]
     collator = DataCollatorWithPadding(tokenizer)
     rows = data["train"].remove_columns("tokens")
-    model = apply_lean_encoder(make_model(config).eval())
+
+    def make_frozen() -> nn.Module:
+        torch.manual_seed(0)
+        return PooledEsmForSequenceClassification(config, classifier_pooling=RECIPES["frozen"].pooling)
+
+    model = apply_lean_encoder(make_frozen().eval())
 
     @torch.no_grad()
     def predict() -> None:
@@ -267,7 +273,7 @@ def measure_frozen(config: transformers.PreTrainedConfig, options: argparse.Name
     predict()
     for _ in range(options.turns):
         passes.append(taken(options, predict))
-        untrained = make_model(config)
+        untrained = make_frozen()
         watch = TrainingClock(CLOCKS[options.clock])
         with tempfile.TemporaryDirectory() as place:
             finetune(

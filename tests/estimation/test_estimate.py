@@ -318,12 +318,12 @@ def test_a_model_object_is_estimated_by_its_config():
 @pytest.mark.parametrize(
     ("kind", "given", "expected"),
     [
-        (EsmForTokenClassification, {}, ("token-classification", 5)),
-        (EsmForSequenceClassification, {}, ("sequence-classification", 5)),
-        (EsmForMaskedLM, {}, ("masked-lm", 5)),
-        (EsmForTokenClassification, {"head": "masked-lm"}, ("masked-lm", 5)),
-        (EsmModel, {"head": "token-classification", "num_labels": 3}, ("token-classification", 3)),
-        (None, {}, ("sequence-classification", 2)),
+        (EsmForTokenClassification, {}, ("token-classification", 5, None)),
+        (EsmForSequenceClassification, {}, ("sequence-classification", 5, "first")),
+        (EsmForMaskedLM, {}, ("masked-lm", 5, None)),
+        (EsmForTokenClassification, {"head": "masked-lm"}, ("masked-lm", 5, None)),
+        (EsmModel, {"head": "token-classification", "num_labels": 3}, ("token-classification", 3, None)),
+        (None, {}, ("sequence-classification", 2, None)),
     ],
 )
 def test_the_head_is_that_of_a_model_object(kind, given, expected):

@@ -40,6 +40,17 @@ def test_a_small_run_writes_every_figure_and_an_adapter(tmp_path, demo_table):
         assert words in done.stdout
 
 
+def test_the_head_alone_trains_and_is_the_one_that_is_loaded_again(tmp_path, demo_table):
+    """It reads all residues, which the classes of transformers do not know."""
+    options = ["--data", str(demo_table), "--model", demo_model_path(), "--limit", "24", "--json", "r.json"]
+    done = start(*options, "--recipe", "frozen", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "r.json").read_text())
+    assert figures["trained_layers"] == []
+    assert figures["logit_difference"] <= 1e-4
+    assert (tmp_path / "output" / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

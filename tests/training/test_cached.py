@@ -54,7 +54,7 @@ def logits_in_plain_transformers(result, sequences):
 
 
 RECIPES_TO_CACHE = {
-    "head": RECIPES["frozen"],
+    "head": RECIPES["frozen"].replace(pooling="first"),
     "head on the mean": RECIPES["frozen"].replace(pooling="mean"),
     "head with attention": RECIPES["frozen"].replace(pooling="attention"),
     "adapters, head on the mean": RECIPES["lora"].replace(layers="top-1", pooling="mean"),

@@ -36,6 +36,7 @@ from esm_efficient import (
     tokenize_dataset,
 )
 from esm_efficient.errors import CheckpointError, ConfigurationError, DataError
+from esm_efficient.heads import model_class
 from esm_efficient.tasks import Task
 from esm_efficient.training.residue_page import residue_strips
 
@@ -47,9 +48,10 @@ def data(demo_table):
 
 
 def plain(result):
-    """Return the saved model, loaded with transformers and peft alone."""
+    """Return the saved model, loaded with ``from_pretrained`` of its class and of peft."""
     if not (result.model_dir / "adapter_config.json").exists():
-        return AutoModelForSequenceClassification.from_pretrained(result.model_dir)
+        pooling = RECIPES[result.recipe].pooling
+        return model_class("sequence-classification", pooling).from_pretrained(result.model_dir)
     base = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)
     return PeftModel.from_pretrained(base, result.model_dir)
 

@@ -18,6 +18,8 @@ from transformers import (
 
 from esm_efficient import RECIPES, Predictor, demo_model_path, finetune, load_deeploc
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.heads import model_class
+from esm_efficient.tasks import pooling_of
 from esm_efficient.training.standardizing import (
     LabelScale,
     StandardizingCollator,
@@ -47,13 +49,14 @@ def numbers(sequences, unit=lambda value: value):
 
 
 def plain_logits(folder, sequences, base=None):
-    """Return the logits of a saved model or adapter, loaded with transformers and peft alone."""
+    """Return the logits of a saved model or adapter, loaded with ``from_pretrained`` of its class and of peft."""
     if (folder / "adapter_config.json").exists():
         config = AutoConfig.from_pretrained(folder / "base_config")
         base = AutoModelForSequenceClassification.from_pretrained(base or demo_model_path(), config=config)
         model = PeftModel.from_pretrained(base, folder)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        pooling = pooling_of(AutoConfig.from_pretrained(folder))
+        model = model_class("sequence-classification", pooling).from_pretrained(folder)
     batch = AutoTokenizer.from_pretrained(folder)(sequences, return_tensors="pt", padding=True)
     with torch.no_grad():
         return model.eval()(**batch).logits
@@ -132,7 +135,7 @@ def test_several_numbers_each_have_a_scale(tmp_path, sequences):
 def test_a_saved_regressor_continues_in_its_unit(tmp_path, sequences):
     data = numbers(sequences, lambda value: 50 + 10 * value)
     first = finetune(demo_model_path(), data, output_dir=tmp_path / "1", **OPTIONS | {"recipe": "base"})
-    still = OPTIONS | {"recipe": "frozen", "learning_rate": 0.0}
+    still = OPTIONS | {"recipe": RECIPES["frozen"].replace(pooling="first"), "learning_rate": 0.0}
     for number, model in enumerate(
         (first.model_dir, AutoModelForSequenceClassification.from_pretrained(first.model_dir))
     ):
