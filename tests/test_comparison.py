@@ -35,7 +35,7 @@ def data(demo_table):
 
 
 @pytest.fixture(scope="module")
-def measured(data, tmp_path_factory):
+def measured(data):
     return compare(
         demo_model_path(),
         data,
@@ -43,7 +43,6 @@ def measured(data, tmp_path_factory):
         steps=3,
         epochs=1,
         seeds=(0, 1),
-        output_dir=tmp_path_factory.mktemp("runs"),
     )
 
 

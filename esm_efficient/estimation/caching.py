@@ -11,7 +11,7 @@ import numpy as np
 
 from esm_efficient.costs.devices import Device
 from esm_efficient.costs.memory import Memory
-from esm_efficient.estimation.extrapolate import simulate_caching
+from esm_efficient.estimation.extrapolate import simulate_caching, simulate_model
 from esm_efficient.estimation.inputs import DataLengths
 from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
 from esm_efficient.estimation.step import Step
@@ -87,21 +87,23 @@ def cache_cost(
     lengths: DataLengths,
     device: Device,
     *,
-    epoch_seconds: float,
-    epoch_seconds_without: float,
+    seconds: float,
     extrapolate: bool,
-) -> CacheCost:
-    """Return what the cache of a recipe costs.
+) -> CacheCost | None:
+    """Return what the cache of a recipe costs; None for a recipe without a cache.
+
+    Without the device's rates no time is known, and what only times need is not simulated.
 
     Args:
         config: the model's config.
         step: the training step.
         lengths: the sequences.
         device: the device.
-        epoch_seconds: as in `CacheCost`.
-        epoch_seconds_without: as in `CacheCost`.
+        seconds: time of a step on cached states; NaN if the device's rates are unknown.
         extrapolate: as in `estimate`.
     """
+    if not step.recipe.cache:
+        return None
     count: int = config.num_hidden_layers
     layers = min(step.recipe.trained_layers(count), default=count)
     dtype = cast(StateDtype, str(step.frozen_dtype).removeprefix("torch."))
@@ -123,16 +125,23 @@ def cache_cost(
         )
         return simulate_caching(config, batch, layers=layers, extrapolate=extrapolate), rows
 
-    average, rows = simulate(mean)
     largest, _ = simulate(int(longest))
+    caching_seconds = seconds_without = math.nan
+    if not math.isnan(seconds):
+        average, rows = simulate(mean)
+        caching_seconds = float(seconds_of(average.costs, device).sum()) * cached / rows
+        uncached = dataclasses.replace(step, recipe=step.recipe.replace(cache=False))
+        costs = simulate_model(config, uncached, extrapolate=extrapolate).costs
+        seconds_without = float(seconds_of(costs, device).sum())
+    steps = math.ceil(lengths.sequences / step.recipe.batch_size)
     return CacheCost(
         layers=layers,
         sequences=cached,
         stored=stored,
         bytes=round(lengths.total(lambda tokens: stored.bytes_for(tokens, config.hidden_size))),
-        seconds=float(seconds_of(average.costs, device).sum()) * cached / rows,
+        seconds=caching_seconds,
         peak=max((memory_of(segment.peak) for segment in largest.segments), key=lambda peak: peak.total),
-        epoch_seconds=epoch_seconds,
-        epoch_seconds_without=epoch_seconds_without,
+        epoch_seconds=steps * seconds,
+        epoch_seconds_without=steps * seconds_without,
         is_assumed=lengths.is_assumed,
     )

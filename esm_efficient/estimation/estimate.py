@@ -17,7 +17,7 @@ from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.caching import CacheCost, cache_cost
 from esm_efficient.estimation.extrapolate import simulate_model
-from esm_efficient.estimation.inputs import DataLengths, batch_lengths, data_lengths, resolve_config, resolve_head
+from esm_efficient.estimation.inputs import batch_lengths, data_lengths, resolve_config, resolve_head
 from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
 from esm_efficient.estimation.step import Attention, Padding, Step
 from esm_efficient.recipes import Precision, Recipe, get_recipe, with_possible_pooling
@@ -322,7 +322,7 @@ def estimate(
     largest, average = (simulate_model(config, sized, extrapolate=extrapolate) for sized in (step, typical))
     phases, is_host_bound = _phase_costs(largest, average, device)
     seconds = sum(cost.seconds for cost in phases.values())
-    cache = _cost_of_cache(config, typical, lengths, device, seconds=seconds, extrapolate=extrapolate)
+    cache = cache_cost(config, typical, lengths, device, seconds=seconds, extrapolate=extrapolate)
     peaks = {phase: cost.peak for phase, cost in phases.items()} | ({} if cache is None else {"caching": cache.peak})
     peak_phase = max(peaks, key=lambda phase: peaks[phase].total)
     return Estimate(
@@ -345,26 +345,6 @@ def estimate(
         trainable_parameters=largest.trainable_parameters,
         total_parameters=largest.total_parameters,
         cache=cache,
-    )
-
-
-def _cost_of_cache(
-    config: Any, step: Step, lengths: DataLengths, device: Device, *, seconds: float, extrapolate: bool
-) -> CacheCost | None:
-    """Return what the cache of a recipe costs, given the time of a step on cached states; None without a cache."""
-    if not step.recipe.cache:
-        return None
-    uncached = dataclasses.replace(step, recipe=step.recipe.replace(cache=False))
-    without = simulate_model(config, uncached, extrapolate=extrapolate)
-    steps = math.ceil(lengths.sequences / step.recipe.batch_size)
-    return cache_cost(
-        config,
-        step,
-        lengths,
-        device,
-        epoch_seconds=steps * seconds,
-        epoch_seconds_without=steps * float(seconds_of(without.costs, device).sum()),
-        extrapolate=extrapolate,
     )
 
 

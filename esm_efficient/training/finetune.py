@@ -134,7 +134,7 @@ def finetune(
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
         report: write ``report.html`` and a model card beside the model. `FinetuneResult.save_page` writes the report
-            later too; a search over many runs needs none.
+            later too; a search over many runs needs none. Without it and without `announce`, memory is not estimated.
         announce: called with what the run will do and cost, before the model is loaded. The estimate takes seconds.
         **training_options: ``epochs`` (3 if not given), ``batch_size`` (sequences per optimizer step on one device),
             ``micro_batch`` (sequences in one forward pass), ``quantization`` (``"4bit"`` or ``"8bit"``,
@@ -178,7 +178,7 @@ def finetune(
     }
     _check_resuming(job, resume_from_checkpoint)
     job.check(attention=attention, adapter_options=adapter_options, **trainer_options)
-    if announce is not None or profile:
+    if announce is not None or (profile and report):
         job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
     if announce is not None and job.plan is not None:
         announce(job.plan)

@@ -233,7 +233,7 @@ def test_a_device_with_unknown_rates_has_memory_and_no_time():
     for rates, bandwidth in (({"float32": 1e13}, 0.0), ({"float16": 1e13}, 1e11), ({}, 1e11)):
         device = Device("mine", "cuda", 6 * 2**30, rates, bandwidth)
         precision = "fp16" if "float16" in rates else "float32"
-        found = estimate("8M", recipe="lora", tokens=50, device=device, precision=precision)
+        found = estimate(tiny_config(num_hidden_layers=1), recipe="lora", tokens=50, device=device, precision=precision)
         assert found.peak.total > 0
         assert np.isnan(found.seconds) == (not (rates and bandwidth))
     named = estimate("8M", recipe="lora", tokens=50, device="12GB")
@@ -296,12 +296,12 @@ def test_an_unknown_target_is_refused():
 
 def test_fits_needs_a_device_with_known_memory():
     with pytest.raises(ConfigurationError, match="name a GPU"):
-        estimate("8M", device="cpu", tokens=16).fits()
+        estimate(tiny_config(num_hidden_layers=1), recipe="base", device="cpu", tokens=16).fits()
 
 
 def test_to_dict_survives_json():
     for device in ("cpu", "A10G"):
-        result = estimate("8M", device=device, tokens=64)
+        result = estimate(tiny_config(num_hidden_layers=1), recipe="base", device=device, tokens=64)
         record = json.loads(json.dumps(result.to_dict()))
         assert record["peak_bytes"] == result.peak.total == sum(record["peak"].values()) - record["peak"]["total"]
         assert record["seconds"] == (None if device == "cpu" else result.seconds)
