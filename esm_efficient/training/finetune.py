@@ -49,6 +49,7 @@ from esm_efficient.training.standardizing import standardized, start_scale
 from esm_efficient.training.start import starting_model
 from esm_efficient.training.trainer import WeightedTrainer
 from esm_efficient.training.weights import check_labels
+from esm_efficient.trunk.cache import measure_ids
 from esm_efficient.trunk.split import encoder_dropout
 
 if TYPE_CHECKING:
@@ -190,11 +191,11 @@ def finetune(
             model, tokenizer, task, chosen, half=half, adapter_options=adapter_options, device=args.device
         )
         if job.is_tokenized:
-            tokenized = job.raw
+            tokenized, most = job.raw, max(max_tokens, _longest(job.raw["train"]))
         else:
-            tokenized = tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0]
-            tokenizer = copy.copy(tokenizer)  # it may be the caller's
-            tokenizer.model_max_length = max_tokens  # saved with the model: predictions read as much
+            tokenized, most = tokenize_dataset(job.raw, tokenizer, max_tokens=max_tokens)[0], max_tokens
+        tokenizer = copy.copy(tokenizer)  # it may be the caller's
+        tokenizer.model_max_length = most  # saved with the model: predictions read as much
     scale = start_scale(loaded, tokenizer, tokenized["train"], task, has_unit=has_unit)
     collator = _make_collator(task, tokenizer)
     _check_splits(tokenized, collator, loaded, task)
@@ -250,6 +251,11 @@ def _make_trainer(
         class_weights=None if job.task.kind == "regression" and is_default else class_weights,
         **options,
     )
+
+
+def _longest(split: Any) -> int:
+    """Return the tokens of the longest sequence of a tokenised split; 0 for a stream, of which it is not known."""
+    return int(measure_ids(split)[0].max(initial=0)) if hasattr(split, "__len__") else 0
 
 
 def _can_cache(recipe: Recipe, config: Any, train: Any, args: TrainingArguments) -> bool:

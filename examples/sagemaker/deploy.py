@@ -51,7 +51,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--concurrency", type=whole(1, 200), help="simultaneous requests to a serverless endpoint (default: 5)"
     )
-    parser.add_argument("--max-tokens", type=whole(3), default=1024, help="most tokens per sequence in a request")
+    parser.add_argument(
+        "--max-tokens", type=whole(3), help="most tokens per sequence in a request (default: as many as in training)"
+    )
     parser.add_argument(
         "--max-residues",
         type=whole(1),
@@ -122,7 +124,7 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
         instance_type=instance,
         env_vars={
             "SAGEMAKER_PROGRAM": "inference.py",
-            "ESM_EFFICIENT_MAX_TOKENS": str(options.max_tokens),
+            **({"ESM_EFFICIENT_MAX_TOKENS": str(options.max_tokens)} if options.max_tokens else {}),
             "ESM_EFFICIENT_MAX_RESIDUES": str(
                 options.max_residues or (GPU_RESIDUES if has_gpu(instance) else CPU_RESIDUES)
             ),

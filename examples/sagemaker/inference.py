@@ -3,21 +3,21 @@
 The file is in ``code/`` beside the model, together with the library. A request is JSON (``{"inputs": "MKT..."}`` or a
 list), CSV or FASTA; see ``esm_efficient.read_request``. The response is a JSON list with one entry per sequence. The
 endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` (sequences per request), ``ESM_EFFICIENT_MAX_RESIDUES`` (residues
-per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens per sequence) set limits.
+per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens per sequence; default: as many as in training) set limits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any
 
 from esm_efficient import Predictor, Query, RequestError, RequestLimits, read_request
+from esm_efficient.tasks import SPECIAL_TOKENS
 
-MAX_TOKENS = int(os.environ.get("ESM_EFFICIENT_MAX_TOKENS", 1024))
-LIMITS = RequestLimits(
+limits = RequestLimits(
     sequences=int(os.environ.get("ESM_EFFICIENT_MAX_SEQUENCES", RequestLimits.sequences)),
-    residues=MAX_TOKENS - 2,
     total_residues=int(os.environ.get("ESM_EFFICIENT_MAX_RESIDUES", RequestLimits.total_residues)),
 )
 
@@ -25,16 +25,21 @@ LIMITS = RequestLimits(
 def model_fn(model_dir: str, context: Any = None) -> Predictor:
     """Load the model, from safetensors files only: nothing is unpickled.
 
-    The server starts a worker for each GPU, and tells it the number of its own.
+    The server starts a worker for each GPU, and tells it the number of its own. The model says how long a sequence of a
+    request may be.
     """
+    global limits
     gpu = None if context is None else context.system_properties.get("gpu_id")
     device = None if gpu is None else f"cuda:{gpu}"
-    return Predictor.load(model_dir, max_tokens=MAX_TOKENS, device=device)
+    most = os.environ.get("ESM_EFFICIENT_MAX_TOKENS")
+    predictor = Predictor.load(model_dir, max_tokens=None if most is None else int(most), device=device)
+    limits = dataclasses.replace(limits, residues=predictor.max_tokens - SPECIAL_TOKENS)
+    return predictor
 
 
 def input_fn(body: bytes | str, content_type: str | None, context: Any = None) -> list[Query]:
     """Return the sequences of a request; raise `RequestError` for a wrong one."""
-    return read_request(body, content_type, LIMITS)
+    return read_request(body, content_type, limits)
 
 
 def predict_fn(queries: list[Query], predictor: Predictor, context: Any = None) -> list[dict[str, Any]]:

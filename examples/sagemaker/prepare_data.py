@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         "names": task.names,
         "dataset": KNOWN_TABLES.get(options.data, Path(options.data).name),
         "sequences": {name: len(split) for name, split in tokenized.items()},
+        "max_tokens": options.max_tokens,
         "longest_tokens": max(max(split["tokens"]) for split in tokenized.values()),
     }
     with fsspec.open(f"{folder}/task.json", "w") as handle:

@@ -61,9 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.headers.get("Transfer-Encoding") or not (length.isascii() and length.isdecimal()):
             raise RequestError("expected a Content-Length header with the number of bytes of the body", status=411)
-        if len(length) > 12 or int(length) > inference.LIMITS.bytes:
+        if len(length) > 12 or int(length) > inference.limits.bytes:
             raise RequestError(
-                f"the body is too large: at most {inference.LIMITS.bytes:,} bytes are allowed", status=413
+                f"the body is too large: at most {inference.limits.bytes:,} bytes are allowed", status=413
             )
         body = self.rfile.read(int(length))
         if len(body) < int(length):

@@ -149,12 +149,12 @@ def check_same(folder: Path, now: dict[str, Any], *, resumes: bool) -> None:
         os.replace(new, path)  # an atomic write: other processes read this file
 
 
-def read_task(folder: Path) -> tuple[Task, str]:
-    """Return the task and the name of the dataset, which prepare_data.py wrote beside the splits."""
+def read_task(folder: Path) -> tuple[Task, str, int]:
+    """Return the task, the name of the dataset and the most tokens, which prepare_data.py wrote beside the splits."""
     if not (folder / "task.json").is_file():
         raise DataError(f"{folder} has no task.json: expected a folder that prepare_data.py wrote")
     record = json.loads((folder / "task.json").read_text())
-    return Task(record["kind"], tuple(record["names"])), record["dataset"]
+    return Task(record["kind"], tuple(record["names"])), record["dataset"], record["max_tokens"]
 
 
 def tracked(options: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
@@ -200,7 +200,7 @@ def run(arguments: list[str], root: Path) -> None:
         processes,
     )
     data_folder = Path(os.environ["SM_CHANNEL_DATASET"])
-    task, name = read_task(data_folder)
+    task, name, max_tokens = read_task(data_folder)
     data = load_from_disk(str(data_folder))
     recipe = make_recipe(options, processes)
     logger.info(
@@ -213,7 +213,7 @@ def run(arguments: list[str], root: Path) -> None:
         logger.info("resuming from %s", resumed)
     base = os.environ.get("SM_CHANNEL_MODEL", options.model_id)
     with tracked(options) as tracker:
-        result = train(options, base, data, task, recipe, checkpoints, resumed)
+        result = train(options, base, data, task, recipe, checkpoints, resumed, max_tokens)
         used_bytes = gpu_bytes_used(result)
         if int(os.environ.get("RANK", 0)) == 0:
             logger.info("%s", memory_line(used_bytes))
@@ -242,6 +242,7 @@ def train(
     recipe: Recipe,
     checkpoints: Path,
     resumed: Path | None,
+    max_tokens: int,
 ) -> FinetuneResult:
     return finetune(
         base,
@@ -252,6 +253,7 @@ def train(
         token_budget=options.token_budget,
         seed=options.seed,
         precision=options.precision,
+        max_tokens=max_tokens,
         task=task,
         callbacks=[CheckpointCallback()],
         resume_from_checkpoint=resumed,

@@ -304,7 +304,11 @@ def test_tokenised_splits_train_as_raw_ones_and_several_labels_need_a_task(tmp_p
     options = {"max_steps": 2, "disable_tqdm": True}
     raw = finetune(demo_model_path(), data, output_dir=tmp_path, **options)
     tokenized = tokenize_dataset(data, tokenizer)[0]
-    found = finetune(demo_model_path(), tokenized, output_dir=tmp_path, **options)
+    longest = max(map(len, tokenized["train"]["input_ids"]))
+    for most in (longest - 1, longest + 1):  # the model reads what it was trained on
+        found = finetune(demo_model_path(), tokenized, output_dir=tmp_path, max_tokens=most, **options)
+        saved = AutoTokenizer.from_pretrained(found.model_dir)
+        assert saved.model_max_length == max(longest, most)
     assert found.metrics == raw.metrics
     assert found.task == raw.task
     several = load_deeploc(demo_table, task="location", max_residues=180)

@@ -77,7 +77,6 @@ def test_an_endpoint_is_created_queried_and_deleted(aws, job, serverless):
     assert container["ModelDataUrl"] == f"s3://{BUCKET}/work/output/job/output/model.tar.gz"
     environment = {
         "SAGEMAKER_PROGRAM": "inference.py",
-        "ESM_EFFICIENT_MAX_TOKENS": "1024",
         "ESM_EFFICIENT_MAX_RESIDUES": "4000" if serverless else "200000",
     }
     assert container["Environment"] == environment | ({"SAGEMAKER_MODEL_SERVER_WORKERS": "1"} if serverless else {})

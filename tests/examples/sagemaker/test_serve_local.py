@@ -183,7 +183,12 @@ def test_the_worker_of_a_gpu_uses_its_own(monkeypatch, model_dir):
     import inference
 
     devices = []
-    monkeypatch.setattr(inference.Predictor, "load", lambda folder, device, **options: devices.append(device))
+
+    def load(folder, device, **options):
+        devices.append(device)
+        return SimpleNamespace(max_tokens=1024)
+
+    monkeypatch.setattr(inference.Predictor, "load", load)
     for properties in ({"gpu_id": 2}, {"gpu_id": None}, {}):
         inference.model_fn(model_dir, SimpleNamespace(system_properties=properties))
     inference.model_fn(model_dir)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,7 @@ def train(monkeypatch):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    options = ["--place", folder, "--data", "demo", "--max-residues", "150", "--limit", "24"]
+    options = ["--place", folder, "--data", "demo", "--max-residues", "150", "--limit", "24", "--max-tokens", "160"]
     done = subprocess.run([sys.executable, SCRIPTS / "prepare_data.py", *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "dataset"
@@ -45,6 +46,20 @@ def job(tmp_path, monkeypatch, dataset):
 def run(monkeypatch, train, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     return train.main()
+
+
+def longest_request(model: Path, **environment: str) -> int:
+    """Return the residues of the longest sequence that the handler takes, which its error for a longer one names."""
+    script = f"import inference, sys; inference.model_fn({str(model)!r}); inference.input_fn(sys.stdin.read(), None)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        input=json.dumps({"inputs": "M" * 2000}),
+        cwd=SCRIPTS,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    return int(re.findall(r"at most ([0-9,]+)", done.stderr)[-1].replace(",", ""))
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "yes"])
@@ -155,6 +170,8 @@ def test_a_tracked_run_logs_its_metrics_and_another_seed_must_not_resume_it(job)
     assert record["recipe"] == "base"
     assert record["trained_layers"] == [0, 1, 2, 3]
     assert not (job / "model" / "adapter").exists()
+    assert longest_request(job / "model") == 158  # the tokens of the training without the two special ones
+    assert longest_request(job / "model", ESM_EFFICIENT_MAX_TOKENS="62") == 60
 
     client = pytest.importorskip("mlflow").MlflowClient(store)
     experiment = client.get_experiment_by_name("proteins")
