@@ -369,9 +369,7 @@ def sizes_of(test_size: float | None, validation_size: float | None) -> dict[str
     validation_size = 0.1 if validation_size is None else validation_size
     sizes = {"test_size": test_size, "validation_size": validation_size}
     if not (0 < test_size < 1 and 0 <= validation_size < 1 and test_size + validation_size < 1):
-        raise ConfigurationError(
-            f"{test_size=}, {validation_size=}: expected fractions that leave something to train on"
-        )
+        raise ConfigurationError(f"{test_size=}, {validation_size=}: fractions must leave something to train on")
     return sizes
 
 

@@ -88,7 +88,7 @@ def test_equal_sequences_are_never_split_at_random(tmp_path):
         ({"label_kind": "words"}, "label_kind"),
         ({"label": [], "label_kind": None}, "expected columns of 0 and 1"),
         ({"label": ["golgi"], "label_kind": "class"}, "without a label_kind"),
-        ({"test_size": 2}, "test_size=2, validation_size=0.1: expected fractions that leave something to train on"),
+        ({"test_size": 2}, "test_size=2, validation_size=0.1: fractions must leave something to train on"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path, options, message):
