@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import string
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,9 @@ def residue_tokenizer(tokenizer: EsmTokenizer) -> PreTrainedTokenizerFast:
     vocabulary = tokenizer.get_vocab()
     cls, eos, unknown = (str(token) for token in (tokenizer.cls_token, tokenizer.eos_token, tokenizer.unk_token))
     built: Any = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
-    # What Python calls white space is more than what \\s matches here.
-    dropped = GAPS + "".join(character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace())
     built.normalizer = normalizers.Sequence(
         [
-            normalizers.Replace(Regex(f"[{re.escape(dropped)}]+"), ""),
+            normalizers.Replace(Regex(f"[{re.escape(GAPS + _white_space())}]+"), ""),
             normalizers.Replace(Regex(f"[{STOP}]+$"), ""),
             *(normalizers.Replace(letter, letter.upper()) for letter in string.ascii_lowercase),
         ]
@@ -79,3 +78,9 @@ def residue_tokenizer(tokenizer: EsmTokenizer) -> PreTrainedTokenizerFast:
         model_max_length=tokenizer.model_max_length,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+@cache
+def _white_space() -> str:
+    r"""Return the characters that Python calls white space, which are more than ``\s`` matches in tokenizers."""
+    return "".join(re.findall(r"\s", "".join(map(chr, range(sys.maxunicode + 1)))))
