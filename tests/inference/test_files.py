@@ -169,6 +169,7 @@ def test_ranks_share_the_work(tmp_path, fasta):
         f"result = embed_file(demo_model_path(), {str(fasta)!r}, {str(output)!r})\n"
         "import os, json; counts = [result.computed, result.reused]\n"
         "open(__file__ + os.environ['RANK'], 'w').write(json.dumps(counts))\n"
+        "import torch; torch.distributed.destroy_process_group()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launch, str(script)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
