@@ -47,6 +47,7 @@ HEADLINE = {
     "lora-top2-first-e3": "top, for three epochs (the default)",
     "all-first-e1": "all: LoRA on all layers, with the least memory",
     "full-first-e1": "base: full fine-tuning",
+    "full-first-e3": "base, for three epochs",
     "tutorial-base": "tutorial: full fine-tuning, eager attention, padding",
     "tutorial-all": 'the tutorial\'s "all": adapters cut off, a quarter of the steps',
 }
