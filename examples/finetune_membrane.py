@@ -87,7 +87,7 @@ def logits_of(model: torch.nn.Module, tokenizer, sequences: list[str]) -> torch.
     return torch.cat(rows)
 
 
-def reload_plainly(base: str, result: FinetuneResult) -> torch.nn.Module:
+def reload_plainly(result: FinetuneResult) -> torch.nn.Module:
     """Load the saved result with transformers, and with peft if it is an adapter.
 
     Only a head that pools residues needs a class of this library.
@@ -97,7 +97,7 @@ def reload_plainly(base: str, result: FinetuneResult) -> torch.nn.Module:
         kind = PooledEsmForSequenceClassification if pooled else AutoModelForSequenceClassification
         return kind.from_pretrained(result.model_dir)
     config = AutoConfig.from_pretrained(result.model_dir / "base_config")
-    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(result.base_model, config=config, dtype=torch.float32)
     return PeftModel.from_pretrained(model, result.model_dir)
 
 
@@ -134,9 +134,7 @@ def report(result: FinetuneResult, data: DatasetDict, difference: float | None) 
     )
 
 
-def check_reloaded(
-    base: str, result: FinetuneResult, data: DatasetDict
-) -> tuple[torch.nn.Module, torch.Tensor, float | None]:
+def check_reloaded(result: FinetuneResult, data: DatasetDict) -> tuple[torch.nn.Module, torch.Tensor, float | None]:
     """Reload the saved model, and compare its logits with those of the trained one.
 
     Returns:
@@ -145,7 +143,7 @@ def check_reloaded(
     """
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
     sequences = [*data["test"][:8]["sequence"], *KNOWN_PROTEINS.values()]
-    reloaded = reload_plainly(base, result)
+    reloaded = reload_plainly(result)
     if any(hasattr(parameter, "to_local") for parameter in result.model.parameters()):
         return reloaded, logits_of(reloaded, tokenizer, [*KNOWN_PROTEINS.values()]), None
     round_alike(reloaded, result.model)
@@ -189,7 +187,7 @@ def main() -> None:
     )
     if int(os.environ.get("RANK", "0")) > 0:
         return  # one rank reports
-    reloaded, logits, difference = check_reloaded(base, result, data)
+    reloaded, logits, difference = check_reloaded(result, data)
     predictions = dict(zip(KNOWN_PROTEINS, logits.softmax(-1), strict=True))
     names = reloaded.config.id2label
     rows = [(name, names[int(p.argmax())], f"{float(p.max()):.2f}") for name, p in predictions.items()]
