@@ -91,8 +91,10 @@ def test_runs_are_measured_with_their_metric(measured, data):
     assert "cache" not in measured.rows("steps")[0]
 
 
-def test_a_run_on_cached_states_shows_what_the_cache_costs(data):
-    comparison = compare(demo_model_path(), data, recipes=["frozen"], steps=3, epochs=1)
+def test_a_run_on_cached_states_shows_what_the_cache_costs_and_its_folder_is_kept(data, tmp_path):
+    comparison = compare(demo_model_path(), data, recipes=["frozen"], steps=3, epochs=1, output_dir=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"frozen-3-0"}
+    assert (tmp_path / "frozen-3-0" / "report.html").exists()
     [f, _] = comparison.figures
     tokens = np.array([len(sequence) + 2 for sequence in data["train"]["sequence"]])
     assert f.cache_bytes == comparison.timelines["frozen"].cache.stored.bytes_for(tokens, 128).sum()
@@ -165,7 +167,8 @@ def test_invalid_options_are_refused(options, message):
         compare("8M", **options)
 
 
-def test_sizes_of_batches_are_those_of_the_runs(data):
+def test_sizes_of_batches_are_those_of_the_runs(data, monkeypatch):
+    monkeypatch.delattr("esm_efficient.training.result.FinetuneResult.save_page")  # for a page that nobody could read
     options = {"recipes": ["frozen"], "steps": 2, "epochs": 1, "batch_size": 4, "seeds": [0], "disable_tqdm": True}
     comparison = compare(demo_model_path(), data, **options)
     rows = len(data["train"])

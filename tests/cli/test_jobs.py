@@ -43,20 +43,9 @@ def run(tmp_path_factory):
     table["binds"] = table["label"]
     table[["id", "sequence", "binds"]].to_csv(folder / "proteins.csv", index=False)
     command = ["finetune", str(folder / "proteins.csv"), "--model", demo_model_path(), "--recipe", "frozen"]
-    options = [
-        "--epochs",
-        "2",
-        "--batch-size",
-        "4",
-        "--label",
-        "binds",
-        "--pooling",
-        "first",
-        "-o",
-        str(folder / "out"),
-    ]
+    options = ["--epochs", "2", "--batch-size", "4", "--label", "binds", "--pooling", "first"]
     with redirect_stdout(io.StringIO()) as out:
-        assert main([*command, *options, "--json"]) == 0
+        assert main([*command, *options, "-o", str(folder / "out"), "--json"]) == 0
     (folder / "r.json").write_text(out.getvalue())
     return folder
 
