@@ -79,8 +79,10 @@ def test_what_was_trained_is_what_predicts(tmp_path, data, recipe, precision):
     assert len(plain.esm.encoder.layer) == 2
     card = (result.model_dir / "README.md").read_text()
     assert "the lowest 2 of 4" in card
-    # Plain transformers would load the base model with all its layers, or fail.
-    assert ("With transformers alone" in card) is not (result.model_dir / "adapter_config.json").is_file()
+    # Plain transformers would load the base model of adapters with all its layers, and no head that pools.
+    has_adapters = (result.model_dir / "adapter_config.json").is_file()
+    assert has_adapters is (recipe in ("lora", "top"))
+    assert ("With transformers alone" in card) is (not has_adapters and recipe != "frozen")
 
 
 def test_a_truncated_model_object_is_saved_as_one(tmp_path, data):
