@@ -69,7 +69,7 @@ class Recipe:
         description: one line for a table; empty after a change that may contradict it (`replace`).
 
     Raises:
-        ConfigurationError: preset and rank do not fit `trains`, the learning rate is no finite number from 0, a size or
+        ConfigurationError: preset and rank do not fit `trains`, the learning rate is not a finite number from 0, a size or
             `keep_layers` is below 1, the encoder, the layers, the pooling or the quantization are unknown, everything
             trains and there is nothing to cache, or a base is to be quantised that trains or is cached.
     """
@@ -176,13 +176,13 @@ class Recipe:
 
 
 def check_learning_rate(rate: Any) -> None:
-    """Refuse a learning rate that is no finite number from 0; at 0 nothing is learned.
+    """Refuse a learning rate that is not a finite number from 0; at 0 nothing is learned.
 
     Raises:
         ConfigurationError: as above.
     """
     if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < math.inf:  # false for NaN too
-        raise ConfigurationError(f"learning_rate={rate!r}: expected a finite number above 0, such as 1e-3")
+        raise ConfigurationError(f"learning_rate={rate!r}: expected a finite number, 0 or more, such as 1e-3")
 
 
 def check_layers(layers: str | Sequence[int]) -> str | tuple[int, ...]:

@@ -295,6 +295,8 @@ def test_a_loaded_model_must_have_the_head_of_the_recipe(tmp_path, data, tokeniz
     model = make_model()
     with pytest.raises(ConfigurationError, match="has the pooling 'first', and the recipe has 'mean'"):
         train(data, tmp_path, RECIPES["frozen"].replace(pooling="mean"), model, tokenizer=tokenizer)
+    with pytest.raises(ConfigurationError, match="has the pooling 'mean', and the recipe has 'first'"):
+        train(data, tmp_path, RECIPES["frozen"].replace(pooling="first"), make_pooled("mean"), tokenizer=tokenizer)
 
 
 def test_a_loaded_model_with_a_pooled_head_trains_it_with_any_recipe(tmp_path, data, tokenizer):

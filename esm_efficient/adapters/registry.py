@@ -6,13 +6,15 @@ head, which only contact prediction uses, or a classification head, which trains
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esm_efficient.errors import ConfigurationError, TargetModuleError
+from esm_efficient.errors import ConfigurationError, TargetModuleError, listing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
 ATTENTION_ROLES = ("query", "key", "value", "attention_output")
@@ -238,6 +240,26 @@ def is_unread(architecture: Architecture, path: str) -> bool:
 def is_in_head(architecture: Architecture, path: str) -> bool:
     """Return whether a module or parameter belongs to a head."""
     return is_inside(path, architecture.heads)
+
+
+def check_encoder_weights(model: nn.Module, new: Iterable[str], source: str | Path) -> None:
+    """Refuse a model of which the checkpoint lacks weights of the encoder: they would be random.
+
+    Args:
+        model: the model that was loaded.
+        new: the names of its weights that the checkpoint lacks, or has in another shape.
+        source: the name or folder of the checkpoint, for the message.
+
+    Raises:
+        ConfigurationError: one of them is neither in a head nor in the pooler or another part that nothing reads.
+    """
+    architecture = find_architecture(model)
+    others = (*architecture.heads, *architecture.unread, "pooler")
+    if lost := [name for name in new if not is_inside(name, others)]:
+        raise ConfigurationError(
+            f"{source} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
+            f"{listing(lost)}. Expected a whole model"
+        )
 
 
 def is_inside(path: str, suffixes: tuple[str, ...]) -> bool:

@@ -88,7 +88,7 @@ class Comparison:
         Returns:
             The paths of the files.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         contents = {
             "txt": f"{self}\n",

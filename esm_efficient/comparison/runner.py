@@ -17,10 +17,10 @@ from esm_efficient.comparison.record import Comparison
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.estimation.estimate import estimate
-from esm_efficient.estimation.inputs import DataLengths, data_lengths, resolve_config
+from esm_efficient.estimation.inputs import data_lengths, resolve_config
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
 from esm_efficient.reporting import file_name
-from esm_efficient.tasks import SPECIAL_TOKENS, task_of
+from esm_efficient.tasks import MAX_TOKENS, task_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -103,7 +103,7 @@ def compare(
 
         dataset = splits_from(dataset, **finetune_options.pop("data_options", {}))
         best = BEST[task_of(dataset["train"].features).kind][0]
-        lengths = _lengths_of(dataset, finetune_options.get("max_tokens", 1024))
+        lengths = data_lengths(dataset, max_tokens=finetune_options.get("max_tokens", MAX_TOKENS))
     estimates = {
         recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **(estimate_options or {}))
         for recipe in chosen
@@ -138,15 +138,6 @@ def compare(
             f"{'s' if len(seeds) > 1 else ''}; peaks of tensors, highest over the seeds; times and rates are means."
         )
     return Comparison(resolve_config(model)[0], tuple(figures), metric or best, tuple(seeds), estimates, note)
-
-
-def _lengths_of(dataset: Any, limit: int) -> DataLengths:
-    """Return the tokens of the training and the validation sequences, `limit` per sequence at most."""
-    train, validation = (
-        [min(len(s) + SPECIAL_TOKENS, limit) for s in dataset[name]["sequence"]] if name in dataset else []
-        for name in ("train", "validation")
-    )
-    return DataLengths(train, len(train), tuple(validation))
 
 
 def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:

@@ -142,7 +142,7 @@ def get_device(device: str | Device) -> Device:
             such as ``"12GB"``, whose rates are then unknown. Upper and lower case, spaces and hyphens are equal.
 
     Raises:
-        ConfigurationError: no device and no instance type has the name, or it is no name.
+        ConfigurationError: no device and no instance type has the name, or it is not a text.
 
     Example:
         >>> get_device("ml.g5.2xlarge").name

@@ -61,7 +61,7 @@ def split_by_partition(
         if len(present) > MOST_FOLDS:
             raise ConfigurationError(
                 f"the column of partitions has {len(present):,} different numbers: name those of the test set with "
-                "test_partitions=, or pass partition=False if they are no homology partitions"
+                "test_partitions=, or pass partition=False if they are not homology partitions"
             )
         test = [max(set(present) - set(validation or ()), default=present[-1])]
     if validation is None:

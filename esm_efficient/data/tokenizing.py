@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient import __version__
 from esm_efficient.data.encoding import ResidueEncoder, residue_positions, truncation_mask
 from esm_efficient.data.schema import WEIGHT_COLUMN
 from esm_efficient.data.sequences import Keep, NucleotideCount, check_texts, count_residues, is_nucleotides
@@ -134,6 +135,7 @@ def tokenize_dataset(
                 "column": column,
                 "task": task,
                 "split": name,
+                "version": __version__,
             },
             features=_tokenised_features(split.features, column, task),
             remove_columns=split.column_names,
@@ -160,7 +162,7 @@ def _doubts(total: SplitCounts, max_tokens: int, keep: Keep) -> list[str]:
             f"residues: their {kept} kept, and {total.residues_cut:,} residues were cut"
         )
     if total.unknown_residues:
-        doubts.append(f"{total.unknown_residues:,} letters are no amino acid: the model reads them as <unk>")
+        doubts.append(f"letters that are not amino acids, which the model reads as <unk>: {total.unknown_residues:,}")
     return doubts
 
 
@@ -215,6 +217,7 @@ def _encode_table(
     column: str | None,
     task: Task | None,
     split: str,
+    version: str,  # datasets keeps results on disk by the arguments, and must not reuse those of another version
 ) -> pa.Table:
     """Encode a batch of rows; the caller sums and removes the columns of counts."""
     import pyarrow as pa

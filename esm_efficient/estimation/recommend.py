@@ -132,7 +132,7 @@ def recommend(
             rates of `DEFAULT_DEVICE`, and the result says so.
         tokens: as in `estimate`.
         batch_size: sequences per optimizer step; the micro-batch and the accumulation divide it.
-        recipes: the methods to try. Head-only training must be named: it is the cheapest method, and it learns less.
+        recipes: the methods to try. Head-only training must be named: its steps are the fastest, and it learns less.
             With a quantised checkpoint, those without adapters are left out, with a warning.
         presets: adapters to try, with the recipes that have adapters.
         precision: as in `estimate`.

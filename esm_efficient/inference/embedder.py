@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import ResidueEncoder
@@ -18,11 +18,10 @@ from esm_efficient.inference.batches import run_in_batches
 from esm_efficient.inference.files import FileResult, map_file
 from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import sequences_from
-from esm_efficient.inference.loading import default_device, find_folder, load_model, place
+from esm_efficient.inference.loading import default_device, find_folder, load_encoder, load_model, place
 from esm_efficient.inference.windows import LongReading, describe_reading, refuse_joined_ends, windows_for
 from esm_efficient.published import hub_name, no_model_in
 from esm_efficient.reporting.files import written_as
-from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import SPECIAL_TOKENS, base_model_of
 from esm_efficient.trunk.split import split_model
 
@@ -115,7 +114,7 @@ class Embedder:
             max_tokens: as `Embedder`.
 
         Raises:
-            ConfigurationError: as `Embedder` and `Predictor.load`.
+            ConfigurationError: as `Embedder` and `Predictor.load`, or the folder lacks weights of the encoder.
         """
         given = hub_name(name_or_path) if isinstance(name_or_path, str) else name_or_path
         folder = find_folder(given, None, None)
@@ -125,10 +124,7 @@ class Embedder:
         if (folder / "adapter_config.json").is_file():
             model, tokenizer = load_model(folder, revision=None, cache_dir=None, task=None)
         else:
-            model = load_pretrained(
-                AutoModel, folder, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False
-            ).model
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model, tokenizer = load_encoder(folder)
         on_device = place(model, default_device() if device is None else device)
         return cls(on_device, tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens)
 

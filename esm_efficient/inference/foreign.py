@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MODEL_TYPES = ("esm", "esmc")
 """The ``model_type`` of the configs that are read: ESM-2 with its elder relatives, and ESM C."""
+_LARGEST = {"num_labels": 100_000, "max_position_embeddings": 1_000_000}
+"""The largest values of sizes for which transformers allocates memory, whatever the weights are."""
 _PREFIX = "base_model.model."
 _DEFAULT_THRESHOLD = 0.5
 """The probability from which a label is positive, if the model has no tuned threshold for it."""
@@ -99,8 +101,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Return the config of a model's folder, which must be that of an ESM model: ESM-2 or ESM C.
 
     Raises:
-        ConfigurationError: there is none, it is of another kind of model, it asks for code, for quantized weights or
-            for an unknown head.
+        ConfigurationError: there is none, it is of another kind of model, it asks for code, for quantized weights, for
+            an unknown head or for sizes above `_LARGEST`.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -116,6 +118,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     if record.get("quantization_config"):
         raise ConfigurationError(f"{path} is for quantized weights, which are not read: save the model in float32")
+    for name, most in _LARGEST.items():
+        value: Any = record.get(name)
+        if _is_number(value) and value > most:
+            raise ConfigurationError(f"{path} has {name}={value:.6g}: expected at most {most:,}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = {int(index): str(name) for index, name in config.id2label.items()}

@@ -91,7 +91,7 @@ def sequences_from(given: Any) -> list[str]:
 
 
 def count_unknown(sequence: str) -> int:
-    """Return the letters of a sequence that are no amino acid: of the alphabet, J alone.
+    """Return the letters of a sequence that are not an amino acid: of the alphabet, J alone.
 
     Example:
         >>> count_unknown("MKTJ"), count_unknown("MKTX")
@@ -101,10 +101,10 @@ def count_unknown(sequence: str) -> int:
 
 
 def warn_of_unknown(letters: int, where: str) -> None:
-    """Warn of letters that are no amino acid."""
+    """Warn of letters that are not amino acids."""
     if letters:
         logger.warning(
-            "%s: %s J, which is no amino acid: the model reads it as <unk>", where, count_of(letters, "letter")
+            "%s: %s J, which is not an amino acid: the model reads it as <unk>", where, count_of(letters, "letter")
         )
 
 

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from esm_efficient.adapters.registry import check_encoder_weights
 from esm_efficient.costs.memory import OutOfMemoryError
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
 from esm_efficient.published import BASE_CONFIG, missing_model, models_beside, no_model_in, size_of
 from esm_efficient.reporting import format_bytes
-from esm_efficient.saving import load_pretrained, without_deprecation
+from esm_efficient.saving import Loaded, load_pretrained, without_deprecation
 from esm_efficient.tasks import Task, head_of_config, pooling_of, set_pooling
 from esm_efficient.trunk.split import truncate
 
@@ -54,6 +55,19 @@ def load_model(
     _set_task(config, task, folder)
     foreign.check_sizes(config, shapes, folder)
     return _load_whole(folder, config, {}), _load_tokenizer(folder)
+
+
+def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model without its head, and its tokenizer, with the checks of `load_model`.
+
+    Raises:
+        ConfigurationError: files or weights of the encoder are missing, or do not fit together.
+    """
+    config = foreign.read_config(folder)
+    foreign.check_sizes(config, _shapes_of(folder), folder)
+    loaded = _load_weights(AutoModel, folder, config, f"the model {folder}")
+    check_encoder_weights(loaded.model, loaded.missing, folder)
+    return loaded.model, _load_tokenizer(folder)
 
 
 class SavedAdapter(NamedTuple):
@@ -227,8 +241,22 @@ def _load_whole(
     kind = (
         model_class("token-classification") if of_tokens else model_class("sequence-classification", pooling_of(config))
     )
+    what = f"the model {folder}" if adapter_folder is None else f"the base model {folder} of {adapter_folder}"
+    model, missing, _ = _load_weights(kind, folder, config, what)
+    if lost := foreign.missing_weights(missing, adapter):
+        raise ConfigurationError(
+            f"{adapter_folder or folder} lacks {len(lost)} weights of {type(model).__name__} ({listing(lost)}): it is "
+            "a pretrained model without a trained head, or its head was not saved with it, and predictions would be "
+            "random. Expected a fine-tuned model, such as finetune or export_model writes; for an adapter of peft, "
+            'train with task_type="SEQ_CLS", "TOKEN_CLS" or modules_to_save=["classifier"]'
+        )
+    return model
+
+
+def _load_weights(kind: Any, folder: Path, config: PreTrainedConfig, what: str) -> Loaded:
+    """Load safetensors in float32 into a model of a class of transformers; errors call it `what`."""
     try:
-        model, missing, _ = load_pretrained(
+        return load_pretrained(
             kind,
             folder,
             config=config,
@@ -239,16 +267,7 @@ def _load_whole(
             attn_implementation="sdpa",
         )
     except LOAD_ERRORS as error:
-        what = f"the model {folder}" if adapter_folder is None else f"the base model {folder} of {adapter_folder}"
         raise ConfigurationError(f"the safetensors of {what} cannot be loaded: {str(error)[:500]}") from error
-    if lost := foreign.missing_weights(missing, adapter):
-        raise ConfigurationError(
-            f"{adapter_folder or folder} lacks {len(lost)} weights of {type(model).__name__} ({listing(lost)}): it is "
-            "a pretrained model without a trained head, or its head was not saved with it, and predictions would be "
-            "random. Expected a fine-tuned model, such as finetune or export_model writes; for an adapter of peft, "
-            'train with task_type="SEQ_CLS", "TOKEN_CLS" or modules_to_save=["classifier"]'
-        )
-    return model
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

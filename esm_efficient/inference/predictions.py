@@ -57,7 +57,7 @@ def predict_file(
         sequence: the column of the sequences; None to find it by a usual name.
         accession: the column of the accessions, likewise. Without one, or where its cell is empty, the number of a row
             is its accession.
-        on_error: ``"skip"`` leaves out rows that are no protein sequence or too long, and logs how many and which are
+        on_error: ``"skip"`` leaves out rows that are not a protein sequence or are too long, and logs how many and which are
             the first; otherwise such a row is an error.
 
     Returns:
@@ -90,7 +90,8 @@ def predict_file(
         return columns
 
     longest = predictor.max_tokens - SPECIAL_TOKENS
-    options = (longest, predictor.half, windows_for(keep, longest) or keep, predictor.members)
+    thresholds = None if predictor.thresholds is None else [float(value) for value in predictor.thresholds]
+    options = (longest, predictor.half, windows_for(keep, longest) or keep, predictor.members, thresholds)
     return map_file(
         compute,
         source,

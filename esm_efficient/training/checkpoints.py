@@ -270,7 +270,7 @@ def _why_unwritten(error: BaseException) -> str:
 
 def _write_manifest(folder: Path, run: dict[str, Any] | None) -> None:
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }

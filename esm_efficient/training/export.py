@@ -129,7 +129,7 @@ def export_model(
     """
     if onnx:
         require_onnx()
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     _check_folder(folder)
     if isinstance(trained, str | Path):
         trained = _load_run(trained)

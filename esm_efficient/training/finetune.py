@@ -127,7 +127,7 @@ def finetune(
         states_dir: folder for the states of a recipe with ``cache=True`` (`esm_efficient.trunk.cache.cache_states`);
             None for ``states/`` in `output_dir`. Runs that share a folder compute them once.
         data_options: options of `load_sequences`, such as ``{"label": "binds"}``, for data without splits.
-        early_stopping: stop after so many evaluations on ``validation`` without a better result, and keep the best
+        early_stopping: stop after this number of evaluations on ``validation`` without a better result, and keep the best
             checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split; None
             trains to the end and keeps the last state. The metric is MCC, macro-F1 or RMSE; the loss, if validation has
             examples of one class only. The model is evaluated after each epoch, unless
@@ -163,7 +163,7 @@ def finetune(
         model,
         dataset,
         chosen,
-        Path(output_dir),
+        Path(output_dir).expanduser(),  # as TrainingArguments does
         seed=seed,
         task=task,
         precision=precision,
@@ -200,7 +200,7 @@ def finetune(
     collator = _make_collator(task, tokenizer)
     _check_splits(tokenized, collator, loaded, task)
     splits: Mapping[str, Any] = {name: tokenized[name] for name in ("train", "validation") if name in tokenized}
-    states, folder = None, Path(states_dir or job.output_dir / "states")
+    states, folder = None, Path(states_dir or job.output_dir / "states").expanduser()
     if _can_cache(chosen, loaded.config, splits["train"], args):
         states = cache_for_training(loaded, splits, chosen, folder, args=args, collator=collator)
         loaded, splits = states.rest, states.splits

@@ -138,7 +138,7 @@ def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTrai
     if states is not None and states.pooling != "tokens":  # no mask of all tokens to count in
         residues = states.residues_trained(trainer)
     return {
-        "train_loss": trained.training_loss,
+        "train_loss": trainer.mean_loss,
         "steps": trained.global_step,
         "steps_resumed": trainer.steps_resumed,
         "residues_per_second": residues / seconds,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import TrainingArguments
 
 from esm_efficient.encoder.attention import BACKENDS
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.recipes import Precision, Recipe
 from esm_efficient.reporting.description import DataDescription
 from esm_efficient.tasks import MAX_TOKENS, Task
@@ -38,7 +38,12 @@ from esm_efficient.training.outcome import WarningList
 from esm_efficient.training.run_plan import RunPlan, plan_run, warn_of_few_steps
 from esm_efficient.training.start import name_of_model
 from esm_efficient.training.stopping import EarlyStopping
-from esm_efficient.training.weights import check_all_present, refuse_constant_labels, resolve_class_weights
+from esm_efficient.training.weights import (
+    check_all_present,
+    refuse_constant_labels,
+    refuse_unlabelled,
+    resolve_class_weights,
+)
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -138,7 +143,7 @@ class Job:
             self.base_model,
             self.data_name,
             self.data,
-            self.raw["train"],
+            self.raw,
             recipe=self.recipe,
             task=self.task,
             args=self.args,
@@ -166,7 +171,7 @@ def begin_job(
     """Read the data and check the options of a run; the arguments are as in `finetune`.
 
     Raises:
-        DataError: as `finetune`.
+        DataError: as `finetune`; a split is empty, or early stopping has no known label to compare by.
         ConfigurationError: the options contradict each other.
     """
     if not isinstance(seed, Integral):
@@ -177,12 +182,16 @@ def begin_job(
     warned, data_name, base_model = WarningList(), name_of(dataset), name_of_model(model)
     with warned:
         raw = splits_from(dataset, **data_options)
+    if empty := [name for name, split in raw.items() if hasattr(split, "__len__") and not len(split)]:
+        raise DataError(f"split {empty[0]!r} has no row")
     task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
     evaluated_on = evaluated_split(raw)
     label = data_options.get("label")
     refuse_constant_labels(raw["train"], task, label if isinstance(label, str) else None)
     data = describe_if_known(raw)
     stopping = EarlyStopping.check(early_stopping, raw, task, data=data)
+    if stopping.patience is not None:
+        refuse_unlabelled(raw["validation"], task, "validation")
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
     stopping.check_metric(args, task)
     refuse_data_parallel(args)

@@ -132,18 +132,20 @@ def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
     tuned, probed = (metrics.get(metric, math.nan) for metrics in (result.metrics, result.probe.metrics))
     if math.isnan(probed):
         return ()
-    if tuned >= probed:
-        low, high = ({} if result.evaluation is None else result.evaluation.gains).get(metric, (math.nan, math.nan))
-        if not low <= 0:
-            return ()
-        return (
-            f"It is not sure that the fine-tuned model is better than the {PROBE}: the 95 % interval of the difference "
-            f"in {metric}, {low:+.3f} to {high:+.3f}, contains 0.",
-        )
-    sentence = (
-        f"A {PROBE} on the frozen encoder has a better score than the fine-tuned model ({metric} {probed:.3f} against "
-        f"{format_number(tuned, '{:.3f}')}), and needs no training:"
+    low, high = ({} if result.evaluation is None else result.evaluation.gains).get(metric, (math.nan, math.nan))
+    unsure = (
+        f"It is not sure that the fine-tuned model is better than the {PROBE}: the 95 % interval of the difference "
+        f"in {metric}, {low:+.3f} to {high:+.3f}, contains 0."
     )
+    if tuned > probed:
+        return (unsure,) if low <= 0 else ()
+    if low <= 0 <= high and not math.isnan(tuned):
+        sentence = f"{unsure} The {PROBE} needs no training:"
+    else:
+        sentence = (
+            f"A {PROBE} on the frozen encoder has a better score than the fine-tuned model ({metric} {probed:.3f} "
+            f"against {format_number(tuned, '{:.3f}')}), and needs no training:"
+        )
     words = result.probe_words
     in_python = "sweep_layers(model, dataset)  # and the tokenizer, task and data_options that finetune was given"
     return sentence, shlex.join(["esm-efficient", "probe", *words]) if words else in_python

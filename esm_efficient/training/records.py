@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,8 +50,7 @@ def load_result(folder: str | Path) -> FinetuneResult:
         raise ConfigurationError(f"{given} has no {RESULT}: expected the folder that finetune wrote")
     try:
         record = json.loads((run / RESULT).read_text(encoding="utf-8"))
-        if run != given and given.name != (saved := Path(record["model_dir"]).name):
-            raise ConfigurationError(f"{given} is not the model of the run in {run}: give {run / saved}")
+        saved = PureWindowsPath(record["model_dir"]).name  # the last part of a path of any system
         task = Task(record["task"]["kind"], tuple(record["task"]["names"]))
         metrics = _numbers(record["metrics"])
         baselines = {name: _numbers(values) for name, values in record["baselines"].items()}
@@ -61,7 +60,7 @@ def load_result(folder: str | Path) -> FinetuneResult:
             "step_memory": _step_memory(record["step_memory"]),
             "probe": _probe(record["probe"], baselines),
             "trained_layers": tuple(record["trained_layers"]),
-            "model_dir": run / Path(record["model_dir"]).name,
+            "model_dir": run / saved,
             "result_path": run / RESULT,
             "evaluation": _load_evaluation(run / PREDICTIONS, task, metrics, baselines, record),
             "history": tuple(record["history"]),
@@ -70,12 +69,15 @@ def load_result(folder: str | Path) -> FinetuneResult:
             "probe_words": tuple(record["probe_words"]),
         }
         names = {field.name for field in dataclasses.fields(FinetuneResult)} - {"model", "profile", *changed}
-        return FinetuneResult(model=None, **{name: record[name] for name in names}, **changed)
+        result = FinetuneResult(model=None, **{name: record[name] for name in names}, **changed)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{run / RESULT} cannot be read ({type(error).__name__}: {error}): it is damaged, or another version of "
             "the library wrote it. Train again"
         ) from error
+    if run != given and given.name != saved:
+        raise ConfigurationError(f"{given} is not the model of the run in {run}: give {run / saved}")
+    return result
 
 
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:

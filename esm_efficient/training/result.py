@@ -43,7 +43,7 @@ class FinetuneResult:
         task: the task that was learnt (`esm_efficient.tasks.task_of`).
         metrics: metrics of `compute_metrics_for` and ``loss`` on the split `evaluated_on`.
         evaluated_on: ``"test"``, or ``"validation"`` if there is no test split.
-        train_loss: mean loss of the optimizer steps.
+        train_loss: mean loss of the optimizer steps, also of those before the checkpoint that was resumed.
         steps: number of optimizer steps.
         steps_resumed: those before the checkpoint from which the run was resumed; ``seconds`` and
             ``residues_per_second`` are of the steps after it.

@@ -8,20 +8,22 @@ import math
 import re
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from esm_efficient.costs.devices import DEVICES, Device
 from esm_efficient.errors import EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
+from esm_efficient.estimation.inputs import data_lengths
 from esm_efficient.recipes import Recipe
 from esm_efficient.reporting import count_of, format_bytes, one_line
 from esm_efficient.reporting.tables import format_duration
-from esm_efficient.tasks import SPECIAL_TOKENS, Task
+from esm_efficient.tasks import Task
 from esm_efficient.training.arguments import reason_against_cache
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from transformers import TrainingArguments
 
     from esm_efficient.reporting.description import DataDescription
@@ -114,7 +116,7 @@ def plan_run(
     model: str,
     dataset: str,
     data: DataDescription,
-    train: Any,
+    splits: DatasetDict,
     *,
     recipe: Recipe,
     task: Task,
@@ -129,7 +131,7 @@ def plan_run(
         model: Hub name or folder of the model.
         dataset: the name of the data.
         data: the description of the splits.
-        train: the training split, with the column ``sequence``.
+        splits: the splits, with the column ``sequence``.
         recipe: the training method.
         task: the task.
         args: the options of training.
@@ -138,7 +140,7 @@ def plan_run(
         probe: whether a linear probe is measured too.
     """
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    batch_size = batch_size_of(args)
+    batch_size, train = batch_size_of(args), splits["train"]
     steps = planned_steps(len(train), args)
     found, reason = None, ""
     if reason_against_cache(train, args):
@@ -150,7 +152,7 @@ def plan_run(
             device=device_here(args.device),
             micro_batch=micro,
             accumulation=accumulation,
-            tokens=[min(len(sequence) + SPECIAL_TOKENS, max_tokens) for sequence in train["sequence"]],
+            tokens=data_lengths(splits, max_tokens=max_tokens),
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
             head=task.head,
             num_labels=len(task.names),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -67,6 +68,8 @@ class WatchedTrainer(Trainer):
     residues_resumed = 0
     steps_resumed = 0
     _residues_trained: Tensor | int = 0
+    _losses: Tensor | float = 0.0
+    _losses_resumed = 0.0
     _real_examples = sys.maxsize
     _warned_of_repeats = False
 
@@ -87,6 +90,19 @@ class WatchedTrainer(Trainer):
         """
         on_this_rank = torch.as_tensor(self._residues_trained, device=self.accelerator.device)
         return self.residues_resumed + int(self.accelerator.reduce(on_this_rank, reduction="sum"))
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the optimizer steps over all ranks, also of those before the checkpoint that was resumed.
+
+        NaN before the first step, and if a checkpoint does not know it.
+        """
+        return self._total_loss() / self.state.global_step if self.state.global_step else math.nan
+
+    def _total_loss(self) -> float:
+        """Return the sum of the losses of the optimizer steps."""
+        on_this_rank = torch.as_tensor(self._losses, device=self.accelerator.device)
+        return self._losses_resumed + float(self.accelerator.reduce(on_this_rank, reduction="mean"))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, but leave the division by the accumulation steps to the trainer.
@@ -118,9 +134,10 @@ class WatchedTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them.
 
-        There is none for a run that resumes after its last step; Trainer would take one more.
+        There is none for a run that resumes after its last step, or after early stopping; Trainer would take one more.
         """
-        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+        is_over = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if self.is_in_train and is_over:
             self.control.should_training_stop = True
             return [], None
         if self.is_in_train and is_stream(self.callback_handler.train_dataloader):
@@ -137,6 +154,7 @@ class WatchedTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Do what Trainer does, and count a loss that is NaN or infinite."""
         loss = super().training_step(model, attach_packing_of(inputs), *args, **kwargs)
+        self._losses = self._losses + loss.detach().to(self.accelerator.device)
         self._watch.observe_loss(loss, self.state.global_step + 1)
         return loss
 
@@ -203,7 +221,8 @@ class WatchedTrainer(Trainer):
             self._watch.look(self.args)
             check_parameters(model, self.args)
             states: Any = self.state.stateful_callbacks
-            states[_STATE] = {"args": {}, "attributes": {"residues": self.residues_trained}}
+            counts = {"residues": self.residues_trained, "loss": self._total_loss()}
+            states[_STATE] = {"args": {}, "attributes": counts}
         whole = nullcontext() if _internal_call else _gathered_weights(self.accelerator)
         names = portable_saving(model) if isinstance(model, PreTrainedModel) else nullcontext()
         with whole, names:
@@ -218,6 +237,7 @@ class WatchedTrainer(Trainer):
         states: Any = state.stateful_callbacks
         saved = states.get(_STATE, {}).get("attributes", {})
         self._residues_trained, self.residues_resumed = 0, int(saved.get("residues", 0))
+        self._losses, self._losses_resumed = 0.0, float(saved.get("loss", 0.0 if state.global_step == 0 else math.nan))
         self.steps_resumed = state.global_step
 
     def end_run(self) -> None:

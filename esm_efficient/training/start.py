@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from esm_efficient.adapters.prepare import freeze
 from esm_efficient.adapters.quantization import quantization_config
-from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
-from esm_efficient.errors import ConfigurationError, listing
+from esm_efficient.adapters.registry import check_encoder_weights, find_architecture, is_in_head
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_pooling
 from esm_efficient.published import available, hub_name, refuse_adapter
-from esm_efficient.recipes import Recipe, with_possible_pooling
+from esm_efficient.recipes import RECIPES, Recipe, with_possible_pooling
 from esm_efficient.saving import load_pretrained
 from esm_efficient.tasks import Task, auto_class, head_of, head_of_config
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
@@ -89,7 +89,8 @@ def starting_model(
     config: Any = model.config
     found = pooling_of_model(model)
     pooling = with_possible_pooling(recipe, task.head, config.model_type, found).pooling
-    if pooling not in ("first", found):
+    # The pooling of a recipe of your own may be the default of `Recipe`, which nobody chose.
+    if pooling != found and (recipe.name in RECIPES or pooling != "first"):
         raise ConfigurationError(
             f"the head of {type(model).__name__} has the pooling {found!r}, and the recipe has {pooling!r}: expected "
             "the same. Give the folder or the name of the model, so that the head is made, or the recipe's pooling to "
@@ -150,13 +151,9 @@ def _load_pretrained(
     if original is not None:
         loaded.__class__ = original
         loaded.config.dtype = torch.float32  # that of the checkpoint's values, as before this run held them in half
-    architecture = find_architecture(loaded)
     new = (*missing, *mismatched)
-    if lost := [key for key in new if not (is_in_head(architecture, key) or is_unread(architecture, key))]:
-        raise ConfigurationError(
-            f"{name} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
-            f"{listing(lost)}. Expected a whole model"
-        )
+    check_encoder_weights(loaded, new, name)
+    architecture = find_architecture(loaded)
     has_head = not any(is_in_head(architecture, key) for key in new)
     return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and has_head
 

@@ -106,7 +106,17 @@ class EarlyStopping:
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callback that stops the run."""
-        return [] if self.patience is None else [EarlyStoppingCallback(early_stopping_patience=self.patience)]
+        return [] if self.patience is None else [_ResumedEarlyStopping(early_stopping_patience=self.patience)]
+
+
+class _ResumedEarlyStopping(EarlyStoppingCallback):
+    """Counts on from the checkpoint when a run resumes; transformers begins at 0 again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]
+        self.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 def _metric_names(task: Task) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel
 
-from esm_efficient.adapters.registry import find_architecture, is_in_head, is_unread
+from esm_efficient.adapters.registry import check_encoder_weights
 from esm_efficient.data.tokenizing import tokenize_dataset
-from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference.loading import find_folder
 from esm_efficient.published import hub_name, refuse_adapter
 from esm_efficient.reporting import count_of, finite_values, format_number, format_table
@@ -328,18 +328,7 @@ def _load(
     folder = find_folder(hub_name(str(model)), None, None)
     refuse_adapter(str(folder))  # that of a name on the Hub
     loaded, missing, mismatched = load_pretrained(AutoModel, folder, dtype=torch.float32)
-    architecture = find_architecture(loaded)
-    unread = ("pooler", *architecture.heads)
-    lost = [
-        name
-        for name in (*missing, *mismatched)
-        if not (is_in_head(architecture, name) or is_unread(architecture, name) or name.split(".")[0] in unread)
-    ]
-    if lost:
-        raise ConfigurationError(
-            f"{model} lacks {len(lost)} weights of the encoder, or has them in other shapes than its config says: "
-            f"{listing(lost)}. Expected a whole model"
-        )
+    check_encoder_weights(loaded, (*missing, *mismatched), str(model))
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or "cpu"

@@ -79,6 +79,26 @@ def refuse_constant_labels(train: Any, task: Task, name: str | None = None) -> N
     raise DataError(f"{problem}. Give other labels, or name another column with label=")
 
 
+def refuse_unlabelled(split: Any, task: Task, name: str) -> None:
+    """Refuse a split without a known label, by which early stopping could tell no epoch from another.
+
+    Args:
+        split: the split, raw or tokenised; the labels of a stream are not read.
+        task: the task.
+        name: the name of the split, for the message.
+
+    Raises:
+        DataError: as above.
+    """
+    features = getattr(split, "features", None) or {}
+    known, _ = _known_labels(split.remove_columns(WEIGHT_COLUMN) if WEIGHT_COLUMN in features else split, task)
+    if known and not any(map(len, known)):
+        raise DataError(
+            f"{name} has no known label, so that early stopping cannot tell which epoch is best: label some of its "
+            "rows, leave the split out, or train without early stopping"
+        )
+
+
 def _known_labels(train: Any, task: Task) -> tuple[list[np.ndarray], str]:
     """Return the known labels of a split, one array per label or number, and where they are in words.
 

@@ -195,14 +195,19 @@ def _write_shard(split: Dataset, trunk: Trunk, plan: Plan, number: int, progress
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Create a file, and lock it until the end of the block or of the process."""
+    """Create a file, and lock it until the end of the block or of the process.
+
+    Where there are no locks, the file is closed: Windows renames no open file.
+    """
     while True:
         with path.open("xb") as file:
-            _lock(file.fileno(), wait=True)
+            if not _lock(file.fileno(), wait=True):
+                break
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield
                 return
         # Another process found the file before it was locked, and deleted it.
+    yield
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, load_from_disk
 from transformers import AutoTokenizer
 
 from esm_efficient import demo_model_path, load_deeploc, tokenize_dataset
+from esm_efficient.data import tokenizing
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import IGNORE
 
@@ -71,7 +72,7 @@ def test_truncation_keeps_the_chosen_part_between_the_special_tokens(keep, expec
 
 def test_unknown_residues_are_logged_as_a_warning(caplog):
     tokenize_dataset(DatasetDict(test=split(["MKTVJ"])), TOKENIZER)
-    assert "1 letters are no amino acid: the model reads them as <unk>" in caplog.text
+    assert "letters that are not amino acids, which the model reads as <unk>: 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,19 @@ def test_splits_must_have_the_same_labels_in_the_same_order():
     )
     with pytest.raises(DataError, match="'test' has no row"):
         tokenize_dataset(DatasetDict(test=unlabelled.select([])), TOKENIZER)
+
+
+def test_tokens_of_another_version_of_the_library_are_not_used_again(tmp_path, monkeypatch):
+    Dataset.from_dict({"sequence": ["MK"]}).save_to_disk(tmp_path / "rows")
+    splits = DatasetDict(test=load_from_disk(tmp_path / "rows"))  # datasets keeps what is made of such rows on disk
+    fingerprints = {}
+    for version in ("1", "2"):
+        monkeypatch.setattr(tokenizing, "__version__", version)
+        for _ in range(2):
+            tokenized = tokenize_dataset(splits, TOKENIZER)[0]["test"]
+            fingerprints.setdefault(version, set()).add(tokenized.cache_files[0]["filename"])
+    assert all(len(files) == 1 for files in fingerprints.values())
+    assert fingerprints["1"] != fingerprints["2"]
 
 
 def test_labels_of_residues_may_be_lists_of_a_fixed_length():

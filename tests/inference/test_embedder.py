@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from sequence_texts import sequences
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -54,6 +57,45 @@ def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(layer, monkeypat
 def test_a_layer_or_a_pooling_that_does_not_exist_is_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         Embedder.load(demo_model_path(), **options)
+
+
+def remove(name):
+    return lambda weights: {key: value for key, value in weights.items() if name not in key}
+
+
+INCOMPLETE = {
+    "a layer": (remove(".layer.2."), "lacks 16 weights of the encoder|but the files have"),
+    "a norm": (remove("layer.2.LayerNorm"), "lacks 2 weights of the encoder.*layer.2.LayerNorm"),
+    "another prefix": (
+        lambda weights: {f"net.{key}": value for key, value in weights.items()},
+        "weights of the encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_a_model_without_all_weights_of_its_encoder_is_refused(tmp_path, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model_path(), folder)
+    [path] = folder.glob("*.safetensors")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=message):
+        Embedder.load(folder)
+
+
+def test_a_config_of_somebody_else_is_checked_as_predictor_checks_it(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model_path(), folder)
+    path, config = folder / "config.json", json.loads((folder / "config.json").read_text())
+    path.write_text(json.dumps(config | {"attn_implementation": "stranger/kernel"}))
+    assert Embedder.load(folder, device="cpu").config._attn_implementation == "sdpa"
+    for changes, message in (
+        ({"num_hidden_layers": 3}, "cannot be loaded|same model"),
+        ({"layer_norm_eps": "a"}, "not the config"),
+    ):
+        path.write_text(json.dumps(config | changes))
+        with pytest.raises(ConfigurationError, match=message):
+            Embedder.load(folder)
 
 
 def test_a_model_with_adapters_has_their_embeddings_and_must_be_merged_for_a_lower_layer(tokenizer):

@@ -126,6 +126,16 @@ def test_a_run_that_was_stopped_goes_on_and_one_with_another_model_begins_anew(
     assert read(output)["accession"].tolist() == [f"p{i}" for i in range(FASTA_ROWS)]
 
 
+def test_a_run_with_other_thresholds_begins_anew(tokenizer, fasta, tmp_path, small_blocks):
+    output = tmp_path / "out.parquet"
+    predictor = Stopping(model_for("multi_label_classification"), tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        predict_file(predictor, fasta, output)
+    predictor.blocks, predictor.thresholds = 100, np.zeros(len(predictor.task.names))
+    assert predict_file(predictor, fasta, output).reused == 0
+    assert all(list(labels) == list(predictor.task.names) for labels in read(output)["labels"])
+
+
 def make_other():
     model = model_for("regression")
     model.classifier.out_proj.bias.data += 1
@@ -291,10 +301,10 @@ def test_many_wrong_rows_are_counted_in_little_memory(tmp_path):
 def test_letters_that_are_no_amino_acid_are_counted(tokenizer, tmp_path, caplog):
     predictor = Predictor(model_for("regression"), tokenizer)
     predictor.predict(["MKTJJ", "MJK"])
-    assert "the given sequences: 3 letters J, which is no amino acid" in caplog.text
+    assert "the given sequences: 3 letters J, which is not an amino acid" in caplog.text
     (tmp_path / "in.fasta").write_text(">a\nMKTJ\n>b\nMKX\n")
     predict_file(predictor, tmp_path / "in.fasta", tmp_path / "out.csv")
-    assert "in.fasta: 1 letter J, which is no amino acid" in caplog.text
+    assert "in.fasta: 1 letter J, which is not an amino acid" in caplog.text
 
 
 @pytest.mark.parametrize("keep", ["end", "both"])

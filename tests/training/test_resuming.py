@@ -53,6 +53,16 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(
     assert broken in caplog.text
 
 
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_the_loss_of_a_resumed_run_is_that_of_the_whole(tmp_path, tiny_model, tiny_dataset, tokenizer, step):
+    trainer = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer)
+    loss = trainer.train().training_loss
+    assert trainer.mean_loss == pytest.approx(loss, rel=1e-6)
+    resumed = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer)
+    resumed.train(resume_from_checkpoint=tmp_path / f"checkpoint-{step}")
+    assert resumed.mean_loss == pytest.approx(loss, rel=1e-6)
+
+
 def test_without_a_whole_checkpoint_no_run_resumes(tmp_path, whole, tiny_model, tiny_dataset, tokenizer):
     for step in (2, 4, 6):
         damage(tmp_path / f"checkpoint-{step}" / "optimizer.pt", "cut off")

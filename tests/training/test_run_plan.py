@@ -6,18 +6,20 @@ import dataclasses
 import re
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import TrainingArguments
 
-from esm_efficient import RECIPES, estimate, finetune
+from esm_efficient import RECIPES, estimate, finetune, load_deeploc
 from esm_efficient.costs.devices import GIB
 from esm_efficient.errors import DataError
 from esm_efficient.reporting.description import describe
 from esm_efficient.tasks import Task
 from esm_efficient.training.run_plan import RunPlan, device_here, warn_of_few_steps
+from esm_efficient.trunk.states import StateFormat
 
 
 def make_proteins(size: int) -> Dataset:
@@ -44,7 +46,6 @@ def test_a_run_on_the_cpu_is_estimated_for_the_cpu_of_a_machine_with_a_gpu(machi
 
 def planned(table, folder, **options):
     """The plan of a run on a table, with options of training."""
-    from esm_efficient import RECIPES, load_deeploc
     from esm_efficient.training.job import begin_job
 
     job = begin_job(
@@ -65,6 +66,14 @@ def planned(table, folder, **options):
 @pytest.mark.parametrize(("options", "has_cache"), [({}, True), ({"neftune_noise_alpha": 5.0}, False)])
 def test_the_plan_has_a_cache_only_if_the_run_can_have_one(demo_table, tmp_path, options, has_cache):
     assert (planned(demo_table, tmp_path, **options).estimate.cache is not None) is has_cache
+
+
+def test_the_planned_cache_has_the_states_of_training_and_validation(demo_table, tmp_path):
+    plan = planned(demo_table, tmp_path)
+    data = load_deeploc(demo_table, max_residues=220)
+    tokens = [min(n + 2, 200) for name in ("train", "validation") for n in data[name]["residues"]]
+    assert len(tokens) > len(data["train"])
+    assert plan.estimate.cache.bytes == StateFormat().bytes_for(np.array(tokens), 320).sum()
 
 
 def test_the_plan_of_a_run_names_the_device_of_its_options(machine_with_a_gpu, demo_table, tmp_path):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.reporting.description import describe
 from esm_efficient.tasks import Task
 from esm_efficient.training.stopping import EarlyStopping
@@ -33,6 +33,47 @@ def test_a_run_ends_and_the_best_checkpoint_is_kept(tmp_path, demo_table, kind):
     assert seen.index(best) == len(seen) - 3
     measured = evaluate(result.model_dir, data["validation"])[metric]
     assert measured == pytest.approx(best, rel=1e-3, abs=1e-5)
+
+
+class Killed(TrainerCallback):
+    """Ends the process, as it were, after the checkpoint of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.epoch >= self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_a_run_that_resumes_counts_on_the_epochs_without_a_better_result(tmp_path, killed_after):
+    """Killed after one of two epochs that are allowed, and after both, when only the end was missing."""
+    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
+    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    # This metric is the same in each epoch, so that none is better than the first.
+    options = {"metric_for_best_model": "majority_accuracy", "greater_is_better": True, "early_stopping": 2}
+    options |= {"recipe": "frozen", "epochs": 9, "batch_size": 8, "output_dir": tmp_path, "disable_tqdm": True}
+    options |= {"probe": False, "report": False}
+    data = DatasetDict(train=split, validation=split, test=split)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(demo_model_path(), data, callbacks=[Killed(1 + killed_after)], **options)
+    assert finetune(demo_model_path(), data, resume_from_checkpoint=True, **options).steps == 3 * 2
+
+
+@pytest.mark.parametrize("labels", ["classes", "numbers"])
+def test_a_validation_split_without_a_known_label_is_refused(tmp_path, labels):
+    kind = Value("float32") if labels == "numbers" else ClassLabel(names=["no", "yes"])
+    features = Features({"sequence": Value("string"), "label": kind})
+    train, validation = (
+        Dataset.from_dict({"sequence": ["MKT", "MAL"] * 4, "label": cells * 4}, features=features)
+        for cells in ([0, 1], [None, None])
+    )
+    data = DatasetDict(train=train, validation=validation, test=train)
+    with pytest.raises(DataError, match="validation has no known label, so that early stopping cannot"):
+        finetune("no/model", data, output_dir=tmp_path, early_stopping="auto")
+    with pytest.raises(ConfigurationError, match="no/model"):  # the data are not refused
+        finetune("no/model", data, output_dir=tmp_path, early_stopping=None)
 
 
 def test_options_and_callbacks():

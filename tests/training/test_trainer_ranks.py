@@ -96,6 +96,7 @@ def test_one_row_on_two_ranks_counts_once(two_ranks, tokenizer):
 def test_two_ranks_count_the_residues_of_each_row_once(two_ranks, case):
     size, kind = case[0], case[3]
     lengths = [len(ids) - 2 for ids in make_dataset(max(size, 2))["input_ids"][:size]]
+    assert two_ranks[case]["mean_losses"][0] == pytest.approx(two_ranks[case]["mean_losses"][1], rel=1e-6)
     rows = 48 if kind == "stream" else size  # three steps of the stream, which begins again at its end
     assert two_ranks[case]["residues"] == sum(lengths[row % size] for row in range(rows))
 

@@ -67,10 +67,11 @@ def run(folder: Path, size: int, micro_batch: int, accumulation: int, kind: str,
         eval_dataset=data,
         callbacks=[gradients, losses],
     )
-    trainer.train()
+    trained = trainer.train()
     return {
         "gradients": gradients.steps,
         "losses": losses.values,
+        "mean_losses": [trained.training_loss, trainer.mean_loss],
         "residues": trainer.residues_trained,
         "eval_loss": trainer.evaluate()["eval_loss"],
     }

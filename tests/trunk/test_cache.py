@@ -284,6 +284,22 @@ def test_the_unfinished_file_of_a_living_process_stays(data, tmp_path, small_sha
     assert not list((tmp_path / "states").rglob("states-*.part"))
 
 
+def test_a_file_is_closed_before_it_is_renamed_where_there_are_no_locks(data, tmp_path, monkeypatch):
+    """Windows has no locks of this kind, and renames no open file."""
+    renamed, rename = [], os.replace
+
+    def replace(source, target):
+        held = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        assert str(Path(source).resolve()) not in held
+        renamed.append(Path(target).suffix)
+        rename(source, target)
+
+    monkeypatch.setattr(shards, "_lock", lambda descriptor, wait: False)
+    monkeypatch.setattr(shards.os, "replace", replace)
+    cache_states(data, split_model(load(), 1)[0], tmp_path)
+    assert ".arrow" in renamed
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_computed(data, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=1000))
