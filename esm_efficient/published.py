@@ -73,7 +73,8 @@ def missing_model(name: str, reason: str, *, revision: str | None = None) -> str
     folder = name.split("/")[1] if size is None else f"esm2_{size}"
     start = f"{missing} the model " if size is None else ""
     download = f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir {folder}"
-    return f'{start}{name} is not in the cache ({reason}). While online, run `{download}`, then give model="{folder}"'
+    advice = f"While online, run `{download}`, then give the folder {folder} as the model"
+    return f"{start}{name} is not in the cache ({reason}). {advice}"
 
 
 @contextmanager

@@ -69,9 +69,9 @@ class Recipe:
         description: one line for a table; empty after a change that may contradict it (`replace`).
 
     Raises:
-        ConfigurationError: preset and rank do not fit `trains`, the learning rate is not a finite number from 0, a size or
-            `keep_layers` is below 1, the encoder, the layers, the pooling or the quantization are unknown, everything
-            trains and there is nothing to cache, or a base is to be quantised that trains or is cached.
+        ConfigurationError: preset and rank do not fit `trains`, the learning rate is not a finite number from 0, a size
+            or `keep_layers` is below 1, the encoder, the layers, the pooling or the quantization are unknown,
+            everything trains and there is nothing to cache, or a base is to be quantised that trains or is cached.
     """
 
     name: str

@@ -74,6 +74,17 @@ def save_base_config(model: PeftModel, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
+def share_weights(folder: Path) -> None:
+    """Give the weights in a folder the permissions of the config beside them.
+
+    safetensors 0.8 lets only their owner read them, whatever the umask.
+    """
+    for weights in folder.glob("*.safetensors"):
+        config = next(folder.glob("*config.json"), None)
+        if config is not None:
+            weights.chmod(config.stat().st_mode)
+
+
 class Loaded(NamedTuple):
     """A model from a checkpoint.
 

@@ -36,6 +36,9 @@ SPECIAL_TOKENS = 2
 MAX_TOKENS = 1024
 """The most tokens of a sequence that are read unless another number is given: ESM-2 was trained on no more."""
 
+LARGEST_SEED = 2**32 - 1
+"""The largest seed that numpy takes."""
+
 _SUFFIXES: Mapping[str, Head] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",

@@ -78,7 +78,7 @@ def _what_was_given(error: Any, message: str) -> str:
 def _what_comes_last(error: Any) -> str:
     """Return what to add to the error for a missing argument of several words: the last word was taken for another."""
     parameter = getattr(error, "param", None)
-    if getattr(parameter, "nargs", 1) != -1:
+    if type(error).__name__ != "MissingParameter" or getattr(parameter, "nargs", 1) != -1:
         return ""
     names = [name.metavar for name in error.ctx.command.params if name.param_type_name == "argument"]
     return f" Expected {' '.join(names)}: the last word is taken as {names[-1]}, so one of the two is missing"

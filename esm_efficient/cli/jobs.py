@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -16,8 +17,9 @@ import typer
 from esm_efficient.cli.commands import AdapterLayersOption, app
 from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_model, quiet, show
 from esm_efficient.data.label_kinds import LabelKind
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.reporting.files import written_as
+from esm_efficient.tasks import LARGEST_SEED
 
 SourceArgument = Annotated[
     str,
@@ -246,7 +248,7 @@ def data(
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a table as finetune reads it: the first thing to do.
@@ -341,4 +343,7 @@ def _file(source: str) -> Iterator[str | Path]:
         path = Path(folder) / "standard input"
         with path.open("wb") as handle:
             shutil.copyfileobj(sys.stdin.buffer, handle)
-        yield path
+        try:
+            yield path
+        except EsmEfficientError as error:
+            raise type(error)(str(error).replace(f"{folder}{os.sep}", "")) from error

@@ -36,6 +36,7 @@ from esm_efficient.cli.output import (
     writable_folder,
 )
 from esm_efficient.cli.run_files import save_page
+from esm_efficient.tasks import LARGEST_SEED
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
 
@@ -61,7 +62,7 @@ def probe(
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split and of the draws.")] = 0,
     report: PageOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,

@@ -156,6 +156,8 @@ def as_typed(message: str, parameters: Sequence[Any]) -> str:
             if match[1] in ('""', "''"):
                 return f'{on} ""'
             value = (match[1] or "").strip("\"'")
+            if re.fullmatch(r"\[\d+(, \d+)*\]", value):
+                value = value[1:-1].replace(" ", "")
             return {"True": on, "False": off, "": on, "None": f"{on} none"}.get(value, f"{on} {value}")
 
         for name in (parameter.name, *_OTHER_NAMES.get(parameter.name, ())):

@@ -61,16 +61,20 @@ from esm_efficient.cli.output import (
     ModelOption,
     PageOption,
     VerboseOption,
+    as_typed,
     existing_file,
     is_first_rank,
     quiet,
     show,
+    typed_parameters,
+    without_codes,
     writable_folder,
 )
 from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, save_page
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
 from esm_efficient.recipes import RECIPES, get_recipe
+from esm_efficient.tasks import LARGEST_SEED
 
 Weights = Literal["balanced", "none"]
 _ALL_RECIPES = list(RECIPES)
@@ -151,7 +155,9 @@ def finetune(
     precision: Annotated[
         Literal["auto", "float32", "bf16", "fp16"], typer.Option(help="Number format of training.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the split, the head and the order of the batches.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split, the head and the order of the batches.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     config: Annotated[
         Path | None,
@@ -212,7 +218,7 @@ def _begin(plan: Any, output: Path, *, resume: bool) -> None:
 
     if not is_first_rank():
         return
-    typer.echo(f"{plan}\n", err=True)
+    typer.echo(f"{without_codes(as_typed(str(plan), typed_parameters.get()))}\n", err=True)
     if (output / RESULT).is_file() and not resume:
         typer.echo(
             f"warning: {output} has the model of another run, which this run will replace. To keep it, stop with "
@@ -313,7 +319,9 @@ def compare(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Train on this many proteins and test on a third as many.")
     ] = None,
-    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of a training run; can be repeated.")] = _SEEDS,
+    seeds: Annotated[
+        list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of a training run; can be repeated.")
+    ] = _SEEDS,
     output: Annotated[
         Path | None, typer.Option(callback=writable_folder, help="Folder for the tables and the HTML page.")
     ] = None,

@@ -28,9 +28,9 @@ USUAL_NAMES = {
     "accession": ("accession", "acc", "id", "entry", "protein_id", "uniprot", "uniprot_id", "name"),
     "partition": ("partition", "fold", "cv_fold"),
     "split": ("split", "set", "stage", "subset", "data_split", "split_name", "dataset_split"),
-    "train": ("is_train", "is_training", "in_train"),
+    "train": ("train", "is_train", "is_training", "in_train"),
     "validation": ("validation", "is_validation", "is_valid", "is_val", "is_dev", "in_validation"),
-    "test": ("is_test", "is_testing", "in_test"),
+    "test": ("test", "is_test", "is_testing", "in_test"),
     WEIGHT_COLUMN: (WEIGHT_COLUMN,),
 }
 """Names by which a column is found, in upper or lower case, when the user does not name it."""

@@ -44,6 +44,8 @@ def load_ensemble(
         ConfigurationError: a member is not an adapter, is there twice, or has another base model, task or head than the
             first; or as `load_model`.
     """
+    if files := [str(name) for name in names_or_paths if Path(name).is_file()]:
+        raise ConfigurationError(f"{listing(files)}: a file, where the folder of a model was expected")
     saved = [read_adapter(name, revision=revision, cache_dir=cache_dir, task=task) for name in names_or_paths]
     for member in saved:
         _check_alone(member)

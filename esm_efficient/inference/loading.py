@@ -54,7 +54,7 @@ def load_model(
     shapes = _shapes_of(folder)
     _set_task(config, task, folder)
     foreign.check_sizes(config, shapes, folder)
-    return _load_whole(folder, config, {}), _load_tokenizer(folder)
+    return _load_whole(folder, config, {}), load_tokenizer_of(folder)
 
 
 def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -67,7 +67,7 @@ def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     foreign.check_sizes(config, _shapes_of(folder), folder)
     loaded = _load_weights(AutoModel, folder, config, f"the model {folder}")
     check_encoder_weights(loaded.model, loaded.missing, folder)
-    return loaded.model, _load_tokenizer(folder)
+    return loaded.model, load_tokenizer_of(folder)
 
 
 class SavedAdapter(NamedTuple):
@@ -192,8 +192,7 @@ def place(model: Any, device: torch.device | str) -> Any:
 
 def load_tokenizer(saved: SavedAdapter) -> PreTrainedTokenizerBase:
     """Return the tokenizer beside an adapter, or else that of its base model."""
-    files = ("tokenizer_config.json", "vocab.txt")
-    return _load_tokenizer(saved.folder if any((saved.folder / name).is_file() for name in files) else saved.base)
+    return load_tokenizer_of(saved.folder if _has_tokenizer(saved.folder) else saved.base)
 
 
 def _base_folder(record: Mapping[str, Any], folder: Path, cache_dir: str | Path | None) -> Path:
@@ -270,7 +269,21 @@ def _load_weights(kind: Any, folder: Path, config: PreTrainedConfig, what: str) 
         raise ConfigurationError(f"the safetensors of {what} cannot be loaded: {str(error)[:500]}") from error
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.txt"))
+
+
+def load_tokenizer_of(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or of a Hub name.
+
+    Raises:
+        ConfigurationError: there is none, or it cannot be loaded.
+    """
+    if Path(folder).is_dir() and not _has_tokenizer(Path(folder)):
+        raise ConfigurationError(
+            f"{folder} has no tokenizer: expected tokenizer_config.json or vocab.txt. Copy them from the model that it "
+            "was made of"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:

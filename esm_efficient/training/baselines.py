@@ -18,7 +18,7 @@ from esm_efficient.errors import EsmEfficientError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import IGNORE, Task
 from esm_efficient.training.arguments import half_dtype
-from esm_efficient.training.intervals import Draws, draws_of, ends_of
+from esm_efficient.training.intervals import Draws, draws_of, ends_of, without_warnings
 from esm_efficient.training.layer_probes import METRICS, Examples, fit_probes, read_examples
 from esm_efficient.training.metrics import compute_metrics_for, tune_thresholds
 from esm_efficient.training.probes import Fitted, fit_probe
@@ -268,7 +268,8 @@ def _pick(task: Task, train: Examples, validation: Examples, *, default: int) ->
     if task.kind != "multi_label_classification":
         return best, None
     chosen = default if best is None else best
-    return best, tune_thresholds(validation.labels, logits[chosen], task.names)
+    with without_warnings():  # those of the model say the same of the labels
+        return best, tune_thresholds(validation.labels, logits[chosen], task.names)
 
 
 def _predict(reader: LayerReader, test: Dataset, task: Task, layer: int, predict: Fitted) -> EvalPrediction:

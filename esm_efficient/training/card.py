@@ -139,7 +139,8 @@ def _metrics(facts: CardFacts, dataset: str) -> str:
     note = ""
     if facts.intervals:
         note = (
-            "\n\nThe intervals are those of a bootstrap over the sequences. They do not include the differences between seeds."
+            "\n\nThe intervals are those of a bootstrap over the sequences. They do not include the differences "
+            "between seeds."
         )
     return f"## Metrics\n\nOn {where}:\n\n{format_markdown(rows, ('metric', 'value', '95 % interval'))}{note}"
 

@@ -238,7 +238,7 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
             )
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
-            raise DataError(f"all sequences have the class {self.classes_[0]!r}: expected two classes or more")
+            raise DataError(f"all sequences have the class {self.classes_.tolist()[0]!r}: expected two classes or more")
         names = [str(name) for name in self.classes_]
         weights: Any = self.class_weight
         if isinstance(weights, dict):

@@ -21,7 +21,7 @@ from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import pooling_of_model
 from esm_efficient.inference.loading import load_model
 from esm_efficient.published import BASE_CONFIG
-from esm_efficient.saving import portable_saving, save_base_config
+from esm_efficient.saving import portable_saving, save_base_config, share_weights
 from esm_efficient.tasks import Task, base_model_of, task_of_model
 from esm_efficient.training.card import CARD, CardFacts, Holds, model_card, public_name, run_settings
 from esm_efficient.training.onnx_file import remove_onnx, require_onnx, write_onnx
@@ -151,6 +151,7 @@ def export_model(
         model = merge_quantized(model).cpu().float().merge_and_unload()
     with portable_saving(model):
         model.save_pretrained(folder)
+    share_weights(folder)
     save_tokenizer(found.tokenizer, folder)
     record = {**found.record, "base_model": public_name(base_model), "dataset": dataset}
     (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -295,6 +296,7 @@ def _check_model(model: Any, tokenizer: Any) -> None:
 def _save_adapter(model: Any, folder: Path, found: _Trained, base_model: str, dataset: str) -> None:
     """Save an adapter as peft does, with the base model's config, for `Predictor.load`, tokenizer and card."""
     model.save_pretrained(folder)
+    share_weights(folder)
     save_base_config(model, folder / BASE_CONFIG)
     save_tokenizer(found.tokenizer, folder)
     card = model_card(found.facts, base_model, holds="adapter", dataset=dataset)

@@ -127,11 +127,11 @@ def finetune(
         states_dir: folder for the states of a recipe with ``cache=True`` (`esm_efficient.trunk.cache.cache_states`);
             None for ``states/`` in `output_dir`. Runs that share a folder compute them once.
         data_options: options of `load_sequences`, such as ``{"label": "binds"}``, for data without splits.
-        early_stopping: stop after this number of evaluations on ``validation`` without a better result, and keep the best
-            checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split; None
-            trains to the end and keeps the last state. The metric is MCC, macro-F1 or RMSE; the loss, if validation has
-            examples of one class only. The model is evaluated after each epoch, unless
-            ``eval_strategy`` and ``save_strategy`` say otherwise.
+        early_stopping: stop after this number of evaluations on ``validation`` without a better result, and keep the
+            best checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split;
+            None trains to the end and keeps the last state. The metric is MCC, macro-F1 or RMSE; the loss, if all of
+            validation is of one class. The model is evaluated after each epoch, unless ``eval_strategy`` and
+            ``save_strategy`` say otherwise.
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
         report: write ``report.html`` and a model card beside the model. `FinetuneResult.save_page` writes the report
@@ -279,7 +279,7 @@ def _make_collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
 def _check_resuming(job: Job, resume: Any) -> None:
     """Refuse to resume a run that is finished: it has its result, and the checkpoint of its last step."""
     if resume is True and (job.output_dir / RESULT).is_file():
-        refuse_finished(job.output_dir, job.args)
+        refuse_finished(job.output_dir, job.args, job.stopping)
 
 
 def _check_splits(splits: Mapping[str, Any], collator: Any, model: Any, task: Task) -> None:

@@ -15,7 +15,7 @@ from esm_efficient.encoder.attention import BACKENDS
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.recipes import Precision, Recipe
 from esm_efficient.reporting.description import DataDescription
-from esm_efficient.tasks import MAX_TOKENS, Task
+from esm_efficient.tasks import LARGEST_SEED, MAX_TOKENS, Task
 from esm_efficient.training.arguments import (
     check_token_budget,
     recipe_arguments,
@@ -174,8 +174,8 @@ def begin_job(
         DataError: as `finetune`; a split is empty, or early stopping has no known label to compare by.
         ConfigurationError: the options contradict each other.
     """
-    if not isinstance(seed, Integral):
-        raise ConfigurationError(f"seed={seed!r}: expected a whole number")
+    if not isinstance(seed, Integral) or not 0 <= int(seed) <= LARGEST_SEED:
+        raise ConfigurationError(f"seed={seed!r}: expected a whole number from 0 to {LARGEST_SEED:,}")
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigurationError(f"output_dir={str(output_dir)!r} is a file: expected a folder")
     seed = int(seed)  # a number of numpy is none for Python's generator

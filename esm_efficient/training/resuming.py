@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
+    from esm_efficient.training.stopping import EarlyStopping
+
 logger = logging.getLogger(__name__)
 
 _OPTIONS = (
@@ -77,12 +79,13 @@ def start_run(trainer: Trainer, resume_from_checkpoint: str | Path | bool | None
     return decision[0]
 
 
-def refuse_finished(folder: Path, args: TrainingArguments) -> None:
-    """Refuse to resume a run whose newest checkpoint is that of its last step.
+def refuse_finished(folder: Path, args: TrainingArguments, stopping: EarlyStopping) -> None:
+    """Refuse to resume a run whose newest checkpoint is that of its last step, or one that early stopping ended.
 
     Args:
         folder: the folder of the checkpoints of a run that has written its result.
         args: the options of training.
+        stopping: when the run ends early.
 
     Raises:
         ConfigurationError: as above.
@@ -92,6 +95,11 @@ def refuse_finished(folder: Path, args: TrainingArguments) -> None:
         return  # `start_run` says so, or finds another checkpoint
     state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
     done, planned = state["global_step"], state["max_steps"]
+    if stopping.has_ended(state):
+        raise ConfigurationError(
+            f"the run in {folder} is finished: early stopping ended it after step {done:,}. Train without "
+            "resume_from_checkpoint=True to repeat it, or with a larger early_stopping= to go on"
+        )
     if args.max_steps > 0:
         planned = max(args.max_steps, planned)
     elif args.num_train_epochs > state["num_train_epochs"]:

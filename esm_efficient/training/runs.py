@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from esm_efficient import compat
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.published import BASE_CONFIG
-from esm_efficient.saving import portable_saving, save_base_config
+from esm_efficient.saving import portable_saving, save_base_config, share_weights
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.arguments import check_token_budget
 from esm_efficient.training.batches import (
@@ -227,8 +227,11 @@ class WatchedTrainer(Trainer):
         names = portable_saving(model) if isinstance(model, PreTrainedModel) else nullcontext()
         with whole, names:
             super().save_model(output_dir, _internal_call)
-        if self.args.should_save and hasattr(model, "peft_config"):
-            save_base_config(model, Path(output_dir or self.args.output_dir or ".") / BASE_CONFIG)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            share_weights(folder)
+            if hasattr(model, "peft_config"):
+                save_base_config(model, folder / BASE_CONFIG)
 
     def begin_run(self, state: TrainerState) -> None:
         """Reset what is counted in a run; `EpochCallback` calls this for every attempt of `train`."""

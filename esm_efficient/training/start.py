@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.adapters.prepare import freeze
 from esm_efficient.adapters.quantization import quantization_config
 from esm_efficient.adapters.registry import check_encoder_weights, find_architecture, is_in_head
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of, pooling_of_model, set_pooling
+from esm_efficient.inference.loading import load_tokenizer_of
 from esm_efficient.published import available, hub_name, refuse_adapter
 from esm_efficient.recipes import RECIPES, Recipe, with_possible_pooling
 from esm_efficient.saving import load_pretrained
-from esm_efficient.tasks import Task, auto_class, head_of, head_of_config
+from esm_efficient.tasks import Pooling, Task, auto_class, head_of, head_of_config
 from esm_efficient.training.standardizing import CONFIG_NAME as LABEL_SCALE
+from esm_efficient.training.standardizing import find_output_layer
 from esm_efficient.trunk.split import truncate
 
 logger = logging.getLogger(__name__)
+
+_KINDS = {"sequence-classification": "sequences", "token-classification": "residues"}
+"""What a head predicts for, by its kind."""
+
+_OTHER_LABELS = "the head of %s predicts %s, and the labels are %s: a new output layer is trained"
 
 _PLAIN_OPTIONS = {"preset", "r", "layers", "target_modules", "lora_alpha", "lora_dropout", "use_rslora"}
 """Options of adapters that neither read the model's weights nor train any of them."""
@@ -100,12 +109,17 @@ def starting_model(
     if config.problem_type not in (None, task.problem_type):
         raise ConfigurationError(f"the model is for {config.problem_type}, but the labels are {task.describe()}")
     config.problem_type = task.problem_type
+    _follow_labels(model, tokenizer, _label_names(config), task, type(model).__name__, others="keep")
     return _kept(model, recipe), tokenizer, _forget_labels(config)
 
 
 def _kept(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """Return a model with the layers that a recipe keeps."""
-    return model if recipe.keep_layers is None else truncate(model, recipe.keep_layers)
+    if recipe.keep_layers is None:
+        return model
+    if recipe.keep_layers > (count := model.config.num_hidden_layers):
+        raise ConfigurationError(f"keep_layers={recipe.keep_layers}: expected 1 to {count} layers to keep")
+    return truncate(model, recipe.keep_layers)
 
 
 def name_of_model(model: Any) -> str:
@@ -134,20 +148,21 @@ def _load_pretrained(
     config = AutoConfig.from_pretrained(name)
     pooling = with_possible_pooling(recipe, task.head, config.model_type).pooling
     was_regressor = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    names = _label_names(config)
     _forget_labels(config)
-    if head_of_config(config) == "sequence-classification" and (before := pooling_of(config)) != pooling:
-        logger.warning(
-            "the head of %s has the pooling %r, and the recipe has %r: a new head is trained", name, before, pooling
-        )
+    _tell_of_new_head(config, name, task, pooling)
     set_pooling(config, pooling)
     # In this order: one label of a single-label problem is refused.
     config.problem_type = task.problem_type
     config.num_labels = len(task.names)
     kind = model_class(task.head, pooling)
     original, kind = (None, kind) if half is None else _with_trained_parts(kind, config, recipe)
-    loaded, missing, mismatched = load_pretrained(
-        kind, name, config=config, dtype=half or torch.float32, ignore_mismatched_sizes=True, **quantized
-    )
+    try:
+        loaded, missing, mismatched = load_pretrained(
+            kind, name, config=config, dtype=half or torch.float32, ignore_mismatched_sizes=True, **quantized
+        )
+    except SafetensorError as error:
+        raise ConfigurationError(f"the safetensors of the model {name} cannot be loaded: {error}") from error
     if original is not None:
         loaded.__class__ = original
         loaded.config.dtype = torch.float32  # that of the checkpoint's values, as before this run held them in half
@@ -155,7 +170,86 @@ def _load_pretrained(
     check_encoder_weights(loaded, new, name)
     architecture = find_architecture(loaded)
     has_head = not any(is_in_head(architecture, key) for key in new)
-    return loaded, tokenizer or AutoTokenizer.from_pretrained(name), was_regressor and has_head
+    tokenizer = tokenizer or load_tokenizer_of(name)
+    if any(is_in_head(architecture, key) for key in mismatched):
+        logger.warning(_OTHER_LABELS, name, listing(names), listing(task.names))
+    elif has_head:
+        _follow_labels(loaded, tokenizer, names, task, name, others="keep" if was_regressor else "replace")
+    return loaded, tokenizer, was_regressor and has_head
+
+
+def _label_names(config: Any) -> tuple[str, ...]:
+    """Return the names of the labels of a config in their order."""
+    return tuple(str(label) for _, label in sorted(config.id2label.items()))
+
+
+def _tell_of_new_head(config: Any, name: str | Path, task: Task, pooling: Pooling) -> None:
+    """Say that a head of another kind than the run's is not used, if the checkpoint has one."""
+    before = head_of_config(config)
+    if before not in _KINDS:
+        return
+    if before != task.head:
+        logger.warning(
+            "the head of %s is for %s, and the labels are for %s: a new head is trained",
+            *(name, _KINDS[before], _KINDS[task.head]),
+        )
+    elif before == "sequence-classification" and pooling_of(config) != pooling:
+        logger.warning(
+            "the head of %s has the pooling %r, and the recipe has %r: a new head is trained",
+            *(name, pooling_of(config), pooling),
+        )
+
+
+def _follow_labels(
+    model: Any,
+    tokenizer: Any,
+    names: tuple[str, ...],
+    task: Task,
+    source: str | Path,
+    *,
+    others: Literal["replace", "keep"],
+) -> None:
+    """Give the output layer of a model the order of the labels of a task, if it has the same labels.
+
+    Labels without names of their own are taken as they are; so are numbers, which have the name of a column.
+
+    Args:
+        model: the model, which has the output layer.
+        tokenizer: its tokenizer.
+        names: the names of the labels of the layer.
+        task: the task.
+        source: the name of the model, for messages.
+        others: whether a layer for other labels is initialised again or kept; a warning says so.
+
+    Raises:
+        ConfigurationError: the head does not end in a linear layer with a bias.
+    """
+    if names == task.names or all(re.fullmatch(r"LABEL_\d+", label) for label in names):
+        return
+    is_same = sorted(names) == sorted(task.names)
+    if not is_same and others == "keep":
+        if task.kind != "regression":
+            logger.warning(
+                "%s predicts %s, and the labels are %s: they are taken in this order",
+                *(source, listing(names), listing(task.names)),
+            )
+        return
+    layer = find_output_layer(model, tokenizer)
+    if layer is None:
+        raise ConfigurationError(
+            f"the head of {source} predicts {listing(names)}, and the labels are {listing(task.names)}: its last layer "
+            "is not a linear layer with a bias, whose rows could follow them. Give the labels in the order of the model"
+        )
+    with torch.no_grad():
+        if is_same:
+            logger.info("the labels of %s have another order: its output layer follows that of the data", source)
+            rows = [names.index(label) for label in task.names]
+            layer.weight.copy_(layer.weight[rows])
+            layer.bias.copy_(layer.bias[rows])
+        else:
+            logger.warning(_OTHER_LABELS, source, listing(names), listing(task.names))
+            layer.weight.normal_(std=getattr(model.config, "initializer_range", 0.02))
+            layer.bias.zero_()
 
 
 def _with_trained_parts(auto: Any, config: Any, recipe: Recipe) -> tuple[Any, Any]:

@@ -27,6 +27,9 @@ BEST: Mapping[str, tuple[str, bool]] = {
 """The metric that decides which model is best, by kind of task, and whether more of it is better."""
 
 
+_COUNTER = "early_stopping_patience_counter"
+"""What transformers calls the number of evaluations without a better result, in a callback and in its saved state."""
+
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 """What a Trainer adds to the metrics of an evaluation."""
 
@@ -73,7 +76,7 @@ class EarlyStopping:
         if patience is not None and "validation" not in splits:
             raise ConfigurationError(
                 f"early_stopping={patience} needs a validation split, and the data have {', '.join(splits)}: add one, "
-                "or leave early_stopping out"
+                "or train without early stopping"
             )
         metric = BEST[task.kind]
         if data is not None and "validation" in data.splits and task.kind != "regression":
@@ -106,17 +109,31 @@ class EarlyStopping:
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callback that stops the run."""
-        return [] if self.patience is None else [_ResumedEarlyStopping(early_stopping_patience=self.patience)]
+        return [] if self.patience is None else [ResumedEarlyStopping(early_stopping_patience=self.patience)]
+
+    def has_ended(self, state: Mapping[str, Any]) -> bool:
+        """Return whether early stopping ended the run of a checkpoint, by the record of its state."""
+        saved = state["stateful_callbacks"].get(ResumedEarlyStopping.__name__)
+        return None not in (saved, self.patience) and saved["attributes"][_COUNTER] >= self.patience
 
 
-class _ResumedEarlyStopping(EarlyStoppingCallback):
+class ResumedEarlyStopping(EarlyStoppingCallback):
     """Counts on from the checkpoint when a run resumes; transformers begins at 0 again."""
 
+    _has_ended = False
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the count of the checkpoint, and stop at once if it has ended the run already."""
         super().on_train_begin(args, state, control, **kwargs)
-        saved = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]
-        self.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"][_COUNTER]
+        self._has_ended = self.early_stopping_patience_counter >= self.early_stopping_patience
+        control.should_training_stop |= self._has_ended
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate and save nothing again if the checkpoint is that of the end."""
+        if self._has_ended:
+            control.should_evaluate = control.should_save = False
 
 
 def _metric_names(task: Task) -> list[str]:

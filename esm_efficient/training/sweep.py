@@ -357,9 +357,10 @@ def _refuse_equal_scores(scores: Sequence[float], metric: str, split: str) -> No
     """
     finite = [score for score in scores if np.isfinite(score)]
     if not finite or (len(set(finite)) == 1 and finite[0] < 1):
+        problem = f"is {finite[0]:.3f}" if finite else "is undefined"
         raise DataError(
-            f"the {metric} on {split} is {format_number(scores[0], '{:.3f}')} for every layer, so that no layer can be "
-            f"chosen. Expected labels that differ, in train and in {split}: two classes, or two numbers"
+            f"the {metric} on {split} {problem} for every layer, so that no layer can be chosen. Expected labels that "
+            f"differ, in train and in {split}: two classes, two numbers, or sequences with and without each label"
         )
 
 

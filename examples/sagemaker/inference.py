@@ -1,9 +1,10 @@
 """The handler of SageMaker's Hugging Face serving container: protein sequences in, named predictions out.
 
-The file is in ``code/`` beside the model, together with the library. A request is JSON (``{"inputs": "MKT..."}`` or a
-list), CSV or FASTA; see ``esm_efficient.read_request``. The response is a JSON list with one entry per sequence. The
-endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` (sequences per request), ``ESM_EFFICIENT_MAX_RESIDUES`` (residues
-per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens per sequence; default: as many as in training) set limits.
+The file is in ``code/`` beside the model, together with the library. A request is JSON (``{"inputs": "MKT..."}``, or a
+list of sequences as ``inputs``), CSV or FASTA; see ``esm_efficient.read_request``. The response is a JSON list with one
+entry per sequence. The endpoint's variables ``ESM_EFFICIENT_MAX_SEQUENCES`` (sequences per request),
+``ESM_EFFICIENT_MAX_RESIDUES`` (residues per request) and ``ESM_EFFICIENT_MAX_TOKENS`` (tokens per sequence; default: as
+many as in training) set limits.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     task = task_of(data["train"].features)
     # The demo model has the same tokenizer as every ESM-2.
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo_model_path())
-    tokenized, report = tokenize_dataset(data, tokenizer, max_tokens=options.max_tokens)
+    tokenized, _ = tokenize_dataset(data, tokenizer, max_tokens=options.max_tokens)
     if options.place.startswith("s3://"):
         claim(client("s3"), Place.parse(options.place))
     folder = f"{options.place.rstrip('/')}/dataset"
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     with fsspec.open(f"{folder}/task.json", "w") as handle:
         json.dump(record, handle, indent=2)
-    print(f"{report}\nwritten to {folder}")
+    print(f"written to {folder}")  # the report is logged
 
 
 if __name__ == "__main__":

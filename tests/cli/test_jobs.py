@@ -308,6 +308,12 @@ def test_standard_input_is_embedded(fasta, tmp_path, monkeypatch):
     assert len(rows[0]["embedding"]) == 128
 
 
+def test_an_error_names_standard_input_and_no_temporary_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert main(["embed", demo_model_path(), "-", "-o", str(tmp_path / "e.jsonl")]) == 1
+    assert capsys.readouterr().err == "error: standard input is empty\n"
+
+
 def test_a_table_is_described(run, capsys):
     assert main(["data", str(run / "proteins.csv"), "--label", "binds"]) == 0
     assert "label soluble" in capsys.readouterr().out

@@ -188,6 +188,8 @@ def test_members_that_do_not_fit_are_refused(base, folders, tokenizer, tmp_path)
         "has no adapter_config.json: expected the folder of an adapter": base,
         "there is no folder": tmp_path / "nowhere",
     }
+    (tmp_path / "proteins.fasta").write_text(">a\nMKT\n")
+    cases["proteins.fasta: a file, where the folder of a model was expected"] = tmp_path / "proteins.fasta"
     for message, path in cases.items():
         with pytest.raises(ConfigurationError, match=message):
             Predictor.load([first, path], device="cpu")

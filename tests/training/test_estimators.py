@@ -230,7 +230,8 @@ def test_weights_that_do_not_fit_the_sequences_are_refused(folder, weights):
     ("kind", "X", "y", "message"),
     [
         (EsmClassifier, ["MKT"] * 3, [0, 1], "3 sequences and 2 labels"),
-        (EsmClassifier, ["MKT"] * 3, [1, 1, 1], "all sequences have the class"),
+        (EsmClassifier, ["MKT"] * 3, [1, 1, 1], "all sequences have the class 1:"),
+        (EsmClassifier, ["MKT"] * 3, ["a", "a", "a"], "all sequences have the class 'a':"),
         (EsmClassifier, ["MKT"] * 2, [[0, 1], [1, 0]], "expected one class per sequence"),
         (EsmClassifier, ["proteins.fasta", "MKT"], [0, 1], "not protein sequences"),
         (EsmClassifier, ["MKT"] * 3, ["a", "b", float("nan")], "1 of 3 labels are missing"),

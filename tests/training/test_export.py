@@ -93,6 +93,10 @@ def test_no_file_is_pickled_or_contains_a_path_of_the_machine(run):
     }
     assert wanted | adapter <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
+    weights = [path for place in (folder, result.model_dir) for path in place.rglob("*.safetensors")]
+    assert len(weights) == (2 if result.recipe == "base" else 3)
+    permissions = {path.stat().st_mode for path in (*weights, folder / "config.json")}
+    assert len(permissions) == 1  # whoever can read the config can read the weights
     for name in names:
         if not name.endswith(".safetensors"):
             text = (folder / name).read_text()

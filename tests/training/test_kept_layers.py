@@ -126,5 +126,5 @@ def test_the_estimate_is_that_of_the_smaller_model(recipe):
 
 
 def test_more_layers_than_there_are_are_refused(tmp_path, data):
-    with pytest.raises(ConfigurationError, match="layers=5: expected 1 to 4 layers to keep"):
+    with pytest.raises(ConfigurationError, match=r"^keep_layers=5: expected 1 to 4 layers to keep"):
         run(tmp_path, data, "lora", keep_layers=5)

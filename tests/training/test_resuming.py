@@ -16,6 +16,7 @@ from esm_efficient.cli import parameters_of
 from esm_efficient.cli.output import as_typed
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.training.resuming import describe_run, refuse_finished
+from esm_efficient.training.stopping import EarlyStopping
 
 
 def values(trainer):
@@ -174,10 +175,10 @@ def test_the_same_run_resumes_and_another_length_is_a_warning(
 def test_a_finished_run_has_nothing_to_resume(adapted_run, tmp_path, options, is_finished):
     args = TrainingArguments(str(tmp_path), use_cpu=True, **options)
     if not is_finished:
-        refuse_finished(adapted_run, args)
+        refuse_finished(adapted_run, args, EarlyStopping(None, ("mcc", True)))
         return
     with pytest.raises(ConfigurationError, match=r"is finished \(6 of 6 steps\): nothing to resume") as error:
-        refuse_finished(adapted_run, args)
+        refuse_finished(adapted_run, args, EarlyStopping(None, ("mcc", True)))
     typed = as_typed(str(error.value), parameters_of(["finetune"]))
     assert "Train without --resume to repeat it" in typed
 

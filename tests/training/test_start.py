@@ -10,9 +10,18 @@ import torch
 from conftest import each_value, make_model
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoTokenizer, EsmForSequenceClassification, EsmModel
+from transformers import AutoConfig, AutoTokenizer, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
-from esm_efficient import RECIPES, EsmClassifier, finetune, load_deeploc, prepare_model, recipe_adapters, sweep_layers
+from esm_efficient import (
+    RECIPES,
+    EsmClassifier,
+    demo_model_path,
+    finetune,
+    load_deeploc,
+    prepare_model,
+    recipe_adapters,
+    sweep_layers,
+)
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.recipes import Recipe
 from esm_efficient.tasks import Task
@@ -119,7 +128,7 @@ def test_loading_needs_no_more_memory_than_the_model_as_it_is_held(tmp_path):
         (
             "8M",
             r"^facebook/esm2_t6_8M_UR50D is not in the cache \(REASON.*\)\. While online, run `hf download "
-            r'facebook/esm2_t6_8M_UR50D --local-dir esm2_8M`, then give model="esm2_8M"$',
+            r"facebook/esm2_t6_8M_UR50D --local-dir esm2_8M`, then give the folder esm2_8M as the model$",
         ),
         ("someone/absent", r"someone/absent is not in the cache \(REASON"),
         ("35X", r"there is no folder 35X, and it is neither the size of an ESM-2 model \(8M, 35M, 150M"),
@@ -138,6 +147,108 @@ def test_a_model_that_is_not_there_is_named_with_what_to_do(tmp_path, monkeypatc
         starting_model(name, None, TASK, RECIPES["lora"])
     with pytest.raises(ConfigurationError, match=message):
         EsmClassifier(name).fit(["MKT", "MAL"] * 4, [0, 1] * 4)
+
+
+def trained(folder, names, *, kind=EsmForSequenceClassification, problem="single_label_classification"):
+    """A checkpoint with a head for some labels, and the numbers of its output layer by label."""
+    ids = dict(enumerate(names))
+    model = make_model(
+        kind, num_labels=len(names), id2label=ids, label2id={name: i for i, name in ids.items()}, problem_type=problem
+    )
+    layer = output_layer_of(model)
+    torch.nn.init.normal_(layer.bias)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained(folder)
+    return rows_of(layer, names)
+
+
+def output_layer_of(model):
+    return model.classifier if isinstance(model.classifier, torch.nn.Linear) else model.classifier.out_proj
+
+
+def rows_of(layer, names):
+    numbers = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    return {name: row.tolist() for name, row in zip(names, numbers, strict=True)}
+
+
+ORDERS = {
+    "classes": ("single_label_classification", EsmForSequenceClassification),
+    "several labels": ("multi_label_classification", EsmForSequenceClassification),
+    "numbers": ("regression", EsmForSequenceClassification),
+    "residues": ("token_classification", EsmForTokenClassification),
+}
+
+
+@pytest.mark.parametrize("given", ["a folder", "a model"])
+@pytest.mark.parametrize(("kind", "model_class"), ORDERS.values(), ids=ORDERS)
+def test_the_output_layer_follows_labels_in_another_order(tmp_path, kind, model_class, given, caplog):
+    task = Task(kind, ("c", "a", "b"))
+    before = trained(tmp_path, ("a", "b", "c"), kind=model_class, problem=task.problem_type)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = tmp_path if given == "a folder" else model_class.from_pretrained(tmp_path)
+    loaded, _, _ = starting_model(model, tokenizer, task, RECIPES["lora"])
+    assert rows_of(output_layer_of(loaded), task.names) == before
+    assert "a new" not in caplog.text
+
+
+OTHERS = {
+    "other names": ("single_label_classification", ("yes", "no"), True),
+    "another number of labels": ("single_label_classification", ("a", "b", "c"), True),
+    "another kind of task": ("multi_label_classification", ("x", "y"), True),
+    "numbers": ("regression", ("x", "y"), True),
+    "the same": ("single_label_classification", ("a", "b"), False),
+}
+
+
+@pytest.mark.parametrize(("kind", "names", "is_new"), OTHERS.values(), ids=OTHERS)
+def test_an_output_layer_for_other_labels_is_a_new_one_and_is_announced(tmp_path, kind, names, is_new, caplog):
+    before = trained(tmp_path, ("a", "b"))
+    loaded, _, _ = starting_model(tmp_path, None, Task(kind, names), RECIPES["lora"])
+    layer = output_layer_of(loaded)
+    after = rows_of(layer, names)
+    announced = f"predicts a, b, and the labels are {', '.join(names)}: a new output layer is trained"
+    assert (announced in caplog.text) == is_new
+    assert (list(after.values()) != list(before.values())) == is_new
+    if is_new:
+        assert not layer.bias.any()
+        assert 0 < layer.weight.std() < 0.1
+
+
+def test_a_number_has_the_name_of_its_column_and_labels_without_names_are_taken_in_their_order(tmp_path, caplog):
+    before = trained(tmp_path / "number", ("y",), problem="regression")
+    loaded, _, _ = starting_model(tmp_path / "number", None, Task("regression", ("z",)), RECIPES["lora"])
+    assert list(rows_of(output_layer_of(loaded), "z").values()) == list(before.values())
+    before = trained(tmp_path / "unnamed", ("LABEL_0", "LABEL_1"))
+    loaded, _, _ = starting_model(tmp_path / "unnamed", None, TASK, RECIPES["lora"])
+    assert list(rows_of(output_layer_of(loaded), TASK.names).values()) == list(before.values())
+    assert "output layer" not in caplog.text
+
+
+def test_a_loaded_model_with_other_labels_is_kept_with_a_warning(tmp_path, caplog):
+    before = trained(tmp_path, ("a", "b"))
+    model = EsmForSequenceClassification.from_pretrained(tmp_path)
+    starting_model(model, AutoTokenizer.from_pretrained(tmp_path), TASK, RECIPES["lora"])
+    assert rows_of(output_layer_of(model), ("a", "b")) == before
+    assert "predicts a, b, and the labels are no, yes: they are taken in this order" in caplog.text
+
+
+def test_a_head_for_residues_in_the_place_of_one_for_sequences_is_announced(tmp_path, caplog):
+    trained(tmp_path, ("H", "E"))
+    starting_model(tmp_path, None, Task("token_classification", ("H", "E")), RECIPES["frozen"])
+    assert "is for sequences, and the labels are for residues: a new head is trained" in caplog.text
+    assert "pooling" not in caplog.text
+
+
+def test_a_damaged_folder_is_one_sentence(tmp_path):
+    trained(tmp_path, ("no", "yes"))
+    for file in ("tokenizer_config.json", "vocab.txt"):
+        (tmp_path / file).unlink(missing_ok=True)
+    with pytest.raises(ConfigurationError, match=r"has no tokenizer: expected tokenizer_config\.json or vocab\.txt"):
+        starting_model(tmp_path, None, TASK, RECIPES["lora"])
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigurationError, match=r"the safetensors of the model .* cannot be loaded: .*incomplete"):
+        starting_model(tmp_path, None, TASK, RECIPES["lora"])
 
 
 def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):

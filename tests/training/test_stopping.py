@@ -58,7 +58,11 @@ def test_a_run_that_resumes_counts_on_the_epochs_without_a_better_result(tmp_pat
     data = DatasetDict(train=split, validation=split, test=split)
     with pytest.raises(KeyboardInterrupt):
         finetune(demo_model_path(), data, callbacks=[Killed(1 + killed_after)], **options)
-    assert finetune(demo_model_path(), data, resume_from_checkpoint=True, **options).steps == 3 * 2
+    options["resume_from_checkpoint"] = True
+    assert finetune(demo_model_path(), data, **options).steps == 3 * 2
+    with pytest.raises(ConfigurationError, match=r"is finished: early stopping ended it after step 6\. Train without"):
+        finetune(demo_model_path(), data, **options)
+    assert finetune(demo_model_path(), data, **options | {"early_stopping": 3}).steps == 4 * 2
 
 
 @pytest.mark.parametrize("labels", ["classes", "numbers"])
