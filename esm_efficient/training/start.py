@@ -174,7 +174,8 @@ def _load_pretrained(
     if any(is_in_head(architecture, key) for key in mismatched):
         logger.warning(_OTHER_LABELS, name, listing(names), listing(task.names))
     elif has_head:
-        _follow_labels(loaded, tokenizer, names, task, name, others="keep" if was_regressor else "replace")
+        both_are_numbers = was_regressor and task.kind == "regression"
+        _follow_labels(loaded, tokenizer, names, task, name, others="keep" if both_are_numbers else "replace")
     return loaded, tokenizer, was_regressor and has_head
 
 

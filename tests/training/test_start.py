@@ -198,6 +198,7 @@ OTHERS = {
     "numbers": ("regression", ("x", "y"), True),
     "the same": ("single_label_classification", ("a", "b"), False),
 }
+"""Tasks for a model that predicts the classes a and b."""
 
 
 @pytest.mark.parametrize(("kind", "names", "is_new"), OTHERS.values(), ids=OTHERS)
@@ -212,6 +213,13 @@ def test_an_output_layer_for_other_labels_is_a_new_one_and_is_announced(tmp_path
     if is_new:
         assert not layer.bias.any()
         assert 0 < layer.weight.std() < 0.1
+
+
+def test_the_output_layer_of_a_regressor_predicts_no_classes(tmp_path, caplog):
+    before = trained(tmp_path, ("y", "z"), problem="regression")
+    loaded, _, _ = starting_model(tmp_path, None, TASK, RECIPES["lora"])
+    assert list(rows_of(output_layer_of(loaded), TASK.names).values()) != list(before.values())
+    assert "predicts y, z, and the labels are no, yes: a new output layer is trained" in caplog.text
 
 
 def test_a_number_has_the_name_of_its_column_and_labels_without_names_are_taken_in_their_order(tmp_path, caplog):
