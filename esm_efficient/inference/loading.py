@@ -65,7 +65,9 @@ def load_encoder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """
     config = foreign.read_config(folder)
     foreign.check_sizes(config, _shapes_of(folder), folder)
-    loaded = _load_weights(AutoModel, folder, config, f"the model {folder}")
+    # A pooler that the checkpoint lacks would be random, and so would be what tells this model from others.
+    options = {"add_pooling_layer": False} if config.model_type == "esm" else {}
+    loaded = _load_weights(AutoModel, folder, config, f"the model {folder}", **options)
     check_encoder_weights(loaded.model, loaded.missing, folder)
     return loaded.model, load_tokenizer_of(folder)
 
@@ -252,7 +254,7 @@ def _load_whole(
     return model
 
 
-def _load_weights(kind: Any, folder: Path, config: PreTrainedConfig, what: str) -> Loaded:
+def _load_weights(kind: Any, folder: Path, config: PreTrainedConfig, what: str, **options: Any) -> Loaded:
     """Load safetensors in float32 into a model of a class of transformers; errors call it `what`."""
     try:
         return load_pretrained(
@@ -264,6 +266,7 @@ def _load_weights(kind: Any, folder: Path, config: PreTrainedConfig, what: str) 
             trust_remote_code=False,
             # A config may name attention code on the Hub.
             attn_implementation="sdpa",
+            **options,
         )
     except LOAD_ERRORS as error:
         raise ConfigurationError(f"the safetensors of {what} cannot be loaded: {str(error)[:500]}") from error

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from esm_efficient import Embedder, demo_model_path, embed_file, lora_config
 from esm_efficient.encoder import forward
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.inference import files
 
 LAYERS = 4
 
@@ -109,6 +110,26 @@ def test_a_model_with_adapters_has_their_embeddings_and_must_be_merged_for_a_low
         np.testing.assert_allclose(one, other, atol=1e-4)
     with pytest.raises(ConfigurationError, match=r"layer=2: the model has adapters.*merge_and_unload"):
         Embedder(adapted, tokenizer, layer=2)
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_a_run_that_was_stopped_goes_on_with_the_model_loaded_again(tmp_path, monkeypatch, layer):
+    source, output = tmp_path / "p.fasta", tmp_path / "out.jsonl"
+    source.write_text(">a\nMKT\n>b\nMALWM\n>c\nMKV\n")
+    monkeypatch.setattr(files, "BLOCK_ROWS", 1)
+    write = files._write_block
+
+    def stop_after_the_first(file, rows, columns):
+        if rows[0].accession == "b":
+            raise KeyboardInterrupt
+        write(file, rows, columns)
+
+    monkeypatch.setattr(files, "_write_block", stop_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        embed_file(demo_model_path(), source, output, layer=layer)
+    monkeypatch.setattr(files, "_write_block", write)
+    result = embed_file(demo_model_path(), source, output, layer=layer)
+    assert (result.reused, result.computed) == (1, 2)
 
 
 def test_a_file_of_embeddings_per_residue_needs_lists(tmp_path):
