@@ -273,7 +273,7 @@ def _load_weights(kind: Any, folder: Path, config: PreTrainedConfig, what: str, 
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.txt"))
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt"))
 
 
 def load_tokenizer_of(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -154,7 +154,7 @@ class WatchedTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Do what Trainer does, and count a loss that is NaN or infinite."""
         loss = super().training_step(model, attach_packing_of(inputs), *args, **kwargs)
-        self._losses = self._losses + loss.detach().to(self.accelerator.device)
+        self._losses = self._losses + loss.detach().to(self.accelerator.device, torch.float32)
         self._watch.observe_loss(loss, self.state.global_step + 1)
         return loss
 

@@ -249,7 +249,7 @@ def test_a_head_for_residues_in_the_place_of_one_for_sequences_is_announced(tmp_
 
 def test_a_damaged_folder_is_one_sentence(tmp_path):
     trained(tmp_path, ("no", "yes"))
-    for file in ("tokenizer_config.json", "vocab.txt"):
+    for file in ("tokenizer_config.json", "tokenizer.json", "vocab.txt"):
         (tmp_path / file).unlink(missing_ok=True)
     with pytest.raises(ConfigurationError, match=r"has no tokenizer: expected tokenizer_config\.json or vocab\.txt"):
         starting_model(tmp_path, None, TASK, RECIPES["lora"])
