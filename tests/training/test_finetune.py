@@ -430,3 +430,13 @@ def test_a_run_whose_record_is_not_written_whole_is_not_finished(tmp_path, demo_
     result = finetune(demo_model_path(), data, resume_from_checkpoint=True, **options)
     assert (result.steps, result.steps_resumed) == (2, 2)
     assert load_result(tmp_path).metrics == result.metrics
+
+
+@pytest.mark.parametrize("empty", ["train", "validation", "test"])
+def test_an_empty_split_of_tokens_is_refused_before_a_model_is_loaded(tmp_path, demo_table, empty):
+    data = load_deeploc(demo_table, max_residues=150)
+    tokens, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    tokens[empty] = tokens[empty].select([])
+    with pytest.raises(DataError, match=f"split '{empty}' has no row"):
+        finetune("no/model", tokens, output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
