@@ -30,7 +30,7 @@ FULL = "full-first-e1"
 CHOOSING, HELD_OUT, AT_RANDOM = ([0, 1, 2], [3]), ([0, 1, 2], [4]), (["random"], ["random"])
 USUAL_SPLIT = ([0, 1, 2, 3], [4])
 SPLITS = {"tuning": [CHOOSING], "leakage": [USUAL_SPLIT, AT_RANDOM]}
-SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration")}
+SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration", "full")}
 """The partitions for training and for testing of some tables and plots; all others have the usual split."""
 PROTEINS = 2400
 """The training proteins of everything but the learning curve."""
@@ -281,6 +281,11 @@ def gain_table(runs: list[dict]) -> str:
     return methods_table(runs, titles, best_probe(runs), "the best probe")
 
 
+def full_table(runs: list[dict]) -> str:
+    """Return full fine-tuning with each head and number of epochs, compared with the recipe `base` for one epoch."""
+    return methods_table(runs, matching(runs, ["full-*"]), FULL, FULL)
+
+
 def matching(runs: list[dict], patterns: Sequence[str]) -> dict[str, str]:
     """Return the methods whose name fits a pattern, pattern by pattern, each with its name as title."""
     methods = dict.fromkeys(run["method"] for run in runs)
@@ -338,6 +343,7 @@ WHOLE_TABLES = {
     "truncation": truncation_table,
     "headline": headline_table,
     "leakage": leakage_table,
+    "full": full_table,
     "gain": gain_table,
     "tuning": tuning_table,
 }
