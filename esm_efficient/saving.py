@@ -8,6 +8,7 @@ that it knows computes with exact ones.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import re
 import warnings
@@ -79,9 +80,8 @@ def share_weights(folder: Path) -> None:
 
     safetensors 0.8 lets only their owner read them, whatever the umask.
     """
-    for weights in folder.glob("*.safetensors"):
-        config = next(folder.glob("*config.json"), None)
-        if config is not None:
+    for config in itertools.islice(folder.glob("*config.json"), 1):
+        for weights in folder.glob("*.safetensors"):
             weights.chmod(config.stat().st_mode)
 
 

@@ -121,7 +121,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     for name, most in _LARGEST.items():
         value: Any = record.get(name)
         if _is_number(value) and value > most:
-            raise ConfigurationError(f"{path} has {name}={value:.6g}: expected at most {most:,}")
+            raise ConfigurationError(f"{path} has {name}={value:,}: expected at most {most:,}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = {int(index): str(name) for index, name in config.id2label.items()}

@@ -284,8 +284,8 @@ def load_tokenizer_of(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     if Path(folder).is_dir() and not _has_tokenizer(Path(folder)):
         raise ConfigurationError(
-            f"{folder} has no tokenizer: expected tokenizer_config.json or vocab.txt. Copy them from the model that it "
-            "was made of"
+            f"{folder} has no tokenizer: expected tokenizer_config.json, tokenizer.json or vocab.txt. Copy them from "
+            "the model that it was made of"
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -191,7 +191,7 @@ def begin_job(
     data = describe_if_known(raw)
     stopping = EarlyStopping.check(early_stopping, raw, task, data=data)
     if stopping.patience is not None:
-        refuse_unlabelled(raw["validation"], task, "validation")
+        refuse_unlabelled(raw["validation"], task)
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
     stopping.check_metric(args, task)
     refuse_data_parallel(args)

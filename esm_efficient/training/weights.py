@@ -79,22 +79,21 @@ def refuse_constant_labels(train: Any, task: Task, name: str | None = None) -> N
     raise DataError(f"{problem}. Give other labels, or name another column with label=")
 
 
-def refuse_unlabelled(split: Any, task: Task, name: str) -> None:
-    """Refuse a split without a known label, by which early stopping could tell no epoch from another.
+def refuse_unlabelled(validation: Any, task: Task) -> None:
+    """Refuse a validation split without a known label, by which early stopping could tell no epoch from another.
 
     Args:
-        split: the split, raw or tokenised; the labels of a stream are not read.
+        validation: the split, raw or tokenised; the labels of a stream are not read.
         task: the task.
-        name: the name of the split, for the message.
 
     Raises:
         DataError: as above.
     """
-    features = getattr(split, "features", None) or {}
-    known, _ = _known_labels(split.remove_columns(WEIGHT_COLUMN) if WEIGHT_COLUMN in features else split, task)
+    weighted = WEIGHT_COLUMN in (getattr(validation, "features", None) or {})
+    known, _ = _known_labels(validation.remove_columns(WEIGHT_COLUMN) if weighted else validation, task)
     if known and not any(map(len, known)):
         raise DataError(
-            f"{name} has no known label, so that early stopping cannot tell which epoch is best: label some of its "
+            "validation has no known label, so that early stopping cannot tell which epoch is best: label some of its "
             "rows, leave the split out, or train without early stopping"
         )
 

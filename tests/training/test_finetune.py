@@ -440,3 +440,20 @@ def test_an_empty_split_of_tokens_is_refused_before_a_model_is_loaded(tmp_path, 
     with pytest.raises(DataError, match=f"split '{empty}' has no row"):
         finetune("no/model", tokens, output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_the_home_directory_is_one_folder(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    result = finetune(demo_model_path(), data, recipe="frozen", output_dir="~/run", max_steps=1, disable_tqdm=True)
+    assert result.model_dir == tmp_path / "home" / "run" / "model"
+    assert (tmp_path / "home" / "run" / "states").is_dir()
+    export_model(result, "~/exported", base_model="a/demo")
+    assert (tmp_path / "home" / "exported" / "config.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path, data, seed):
+    with pytest.raises(ConfigurationError, match=f"seed={seed}: expected a whole number from 0 to 4,294,967,295"):
+        finetune("no/model", data, output_dir=tmp_path, seed=seed)
