@@ -251,9 +251,7 @@ def test_a_damaged_folder_is_one_sentence(tmp_path):
     trained(tmp_path, ("no", "yes"))
     for file in ("tokenizer_config.json", "tokenizer.json", "vocab.txt"):
         (tmp_path / file).unlink(missing_ok=True)
-    with pytest.raises(
-        ConfigurationError, match=r"has no tokenizer: expected tokenizer_config\.json, tokenizer"
-    ):
+    with pytest.raises(ConfigurationError, match=r"has no tokenizer: expected tokenizer_config\.json, tokenizer"):
         starting_model(tmp_path, None, TASK, RECIPES["lora"])
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
