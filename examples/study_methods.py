@@ -149,5 +149,4 @@ def tuning_methods(layers: int) -> list[Method]:
 def quick_rows(layers: int) -> list[str]:
     """Return the methods of ``--quick`` for an encoder with this number of layers."""
     third = len(select_layers("top-1/3", layers))
-    deep = [f"lora-top{third}-first-e1", f"lora-top{third}-mean-e1", f"lora-top{layers}-first-e1", "full-first-e1"]
-    return ["majority", "composition", "probe*", "frozen-mean-e3", "frozen-attention-e3", *deep]
+    return ["majority", "composition", "probe*", "frozen-attention-e3", f"lora-top{third}-first-e3", "full-first-e1"]
