@@ -12,7 +12,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import tiny_config
+from conftest import slow_except, tiny_config
 from datasets import DatasetDict
 
 from esm_efficient import RECIPES, compare, demo_model_path, estimate, load_deeploc, stratified_sample
@@ -73,6 +73,7 @@ def test_the_note_names_the_longest_sequence(tokens, described):
     assert described in found.note
 
 
+@pytest.mark.slow
 def test_runs_are_measured_with_their_metric(measured, data):
     steps, epochs = at(measured, "steps"), at(measured, "epochs")
     # 24 sequences in batches of 8 are 3 steps, so both budgets share one run. In batches of 4 they are 6 steps.
@@ -101,7 +102,7 @@ def test_a_run_on_cached_states_shows_what_the_cache_costs_and_its_folder_is_kep
     assert 0 < f.cache_seconds < f.seconds
 
 
-@pytest.mark.parametrize("kind", ["estimated", "measured"])
+@pytest.mark.parametrize("kind", slow_except(["estimated", "measured"], "estimated"))
 def test_every_format_has_the_same_figures(kind, request, tmp_path):
     comparison = request.getfixturevalue(kind)
     files = comparison.save(tmp_path / "out")
@@ -127,11 +128,11 @@ def test_the_page_loads_nothing(estimated):
     assert page.count("<svg") == 4
 
 
-def test_the_page_opens_in_a_browser_without_a_network(measured, tmp_path):
+def test_the_page_opens_in_a_browser_without_a_network(estimated, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium is installed")
-    [*_, page] = measured.save(tmp_path)
+    [*_, page] = estimated.save(tmp_path)
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     options += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     run = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
@@ -140,7 +141,7 @@ def test_the_page_opens_in_a_browser_without_a_network(measured, tmp_path):
     assert dom.count("<figure>") == dom.count("</svg>") == 4
     assert dom.count("<tbody>") == 2
     assert "<h2>Memory over one step</h2>" in dom
-    for f in measured.figures:
+    for f in estimated.figures:
         assert f"<td>{f.recipe.name}</td>" in dom
     shot = tmp_path / "page.png"
     options[-1] = f"--screenshot={shot}"

@@ -119,7 +119,6 @@ def test_recommend_prints_what_it_tried(capsys):
     slow_except(
         ["", "--tokens 2000", "--layers top-1/3 --cache --pooling mean --precision fp16 --keep-layers 3"],
         "",
-        "--tokens 2000",
     ),
 )
 def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch):
@@ -184,6 +183,7 @@ def test_compare_trains_on_a_table_of_ones_own(labels, metric, tmp_path, capsys)
     assert [len(row["scores"]) for row in record["rows"]] == [1, 1]
 
 
+@pytest.mark.slow
 def test_compare_trains_on_the_demo(capsys):
     from esm_efficient import demo_model_path
 

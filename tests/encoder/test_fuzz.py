@@ -10,7 +10,7 @@ BLOCK = 25
 """Models per test."""
 
 
-@pytest.mark.parametrize("block", slow_except(range(20), *range(4)))
+@pytest.mark.parametrize("block", slow_except(range(20), 0, 1))
 def test_random_calls_agree_with_the_plain_model(block):
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
         fuzzing.run(seed)

@@ -25,6 +25,7 @@ def describe(result):
     return recipe.micro_batch, recipe.accumulation, recipe.gradient_checkpointing, recipe.trains
 
 
+@pytest.mark.slow
 def test_the_nearest_setting_changes_as_little_as_possible():
     model = make_model(hidden_size=128, intermediate_size=512, num_attention_heads=8)
     options = {"micro_batch": 4, "accumulation": 1, "tokens": 200}

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, slow_except
+from conftest import make_model, slow_except, tiny_config
 from datasets import Dataset, DatasetDict
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, EsmForTokenClassification
@@ -154,8 +154,8 @@ def test_the_pass_that_computes_the_states_is_counted_as_it_runs():
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"recipe": "frozen"}, marks=pytest.mark.slow),
-        {"recipe": CACHED["lora"], "device": "T4", "precision": "fp16"},
+        {"recipe": "frozen"},
+        pytest.param({"recipe": CACHED["lora"], "device": "T4", "precision": "fp16"}, marks=pytest.mark.slow),
         pytest.param({"recipe": RECIPES["lora"].replace(layers="top-4")}, marks=pytest.mark.slow),
         pytest.param({"recipe": RECIPES["gc"].replace(layers="top-6", cache=True)}, marks=pytest.mark.slow),
         pytest.param(
@@ -183,18 +183,18 @@ def test_extrapolated_figures_equal_those_of_all_layers(options):
 
 
 def test_the_disk_is_that_of_the_given_lengths():
-    width = 320
+    config, width = tiny_config(num_hidden_layers=3), 16
     frozen = RECIPES["frozen"].replace(pooling="first")
-    one = estimate("8M", recipe=frozen, tokens=100)
+    one = estimate(config, recipe=frozen, tokens=100)
     assert (one.sequences, one.cache.bytes) == (15_876, 15_876 * (width * 2 + 1))  # bf16, the first token, the format
     lora = RECIPES["lora"].replace(layers="top-1/3", cache=True)
     data = DatasetDict(
         train=Dataset.from_dict({"residues": [8, 28]}), validation=Dataset.from_dict({"residues": [18, 18, 18]})
     )
-    many = estimate("8M", recipe=lora, tokens=data, precision="float32")
+    many = estimate(config, recipe=lora, tokens=data, precision="float32")
     assert (many.sequences, many.cache.sequences) == (2, 5)
     assert many.cache.bytes == (10 + 30 + 3 * 20) * width * 4 + 5
-    sample = estimate("8M", recipe=lora, tokens=[10, 30], sequences=1000, precision="float32")
+    sample = estimate(config, recipe=lora, tokens=[10, 30], sequences=1000, precision="float32")
     assert sample.cache.bytes == 500 * ((10 + 30) * width * 4 + 2)
     assert sample.cache.bytes == data_lengths([10, 30], 1000).total(
         lambda tokens: StateFormat("float32").bytes_for(tokens, width)
@@ -223,17 +223,19 @@ def test_the_text_and_json_say_what_the_cache_costs_and_when_it_pays():
 @pytest.mark.parametrize(("given", "is_assumed"), [({"tokens": 64}, True), ({"tokens": [64, 70]}, False)])
 def test_a_number_of_sequences_that_nobody_gave_is_said_to_be_assumed(given, is_assumed):
     advice = "give sequences=N"
-    assert (advice in str(estimate("8M", recipe="frozen", **given).cache)) == is_assumed
-    assert advice not in str(estimate("8M", recipe="frozen", sequences=15_876, **given).cache)
+    config = tiny_config()
+    assert (advice in str(estimate(config, recipe="frozen", **given).cache)) == is_assumed
+    assert advice not in str(estimate(config, recipe="frozen", sequences=15_876, **given).cache)
 
 
 def test_a_cache_that_saves_nothing_never_pays_and_a_cpu_has_no_times(monkeypatch):
-    cache = estimate("8M", recipe=CACHED["all"], tokens=64, sequences=100).cache
+    config = tiny_config()
+    cache = estimate(config, recipe=CACHED["all"], tokens=64, sequences=100).cache
     slower = dataclasses.replace(cache, epoch_seconds=2.0, epoch_seconds_without=1.9)
     assert (cache.layers, slower.pays_after, slower.to_dict()["pays_after_epochs"]) == (0, math.inf, None)
     assert "it never pays" in str(slower)
     monkeypatch.delattr("esm_efficient.estimation.caching.simulate_model")  # only times need it
-    on_cpu = estimate("8M", recipe="frozen", tokens=64, device="cpu")
+    on_cpu = estimate(config, recipe="frozen", tokens=64, device="cpu")
     assert math.isnan(on_cpu.cache.seconds)
     assert math.isnan(on_cpu.cache.pays_after)
     assert on_cpu.to_dict()["cache"]["pays_after_epochs"] is None

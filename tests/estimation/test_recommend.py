@@ -55,15 +55,17 @@ def test_a_smaller_device_gets_a_leaner_setting():
 
 def test_a_device_of_known_memory_alone_is_ranked_by_the_rates_of_the_usual_one():
     known, options = get_device(DEFAULT_DEVICE), {"batch_size": 1, "recipes": ["lora", "base"], "progress": False}
-    expected = recommend("8M", dataclasses.replace(known, memory=12 * 1024 * MIB), 100, **options)
-    got = recommend("8M", "12GB", 100, **options)
+    config = tiny_config()
+    expected = recommend(config, dataclasses.replace(known, memory=12 * 1024 * MIB), 100, **options)
+    got = recommend(config, "12GB", 100, **options)
     assert got.chosen.device.memory == 12 * 1024 * MIB
     assert [a.estimate.seconds for a in got.attempts] == [a.estimate.seconds for a in expected.attempts]
     assert f"on 12GB with the rates of {DEFAULT_DEVICE} (12.0 GiB" in str(got)
 
 
 def test_every_setting_has_the_batch_size_and_its_learning_rate():
-    result = recommend("8M", gpu(4000), 50, batch_size=2, recipes=["lora"], presets=["qkv", "mlp"], progress=False)
+    options = {"recipes": ["lora"], "presets": ["qkv", "mlp"], "progress": False}
+    result = recommend(tiny_config(), gpu(4000), 50, batch_size=2, **options)
     assert {a.estimate.recipe.batch_size for a in result.attempts} == {2}
     assert {a.estimate.recipe.preset for a in result.attempts} == {"qkv", "mlp"}
     assert {a.estimate.recipe.micro_batch for a in result.attempts} == {1, 2}
@@ -99,19 +101,21 @@ def test_a_cache_is_recommended_if_it_pays_within_the_epochs(epochs, expected):
 
 def test_a_cache_that_is_larger_than_the_disk_is_refused():
     options = {"batch_size": 1, "progress": False, "sequences": 500, "epochs": 50, "recipes": [TOP]}
-    free = recommend("8M", "A10G", 100, **options)
+    config = tiny_config(num_hidden_layers=3)
+    free = recommend(config, "A10G", 100, **options)
     size = free.chosen.cache.bytes
-    assert size == 500 * (100 * 320 * 2 + 1)  # one byte for the format
-    enough, too_small = (recommend("8M", "A10G", 100, disk=size - lack, **options) for lack in (0, 1))
-    assert "fits the disk with 30.5 MiB" in str(enough)
+    assert size == 500 * (100 * 16 * 2 + 1)  # one byte for the format
+    enough, too_small = (recommend(config, "A10G", 100, disk=size - lack, **options) for lack in (0, 1))
+    assert "fits the disk with 1.53 MiB" in str(enough)
     assert too_small.chosen.cache is None
     assert [a.refused for a in cached(too_small)] == ["the cache does not fit the disk: 1 B too much"]
 
 
 def test_settings_without_a_cache_can_be_asked_for():
     options = {"batch_size": 1, "progress": False, "recipes": ["frozen", TOP, "lora"]}
-    assert not cached(recommend("8M", "A10G", 50, cache=False, **options))
-    both = recommend("8M", "A10G", 50, **options)
+    config = tiny_config(num_hidden_layers=3)
+    assert not cached(recommend(config, "A10G", 50, cache=False, **options))
+    both = recommend(config, "A10G", 50, **options)
     assert [a.estimate.recipe.cache for a in both.attempts] == [False, True, False, True, False]
 
 

@@ -125,6 +125,7 @@ def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tm
     assert {file: file.stat().st_mtime_ns for file in states} == states
 
 
+@pytest.mark.slow
 def test_states_are_those_of_one_model_and_one_table(location_study, tmp_path, demo_table):
     shutil.copytree(demo_model_path(), tmp_path / "model")
     other = tmp_path / "other.csv"

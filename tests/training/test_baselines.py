@@ -136,7 +136,8 @@ def test_intervals_of_residues_are_those_of_whole_proteins(data, tokenizer):
     feature, label, task, _ = LABELS["residues"]
     splits = DatasetDict()
     for name, split in data.items():
-        rows = {"sequence": split["sequence"][:], "label": [label(s) for s in split["sequence"]]}
+        few = split["sequence"][:16]
+        rows = {"sequence": few, "label": [label(s) for s in few]}
         splits[name] = Dataset.from_dict(rows, features=Features({"sequence": Value("string"), "label": feature}))
     tokenized, _ = tokenize_dataset(splits, tokenizer)
     one = DatasetDict(tokenized)

@@ -66,7 +66,7 @@ RECIPES_TO_CACHE = {
 }
 
 
-@pytest.mark.parametrize("name", slow_except(RECIPES_TO_CACHE, "adapters, checkpointing"))
+@pytest.mark.parametrize("name", slow_except(RECIPES_TO_CACHE, "adapters"))
 def test_a_cached_run_gives_the_model_and_the_metrics_of_the_same_run_without_a_cache(tmp_path, data, name):
     recipe = RECIPES_TO_CACHE[name]
     options = {"num_train_epochs": 2, "eval_strategy": "epoch"}

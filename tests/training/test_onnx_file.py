@@ -45,7 +45,8 @@ def trained(kind):
     return model
 
 
-@pytest.mark.parametrize("kind", slow_except(TASKS, "class"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TASKS)
 def test_onnxruntime_computes_the_logits_of_plain_transformers(tmp_path, tokenizer, kind):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

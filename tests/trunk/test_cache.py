@@ -589,7 +589,7 @@ def with_labels(data, kind):
             ("class", 4, True),
             ("class", 4, False),
         ],
-        ("labels", 2, True),
+        ("class", 1, True),
     ),
 )
 def test_training_on_the_cache_gives_the_weights_of_training_without_it(
