@@ -10,28 +10,26 @@ replaces what is between them, and writes the plots as SVG files beside the page
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from location_study import location_table, locations_table
-from study_results import best_probe, cost, read_results, runs_on, scores, show
+from study_plots import AGAINST, CALIBRATED, CURVE, FULL, LAYERS, PLOTS, curve_sizes, tuned_at
+from study_results import best_probe, cost, mean_cost, read_results, runs_on, scores, show
 
-from esm_efficient.reporting.plots import new_figure, plain_text, svg_of
 from esm_efficient.reporting.tables import format_bytes, format_markdown
-from esm_efficient.training.metrics import confidence_interval
 
-AGAINST = "lora-top6-first-e1"
-LAYERS = 6
-FULL = "full-first-e1"
 CHOOSING, HELD_OUT, AT_RANDOM = ([0, 1, 2], [3]), ([0, 1, 2], [4]), (["random"], ["random"])
 USUAL_SPLIT = ([0, 1, 2, 3], [4])
 SPLITS = {"tuning": [CHOOSING], "leakage": [USUAL_SPLIT, AT_RANDOM]}
 SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration", "full")}
 """The partitions for training and for testing of some tables and plots; all others have the usual split."""
+ALIKE = 0.15
+"""Two methods whose times differ by no more than this share take about as long."""
 PROTEINS = 2400
 """The training proteins of everything but the learning curve."""
 TABLES = {
@@ -78,22 +76,10 @@ TUNED = {
     "lora-top2-first-e3": "3 epochs, not 1",
 }
 """The rows of the table of settings, in words; the first is what the others are compared with."""
-CALIBRATED = "top-calibrated-e1"
 LEAKING = {"composition": "amino-acid shares", "probe": "the best linear probe", "lora-top2-first-e1": "the recipe top"}
 """The methods of the table of leakage, in words."""
-CURVE = {
-    "lora-top2-first-e1": ("LoRA, 1 epoch", "#0072b2"),
-    "lora-top2-first-e3": ("LoRA, 3 epochs", "#d55e00"),
-    FULL: ("full fine-tuning, 1 epoch", "#009e73"),
-}
-"""The methods of the learning curve beside the best probe, in words, and their colours."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def tuned_at(layer: int) -> str:
-    """Return the method that fine-tunes the lowest layers alone; with all of them it is LoRA on the whole model."""
-    return AGAINST if layer == LAYERS else f"truncated{layer}-lora-first-e1"
 
 
 def truncation_table(runs: list[dict]) -> str:
@@ -113,59 +99,6 @@ def truncation_table(runs: list[dict]) -> str:
     return format_markdown(rows, header)
 
 
-@plain_text
-def truncation_plot(runs: list[dict]) -> str:
-    """Plot the MCC of probes and of fine-tuning by the number of layers, with 95 % intervals."""
-    figure, [[axes]] = new_figure(7, 4)
-    lines = {
-        "linear probe, first token": ("#999999", lambda layer: f"probe{layer}-first"),
-        "linear probe, mean over residues": ("#0072b2", lambda layer: f"probe{layer}-mean"),
-        "LoRA on all layers up to here, first token": ("#d55e00", tuned_at),
-    }
-    for name, (colour, method) in lines.items():
-        draw(axes, [(layer, list(scores(runs, method(layer)).values())) for layer in range(LAYERS + 1)], name, colour)
-    axes.set_xlabel("layers (0: embeddings)")
-    axes.set_ylabel("MCC on the test proteins")
-    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9)
-    return svg_of(figure)
-
-
-@plain_text
-def depth_plot(runs: list[dict]) -> str:
-    """Plot the MCC of LoRA by its CPU seconds, with 95 % intervals, one line per number of epochs."""
-    figure, [[axes]] = new_figure(7, 4)
-    for epochs, colour in ((1, "#0072b2"), (3, "#d55e00")):
-        points = []
-        for layers in (1, 2, 3, LAYERS):
-            method = f"lora-top{layers}-first-e{epochs}"
-            costs = [seconds for run in runs if run["method"] == method and (seconds := cost(run, runs)) is not None]
-            if costs:
-                points.append((statistics.fmean(costs), list(scores(runs, method).values())))
-                place = points[-1][0], statistics.fmean(points[-1][1])
-                axes.annotate(f"top {layers}", place, (5, 5), fontsize=9, textcoords="offset points")
-        draw(axes, points, f"LoRA, {epochs} epoch{'s' if epochs > 1 else ''}", colour)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("CPU seconds of the run, cached states included")
-    axes.set_ylabel("MCC on the test proteins")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return svg_of(figure)
-
-
-def draw(axes: Any, points: Sequence[tuple[float, list[float]]], name: str, colour: str) -> None:
-    """Draw the means of values over x as a line, with their 95 % intervals; points without values are left out."""
-    shown = [(x, statistics.fmean(values), confidence_interval(values)) for x, values in points if values]
-    axes.plot([x for x, _, _ in shown], [y for _, y, _ in shown], marker="o", color=colour, label=name)
-    for x, _, interval in shown:
-        if interval is not None:
-            axes.plot([x, x], interval, color=colour, linewidth=1, alpha=0.5)
-
-
-def curve_sizes(runs: list[dict]) -> dict[int, list[dict]]:
-    """Return the runs by their number of training proteins, the smallest first."""
-    sizes = sorted({run["split"]["proteins"][0] for run in runs})
-    return {size: [run for run in runs if run["split"]["proteins"][0] == size] for size in sizes}
-
-
 def curve_table(runs: list[dict]) -> str:
     """Return the methods by the number of training proteins."""
     rows = []
@@ -177,24 +110,6 @@ def curve_table(runs: list[dict]) -> str:
         rows.append([f"{size:,}", *cells, *(show(values, "{:+.3f}") for values in gains)])
     titles = [title for title, _ in CURVE.values()]
     return format_markdown(rows, ("training proteins", "best probe", *titles, *(f"{t} - probe" for t in titles[:2])))
-
-
-@plain_text
-def curve_plot(runs: list[dict]) -> str:
-    """Plot the MCC by the number of training proteins, with 95 % intervals."""
-    figure, [[axes]] = new_figure(7, 4)
-    sizes = curve_sizes(runs)
-    points = [(size, list(scores(same, best_probe(same)).values())) for size, same in sizes.items()]
-    draw(axes, points, "the best linear probe", "#999999")
-    for method, (title, colour) in CURVE.items():
-        draw(axes, [(size, list(scores(same, method).values())) for size, same in sizes.items()], title, colour)
-    axes.set_xscale("log")
-    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
-    axes.set_xlabel("training proteins")
-    axes.set_ylabel("MCC on the test proteins")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return svg_of(figure)
 
 
 def calibration_table(runs: list[dict]) -> str:
@@ -216,28 +131,6 @@ def calibration_table(runs: list[dict]) -> str:
     return format_markdown(rows, ("seed", "temperature", "error before", "error after", "MCC"))
 
 
-def pooled(runs: Sequence[Sequence[tuple[float, float, int]]]) -> list[tuple[float, float]]:
-    """Return mean probability and share that is right, in tenths of the probability, of the bins of several runs."""
-    places: dict[int, list] = {}
-    for chance, share, count in (entry for bins in runs for entry in bins):
-        places.setdefault(min(int(chance * 10), 9), []).append((chance * count, share * count, count))
-    sums = [[sum(column) for column in zip(*places[place], strict=True)] for place in sorted(places)]
-    return [(chance / count, share / count) for chance, share, count in sums]
-
-
-@plain_text
-def calibration_plot(runs: list[dict]) -> str:
-    """Plot how often predictions of a probability come true before and after the temperature, all seeds together."""
-    figure, [[axes]] = new_figure(5, 4)
-    axes.plot([0.5, 1], [0.5, 1], "--", color="#999999", linewidth=0.8)
-    for name, colour in (("before", "#d55e00"), ("after", "#0072b2")):
-        found = [run["calibration"][name]["bins"] for run in runs if run["method"] == CALIBRATED]
-        axes.plot(*zip(*pooled(found), strict=True), marker="o", color=colour, label=f"{name} the temperature")
-    axes.set(xlabel="probability that the model gives", ylabel="share that is right")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return svg_of(figure)
-
-
 def leakage_table(runs: list[dict]) -> str:
     """Return the MCC of methods on a random split and on partitions, each the mean over the seeds."""
     by_split = [runs_on(split, runs) for split in (USUAL_SPLIT, AT_RANDOM)]
@@ -249,15 +142,6 @@ def leakage_table(runs: list[dict]) -> str:
             gain = statistics.fmean(found[1]) - statistics.fmean(found[0])
             rows.append((title, *(show(values) for values in found), f"{gain:+.3f}"))
     return format_markdown(rows, ("method", "MCC by partition", "MCC of a random split", "difference"))
-
-
-PLOTS = {
-    "calibration": (calibration_plot, "Share of right predictions by probability, before and after the temperature"),
-    "curve": (curve_plot, "MCC of a probe and of fine-tuning by the number of training proteins"),
-    "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
-    "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
-}
-"""The function of a plot, and what it shows in words."""
 
 
 def headline_table(runs: list[dict]) -> str:
@@ -284,6 +168,21 @@ def gain_table(runs: list[dict]) -> str:
 def full_table(runs: list[dict]) -> str:
     """Return full fine-tuning with each head and number of epochs, compared with the recipe `base` for one epoch."""
     return methods_table(runs, matching(runs, ["full-*"]), FULL, FULL)
+
+
+def time_table(runs: list[dict]) -> str:
+    """Return each method of three epochs beside each method of one epoch that takes about as long."""
+    rows = []
+    for three, one in itertools.product(*(matching(runs, [f"lora-top*-first-e{epochs}"]) for epochs in (3, 1))):
+        seconds = [mean_cost(runs, name) for name in (three, one)]
+        if None in seconds or abs(seconds[0] / seconds[1] - 1) > ALIKE:
+            continue
+        found = [scores(runs, name) for name in (three, one)]
+        differences = [found[0][seed] - found[1][seed] for seed in found[0] if seed in found[1]]
+        cells = (show(list(of_one.values())) for of_one in found)
+        rows.append((three, one, *(f"{value:.0f}" for value in seconds), *cells, show(differences, "{:+.3f}")))
+    header = ("three epochs", "one epoch", "CPU s", "CPU s", "MCC", "MCC", "difference")
+    return format_markdown(rows, header)
 
 
 def matching(runs: list[dict], patterns: Sequence[str]) -> dict[str, str]:
@@ -317,7 +216,7 @@ def methods_table(
         mean = {key: statistics.fmean(run["metrics"][key] for run in same) for key in ("accuracy", "auroc")}
         found = scores(same, name)
         differences = [found[seed] - whole[seed]["metrics"]["mcc"] for seed in found if seed in whole]
-        costs = [seconds for run in same if (seconds := cost(run, runs)) is not None]
+        seconds = mean_cost(runs, name)
         peaks = [run["peak_activation_bytes"] for run in same if "peak_activation_bytes" in run]
         rows.append(
             (
@@ -327,7 +226,7 @@ def methods_table(
                 f"{mean['auroc']:.3f}",
                 show(list(found.values())),
                 show(differences, "{:+.3f}"),
-                f"{statistics.fmean(costs):.1f}" if costs else "-",
+                "-" if seconds is None else f"{seconds:.1f}",
                 format_bytes(max(peaks)) if peaks else "-",
             )
         )
@@ -344,6 +243,7 @@ WHOLE_TABLES = {
     "headline": headline_table,
     "leakage": leakage_table,
     "full": full_table,
+    "time": time_table,
     "gain": gain_table,
     "tuning": tuning_table,
 }

@@ -127,6 +127,12 @@ def scores(runs: list[dict], method: str) -> dict[int, float]:
     return {run["seed"]: run["metrics"]["mcc"] for run in runs if run["method"] == method}
 
 
+def mean_cost(runs: list[dict], method: str) -> float | None:
+    """Return the mean CPU seconds of a method's runs; None if no run has a cost."""
+    costs = [seconds for run in runs if run["method"] == method and (seconds := cost(run, runs)) is not None]
+    return statistics.fmean(costs) if costs else None
+
+
 def best_probe(runs: list[dict]) -> str:
     """Return the linear probe with the highest mean MCC."""
     probes = dict.fromkeys(run["method"] for run in runs if run["method"].startswith("probe"))

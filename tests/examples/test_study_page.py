@@ -153,9 +153,26 @@ def test_calibration_is_shown_before_and_after_the_temperature_and_its_bins_are_
     assert [cell.split()[0] for cell in rows[4]] == ["mean", "1.60", "0.070", "0.020", "0.750"]
 
 
+def test_methods_are_beside_each_other_if_they_take_about_as_long(study_page):
+    def run(method, seed, mcc, seconds):
+        costs = {"prepare_cpu_seconds": 1.0, "train_cpu_seconds": seconds - 1.0}
+        split = {"train": [0, 1, 2, 3], "test": [4], "proteins": [2400, 800], "data": "t"}
+        return {"method": method, "seed": seed, "settings": {}, "metrics": {"mcc": mcc}, "split": split} | costs
+
+    runs = [run("lora-top1-first-e3", seed, 0.7 + 0.02 * seed, 110.0) for seed in (0, 1)]
+    runs += [run("lora-top2-first-e1", seed, 0.6, 100.0) for seed in (0, 1, 2)]
+    runs += [run("lora-top1-first-e1", 0, 0.5, 60.0), run("full-first-e1", 0, 0.5, 100.0)]
+    [row] = study_page.table("time", runs).splitlines()[2:]
+    cells = row.strip("| ").split(" | ")
+    assert cells[:4] == ["lora-top1-first-e3", "lora-top2-first-e1", "110", "100"]
+    assert [cell.split()[0] for cell in cells[4:]] == ["0.710", "0.600", "+0.110"]
+
+
 def test_the_bins_of_several_runs_are_pooled_by_their_number_of_predictions(study_page):
+    import study_plots
+
     first, second = [(0.52, 0.5, 10), (0.95, 1.0, 30)], [(0.58, 0.8, 20), (1.0, 0.9, 10)]
-    low, high = study_page.pooled([first, second])
+    low, high = study_plots.pooled([first, second])
     assert low == pytest.approx(((5.2 + 11.6) / 30, (5 + 16) / 30))
     assert high == pytest.approx(((28.5 + 10) / 40, (30 + 9) / 40))
 
