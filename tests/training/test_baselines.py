@@ -25,6 +25,7 @@ from esm_efficient import (
     stratified_sample,
     sweep_layers,
     tokenize_dataset,
+    tune_thresholds,
 )
 from esm_efficient.training.arguments import recipe_arguments
 from esm_efficient.training.baselines import FrozenProbe, majority_metrics, probe_frozen
@@ -210,14 +211,8 @@ LABELS = {
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_every_task_has_a_probe(data, tokenizer, kind):
-    feature, label, task, metric = LABELS[kind]
-    feature = feature["value"] if kind == "numbers" else feature
-    splits = DatasetDict()
-    for name, split in data.items():
-        rows = {"sequence": split["sequence"][:], "label": [label(s) for s in split["sequence"]]}
-        splits[name] = Dataset.from_dict(rows, features=Features({"sequence": Value("string"), "label": feature}))
-    tokenized, _ = tokenize_dataset(splits, tokenizer)
-    found = measure(tokenized, task)
+    found, tokenized = measured_with(data, tokenizer, kind)
+    metric = LABELS[kind][3]
     assert found.metrics[metric] > 0.6
     assert found.reading == ("residues" if kind == "residues" else "mean")
     ends = found.intervals[metric]
@@ -227,6 +222,28 @@ def test_every_task_has_a_probe(data, tokenizer, kind):
         assert found.metrics["accuracy"] > 0.95
         labelled = sum(label >= 0 for row in tokenized["train"]["labels"] for label in row)
         assert found.examples == min(labelled, 20_000)
+
+
+def test_thresholds_that_cannot_be_tuned_are_warned_of_by_the_model_alone(data, tokenizer, caplog):
+    """A run warns of them once, for the model; the probe has the same labels."""
+    few = data["validation"].filter(lambda row: row["residues"] <= 150)
+    found, tokenized = measured_with(DatasetDict({**data, "validation": few}), tokenizer, "several")
+    assert found is not None
+    assert "stays at 0.5" not in caplog.text
+    tune_thresholds(np.array(tokenized["validation"]["labels"]), np.zeros((len(few), 2)), ["sticky", "long"])
+    assert "long: no example, or every one, has the label: its threshold stays at 0.5" in caplog.text
+
+
+def measured_with(data, tokenizer, kind):
+    """The probe on the labels of a kind, and the tokens that it is measured on."""
+    feature, label, task, _ = LABELS[kind]
+    feature = feature["value"] if kind == "numbers" else feature
+    splits = DatasetDict()
+    for name, split in data.items():
+        rows = {"sequence": split["sequence"][:], "label": [label(s) for s in split["sequence"]]}
+        splits[name] = Dataset.from_dict(rows, features=Features({"sequence": Value("string"), "label": feature}))
+    tokenized, _ = tokenize_dataset(splits, tokenizer)
+    return measure(tokenized, task), tokenized
 
 
 def test_with_one_class_in_validation_it_reads_the_middle_layer(tokenized):
