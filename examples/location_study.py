@@ -230,28 +230,47 @@ def in_random_folds(data: DatasetDict, split: Mapping[str, Any]) -> DatasetDict:
 
 
 def location_table(runs: list[dict], form: Callable = format_markdown) -> str:
-    """Return the metrics over all labels: the mean over the folds and its 95 % interval, beside the published ones."""
+    """Return the metrics over all labels: the mean over the folds and its 95 % interval, beside the published ones.
+
+    A column compares the macro-F1 with that of the probe, fold by fold.
+    """
     rows = []
+    probed = macro_f1([run for run in runs if run["method"] == "probe"])
     for method in METHODS:
         same = [run for run in runs if run["method"] == method]
         if same:
             cells = [show([run["metrics"][key] for run in same]) for key in SHOWN]
+            found = {} if method.endswith("random folds") else macro_f1(same)
+            cells.append(show([found[fold] - probed[fold] for fold in found if fold in probed], "{:+.3f}"))
             related = [100 * run["relatives"] for run in same if "relatives" in run]
             cells.append(f"{statistics.fmean(related):.0f} %" if related else "-")
             rows.append((TITLES[method], str(len(same)), *cells))
-    rows.append(("DeepLoc 2.0 on ProtT5, as published", "5", *(f"{value:.2f}" for value in PUBLISHED.values()), "-"))
-    return form(rows, ("method", "folds", *SHOWN.values(), "with relatives"))
+    rows.append(
+        ("DeepLoc 2.0 on ProtT5, as published", "5", *(f"{value:.2f}" for value in PUBLISHED.values()), "-", "-")
+    )
+    return form(rows, ("method", "folds", *SHOWN.values(), "F1 macro - the probe", "with relatives"))
+
+
+def macro_f1(runs: list[dict]) -> dict[int, float]:
+    """Return the macro-F1 by fold."""
+    return {run["split"]["test"][0]: run["metrics"]["f1_macro"] for run in runs}
 
 
 def locations_table(runs: list[dict], form: Callable = format_markdown) -> str:
-    """Return the MCC of each location, the mean over the folds."""
-    methods = [method for method in METHODS[1:4] if any(run["method"] == method for run in runs)]
+    """Return the MCC of each location, the mean over the folds; a method that tested fewer of them says which."""
+    folds = {method: [*macro_f1([run for run in runs if run["method"] == method])] for method in METHODS[1:4]}
+    methods = [method for method, found in folds.items() if found]
+    most = max(map(len, folds.values()))
     names = [key.removeprefix("mcc_") for key in runs[0]["metrics"] if key.startswith("mcc_")]
     rows = []
     for name in names:
         values = ([run["metrics"][f"mcc_{name}"] for run in runs if run["method"] == method] for method in methods)
         rows.append((name, *(f"{statistics.fmean(found):.3f}" for found in values)))
-    return form(rows, ("location", *(SHORT.get(method, method) for method in methods)))
+    titles = []
+    for method in methods:
+        alone = "" if len(folds[method]) == most else f", partition {', '.join(map(str, folds[method]))} alone"
+        titles.append(SHORT.get(method, method) + alone)
+    return form(rows, ("location", *titles))
 
 
 def main() -> None:
