@@ -55,14 +55,14 @@ def truncation_plot(runs: list[dict]) -> str:
 def depth_plot(runs: list[dict]) -> str:
     """Plot the MCC of LoRA by its CPU seconds, with 95 % intervals, one line per number of epochs."""
     figure, [[axes]] = new_figure(7, 4)
-    for epochs, colour in ((1, "#0072b2"), (3, "#d55e00")):
+    for epochs, colour, below in ((1, "#0072b2", -13), (3, "#d55e00", 5)):
         points = []
         for layers in (1, 2, 3, LAYERS):
             method = f"lora-top{layers}-first-e{epochs}"
             if (seconds := mean_cost(runs, method)) is not None:
                 points.append((seconds, list(scores(runs, method).values())))
                 place = points[-1][0], statistics.fmean(points[-1][1])
-                axes.annotate(f"top {layers}", place, (5, 5), fontsize=9, textcoords="offset points")
+                axes.annotate(f"top {layers}", place, (5, below), fontsize=9, textcoords="offset points")
         draw(axes, points, f"LoRA, {epochs} epoch{'s' if epochs > 1 else ''}", colour)
     axes.set_xlim(left=0)
     axes.set_xlabel("CPU seconds of the run, cached states included")
