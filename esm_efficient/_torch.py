@@ -32,6 +32,25 @@ def hooks_of(module: nn.Module) -> Sequence[Any]:
     return [hook for name in HOOK_DICTIONARIES for hook in (members.get(name) or {}).values()]
 
 
+def source_of(function: Any) -> str:
+    """Return the name of the module that defines a function, which decorators and assignments do not change."""
+    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+
+
+def undecorated(function: Any) -> Any:
+    """Return a function without the decorators of transformers, accelerate and torch, which keep what it computes.
+
+    accelerate, for example, decorates a model's forward under autocast.
+    """
+    function = getattr(function, "__func__", function)
+    while source_of(function).startswith(("transformers.", "accelerate.", "torch.")):
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is None:
+            break
+        function = getattr(wrapped, "__func__", wrapped)
+    return function
+
+
 def tree_of(module: nn.Module) -> tuple[list[Any], list[nn.Module]]:
     """Return the names and classes of the modules below a module, and those that have hooks or a forward of their own.
 

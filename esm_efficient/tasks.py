@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from esm_efficient import compat
+from esm_efficient._torch import undecorated
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -209,7 +210,10 @@ def has_known_loss(model: Any) -> bool:
     This is so for the heads of transformers and of this library, unless the user gave the model a ``loss_function``.
     """
     base = base_model_of(model)
-    is_known = type(base).forward.__module__.startswith(_OWN_LOSSES) and "forward" not in vars(base)
+    own = type(base).forward
+    # accelerate decorates the forward of a model that trains in half precision.
+    is_own = undecorated(vars(base).get("forward", own)) is undecorated(own)
+    is_known = own.__module__.startswith(_OWN_LOSSES) and is_own
     return is_known and head_of(base) is not None and not compat.has_own_loss_function(base)
 
 

@@ -197,6 +197,7 @@ TASK_LOSS = {
     "several": "multi_label_classification",
     "several, weighted": "multi_label_classification",
     "number": "regression",
+    "whole number": "regression",
     "numbers": "regression",
     "tokens": None,
     "focal": "single_label_classification",
@@ -212,6 +213,8 @@ def make_task_dataset(kind: str, size: int = 32, *, seed: int = 0) -> Dataset:
         labels: list = data["labels"][:]
     elif kind == "tokens":
         labels = [[-100, *rng.choice([0, 1, -100], size=n - 2).tolist(), -100] for n in lengths]
+    elif kind == "whole number":
+        labels = rng.integers(0, 5, size=size).tolist()
     elif kind == "number":
         labels = rng.normal(size=size).tolist()
     else:

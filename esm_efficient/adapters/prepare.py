@@ -110,8 +110,10 @@ def prepare_model(
     if gradient_checkpointing:
         compat.enable_checkpointing(model, use_reentrant=use_reentrant)
         compat.require_input_gradients(model)
+    # torch normalises with a weight and a bias of one dtype.
+    beside = {id(m.weight) for m in prepared.modules() if isinstance(m, torch.nn.LayerNorm) and _trains(m.bias)}
     for parameter in prepared.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or id(parameter) in beside:
             parameter.data = parameter.data.to(torch.float32)
         elif dtype is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -124,6 +126,10 @@ def prepare_model(
     total = count_parameters(prepared.parameters())
     logger.info("%s of %s parameters train (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / max(total, 1))
     return prepared
+
+
+def _trains(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def freeze(model: nn.Module, *, head_only: bool = False, layers: str | Sequence[int] = "all") -> None:

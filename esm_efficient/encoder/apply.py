@@ -188,10 +188,13 @@ def _replace_forward(esm: Any, state: LeanState) -> None:
 
 
 def _register_classifier_hooks(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTuner
     from transformers import EsmForSequenceClassification
 
     for module in model.modules():
-        if isinstance(module, EsmForSequenceClassification):
+        # peft 0.18 calls the forward of the model in a tuner, which runs no hook of the model.
+        inner = module.model if isinstance(module, BaseTuner) else module
+        if isinstance(inner, EsmForSequenceClassification):
             classifier: Any = module
             classifier._lean_hooks = [
                 module.register_forward_pre_hook(before_classifier),

@@ -150,10 +150,10 @@ def rotate_neighbours(states: Tensor, rotation: Tensor | None, rotated: int) -> 
 
 def _one_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convert all to the wider dtype, for a float32 norm of states in half precision."""
-    if weight is None or weight.dtype == x.dtype:
-        return x, weight, bias
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = x.dtype
+    for parameter in (weight, bias):
+        dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+    return x.to(dtype), None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 EAGER = Elementwise(norm, norm_backward, gelu_backward, rotate)

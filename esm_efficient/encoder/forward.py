@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from esm_efficient import _torch, compat
+from esm_efficient._torch import undecorated
 from esm_efficient.encoder.layer import Recompute, run_layer
-from esm_efficient.encoder.origins import is_known_embedding, reads_first_token, undecorated
+from esm_efficient.encoder.origins import is_known_embedding, reads_first_token
 from esm_efficient.encoder.packing import Packing, attached_packing, make_packing
 from esm_efficient.encoder.reading import CONVERSION_ADVICE, frozen_conversion, trainable_tensors
 from esm_efficient.encoder.structure import (
@@ -166,6 +167,7 @@ def esm_models(model: nn.Module) -> Iterator[Any]:
 @_torch.uncompiled
 def before_classifier(model: Any, inputs: Any) -> None:
     """Note that only first tokens are needed, if the head reads only these and no hook sees the others."""
+    model = _torch.child_of(model, "model") or model  # the model in a tuner of peft
     observed = (model.esm, model.esm.encoder, *model.classifier.modules())
     if reads_first_token(model) and not any(map(_is_observed, observed)):
         _thread.first_only_esm = model.esm

@@ -8,7 +8,7 @@ and the pre-activation of the MLP. The Functions cannot be differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,17 @@ def mlp_residual(
     return NormMLP.apply(x, norm.weight, norm.bias, *options, *tensors)
 
 
+def _outside_autocast(backward: Any) -> Any:
+    """Run a backward pass without autocast, also if the user calls it inside."""
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        with _without_autocast(next(gradient for gradient in gradients if gradient is not None)):
+            return backward(ctx, *gradients)
+
+    return run
+
+
 class NormLinears(Function):
     """The Function of `norm_linears`."""
 
@@ -138,6 +149,7 @@ class NormLinears(Function):
             return x, rotate_neighbours(states, rotation, group.rotated)
 
     @staticmethod
+    @_outside_autocast
     def backward(ctx: Any, d_same: Tensor | None, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Recompute the layer norm and return the gradients; `d_same` reached `x` around the layer norm."""
         refuse_double_backward()
@@ -181,6 +193,7 @@ class LinearResidual(Function):
             return result
 
     @staticmethod
+    @_outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Return the gradients; that of the residual is the output's."""
         refuse_double_backward()
@@ -238,6 +251,7 @@ class NormMLP(Function):
         return result
 
     @staticmethod
+    @_outside_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """Recompute the layer norm and GELU, and return the gradients."""
         refuse_double_backward()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from esm_efficient import compat
+from esm_efficient._torch import source_of, undecorated
 
 ATTENTION_FUNCTIONS = (
     "eager_attention_forward",
@@ -58,25 +59,6 @@ FIRST_TOKEN_MODELS = ("Esm", "Esmc")
 """How the names of transformers' classes begin for models whose sequence classifier reads only the first token."""
 QUANTISERS = ("bitsandbytes.", "esm_efficient.estimation.quantized")
 """Prefixes of modules that define quantised linear layers, which compute each token by itself."""
-
-
-def source_of(function: Any) -> str:
-    """Return the name of the module that defines a function, which decorators and assignments do not change."""
-    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-
-
-def undecorated(function: Any) -> Any:
-    """Return a function without the decorators of transformers, accelerate and torch, which keep what it computes.
-
-    accelerate, for example, decorates a model's forward under autocast.
-    """
-    function = getattr(function, "__func__", function)
-    while source_of(function).startswith(("transformers.", "accelerate.", "torch.")):
-        wrapped = getattr(function, "__wrapped__", None)
-        if wrapped is None:
-            break
-        function = getattr(wrapped, "__func__", wrapped)
-    return function
 
 
 def replaced_functions() -> Iterator[tuple[Any, str]]:

@@ -178,7 +178,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Send a tensor of the host to a device; from pinned memory the host need not wait for the copy."""
     if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != "mps")  # which may copy later
 
 
 def describe_batch(mask: Tensor) -> dict[str, Any]:
@@ -199,6 +199,8 @@ def attach_packing(mask: Tensor, described: dict[str, Any]) -> None:
 def attached_packing(mask: Tensor | None, shape: tuple[int, int]) -> Packing | None:
     """Return the packing of a mask that has one and has not changed since."""
     version, described = cast(Any, getattr(mask, "_packing", (None, {})))
-    if mask is None or version != _torch.version_of(mask) or described["shape"] != shape:
+    # torch 2.6 turns the tuples of a batch into lists when it pins its memory.
+    tuples: dict[str, Any] = {name: tuple(described.get(name, ())) for name in ("shape", "lengths")}
+    if mask is None or version != _torch.version_of(mask) or tuples["shape"] != shape:
         return None
-    return Packing(**described).to(mask.device)
+    return Packing(**(described | tuples)).to(mask.device)

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from esm_efficient import _torch, compat
+from esm_efficient._torch import source_of, undecorated
 from esm_efficient.encoder.origins import (
     attention_function,
     is_known_attention,
     is_own,
     is_per_token,
     replaced_functions,
-    source_of,
-    undecorated,
 )
 
 HARMLESS_HOOKS = (

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import ResidueEncoder
-from esm_efficient.encoder import apply_lean_encoder_if_supported
+from esm_efficient.encoder import apply_lean_encoder_if_supported, has_lean_encoder
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.inference.batches import run_in_batches
 from esm_efficient.inference.files import FileResult, map_file
@@ -23,7 +23,7 @@ from esm_efficient.inference.windows import LongReading, describe_reading, refus
 from esm_efficient.published import hub_name, no_model_in
 from esm_efficient.reporting.files import written_as
 from esm_efficient.tasks import SPECIAL_TOKENS, base_model_of
-from esm_efficient.trunk.split import split_model
+from esm_efficient.trunk.split import copy_modules, split_model
 
 EmbeddingPooling = Literal["mean", "first", "residues"]
 """``"mean"`` over the residues, the ``"first"`` token (``<cls>``), or one embedding for each of the ``"residues"``."""
@@ -86,11 +86,11 @@ class Embedder:
         self.model: Any = body
         self._forward: Any
         if layer in (None, layers):
-            lean: Any = apply_lean_encoder_if_supported(body)
+            lean: Any = body if has_lean_encoder(body) else apply_lean_encoder_if_supported(body)
             self._forward = lambda ids, mask: lean(ids, attention_mask=mask).last_hidden_state
         else:
             flags = {parameter: parameter.requires_grad for parameter in body.parameters()}
-            self.model = self._forward = split_model(body, layers - layer)[0]
+            self.model = self._forward = split_model(copy_modules(body), layers - layer)[0]
             for parameter, flag in flags.items():  # the split freezes what it shares with the model
                 parameter.requires_grad_(flag)
 

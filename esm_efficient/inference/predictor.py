@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.costs.devices import native_precision
 from esm_efficient.data.encoding import ResidueEncoder, longest_input
-from esm_efficient.encoder import apply_lean_encoder_if_supported
+from esm_efficient.encoder import apply_lean_encoder_if_supported, has_lean_encoder
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import pooling_of_model
 from esm_efficient.inference.batches import Result, run_in_batches
@@ -152,7 +152,7 @@ class Predictor:
         self.padding = tokenizer.pad_token_id
         self.max_tokens = longest_input(tokenizer) if max_tokens is None else max_tokens
         self.members = tuple(members)
-        self.model: Any = apply_lean_encoder_if_supported(model.eval())
+        self.model: Any = model.eval() if has_lean_encoder(model) else apply_lean_encoder_if_supported(model.eval())
         self.thresholds: np.ndarray | None = None
         if self.task.kind == "multi_label_classification":
             self.thresholds = label_thresholds(model.config, self.task.names)

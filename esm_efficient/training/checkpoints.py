@@ -73,11 +73,13 @@ class CheckpointCallback(TrainerCallback):
             raise ConfigurationError("CheckpointCallback works in trainer.train() only")
         self._end(args)
         self._received = self._agreed = False
-        # Trainer deletes older checkpoints before on_save, that is before the new one is known to be whole.
-        self._limit, args.save_total_limit = args.save_total_limit, None
+        self._limit = args.save_total_limit
 
         @contextmanager
         def guard() -> Iterator[None]:
+            # Trainer deletes older checkpoints before on_save, that is before the new one is known to be whole. Not
+            # earlier: an error of another callback's on_train_begin is not seen here.
+            args.save_total_limit = None
             self._handle_signals()
             try:
                 with explain_full_disk(Path(args.output_dir or "."), trainer.state):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 from esm_efficient.adapters.quantization import count_parameters
 from esm_efficient.published import BASE_CONFIG
@@ -70,7 +71,8 @@ def finish_job(
             thresholds=thresholds,
             probe=figures["probe"],
         )
-    figures["model"].eval()
+    # The model computes as the one that was saved: accelerate put it under autocast if it trained in half precision.
+    extract_model_from_parallel(figures["model"].eval(), keep_fp32_wrapper=False)
     result = FinetuneResult(
         recipe=job.recipe.name,
         recipe_description=job.recipe.description,

@@ -218,8 +218,8 @@ class WeightedTrainer(WatchedTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             if self._evaluation_losses and output.metrics is not None:
-                total = sum(float(losses.double().sum()) for losses, _ in self._evaluation_losses)
-                weight = sum(float(weights.double().sum()) for _, weights in self._evaluation_losses)
+                total = sum(float(losses.cpu().double().sum()) for losses, _ in self._evaluation_losses)
+                weight = sum(float(weights.cpu().double().sum()) for _, weights in self._evaluation_losses)
                 output.metrics[f"{metric_key_prefix}_loss"] = total / weight if weight else float("nan")
         finally:
             self._evaluation_losses = None
@@ -260,9 +260,10 @@ class WeightedTrainer(WatchedTrainer):
             self._set_loss(kind, loss)
 
     def _make_loss(self, problem_type: str) -> WeightedLoss:
+        weights = None if self.class_weights is None else torch.from_numpy(self.class_weights).float()
         return make_loss(
             problem_type,
-            None if self.class_weights is None else torch.from_numpy(self.class_weights).float(),
+            weights if weights is None else weights.to(self.accelerator.device),  # once, not in every micro-batch
             label_smoothing=self.args.label_smoothing_factor,
             focal_gamma=self._focal_gamma,
         )
@@ -323,6 +324,8 @@ class WeightedTrainer(WatchedTrainer):
     def _real_labels(self, batch: Mapping[str, Any], *, is_last: bool) -> Tensor:
         """Return the labels of a micro-batch; in the last one of an epoch, those of repeated examples are unknown."""
         labels = _labels(batch)
+        if self._problem_type == "regression":
+            labels = labels.float()  # -100 means unknown in class ids alone
         return forget_labels(labels, self._real_examples) if is_last else labels
 
 

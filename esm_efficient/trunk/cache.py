@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import types
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +31,7 @@ _IRRELEVANT = (
 """Settings of a config that do not change the states."""
 _PASSING = ("training", "gradient_checkpointing")
 """Switches of a module that do not change the states."""
+_LIBRARIES = ("esm_efficient.", "transformers.", "peft.", "accelerate.", "torch.")
 _FORMAT = 3
 """Number of the cache's format. Another number makes the states again."""
 
@@ -124,14 +128,46 @@ def _hash_model(trunk: Trunk) -> str:
 
 
 def _settings_of(name: str, module: Any) -> tuple[Any, ...]:
-    """Return the class of a module, its numbers and switches, and the names of its hooks and of another forward."""
+    """Return the class of a module, its numbers and switches, and what is known of its hooks and another forward."""
     values = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _PASSING}
     simple = sorted((key, value) for key, value in values.items() if isinstance(value, (bool, int, float, str)))
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if (replaced := vars(module).get("forward")) is not None:
         hooks.append(replaced)
-    names = [f"{hook.__module__}.{hook.__qualname__}" for hook in hooks if hasattr(hook, "__qualname__")]
-    return name, f"{type(module).__module__}.{type(module).__qualname__}", simple, len(hooks), names
+    return name, f"{type(module).__module__}.{type(module).__qualname__}", simple, [*map(_facts_of, hooks)]
+
+
+def _facts_of(value: Any, depth: int = 5) -> Any:
+    """Return what decides the result of a function: its name, and the values that it holds.
+
+    A value that cannot be compared gives another text each time, so that no cached states are used. Functions of the
+    libraries are known by their names.
+    """
+
+    def several(values: Any) -> list[Any]:
+        return [_facts_of(item, depth - 1) for item in values or ()]
+
+    if isinstance(value, (bool, int, float, str, bytes, type(None))):
+        return repr(value)
+    if depth and isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(bytes_of(value).data).hexdigest()
+    if depth and isinstance(value, (tuple, list)):
+        return several(value)
+    if depth and isinstance(value, functools.partial):
+        return several([value.func, value.args, *sum(sorted(value.keywords.items()), ())])
+    if depth and isinstance(value, types.MethodType):
+        owner: Any = value.__self__
+        held = () if isinstance(owner, torch.nn.Module) else sum(sorted(vars(owner).items()), ())
+        return several([value.__func__, *held])
+    if depth and isinstance(value, types.FunctionType):
+        name = f"{value.__module__}.{value.__qualname__}"
+        if name.startswith(_LIBRARIES):
+            return name
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return name, several([value.__code__, *cells, *(value.__defaults__ or ())])
+    if depth and isinstance(value, types.CodeType):
+        return value.co_code.hex(), value.co_names, several(value.co_consts)
+    return uuid.uuid4().hex
 
 
 def _has_padding(split: Dataset) -> bool:

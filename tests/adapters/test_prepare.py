@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification, EsmModel
 
-from esm_efficient import lora_config, prepare_model
+from esm_efficient import apply_lean_encoder, lora_config, prepare_model
 from esm_efficient.errors import ConfigurationError, TargetModuleError
 
 
@@ -119,6 +119,20 @@ def test_every_bias_that_trains_gets_a_gradient(tiny_model, bias):
     biases = {name for name in trainable(model) if name.endswith("bias") and "classifier" not in name}
     assert bool(biases) == (bias != "none")
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("encoder", ["lean", "plain"])
+def test_biases_train_beside_frozen_weights_in_half_precision(tiny_model, encoder):
+    """torch normalises with a weight and a bias of one dtype."""
+    model = tiny_model()
+    config = lora_config(model, r=2, bias="all", init_lora_weights=False)
+    model = prepare_model(model, adapters=config, dtype=torch.bfloat16)
+    model = apply_lean_encoder(model) if encoder == "lean" else model
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch(), labels=torch.tensor([0, 1])).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    frozen = {p.dtype for name, p in model.named_parameters() if not p.requires_grad and "LayerNorm" not in name}
+    assert torch.bfloat16 in frozen
 
 
 def test_contradictions_are_refused(tiny_model):

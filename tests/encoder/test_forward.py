@@ -389,6 +389,21 @@ def test_the_last_layer_computes_only_what_the_first_token_needs():
     assert sum(products.values()) == 2 * ((layers - 1) * tokens * every + last + head)
 
 
+def test_with_adapters_the_last_layer_computes_what_the_first_token_needs():
+    """Also with releases of peft that call the forward of the model, which runs no hook of it."""
+    batch = make_batch([40, 25, 33])
+    flops = {}
+    for trains in ("head", "all-linear"):
+        model = apply_lean_encoder(build(trains=trains, num_hidden_layers=3))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch)
+        flops[trains] = counter.get_total_flops()
+    every = apply_lean_encoder(build(trains="all-linear", num_hidden_layers=3))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        every(**batch, output_hidden_states=True)
+    assert flops["head"] < flops["all-linear"] < 0.95 * counter.get_total_flops()
+
+
 @pytest.mark.parametrize(("recompute", "widths"), [("none", 10), ("mlp", 6), ("layer", 1)])
 def test_saved_memory_is_ten_times_the_width_and_less_with_recomputation(recompute, widths):
     kept, parameters = {}, set()

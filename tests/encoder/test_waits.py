@@ -15,7 +15,7 @@ from transformers import EsmForSequenceClassification
 from esm_efficient import apply_lean_encoder, compat
 from esm_efficient._torch import run_backward
 from esm_efficient.encoder.attention import use_attention
-from esm_efficient.encoder.packing import attach_packing, attached_packing, describe_batch
+from esm_efficient.encoder.packing import attach_packing, attached_packing, describe_batch, make_packing
 from esm_efficient.encoder.plan import plan_as
 from esm_efficient.estimation.kernels import packed_attention
 
@@ -119,6 +119,15 @@ def test_a_prediction_waits_once_for_the_mask_and_never_if_the_lengths_are_known
     moved = {name: part.to("meta") if isinstance(part, torch.Tensor) else part for name, part in described.items()}
     attach_packing(batch["attention_mask"], moved)
     assert predict(Waits()) == []
+
+
+def test_a_packing_whose_tuples_became_lists_is_used():
+    """torch 2.6 makes lists of the tuples in a batch when it pins its memory."""
+    mask = make_batch(LENGTHS)["attention_mask"]
+    described = {name: list(part) if isinstance(part, tuple) else part for name, part in describe_batch(mask).items()}
+    attach_packing(mask, described)
+    found, expected = attached_packing(mask, (3, 12)), make_packing(mask, (3, 12))
+    assert (found.shape, found.lengths) == (expected.shape, expected.lengths)
 
 
 def test_a_mask_that_has_changed_is_read_again():

@@ -21,7 +21,16 @@ from scipy.special import expit, softmax
 from sequence_texts import sequences
 from transformers import AutoTokenizer, EsmForMaskedLM, EsmForSequenceClassification, EsmForTokenClassification
 
-from esm_efficient import OutOfMemoryError, Predictor, demo_model_path, export_model, finetune, load_deeploc
+from esm_efficient import (
+    Embedder,
+    OutOfMemoryError,
+    Predictor,
+    apply_lean_encoder,
+    demo_model_path,
+    export_model,
+    finetune,
+    load_deeploc,
+)
 from esm_efficient.costs.devices import native_precision
 from esm_efficient.encoder import forward
 from esm_efficient.errors import ConfigurationError, DataError
@@ -96,6 +105,16 @@ def test_the_dict_of_a_prediction_fits_its_task():
         "labels": ["bound", "free"],
         "scores": [0.75, 1.0],
     }
+
+
+def test_a_model_in_training_keeps_the_options_of_its_lean_encoder(tokenizer):
+    model = apply_lean_encoder(make_model(), recompute="layer", attention="sequences")
+    state = model.esm._lean_state
+    Predictor(model, tokenizer).predict(["MKTAYI"])
+    Embedder(model, tokenizer).embed(["MKTAYI"])
+    Embedder(model, tokenizer, layer=1).embed(["MKTAYI"])
+    assert model.esm._lean_state is state
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_sequences_are_cleaned_and_long_ones_truncated_or_refused(tokenizer):

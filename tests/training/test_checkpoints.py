@@ -242,6 +242,14 @@ def test_an_old_checkpoint_stays_until_the_new_one_is_listed(tmp_path, tiny_mode
     assert run.args.save_total_limit == 1
 
 
+def test_a_run_that_does_not_begin_leaves_the_limit_of_checkpoints(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    fails = Fails("on_train_begin", step=0, error=ValueError)
+    run = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback(), fails, save_total_limit=1)
+    with pytest.raises(ValueError):  # noqa: PT011
+        run.train()
+    assert run.args.save_total_limit == 1
+
+
 def test_checkpoints_of_later_steps_that_an_earlier_run_left_are_deleted_first(
     tmp_path, tiny_model, tiny_dataset, tokenizer
 ):

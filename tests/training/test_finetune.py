@@ -126,6 +126,11 @@ def test_with_bf16_the_frozen_weights_are_bfloat16_and_every_layer_trains(tmp_pa
     assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in result.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert result.trained_layers == (0, 1, 2, 3)
+    # accelerate's autocast is off again: the model computes in the precision that its user asks for.
+    predictor = Predictor(result.model.float(), AutoTokenizer.from_pretrained(result.model_dir), precision="float32")
+    found = predictor.logits(few["test"]["sequence"])
+    vars(result.model).pop("forward", None)
+    np.testing.assert_array_equal(found, predictor.logits(few["test"]["sequence"]))
 
 
 @pytest.mark.slow

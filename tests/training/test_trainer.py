@@ -310,6 +310,18 @@ def test_bf16_autocast_trains_close_to_float32(tmp_path, tiny_model, tiny_datase
     assert seen[True].values != seen[False].values
 
 
+def test_a_model_that_was_trained_in_half_precision_is_weighted_again(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    """accelerate leaves the model's forward decorated, which is no loss of the user's."""
+    model, data = tiny_model(), tiny_dataset(16).add_column("sample_weight", [1.0, 5.0] * 8)
+    options = {"train_dataset": data, "processing_class": tokenizer}
+    WeightedTrainer(model, arguments(tmp_path, 4, bf16=True), **options).train()
+    assert "forward" in vars(model)
+    found = WeightedTrainer(model, arguments(tmp_path, 4), **options).evaluate(data)["eval_loss"]
+    even = data.remove_columns("sample_weight")
+    plain = WeightedTrainer(model, arguments(tmp_path, 4), **options | {"train_dataset": even}).evaluate(even)
+    assert found != pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("adapters", "budget"), each_value([False, True], [64, None]))
 def test_a_resumed_run_ends_with_the_weights_of_a_whole_run(
     tmp_path, tiny_model, tiny_dataset, tokenizer, adapters, budget

@@ -85,7 +85,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def task_model(kind):
     if kind == "tokens":
         return make_model(EsmForTokenClassification)
-    labels = {"focal": 2, "number": 1}.get(kind, 3)
+    labels = {"focal": 2, "number": 1, "whole number": 1}.get(kind, 3)
     return make_model(num_labels=labels, problem_type=TASK_LOSS[kind])
 
 

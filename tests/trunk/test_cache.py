@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,50 @@ def test_a_change_of_anything_that_the_states_depend_on_makes_new_states(data, t
     before = set(tmp_path.iterdir())
     run(**changed)
     assert len(set(tmp_path.iterdir()) - before) == 1
+
+
+def _scaling(factor):
+    return lambda module, given, output: factor * output
+
+
+def _scaling_by(held):
+    return lambda module, given, output: held["factor"] * output
+
+
+class Scales:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, module, given, output):
+        return self.factor * output
+
+    def hook(self, module, given, output):
+        return self.factor * output
+
+
+@pytest.mark.parametrize(
+    ("make", "is_known"),
+    [
+        (_scaling, True),
+        (lambda factor: partial(lambda factor, module, given, output: factor * output, factor), True),
+        (lambda factor: _scaling(torch.tensor(factor)), True),
+        (lambda factor: Scales(factor).hook, True),
+        (Scales, False),
+        (lambda factor: _scaling_by({"factor": factor}), False),
+    ],
+    ids=["closure", "partial", "tensor", "method", "object", "dict"],
+)
+def test_hooks_that_hold_other_values_have_other_states(data, tmp_path, make, is_known):
+    """What holds values that cannot be compared never has the states of an earlier call."""
+
+    def folders(factor):
+        model = load()
+        model.esm.embeddings.register_forward_hook(make(factor))
+        cache_states(data.select(range(3)), split_model(model, 1)[0], tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert [folders(factor) for factor in (1.0, 3.0)] == [1, 2]
+    assert folders(3.0) == (2 if is_known else 3)
 
 
 def test_what_does_not_change_the_states_makes_no_new_states(data, tmp_path):
