@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from esm_efficient import compat
-from esm_efficient._torch import undecorated
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
 if TYPE_CHECKING:
@@ -209,6 +208,8 @@ def has_known_loss(model: Any) -> bool:
 
     This is so for the heads of transformers and of this library, unless the user gave the model a ``loss_function``.
     """
+    from esm_efficient._torch import undecorated  # commands read this file, and their help does not wait for torch
+
     base = base_model_of(model)
     own = type(base).forward
     # accelerate decorates the forward of a model that trains in half precision.

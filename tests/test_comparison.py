@@ -73,6 +73,12 @@ def test_the_note_names_the_longest_sequence(tokens, described):
     assert described in found.note
 
 
+def test_one_pass_is_one_epoch_although_its_last_batch_is_smaller():
+    found = compare(tiny_config(), recipes=["frozen"], tokens=9, device="cpu", sequences=42, epochs=1, steps=12)
+    assert (at(found, "epochs")["frozen"].steps, at(found, "epochs")["frozen"].epochs) == (6, 1.0)
+    assert at(found, "steps")["frozen"].epochs == 2.0
+
+
 @pytest.mark.slow
 def test_runs_are_measured_with_their_metric(measured, data):
     steps, epochs = at(measured, "steps"), at(measured, "epochs")

@@ -36,6 +36,7 @@ from esm_efficient.cli.output import (
     writable_folder,
 )
 from esm_efficient.cli.run_files import save_page
+from esm_efficient.errors import ConfigurationError
 from esm_efficient.tasks import LARGEST_SEED
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
@@ -142,8 +143,12 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
     if not run.is_dir():
         raise typer.BadParameter(f"no folder at {run}: expected the folder that finetune wrote")
     with quiet():
-        from esm_efficient.training.records import load_result
+        from esm_efficient.training.records import PREDICTIONS, load_result
 
         result = load_result(run)
+        if result.evaluation is None:
+            raise ConfigurationError(
+                f"{run} has no {PREDICTIONS}, of which the report is made: its former report stays as it is"
+            )
         save_page(result, result.result_path.parent)
     show(result, as_json)

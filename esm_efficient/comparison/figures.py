@@ -96,7 +96,7 @@ def estimated_figures(estimate: Estimate, budget: str, steps: int) -> MethodFigu
         recipe=estimate.recipe,
         budget=budget,
         steps=steps,
-        epochs=steps * estimate.recipe.batch_size / estimate.sequences,
+        epochs=_passes(steps, estimate.recipe, estimate.sequences),
         seconds=estimate.run_seconds(steps),
         residues_per_second=estimate.residues_per_second,
         peak=estimate.peak,
@@ -105,6 +105,11 @@ def estimated_figures(estimate: Estimate, budget: str, steps: int) -> MethodFigu
         cache_bytes=0 if estimate.cache is None else estimate.cache.bytes,
         cache_seconds=0.0 if estimate.cache is None else estimate.cache.seconds,
     )
+
+
+def _passes(steps: int, recipe: Recipe, sequences: int) -> float:
+    """Return the passes over the training sequences; the last batch of a pass may be smaller."""
+    return steps / math.ceil(sequences / recipe.batch_size)
 
 
 def measured_figures(
@@ -134,7 +139,7 @@ def measured_figures(
         recipe=recipe,
         budget=budget,
         steps=first.steps,
-        epochs=first.steps * recipe.batch_size / sequences,
+        epochs=_passes(first.steps, recipe, sequences),
         seconds=statistics.fmean(result.seconds + result.states_seconds for result in results),
         residues_per_second=statistics.fmean(result.residues_per_second for result in results),
         peak=max(peaks, key=lambda peak: peak.total),

@@ -27,6 +27,7 @@ from esm_efficient.data.own_splits import FLAGS, are_split_names, same_splits, s
 from esm_efficient.data.readers import Block, block_without, read_blocks
 from esm_efficient.data.schema import (
     OPTIONAL_COLUMNS,
+    USUAL_NAMES,
     CellError,
     Column,
     binary_labels,
@@ -39,7 +40,7 @@ from esm_efficient.data.schema import (
     texts_of,
 )
 from esm_efficient.data.second_table import SecondTable
-from esm_efficient.data.sequences import GAPS, count_residues
+from esm_efficient.data.sequences import GAPS, clean, count_residues
 from esm_efficient.errors import DataError, listing
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,11 @@ class _TableWriter:
             )
         places = [f"{path}, {place}" for place in block.places]
         joined = self.second.columns_for(texts_of(block.columns[key]), places)
+        usual = [name for name in joined if name in block.columns and name.lower() in USUAL_NAMES["sequence"]]
+        for name in usual:  # the table may repeat the sequences
+            pairs = zip(map(clean, texts_of(joined[name])), map(clean, texts_of(block.columns[name])), strict=True)
+            if all(one == other for one, other in pairs):
+                del joined[name]
         if both := [name for name in joined if name in block.columns]:
             raise DataError(f"{path} and the second table both have a column {listing(both)}. Remove one of them")
         return block._replace(columns=block.columns | joined)

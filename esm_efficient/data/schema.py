@@ -48,6 +48,9 @@ _MUTATIONS = re.compile(
     r"(p\.)?[A-Z][a-z]{0,2}\d+([A-Z][a-z]{0,2}|\*|=)([\s,:;/_+-]+[A-Z][a-z]{0,2}\d+[A-Z*][a-z]{0,2})*"
 )
 
+_PROTEIN = re.compile("[ACDEFGHIKLMNPQRSTVWY]{20,}")
+"""A text that is a protein and no word: 20 or more letters of the usual residues."""
+
 _LOOKED_AT = 1000
 """The most cells that are looked at for mutations."""
 
@@ -67,10 +70,13 @@ def find_column(
         taken: columns that the user named for other roles.
 
     Raises:
-        DataError: the named column is missing, or several columns have a usual name.
+        DataError: the named column is missing, several columns have a usual name, or a sequence stands where the names
+            of columns belong.
     """
     if given is False:
         return None
+    if role == "sequence":
+        _refuse_missing_header(names, source)
     if given is not None:
         return _existing(given, names, source)
     candidates = [name for name in names if name.lower() in USUAL_NAMES[role] and name not in taken]
@@ -82,8 +88,19 @@ def find_column(
     return candidates[0] if candidates else None
 
 
+def _refuse_missing_header(names: Collection[str], source: str | Path) -> None:
+    """Refuse a table without a header line, whose first protein would be lost as the names of the columns."""
+    if found := next((name for name in names if _PROTEIN.fullmatch(name.strip())), None):
+        raise DataError(
+            f"{source}: the first line has a sequence ({found.strip()[:20]}...) where the names of the columns belong. "
+            "Write a line with names above it, such as sequence; in a FASTA file each record begins with >"
+        )
+
+
 def no_column(role: str, names: Collection[str], source: str | Path, advice: str = "") -> str:
     """Return what to say of a table without a column for a role; `advice` replaces the usual one."""
+    if role == "label" and [*names][:3] == ["accession", "header", "sequence"]:
+        return f"{source} is a FASTA file, which has no labels. Give a table of accessions and labels with labels="
     return (
         f"{source} has no column with a usual name of {role}s ({', '.join(USUAL_NAMES[role])}); it has "
         f"{listing([name[:40] for name in names], 20)}. {advice or f'Name the column with {role}='}"

@@ -181,7 +181,12 @@ def place(model: Any, device: torch.device | str) -> Any:
 
     Raises:
         OutOfMemoryError: the device has too little memory for it.
+        ConfigurationError: the device does not exist here.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"device={str(device)!r}: torch finds no CUDA device here. Leave it out, or give 'cpu'"
+        )
     try:
         return model.to(device)
     except torch.OutOfMemoryError as error:

@@ -201,7 +201,12 @@ def _usage(facts: CardFacts, holds: Holds) -> str:
         return f"## Usage\n\n{own}\n\nWithout its checks:\n\n```python\n{plain}\n```"
     of_tokens = facts.task.head == "token-classification"
     task = "token-classification" if of_tokens else "text-classification"
-    plain = f'from transformers import pipeline\n\npipeline("{task}", "FOLDER")("MKTAYIAKQR")'
+    # Without these, the pipeline reads more of a long sequence than the training did, and gives one label of several.
+    kind, numbers = facts.task.kind, len(facts.task.names)
+    several = kind == "multi_label_classification" or (kind == "regression" and numbers > 1)
+    options = ", top_k=None" if several else ""
+    called = '("MKTAYIAKQR")' if of_tokens else f'("MKTAYIAKQR", truncation=True{options})'
+    plain = f'from transformers import pipeline\n\npipeline("{task}", "FOLDER"){called}'
     if holds == "adapter":
         # The folder of an adapter must not have a config.json: transformers would take it for a whole model. The
         # pipeline of a folder's name reads the config of the base model, which has other labels.
@@ -210,7 +215,7 @@ def _usage(facts: CardFacts, holds: Holds) -> str:
             f"from transformers import AutoConfig, AutoTokenizer, {auto}, pipeline\n\n"
             'config = AutoConfig.from_pretrained("FOLDER/base_config")  # it has the names of the labels\n'
             f'model = {auto}.from_pretrained("FOLDER", config=config)\n'
-            f'pipeline("{task}", model, tokenizer=AutoTokenizer.from_pretrained("FOLDER"))("MKTAYIAKQR")'
+            f'pipeline("{task}", model, tokenizer=AutoTokenizer.from_pretrained("FOLDER")){called}'
         )
     return f"## Usage\n\n{own}\n\nWith transformers alone:\n\n```python\n{plain}\n```"
 

@@ -232,9 +232,18 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
         # numpy would make the text "nan" of a missing label among names.
         if missing := sum(bool(pd.isna(cell)) for cell in y if np.ndim(cell) == 0):
             raise DataError(f"{missing} of {len(labels)} labels are missing: remove these sequences")
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
         if labels.ndim != 1:
             raise DataError(
                 f"y has the shape {labels.shape}: expected one class per sequence. finetune() trains several"
+            )
+        if not len(labels):
+            raise DataError("y is empty: expected a class for each sequence")
+        if labels.dtype.kind == "f" and (labels != np.floor(labels)).any():
+            raise DataError(
+                f"y has numbers with fractions, such as {labels[labels != np.floor(labels)][0]:g}: expected classes. "
+                "EsmRegressor trains on numbers; write them as texts if each is a class"
             )
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
@@ -298,7 +307,10 @@ class EsmRegressor(RegressorMixin, _EsmEstimator):
             DataError: X, y and the weights have different lengths, y is one number or has three dimensions, a number is
                 not finite, or a text is not a protein.
         """
-        numbers = np.asarray(_listed(y), dtype=np.float32)
+        try:
+            numbers = np.asarray(_listed(y), dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"y is not a table of numbers ({error}). EsmClassifier trains on classes") from error
         if numbers.ndim not in (1, 2):
             raise DataError(f"y has the shape {numbers.shape}: expected (sequences,) or (sequences, numbers)")
         self.one_number_ = numbers.ndim == 1

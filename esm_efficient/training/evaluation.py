@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_READ_AS = {
+    "single_label_classification": "class",
+    "multi_label_classification": "several",
+    "token_classification": "residues",
+    "regression": "number",
+}
+"""What a reader of tables calls the labels of each task."""
+
 
 def evaluate(
     model: Predictor | str | Path,
@@ -144,6 +152,11 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
     """
     if isinstance(dataset, Mapping):
         raise DataError(f"got all splits ({', '.join(map(str, dataset))}): expected one of them, such as data['test']")
+    if not hasattr(dataset, "column_names"):
+        raise DataError(
+            f"got a {type(dataset).__name__}: expected one split of a data set, such as "
+            'load_sequences(FILE, split=False)["train"]'
+        )
     if missing := [name for name in ("sequence", "label") if name not in dataset.column_names]:
         raise DataError(
             f"the data set has the columns {', '.join(dataset.column_names)}: expected {' and '.join(missing)} too. "
@@ -163,10 +176,9 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
     if on_error == "skip" and len(long) < len(dataset):
         logger.warning("left out %s", problem)
         return dataset.select(np.flatnonzero(residues <= longest))
-    raise DataError(
-        f'{problem}. Read a part of them with keep="start", keep="end" or keep="both", or all with keep="windows"; or '
-        'leave them out with on_error="skip"'
-    )
+    parts = 'Read a part of them with keep="start", keep="end" or keep="both", or all with keep="windows"'
+    left_out = '; or leave them out with on_error="skip"' if on_error == "raise" else ""
+    raise DataError(f"{problem}. {parts}{left_out}")
 
 
 def _predict(predictor: Predictor, dataset: Dataset, keep: LongReading | None, token_budget: int) -> EvalPrediction:
@@ -198,7 +210,10 @@ def _matched_names(given: Task, expected: Task) -> dict[str, int]:
         DataError: the tasks differ, or the model does not have a name.
     """
     if given.kind != expected.kind:
-        raise DataError(f"the labels are {given.describe()}, but the model predicts {expected.describe()}")
+        raise DataError(
+            f"the labels are {given.describe()}, but the model predicts {expected.describe()}. If the labels are "
+            f'of that kind, say so when you read them: label_kind="{_READ_AS[expected.kind]}"'
+        )
     index = {name: position for position, name in enumerate(expected.names)}
     if expected.kind == "regression":
         # The name of a number is that of its column, which need not be the same in another table.

@@ -96,7 +96,10 @@ class Evaluation:
             return ""
         if not self.intervals:
             return f"No metric has an interval: it needs two examples or more, and at most {MOST_SCORES:,} scores."
-        return f"No interval: {listing(missing)}, undefined in some of the draws of examples, or of this test set."
+        return (
+            f"No interval: {listing(missing)}, which cannot be computed for this test set, or for some of the samples "
+            "drawn from it."
+        )
 
     def header(self, first: str = "metric") -> tuple[str, ...]:
         """Return the names of the columns of `metric_rows`."""
@@ -197,6 +200,11 @@ def verdict(evaluation: Evaluation) -> str:
     accuracy, majority = (evaluation.metrics.get(name) for name in ("accuracy", "majority_accuracy"))
     if accuracy is None or majority is None or not accuracy <= majority:
         return ""
+    if majority == 1:
+        return (
+            "All examples have the same class, so they do not show whether the model is better than always predicting "
+            f"the most frequent class. Its accuracy is {accuracy:.3f}."
+        )
     return (
         f"The model is not better than always predicting the most frequent class: its accuracy is {accuracy:.3f}, and "
         f"always predicting that class has {majority:.3f}. With rare classes, compare MCC and AUROC. {advice}"

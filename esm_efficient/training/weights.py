@@ -76,7 +76,7 @@ def refuse_constant_labels(train: Any, task: Task, name: str | None = None) -> N
         shown = repr(task.names[int(value)]) if has_ids and 0 <= value < len(task.names) else f"{value:g}"
         kind = "a class" if has_ids else "a number" if task.kind == "regression" else "a label"
         problem = f"{name or 'the label'} is {shown} in {where}: {kind} needs at least two values"
-    raise DataError(f"{problem}. Give other labels, or name another column with label=")
+    raise DataError(f"{problem}. Give other labels, or another column of them")
 
 
 def refuse_unlabelled(validation: Any, task: Task) -> None:

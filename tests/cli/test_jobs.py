@@ -231,6 +231,16 @@ def test_a_finished_run_is_reported_again(run, capsys):
     assert "95 % interval" in capsys.readouterr().out
 
 
+def test_a_report_without_its_predictions_is_not_replaced(run, capsys):
+    predictions, page = run / "out" / "predictions.parquet", run / "out" / "report.html"
+    before, content = page.read_text(), predictions.read_bytes()
+    predictions.unlink()
+    assert main(["report", str(run / "out")]) == 1
+    assert "has no predictions.parquet, of which the report is made" in capsys.readouterr().err
+    assert page.read_text() == before
+    predictions.write_bytes(content)
+
+
 def test_a_run_is_exported_for_plain_transformers(run, capsys):
     assert main(["export", str(run / "out"), str(run / "hub"), "--base-model", "someone/demo"]) == 0
     assert "model.safetensors" in capsys.readouterr().out

@@ -60,6 +60,35 @@ def test_all_columns_of_a_second_table_are_joined(tmp_path):
         load_sequences(sequences, labels=write(second.assign(header="x"), tmp_path / "twice.csv"), accession="prot")
 
 
+def test_a_second_table_may_repeat_the_sequences(tmp_path):
+    table = frame()
+    path = fasta(table, tmp_path / "a.fasta")
+    second = table[["id", "label", "sequence"]]
+    repeated = second.assign(sequence=second["sequence"].str.lower() + "*")
+    data = load_sequences(path, labels=write(repeated, tmp_path / "labels.csv"))
+    assert sorted(text for split in data.values() for text in split["sequence"]) == sorted(table["sequence"])
+    second.loc[3, "sequence"] = "MKTAYIAKQR"
+    with pytest.raises(DataError, match="both have a column sequence"):
+        load_sequences(path, labels=write(second, tmp_path / "others.csv"))
+
+
+def test_a_file_without_a_line_of_names_is_refused_with_its_first_protein(tmp_path):
+    """Its first protein would be lost as the name of a column."""
+    sequences = ["MKTAYIAKQRQISFVKSHFSRQ", *frame()["sequence"]]
+    (tmp_path / "list.txt").write_text("\n".join(sequences))
+    for options in ({}, {"sequence": sequences[0]}):
+        with pytest.raises(
+            DataError, match=r"first line has a sequence \(MKTAYIAKQRQISFVKSHFS\.\.\.\) where the names"
+        ):
+            load_sequences(tmp_path / "list.txt", **options)
+
+
+def test_a_fasta_file_without_labels_names_the_table_of_labels(tmp_path):
+    path = fasta(frame(), tmp_path / "a.fasta")
+    with pytest.raises(DataError, match=r"is a FASTA file, which has no labels. Give a table of .* with labels="):
+        load_sequences(path, label_kind="class")
+
+
 def test_uniprot_names_match_accessions(tmp_path):
     table = frame()
     path = tmp_path / "a.fasta"

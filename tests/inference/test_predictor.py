@@ -386,6 +386,10 @@ def test_too_little_memory_of_the_device_is_explained(tokenizer, monkeypatch):
         predictor.predict(["MKT"])
     model = model_for("regression")
     monkeypatch.setattr(model, "to", full)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="device='cuda': torch finds no CUDA device here"):
+            place(model, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(OutOfMemoryError, match="cuda has too little free memory for a model of "):
         place(model, torch.device("cuda"))
 

@@ -237,6 +237,9 @@ def test_weights_that_do_not_fit_the_sequences_are_refused(folder, weights):
         (EsmClassifier, ["MKT"] * 3, ["a", "b", float("nan")], "1 of 3 labels are missing"),
         (EsmClassifier, ["MKT"] * 3, pd.Series([1.0, None, 0.0]), "1 of 3 labels are missing"),
         (EsmClassifier, ["MKT"] * 3, np.array(["a", None, "b"], dtype=object), "1 of 3 labels are missing"),
+        (EsmClassifier, ["MKT"] * 3, [0.5, 1.0, 2.0], "numbers with fractions, such as 0.5: expected classes. EsmRegr"),
+        (EsmClassifier, [], [], "y is empty"),
+        (EsmRegressor, ["MKT", "MAL"], ["a", "b"], "not a table of numbers .*EsmClassifier trains on classes"),
         (EsmRegressor, ["MKT", "MAL"], [1.0, np.nan], "not finite"),
         (EsmRegressor, ["MKT", "MAL"], 3.0, r"y has the shape \(\): expected \(sequences,\)"),
         (EsmRegressor, ["MKT", "MAL"], [1e23, 2e23], r"a label is 2e\+23: expected at most 1e\+18"),
@@ -245,6 +248,11 @@ def test_weights_that_do_not_fit_the_sequences_are_refused(folder, weights):
 def test_data_that_cannot_be_fitted_are_refused(folder, kind, X, y, message):
     with pytest.raises(DataError, match=message):
         quick(kind, folder).fit(X, y)
+
+
+def test_a_column_of_classes_is_taken_as_scikit_learn_takes_it(folder):
+    fitted = quick(EsmClassifier, folder).fit(["MKTAYI", "MALWMR"], pd.DataFrame({"label": ["no", "yes"]}))
+    assert fitted.classes_.tolist() == ["no", "yes"]
 
 
 def test_an_unknown_recipe_and_a_missing_fit_are_named(folder):

@@ -127,7 +127,11 @@ GOOD = dataset_of([0, 1, 2] * 8, CLASSES)
             dataset_of([0, 1] * 12, ClassLabel(names=["a", "d"])),
             r"does not have the label\(s\) 'd'; it has 'a', 'b', 'c'",
         ),
-        (dataset_of([0.5, 1.5] * 12, Value("float32")), "labels are numbers.*but the model predicts one class"),
+        (
+            dataset_of([0.5, 1.5] * 12, Value("float32")),
+            'labels are numbers.*but the model predicts one class.*label_kind="class"',
+        ),
+        ("other.csv", "got a str: expected one split of a data set"),
         (GOOD.select([]), "no row"),
         (dataset_of([0], CLASSES, ["not a protein"]), "looks like words"),
     ],
@@ -152,7 +156,7 @@ def test_sequences_that_are_too_long_are_named_and_left_out(tokenizer, caplog, n
     assert len(found.labels) == len(found.names) == 24 - len(long)
     short = data.select([row for row in range(24) if row not in long])
     assert found.metrics == evaluate(predictor, short)
-    with pytest.raises(DataError, match="1 of 1 sequences have more than 20 residues"):
+    with pytest.raises(DataError, match=r'1 of 1 sequences have more than 20 residues.*keep="windows"$'):
         evaluate(predictor, data.select(long[:1]), on_error="skip")
 
 

@@ -187,6 +187,13 @@ def test_a_model_below_the_majority_class_is_called_so():
     assert verdict(evaluation("single_label_classification", skill=3)) == ""
 
 
+def test_examples_of_one_class_are_not_said_to_show_a_bad_model():
+    found = evaluation("single_label_classification")
+    alike = dataclasses.replace(found, metrics={**found.metrics, "accuracy": 1.0, "majority_accuracy": 1.0})
+    assert verdict(alike).startswith("All examples have the same class, so they do not show whether")
+    assert "Train longer" not in verdict(alike)
+
+
 def test_a_model_of_numbers_below_the_mean_is_called_so():
     good = evaluation("regression")
     assert verdict(good) == ""
@@ -216,7 +223,7 @@ def test_a_metric_without_an_interval_is_explained():
     assert note == ""
     del every["auroc"]
     without = dataclasses.replace(found, intervals=every)
-    assert "No interval: auroc, undefined in some of the draws" in str(without)
+    assert "No interval: auroc, which cannot be computed for" in str(without)
     assert without.interval_note() in evaluation_sections(without)[0].parts
     assert "No metric has an interval" in dataclasses.replace(found, intervals={}).interval_note()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,27 @@ def test_a_model_of_ones_own_is_exported(tmp_path, tokenizer, kind):
     assert (record["metrics"], record["evaluated_on"]) == ({"mcc": 0.5}, "validation")
     assert record["base_model"] == Path(demo_model_path()).name
     assert record["task"] == {"kind": "single_label_classification", "names": ["no", "yes"]}
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"), [("single_label_classification", 3), ("multi_label_classification", 3), ("regression", 2)]
+)
+def test_the_line_of_the_card_gives_what_the_library_gives(tmp_path, tokenizer, problem, labels):
+    model = make_model(num_labels=labels, problem_type=problem, initializer_range=0.5)
+    folder = export_model(model, tmp_path / "out", base_model="someone/demo", tokenizer=tokenizer)
+    [code] = re.findall(
+        r"With transformers alone:\n\n```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL
+    )
+    *before, line = code.replace("FOLDER", str(folder)).strip().splitlines()
+    names: dict = {}
+    exec("\n".join(before), names)
+    for sequence in ("MKTAYIAKQR", "MKTAYIAKQR" * 200):
+        found = eval(line.replace("MKTAYIAKQR", sequence), names)
+        [expected] = Predictor.load(folder, device="cpu").predict([sequence], keep="start")
+        scores = {entry["label"]: entry["score"] for entry in found}
+        values = dict(zip(model.config.id2label.values(), expected.values, strict=True))
+        shown = values if problem != "single_label_classification" else {expected.labels[0]: max(expected.values)}
+        assert scores == pytest.approx(shown, abs=1e-5)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, tokenizer):

@@ -114,7 +114,7 @@ def test_training_labels_that_are_all_the_same_are_refused(labels, feature, mess
     split = split_of(labels, feature)
     with pytest.raises(DataError, match=message) as error:
         refuse_constant_labels(split, task_of(split.features), "Membrane")
-    assert str(error.value).endswith(". Give other labels, or name another column with label=")
+    assert str(error.value).endswith(". Give other labels, or another column of them")
 
 
 def test_of_a_stream_one_class_is_refused():
