@@ -389,6 +389,20 @@ def test_the_last_layer_computes_only_what_the_first_token_needs():
     assert sum(products.values()) == 2 * ((layers - 1) * tokens * every + last + head)
 
 
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+def test_a_backward_pass_inside_of_autocast_has_the_gradient_of_one_outside(recompute):
+    batch, gradients = make_batch([12, 9]), []
+    model = apply_lean_encoder(build(trains="all-linear"), recompute=recompute)
+    for enabled in (False, True):
+        model.zero_grad()
+        loss = loss_of(model, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    # The head, which is torch's own, computes in bfloat16.
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-2
+
+
 def test_with_adapters_the_last_layer_computes_what_the_first_token_needs():
     """Also with releases of peft that call the forward of the model, which runs no hook of it."""
     batch = make_batch([40, 25, 33])
