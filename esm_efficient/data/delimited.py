@@ -140,8 +140,9 @@ def _complete_rows(
             if leave_out is not None:
                 leave_out(f"{source}, {place}", f"the number of cells is not {len(names)}, the number of columns")
                 continue
+            cure = "Quote a cell that contains the separator" if len(cells) > len(names) else "Write the missing ones"
             raise DataError(
                 f"{source}, {place}: {len(cells)} cells for {len(names)} columns "
-                f"({listing([name[:40] for name in names])}). Quote a cell that contains the separator"
+                f"({listing([name[:40] for name in names])}). {cure}"
             )
         yield place, cells

@@ -66,7 +66,9 @@ def sequences_from(given: Any) -> list[str]:
         )
     columns = getattr(given, "column_names", None)
     if columns is None and getattr(given, "ndim", 1) == 2:
-        columns = list(getattr(given, "columns", ()))
+        if not hasattr(given, "columns"):
+            raise DataError(f"the {type(given).__name__} has the shape {given.shape}: expected one text per sequence")
+        columns = list(given.columns)
     if columns is not None:  # a split of a data set, or a table of pandas
         if "sequence" not in columns:
             raise DataError(

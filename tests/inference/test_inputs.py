@@ -52,6 +52,7 @@ def test_an_empty_container_has_no_sequences(given):
         (OrderedDict(a="MKT"), "OrderedDict with 'a'"),
         (SPLIT.rename_column("sequence", "text"), "columns 'accession', 'text': expected a column called sequence"),
         (pd.DataFrame({"protein": PROTEINS}), "DataFrame has the columns 'protein'"),
+        (np.array([["MKT", "MAL"]]), r"the ndarray has the shape \(1, 2\): expected one text per sequence"),
         (7, "got int"),
         (["MKT", None, 3.0], r"2 sequence\(s\) are not texts: sequence 2, sequence 3"),
         (pd.Series(["MKT", float("nan")]), "are not texts: sequence 2"),

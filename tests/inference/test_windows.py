@@ -207,4 +207,4 @@ def test_the_commands_have_the_option(tokenizer, tmp_path, capsys):
     assert main(["predict", str(model), str(source), "--overlap", "5"]) == 2
     assert "--overlap is that of windows: give --keep windows too" in capsys.readouterr().err
     assert main(["predict", str(model), str(source), "--keep", "windows", "--overlap", "1022"]) == 1
-    assert "--overlap 1022: expected 0 to 1021" in capsys.readouterr().err
+    assert "--overlap 1022: expected 0 to 1,021" in capsys.readouterr().err
