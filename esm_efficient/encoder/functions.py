@@ -8,6 +8,7 @@ and the pre-activation of the MLP. The Functions cannot be differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -100,7 +101,8 @@ def _outside_autocast(backward: Any) -> Any:
 
     @wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> Any:
-        with _without_autocast(next(gradient for gradient in gradients if gradient is not None)):
+        known = next((gradient for gradient in gradients if gradient is not None), None)
+        with nullcontext() if known is None else _without_autocast(known):
             return backward(ctx, *gradients)
 
     return run
