@@ -181,14 +181,16 @@ def evaluation_sections(evaluation: Evaluation, *, notes: Sequence[Part] = ()) -
 def verdict(evaluation: Evaluation) -> str:
     """Return a warning if the model does not beat the best constant prediction; else an empty text."""
     advice = "Train longer, with another learning rate, or check the labels."
+    constant = next(iter(evaluation.baselines.values()), {})
     if (r2 := evaluation.metrics.get("r2")) is not None and r2 <= 0:
+        if constant.get("r2") == 1:
+            return "All numbers are the same, so they do not show whether the model is better than their mean."
         return (
             f"The model is not better than always predicting the mean of the labels: its r2 is {r2:.3f}, and that of "
             f"the mean is 0. If only the order matters, compare Spearman's correlation. {advice}"
         )
     if evaluation.task.kind == "multi_label_classification":
         names = ("subset_accuracy", "jaccard")
-        constant = next(iter(evaluation.baselines.values()), {})
         if not all(evaluation.metrics.get(name, math.nan) <= constant.get(name, math.nan) for name in names):
             return ""
         found, other = (" and ".join(f"{m[name]:.3f}" for name in names) for m in (evaluation.metrics, constant))
