@@ -199,9 +199,7 @@ def test_a_model_of_numbers_below_the_mean_is_called_so():
     assert verdict(good) == ""
     worse = dataclasses.replace(good, metrics={**good.metrics, "r2": -0.2})
     assert "not better than always predicting the mean of the labels: its r2 is -0.200" in verdict(worse)
-    alike = dataclasses.replace(
-        worse, baselines={"mean of the labels": {"r2": 1.0}}
-    )  # as of numbers that are all equal
+    alike = dataclasses.replace(worse, baselines={"mean of the labels": {"r2": 1.0}})
     assert verdict(alike).startswith("All numbers are the same")
 
 
