@@ -99,7 +99,7 @@ def _refuse_missing_header(names: Collection[str], source: str | Path) -> None:
 
 def no_column(role: str, names: Collection[str], source: str | Path, advice: str = "") -> str:
     """Return what to say of a table without a column for a role; `advice` replaces the usual one."""
-    if role == "label" and [*names][:3] == ["accession", "header", "sequence"]:
+    if role == "label" and {*names} == {"accession", "header", "sequence"}:  # no entry of the headers is a label
         return f"{source} is a FASTA file, which has no labels. Give a table of accessions and labels with labels="
     return (
         f"{source} has no column with a usual name of {role}s ({', '.join(USUAL_NAMES[role])}); it has "

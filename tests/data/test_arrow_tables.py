@@ -84,7 +84,8 @@ def test_a_file_without_a_line_of_names_is_refused_with_its_first_protein(tmp_pa
 
 
 def test_a_fasta_file_without_labels_names_the_table_of_labels(tmp_path):
-    path = fasta(frame(), tmp_path / "a.fasta")
+    path = tmp_path / "a.fasta"
+    path.write_text("".join(f">{row.id}\n{row.sequence}\n" for row in frame().itertuples()))
     with pytest.raises(DataError, match=r"is a FASTA file, which has no labels. Give a table of .* with labels="):
         load_sequences(path, label_kind="class")
 

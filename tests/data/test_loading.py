@@ -142,7 +142,7 @@ STRUCTURAL = (
     "is empty|cannot be read|no column with a usual name|could be any of|more than one column is named|"
     "no sequence is left|"
     "leave nothing for|are in two splits|has the columns|whole number in every row|more than 1000 values|no file at|"
-    "nothing is left|is not a FASTA file"
+    "nothing is left|is not a FASTA file|is a FASTA file, which has no labels"
 )
 
 
