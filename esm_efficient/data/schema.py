@@ -75,9 +75,9 @@ def find_column(
     """
     if given is False:
         return None
-    if role == "sequence":
-        _refuse_missing_header(names, source)
     if given is not None:
+        if role == "sequence":
+            _refuse_missing_header([given], source)
         return _existing(given, names, source)
     candidates = [name for name in names if name.lower() in USUAL_NAMES[role] and name not in taken]
     if len(candidates) > 1:
@@ -85,6 +85,8 @@ def find_column(
             f"{source}: {role} could be any of {listing([repr(name) for name in candidates])}. Keep one of them, or "
             f"name one with {role}="
         )
+    if role == "sequence" and not candidates:
+        _refuse_missing_header(names, source)
     return candidates[0] if candidates else None
 
 

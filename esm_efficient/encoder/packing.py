@@ -175,10 +175,13 @@ def bounds_of(lengths: Sequence[int]) -> Tensor:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a tensor of the host to a device; from pinned memory the host need not wait for the copy."""
+    """Send a tensor of the host to a device; from pinned memory the host need not wait for the copy.
+
+    Apple's GPUs may copy later, when the memory has other content.
+    """
     if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "mps")  # which may copy later
+    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def describe_batch(mask: Tensor) -> dict[str, Any]:

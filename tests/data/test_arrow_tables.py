@@ -81,6 +81,9 @@ def test_a_file_without_a_line_of_names_is_refused_with_its_first_protein(tmp_pa
             DataError, match=r"first line has a sequence \(MKTAYIAKQRQISFVKSHFS\.\.\.\) where the names"
         ):
             load_sequences(tmp_path / "list.txt", **options)
+    named = frame().assign(MKTAYIAKQRQISFVKSHFSRQ=1.0)  # a column about a peptide
+    data = load_sequences(write(named, tmp_path / "named.csv"))
+    assert sum(map(len, data.values())) == len(named)
 
 
 def test_a_fasta_file_without_labels_names_the_table_of_labels(tmp_path):
