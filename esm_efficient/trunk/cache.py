@@ -32,6 +32,7 @@ _IRRELEVANT = (
 _PASSING = ("training", "gradient_checkpointing")
 """Switches of a module that do not change the states."""
 _LIBRARIES = ("esm_efficient.", "transformers.", "peft.", "accelerate.", "torch.")
+"""Prefixes of functions that are known by their names."""
 _FORMAT = 3
 """Number of the cache's format. Another number makes the states again."""
 
@@ -140,8 +141,8 @@ def _settings_of(name: str, module: Any) -> tuple[Any, ...]:
 def _facts_of(value: Any, depth: int = 5) -> Any:
     """Return what decides the result of a function: its name, and the values that it holds.
 
-    A value that cannot be compared gives another text each time, so that no cached states are used. Functions of the
-    libraries are known by their names.
+    A value that cannot be compared gives another text each time, so that the states are computed anew. Functions of the
+    libraries are known by their names. Global variables that a function reads are not seen.
     """
 
     def several(values: Any) -> list[Any]:
@@ -164,7 +165,8 @@ def _facts_of(value: Any, depth: int = 5) -> Any:
         if name.startswith(_LIBRARIES):
             return name
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return name, several([value.__code__, *cells, *(value.__defaults__ or ())])
+        defaults = *(value.__defaults__ or ()), *sum(sorted((value.__kwdefaults__ or {}).items()), ())
+        return name, several([value.__code__, *cells, *defaults])
     if depth and isinstance(value, types.CodeType):
         return value.co_code.hex(), value.co_names, several(value.co_consts)
     return uuid.uuid4().hex

@@ -202,6 +202,13 @@ def _scaling_by(held):
     return lambda module, given, output: held["factor"] * output
 
 
+def _scaling_by_default(value):
+    def hook(module, given, output, *, factor=value):
+        return factor * output
+
+    return hook
+
+
 class Scales:
     def __init__(self, factor):
         self.factor = factor
@@ -220,10 +227,11 @@ class Scales:
         (lambda factor: partial(lambda factor, module, given, output: factor * output, factor), True),
         (lambda factor: _scaling(torch.tensor(factor)), True),
         (lambda factor: Scales(factor).hook, True),
+        (_scaling_by_default, True),
         (Scales, False),
         (lambda factor: _scaling_by({"factor": factor}), False),
     ],
-    ids=["closure", "partial", "tensor", "method", "object", "dict"],
+    ids=["closure", "partial", "tensor", "method", "default", "object", "dict"],
 )
 def test_hooks_that_hold_other_values_have_other_states(data, tmp_path, make, is_known):
     """What holds values that cannot be compared never has the states of an earlier call."""
