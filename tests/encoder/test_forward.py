@@ -405,17 +405,14 @@ def test_a_backward_pass_inside_of_autocast_has_the_gradient_of_one_outside(reco
 
 def test_with_adapters_the_last_layer_computes_what_the_first_token_needs():
     """Also with releases of peft that call the forward of the model, which runs no hook of it."""
-    batch = make_batch([40, 25, 33])
+    batch = make_batch([40, 40, 40])
     flops = {}
     for trains in ("head", "all-linear"):
         model = apply_lean_encoder(build(trains=trains, num_hidden_layers=3))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**batch)
         flops[trains] = counter.get_total_flops()
-    every = apply_lean_encoder(build(trains="all-linear", num_hidden_layers=3))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        every(**batch, output_hidden_states=True)
-    assert flops["head"] < flops["all-linear"] < 0.95 * counter.get_total_flops()
+    assert flops["head"] < flops["all-linear"] < 1.1 * flops["head"]  # 1.3 with all tokens in the last layer
 
 
 @pytest.mark.parametrize(("recompute", "widths"), [("none", 10), ("mlp", 6), ("layer", 1)])
