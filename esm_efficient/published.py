@@ -51,13 +51,14 @@ def models_beside(folder: Path) -> str:
     return f" ({folder.parent} has {listing(sorted({path.parent.name for path in paths}))})" if paths else ""
 
 
-def missing_model(name: str, reason: str, *, revision: str | None = None) -> str:
+def missing_model(name: str, reason: str, *, revision: str | None = None, trained: bool = False) -> str:
     """Return the message for a name that is neither a folder nor a model in the cache, with what to do.
 
     Args:
         name: what was given, or the Hub name that it stands for.
         reason: why the Hub did not give it.
         revision: the branch, tag or commit that was asked for; None for the main branch.
+        trained: whether a model with a trained head is needed, which no size of ESM-2 has.
 
     Example:
         >>> missing_model("someone/membrane", "HF_HUB_OFFLINE is set")[68:111]
@@ -65,6 +66,8 @@ def missing_model(name: str, reason: str, *, revision: str | None = None) -> str
     """
     missing = f"there is no folder {name}{models_beside(Path(name))}, and"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if trained:
+            return f"{missing} it is not a Hub name of the form owner/name"
         sizes = ", ".join(ESM2_SIZES)
         return f"{missing} it is neither the size of an ESM-2 model ({sizes}) nor a Hub name of the form owner/name"
     if models_beside(Path(name)):
@@ -133,8 +136,12 @@ def refuse_adapter(name: str) -> None:
             )
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, *, trained: bool = False) -> str:
     """Return the name of a model, unless it can be seen without the Hub that there is no such model.
+
+    Args:
+        name: a folder, the size of an ESM-2 model or a Hub name.
+        trained: whether a model with a trained head is needed, which no size of ESM-2 has.
 
     Raises:
         ConfigurationError: it is the size of no ESM-2 model, or the path of a folder that does not exist.
@@ -145,10 +152,11 @@ def check_name(name: str) -> str:
     """
     if Path(name).is_dir() or size_of(name) is not None:
         return name
-    if _NAME.fullmatch(name.strip()) or not name.strip():
+    if not trained and (_NAME.fullmatch(name.strip()) or not name.strip()):
         raise ConfigurationError(f"no ESM-2 model has the size {name!r}: expected one of {', '.join(ESM2_SIZES)}")
-    if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
+    if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or not name.strip():
         beside = models_beside(Path(name))
-        expected = "a folder, an ESM-2 size such as 650M, or a Hub name"
-        raise ConfigurationError(f"no folder at {name}{beside}: expected {expected}")
+        sizes = ", an ESM-2 size such as 650M, or a Hub name"
+        expected = f"a folder{' of finetune or export or a Hub name' if trained else sizes}"
+        raise ConfigurationError(f"no folder at {name if name.strip() else repr(name)}{beside}: expected {expected}")
     return name

@@ -11,7 +11,7 @@ import typer
 from esm_efficient.cli import jobs as jobs
 from esm_efficient.cli import models as models
 from esm_efficient.cli import training as training
-from esm_efficient.cli.commands import app
+from esm_efficient.cli.commands import app, command_group
 from esm_efficient.cli.output import as_typed, typed_parameters, without_codes
 from esm_efficient.errors import EsmEfficientError, TrainingInterrupted
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     typed_parameters.set(parameters_of(args))
     try:
-        status = typer.main.get_command(app).main(args, prog_name="esm-efficient", standalone_mode=False) or 0
+        status = command_group().main(args, prog_name="esm-efficient", standalone_mode=False) or 0
         _leave_ranks()
         return status
     except usage_error as error:
@@ -86,6 +86,6 @@ def _what_comes_last(error: Any) -> str:
 
 def parameters_of(arguments: Sequence[str]) -> list[Any]:
     """Return the parameters of the command that is called; none if there is no such command."""
-    group: Any = typer.main.get_command(app)
-    command = next((group.commands[name] for name in arguments if name in group.commands), None)
+    known = command_group().commands
+    command = next((known[name] for name in arguments if name in known), None)
     return [] if command is None else list(command.params)

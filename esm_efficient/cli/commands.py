@@ -22,6 +22,13 @@ app = typer.Typer(
     "Example: esm-efficient finetune proteins.csv --model 35M",
 )
 
+
+@functools.cache
+def command_group() -> Any:
+    """Return all commands as typer makes them of their functions, once: it reads each signature."""
+    return typer.main.get_command(app)
+
+
 _RECOMMENDED = ["base", "gc", "lora", "all", "top"]
 _PRESETS = ["all-linear"]
 _NOT_QUANTIZED: list[str] = []

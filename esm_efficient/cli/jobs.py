@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from esm_efficient.cli.commands import AdapterLayersOption, app
-from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_model, quiet, show
+from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_trained_model, quiet, show
 from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.reporting.files import written_as
@@ -35,14 +35,10 @@ DataArgument = Annotated[
         metavar="DATA",
     ),
 ]
-TrainedArgument = Annotated[
-    str,
-    typer.Argument(callback=known_model, help="A folder of finetune or export, or a Hub name.", metavar="MODEL"),
-]
 
 
 def _known_models(names: Any) -> list[str]:  # with Python 3.10, typer cannot read list[str] here
-    return [known_model(name) for name in names]
+    return [known_trained_model(name) for name in names]
 
 
 TrainedArguments = Annotated[

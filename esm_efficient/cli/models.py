@@ -151,4 +151,6 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
                 f"{run} has no {PREDICTIONS}, of which the report is made: its former report stays as it is"
             )
         save_page(result, result.result_path.parent)
+    if not result.model_dir.is_dir():
+        typer.echo(f"warning: the model of this run was in {result.model_dir}, which is not there any more", err=True)
     show(result, as_json)

@@ -207,6 +207,8 @@ def existing_file(path: str, names: tuple[str, ...] = ("demo", "deeploc")) -> No
         return
     if Path(path).is_dir():
         raise typer.BadParameter(f"{path} is a folder: expected a file of sequences")
+    if Path(path).exists() and not Path(path).is_file():
+        raise typer.BadParameter(f"{path} is a pipe or a device: expected a file, because it is read twice")
     if not Path(path).is_file():
         folder = Path(path).parent
         there = [str(folder / each.name) for each in folder.iterdir() if each.is_file()] if folder.is_dir() else []
@@ -221,6 +223,14 @@ def known_model(name: str) -> str:
     """
     try:
         return check_name(name)
+    except ConfigurationError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def known_trained_model(name: str) -> str:
+    """As `known_model`, of a model with a trained head."""
+    try:
+        return check_name(name, trained=True)
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
 

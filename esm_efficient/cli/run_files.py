@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from esm_efficient.cli.commands import app
+from esm_efficient.cli.commands import command_group
 from esm_efficient.cli.output import as_typed
 
 if TYPE_CHECKING:
@@ -57,9 +55,9 @@ def repeating_line(run: Path) -> str | None:
 
 def save_page(result: FinetuneResult, run: Path) -> None:
     """Write the page of a run; if a command started it, with the line that repeats it and options as they are typed."""
-    command, group = repeating_line(run), typer.main.get_command(app)
+    command = repeating_line(run)
     if command is not None:
-        parameters = cast(Any, group).commands["finetune"].params
+        parameters = command_group().commands["finetune"].params
         result = dataclasses.replace(result, warnings=tuple(as_typed(text, parameters) for text in result.warnings))
     result.save_page(command=command)
 

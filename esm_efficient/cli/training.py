@@ -50,7 +50,7 @@ from esm_efficient.cli.jobs import (
     PartitionOption,
     SequenceOption,
     SplitOption,
-    TrainedArgument,
+    TrainedArguments,
     UnlabelledOption,
     check_overlap,
     data_options,
@@ -74,7 +74,7 @@ from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_o
 from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
 from esm_efficient.recipes import RECIPES, get_recipe
-from esm_efficient.tasks import LARGEST_SEED
+from esm_efficient.tasks import LARGEST_SEED, Pooling
 
 Weights = Literal["balanced", "none"]
 _ALL_RECIPES = list(RECIPES)
@@ -199,7 +199,7 @@ def finetune(
             early_stopping="auto" if early_stopping is None else early_stopping or None,
             probe=probe,
             report=False,  # it is written below, with the line that repeats the run
-            announce=lambda plan: _begin(plan, output, resume=resume),
+            announce=lambda plan: _begin(plan, output, pooling, resume=resume),
             callbacks=[CheckpointCallback(signals=(signal.SIGINT, signal.SIGTERM)), config_writer(output, options)],
             save_strategy="epoch",
             save_total_limit=1,
@@ -212,10 +212,17 @@ def finetune(
     show(result, as_json)
 
 
-def _begin(plan: Any, output: Path, *, resume: bool) -> None:
-    """Say what a run will do: the data can be read, and nothing is trained or written yet."""
+def _begin(plan: Any, output: Path, pooling: Pooling | None, *, resume: bool) -> None:
+    """Say what a run will do: the data can be read, and nothing is trained or written yet.
+
+    Raises:
+        ConfigurationError: the head cannot have the pooling that was typed, which may be the recipe's own.
+    """
+    from esm_efficient.heads import model_class
     from esm_efficient.training.records import RESULT
 
+    if pooling is not None:
+        model_class(plan.task.head, pooling)
     if not is_first_rank():
         return
     typer.echo(f"{without_codes(as_typed(str(plan), typed_parameters.get()))}\n", err=True)
@@ -245,7 +252,7 @@ def _data_options(data: str, options: dict[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def evaluate(
-    model: TrainedArgument,
+    models: TrainedArguments,
     data: Annotated[str, typer.Argument(help='A file of sequences and labels; "demo", "deeploc".', metavar="DATA")],
     keep: KeepOption = None,
     overlap: OverlapOption = None,
@@ -262,7 +269,8 @@ def evaluate(
 ) -> None:
     """Measure a trained model on all sequences of another table.
 
-    For demo and deeploc, only the test split is used.
+    Several models are adapters of one base model; the mean of their predictions is measured. Of demo and deeploc, only
+    the test split is used.
 
     Example: esm-efficient evaluate output/adapter other.csv --report evaluation.html
     """
@@ -280,9 +288,9 @@ def evaluate(
         else:
             splits = splits_from({"test": data}, split=False, partition=False, **given)
         reading = reading_of(keep, overlap)
-        result = evaluate_in_full(model, splits["test"], keep=reading, token_budget=token_budget, on_error=on_error)
+        result = evaluate_in_full(models, splits["test"], keep=reading, token_budget=token_budget, on_error=on_error)
         if report is not None:
-            report.write_text(evaluation_page(result, model=model, dataset=data), encoding="utf-8")
+            report.write_text(evaluation_page(result, models=models, dataset=data), encoding="utf-8")
     show(result, as_json)
 
 
@@ -343,8 +351,10 @@ def compare(
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --data: without a table nothing is trained")
     if data is not None and precision == "pure-bf16":
         raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32, bf16 or fp16")
-    if data is not None and sequences is not None:
-        raise typer.BadParameter("--sequences is for estimates: --data has its own sequences; use --limit")
+    estimated: dict[str, Any] = {"--tokens": tokens != 512, "--padding": padding, "--attention": attention != "sdpa"}
+    estimated |= {"--optimizer": optimizer != "adamw_fused", "--sequences": sequences}
+    if data is not None and (alone := [option for option, changed in estimated.items() if changed]):
+        raise typer.BadParameter(f"{alone[0]} is for estimates, and --data trains on its table, or on --limit of it")
     check_epochs(epochs)
     if data is not None:
         existing_file(data)

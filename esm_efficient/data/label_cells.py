@@ -73,6 +73,7 @@ class ResidueLabels:
         rows: rows of two or more residues with one label per residue.
         mismatches: rows in which the number of labels differs from the number of residues.
         first_mismatch: the first of these rows; None without one.
+        near: rows of these in which the numbers differ by one or two.
         gapped: rows of these in which the labels without those of gaps and stops are as many as the residues.
         names: the different labels of the other rows, with the first row of each; at most `MAX_CLASSES` + 1.
         lengths: residues of the other rows, at most two different numbers.
@@ -81,6 +82,7 @@ class ResidueLabels:
     rows: int = 0
     mismatches: int = 0
     first_mismatch: str | None = None
+    near: int = 0
     gapped: int = 0
     names: dict[str, str] = field(default_factory=dict)
     lengths: set[int] = field(default_factory=set)
@@ -89,6 +91,7 @@ class ResidueLabels:
         """Take note of the labels of one row."""
         if len(labels) != residues:
             self.mismatches += 1
+            self.near += abs(len(labels) - residues) <= 2
             self.gapped += sum(label not in _GAP_LABELS for label in labels) == residues
             self.first_mismatch = self.first_mismatch or f"{place}: {len(labels)} labels for {residues} residues"
             return
@@ -106,6 +109,12 @@ class ResidueLabels:
             f"{self.first_mismatch}. The gaps (- and .) and the final stop (*) of a sequence are dropped: remove the "
             f"labels at these columns too, which makes the numbers equal in {self.gapped} row(s)"
         )
+
+    def describe_near_miss(self) -> str:
+        """Return what a message adds if most rows have nearly one label per residue; empty if they have not."""
+        if self.near <= (self.rows + self.mismatches) / 2:
+            return ""
+        return f". As labels of residues, their number is wrong: {self.describe_mismatch()}"
 
 
 @dataclass

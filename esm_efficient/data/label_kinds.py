@@ -376,10 +376,8 @@ def _class_doubts(observed: LabelObservations, texts: Sequence[str], asked: bool
         yield f"a cell may hold several labels: {_shown(observed, compound)}", cure
     if len(texts) > _most_classes(observed):
         problem = f"the label has {len(texts)} different values in {observed.rows} rows, which is many for classes: "
-        yield (
-            problem + _shown(observed, texts),
-            "Name another column with label=, or say with label_kind= what it holds",
-        )
+        cure = "Name another column with label=, or say with label_kind= what it holds"
+        yield problem + _shown(observed, texts) + observed.readings["letters"].describe_near_miss(), cure
 
 
 def _shown(observed: LabelObservations, texts: Sequence[str]) -> str:

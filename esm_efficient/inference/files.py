@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,9 +124,7 @@ def map_file(
     started = time.perf_counter()
     output = Path(output)
     written_as(output, source=source)
-    part, parts = shard
-    if not 1 <= part <= parts:
-        raise ConfigurationError(f"shard={part}/{parts}: expected a number from 1 to the number of shards")
+    part, parts = _shard(shard)
     columns = {"sequence": sequence, "accession": accession}
     total, wrong = check_rows(source, longest=longest, on_error=on_error, **columns)
     rows = range(total * (part - 1) // parts, total * part // parts)
@@ -172,6 +170,21 @@ def map_file(
     _wait_for_all()
     seconds = time.perf_counter() - started
     return FileResult(output, len(rows), computed, reused, residues, seconds, long_sequences, wrong.count)
+
+
+def _shard(given: Any) -> tuple[int, int]:
+    """Return the number of a part and of all parts.
+
+    Raises:
+        ConfigurationError: they are none.
+    """
+    is_pair = isinstance(given, Sequence) and len(given) == 2 and all(isinstance(number, int) for number in given)
+    if not is_pair or not 1 <= given[0] <= given[1]:
+        raise ConfigurationError(
+            f"shard={given!r}: expected two whole numbers, that of the part, from 1, and that of all parts, such as "
+            "(1, 3)"
+        )
+    return given[0], given[1]
 
 
 def _blocks(rows: Iterator[Row], wanted: range, most: int) -> Iterator[list[Row]]:

@@ -306,11 +306,15 @@ def _find_trained(name_or_path: str | Path, revision: str | None, cache_dir: str
             f"{name} is a pretrained model without a trained head, and its predictions would be random: give the "
             "folder that finetune wrote, such as output/adapter or output/model"
         )
-    return find_folder(name_or_path, revision, cache_dir)
+    return find_folder(name_or_path, revision, cache_dir, trained=True)
 
 
-def find_folder(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None) -> Path:
+def find_folder(
+    name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None, *, trained: bool = False
+) -> Path:
     """Return the folder of a model; a model on the Hub is downloaded unless it is in the cache.
+
+    `trained` says whether a model with a trained head is needed.
 
     Raises:
         ConfigurationError: there is no such folder, and the name is not that of a model on the Hub or in the cache.
@@ -330,12 +334,12 @@ def find_folder(name_or_path: str | Path, revision: str | None, cache_dir: str |
             snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=list(_HUB_FILES))
         )
     except HFValidationError as error:
-        raise ConfigurationError(missing_model(str(folder), "")) from error
+        raise ConfigurationError(missing_model(str(folder), "", trained=trained)) from error
     except LocalEntryNotFoundError as error:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub is not reachable"
         copy_of = "complete copy" if revision is None else f"complete copy of revision {revision!r}"
         where = f"{cache_dir or constants.HF_HUB_CACHE} has no {copy_of}, and {offline}"
-        raise ConfigurationError(missing_model(name_or_path, where, revision=revision)) from error
+        raise ConfigurationError(missing_model(name_or_path, where, revision=revision, trained=trained)) from error
     except HfHubHTTPError as error:
         raise ConfigurationError(
             f"{missing}, and the Hub does not give the model {model}: {error}. "

@@ -28,9 +28,14 @@ def written_as(output: str | Path, *, source: str | Path | None = None) -> Forma
         source: the file that the results are computed from, which must not be overwritten; None if there is none.
 
     Raises:
-        ConfigurationError: its suffix is unknown, it is a folder, its folder does not exist or cannot be written to, or
-            it or a file that is written beside it is the source.
+        ConfigurationError: the source is not a path; or the suffix is unknown, the output is a folder, its folder does
+            not exist or cannot be written to, or it or a file that is written beside it is the source.
     """
+    if not isinstance(source, str | Path | None):
+        raise ConfigurationError(
+            f"got a {type(source).__name__} in place of the path of a file: Predictor.predict and Embedder.embed take "
+            "sequences and tables in memory"
+        )
     output = Path(output)
     if output.suffix.lower() not in _SUFFIXES:
         raise ConfigurationError(f"{output}: expected a file that ends with {listing(list(_SUFFIXES))}")

@@ -40,7 +40,7 @@ _READ_AS = {
 
 
 def evaluate(
-    model: Predictor | str | Path,
+    model: Predictor | str | Path | Sequence[str | Path],
     dataset: Dataset,
     *,
     keep: LongReading | None = None,
@@ -52,8 +52,8 @@ def evaluate(
     The labels are matched by name with those of the model, whatever their order in the data set.
 
     Args:
-        model: a `Predictor`, or what `Predictor.load` loads. ``Predictor(model, tokenizer)`` makes one of any model
-            with a head.
+        model: a `Predictor`, or what `Predictor.load` loads: a model, or a list of adapters as an ensemble.
+            ``Predictor(model, tokenizer)`` makes one of any model with a head.
         dataset: one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
         keep: as `Predictor.predict`; labels per residue are truncated with their sequence.
         token_budget: as `Predictor.predict`.
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def evaluate_in_full(
-    model: Predictor | str | Path,
+    model: Predictor | str | Path | Sequence[str | Path],
     dataset: Dataset,
     *,
     keep: LongReading | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config, share_weights
 from esm_efficient.tasks import Task, base_model_of, task_of_model
 from esm_efficient.training.card import CARD, CardFacts, Holds, model_card, public_name, run_settings
-from esm_efficient.training.onnx_file import remove_onnx, require_onnx, write_onnx
+from esm_efficient.training.onnx_file import ONNX_FILE, remove_onnx, require_onnx, write_onnx
 from esm_efficient.training.outcome import NO_METRICS
 from esm_efficient.training.records import RESULT, load_result
 from esm_efficient.training.result import FinetuneResult
@@ -32,6 +33,8 @@ from esm_efficient.training.saved_tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _NOT_EXPORTED = ("model_dir", "result_path", "history", "probe_words", "warnings")
 """What a record has that is of no use elsewhere, or names paths of this machine."""
@@ -158,9 +161,14 @@ def export_model(
     holds: Holds = "merged" if adapted else "model"
     card = model_card(found.facts, base_model, holds=holds, dataset=dataset, description=description)
     (folder / CARD).write_text(card, encoding="utf-8")
-    remove_onnx(folder)
+    was_there = remove_onnx(folder)
     if onnx:
         write_onnx(folder)
+    elif was_there:
+        logger.warning(
+            "%s was that of the model that was here before, and is removed: give onnx=True to write this model's",
+            folder / ONNX_FILE,
+        )
     return folder
 
 

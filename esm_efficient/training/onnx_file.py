@@ -42,10 +42,12 @@ def require_onnx() -> None:
         )
 
 
-def remove_onnx(folder: Path) -> None:
-    """Remove the ONNX file of a model that was in the folder before."""
+def remove_onnx(folder: Path) -> bool:
+    """Remove the ONNX file of a model that was in the folder before; return whether there was one."""
+    was_there = (folder / ONNX_FILE).is_file()
     for name in (ONNX_FILE, f"{ONNX_FILE}.data"):
         (folder / name).unlink(missing_ok=True)
+    return was_there
 
 
 def write_onnx(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient.errors import listing
 from esm_efficient.reporting import format_number, format_table
 from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
 from esm_efficient.reporting.score_plots import curves_plot
@@ -206,18 +207,22 @@ def _what_ran(result: FinetuneResult, command: str | None) -> Section:
     return Section("What ran", parts if command is None else [*parts, "Repeat it:", Command(command)])
 
 
-def evaluation_page(evaluation: Evaluation, *, model: str, dataset: str) -> str:
-    """Return one HTML page of the evaluation of a trained model on a table.
+def evaluation_page(evaluation: Evaluation, *, models: Sequence[str], dataset: str) -> str:
+    """Return one HTML page of the evaluation of a trained model, or of an ensemble, on a table.
 
     Args:
         evaluation: the evaluation.
-        model: name of the model.
+        models: name of the model, or of each member of the ensemble.
         dataset: name of the table.
     """
     what = f"{len(evaluation.labels):,} sequences of {dataset}. The task: {evaluation.task.describe()}."
+    names = listing(list(map(_name_of_model, models)))
+    return html_page(f"{names} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
+
+
+def _name_of_model(model: str) -> str:
     path = Path(model)  # finetune writes into RUN/adapter or RUN/model
-    name = f"{path.parent.name}/{path.name}" if path.name in ("adapter", "model") and path.parent.name else path.name
-    return html_page(f"{name} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
+    return f"{path.parent.name}/{path.name}" if path.name in ("adapter", "model") and path.parent.name else path.name
 
 
 def curves_of(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:

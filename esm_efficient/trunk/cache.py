@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import types
-import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
 from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.trunk.settings import settings_of
 from esm_efficient.trunk.shards import Plan, make_shards
 from esm_efficient.trunk.split import Trunk
 from esm_efficient.trunk.states import STATES_COLUMN, Pooling, StateDtype, StateFormat, bytes_of, ids_of
@@ -29,10 +27,6 @@ _IRRELEVANT = (
     *("transformers_version", "truncated_from"),
 )
 """Settings of a config that do not change the states."""
-_PASSING = ("training", "gradient_checkpointing")
-"""Switches of a module that do not change the states."""
-_LIBRARIES = ("esm_efficient.", "transformers.", "peft.", "accelerate.", "torch.")
-"""Prefixes of functions that are known by their names."""
 _FORMAT = 3
 """Number of the cache's format. Another number makes the states again."""
 
@@ -118,7 +112,7 @@ def _hash_model(trunk: Trunk) -> str:
     config = {name: value for name, value in trunk.esm.config.to_dict().items() if name not in _IRRELEVANT}
     device = next(trunk.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    modules = [_settings_of(name, module) for name, module in trunk.named_modules()]
+    modules = [settings_of(name, module) for name, module in trunk.named_modules()]
     precision = torch.get_float32_matmul_precision()
     digest = hashlib.sha256(repr((_FORMAT, sorted(config.items()), modules, autocast, precision)).encode())
     for name, tensor in [*trunk.named_parameters(), *trunk.named_buffers()]:
@@ -126,50 +120,6 @@ def _hash_model(trunk: Trunk) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(bytes_of(tensor).data)
     return digest.hexdigest()
-
-
-def _settings_of(name: str, module: Any) -> tuple[Any, ...]:
-    """Return the class of a module, its numbers and switches, and what is known of its hooks and another forward."""
-    values = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _PASSING}
-    simple = sorted((key, value) for key, value in values.items() if isinstance(value, (bool, int, float, str)))
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if (replaced := vars(module).get("forward")) is not None:
-        hooks.append(replaced)
-    return name, f"{type(module).__module__}.{type(module).__qualname__}", simple, [*map(_facts_of, hooks)]
-
-
-def _facts_of(value: Any, depth: int = 5) -> Any:
-    """Return what decides the result of a function: its name, and the values that it holds.
-
-    A value that cannot be compared gives another text each time, so that the states are computed anew. Functions of the
-    libraries are known by their names. Global variables that a function reads are not seen.
-    """
-
-    def several(values: Any) -> list[Any]:
-        return [_facts_of(item, depth - 1) for item in values or ()]
-
-    if isinstance(value, (bool, int, float, str, bytes, type(None))):
-        return repr(value)
-    if depth and isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), hashlib.sha256(bytes_of(value).data).hexdigest()
-    if depth and isinstance(value, (tuple, list)):
-        return several(value)
-    if depth and isinstance(value, functools.partial):
-        return several([value.func, value.args, *sum(sorted(value.keywords.items()), ())])
-    if depth and isinstance(value, types.MethodType):
-        owner: Any = value.__self__
-        held = () if isinstance(owner, torch.nn.Module) else sum(sorted(vars(owner).items()), ())
-        return several([value.__func__, *held])
-    if depth and isinstance(value, types.FunctionType):
-        name = f"{value.__module__}.{value.__qualname__}"
-        if name.startswith(_LIBRARIES):
-            return name
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        defaults = *(value.__defaults__ or ()), *sum(sorted((value.__kwdefaults__ or {}).items()), ())
-        return name, several([value.__code__, *cells, *defaults])
-    if depth and isinstance(value, types.CodeType):
-        return value.co_code.hex(), value.co_names, several(value.co_consts)
-    return uuid.uuid4().hex
 
 
 def _has_padding(split: Dataset) -> bool:

@@ -147,13 +147,23 @@ def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
     )
 
 
-def ask(endpoint: Any) -> list[dict[str, Any]]:
-    """Request the predictions for well-known proteins."""
-    inputs = [{"name": name, "sequence": sequence} for name, sequence in KNOWN_PROTEINS.items()]
-    response = endpoint.invoke(
-        body=json.dumps({"inputs": inputs}), content_type="application/json", accept="application/json"
-    )
-    return json.loads(response.body.read())
+def ask(endpoint: Any) -> list[tuple[str, str, str]]:
+    """Request a prediction for each well-known protein, and return the rows of a table.
+
+    A model that was trained on shorter sequences refuses some of them: the row says so.
+    """
+    rows = []
+    for name, sequence in KNOWN_PROTEINS.items():
+        body = json.dumps({"inputs": [{"name": name, "sequence": sequence}]})
+        try:
+            response = endpoint.invoke(body=body, content_type="application/json", accept="application/json")
+        except ClientError as error:
+            if error.response.get("OriginalStatusCode") not in (400, 413):
+                raise
+            rows.append((name, f"refused: {error.response.get('OriginalMessage')}", ""))
+        else:
+            rows += map(row_of, json.loads(response.body.read()))
+    return rows
 
 
 def row_of(prediction: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -182,14 +192,14 @@ def main(arguments: list[str] | None = None) -> None:
     attempts = {"Delay": 15, "MaxAttempts": max(1, options.timeout // 15)}
     try:
         sagemaker.get_waiter("endpoint_in_service").wait(EndpointName=options.endpoint, WaiterConfig=attempts)
-        predictions = ask(endpoint)
+        rows = ask(endpoint)
     except (BotoCoreError, ClientError) as error:
         record = sagemaker.describe_endpoint(EndpointName=options.endpoint)
         raise ConfigurationError(
             f"endpoint {options.endpoint} is {record['EndpointStatus']} ({record.get('FailureReason') or error}). It "
             f"exists and may be billed: delete it with {cleanup_line(options.endpoint, region)} --yes"
         ) from error
-    print(format_table([row_of(prediction) for prediction in predictions], ("protein", "prediction", "probability")))
+    print(format_table(rows, ("protein", "prediction", "probability")))
     print(f"the endpoint is in service; delete it with {cleanup_line(options.endpoint, region)} --yes")
 
 

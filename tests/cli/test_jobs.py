@@ -6,6 +6,7 @@ import html
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -231,6 +232,17 @@ def test_a_finished_run_is_reported_again(run, capsys):
     assert "95 % interval" in capsys.readouterr().out
 
 
+def test_a_report_of_a_run_whose_model_was_deleted_says_so(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run / "out", folder, ignore=shutil.ignore_patterns("model", "checkpoint-*"))
+    assert main(["report", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert f"warning: the model of this run was in {folder / 'model'}, which is not there any more" in captured.err
+    assert "95 % interval" in captured.out
+    assert main(["report", str(run / "out")]) == 0
+    assert "not there any more" not in capsys.readouterr().err
+
+
 def test_a_report_without_its_predictions_is_not_replaced(run, capsys):
     predictions, page = run / "out" / "predictions.parquet", run / "out" / "report.html"
     before, content = page.read_text(), predictions.read_bytes()
@@ -251,6 +263,15 @@ def test_a_run_is_exported_for_plain_transformers(run, capsys):
         [found] = classify(written)
         assert found["label"] == expected.labels[0]
         assert found["score"] == pytest.approx(expected.values.max(), abs=1e-5)
+
+
+def test_a_pooling_that_is_typed_for_residues_is_refused_although_the_recipe_has_it(tmp_path, capsys):
+    table = frame(40)[["sequence", "structure"]]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    command = ["finetune", str(tmp_path / "table.csv"), "--label", "structure", "--model", "demo", "--recipe", "frozen"]
+    assert main([*command, "--pooling", "attention", "-o", str(tmp_path / "out")]) == 1
+    assert "error: --pooling attention with a token-classification head" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_bound_of_the_tokens_and_the_seed_reach_the_run(run, monkeypatch):

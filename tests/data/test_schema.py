@@ -64,6 +64,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore:A random split"), pytest.mark.u
             )
             for kind in ({}, {"label_kind": "residues"})
         ),
+        (
+            lambda t: t.assign(structure=t.structure.str[1:]),
+            {"label": "structure"},
+            "many for classes.* As labels of residues, their number is wrong: .*line 2: 26 labels for 27 resid",
+        ),
         (lambda t: t, {"label": {"a|b": "golgi"}}, r"the label name 'a\|b' has a \|.*: rename it"),
         (
             lambda t: t.assign(label="['a|b', 'c']"),

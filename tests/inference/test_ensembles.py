@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -252,6 +253,22 @@ def test_an_ensemble_is_evaluated_and_computed_again_when_a_member_changes(folde
     assert {name: found[name] for name in expected} == pytest.approx(expected, nan_ok=True)
 
 
+def test_the_command_evaluates_an_ensemble_and_its_page_names_the_members(folders, tmp_path, capsys):
+    table, page = tmp_path / "other.csv", tmp_path / "page.html"
+    texts, labels = sequences(6), ["a|b", "b", "c", "a", "a|b|c", "c|b"]
+    table.write_text("sequence,label\n" + "".join(f"{t},{label}\n" for t, label in zip(texts, labels, strict=True)))
+    members = list(map(str, folders["multi_label_classification"]))
+    kind = ["--label-kind", "several"]
+    assert main(["evaluate", *members, str(table), *kind, "--report", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["metrics"]
+    ensemble = Predictor.load(members)
+    truth = np.array([[name in label.split("|") for name in NAMES] for label in labels], dtype=float)
+    expected = multi_label_metrics(truth, np.stack(ensemble.logits(texts)), NAMES, thresholds=ensemble.thresholds)
+    assert found["f1_macro"] == pytest.approx(expected["f1_macro"])
+    assert found["auroc"] == pytest.approx(expected["auroc"])
+    assert all(Path(member).name in page.read_text() for member in members)
+
+
 def test_the_folder_of_a_run_is_not_a_member(folders, tmp_path):
     shutil.copytree(folders["regression"][0], tmp_path / "run" / "adapter")
     with pytest.raises(ConfigurationError, match=r"run is the folder of a run: give .*adapter"):
@@ -280,3 +297,15 @@ def test_the_identity_of_a_model_has_its_active_adapter_and_the_scale(folders):
     layer = next(module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict))
     layer.scaling["member001"] *= 2
     assert identity_of(model, model.config) != before
+
+
+def test_the_identity_of_a_model_has_what_its_hooks_hold(folders):
+    model = Predictor.load(folders["regression"]).model
+    found = [identity_of(model, model.config)]
+    for factor in (1.0, 2.0, 2.0):
+        handle = model.register_forward_hook(lambda module, given, output, *, by=factor: None)
+        found.append(identity_of(model, model.config))
+        handle.remove()
+    assert len(set(found)) == 3
+    assert found[2] == found[3]
+    assert identity_of(model, model.config) == found[0]

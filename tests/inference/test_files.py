@@ -171,12 +171,18 @@ def test_kill_9_loses_and_repeats_no_sequence(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_share_the_work(tmp_path, fasta):
+    """The ranks agree on a name of the run although the hook is an object, which has a new name each time."""
     output = tmp_path / "out.csv"
     script = tmp_path / "run.py"
     script.write_text(
         "from esm_efficient.inference import files; files.BLOCK_ROWS = 5\n"
         "from esm_efficient import demo_model_path, embed_file\n"
-        f"result = embed_file(demo_model_path(), {str(fasta)!r}, {str(output)!r})\n"
+        "from esm_efficient.inference import Embedder\n"
+        "class Nothing:\n"
+        "    def __call__(self, *given): pass\n"
+        "embedder = Embedder.load(demo_model_path())\n"
+        "embedder.model.register_forward_hook(Nothing())\n"
+        f"result = embed_file(embedder, {str(fasta)!r}, {str(output)!r})\n"
         "import os, json; counts = [result.computed, result.reused]\n"
         "open(__file__ + os.environ['RANK'], 'w').write(json.dumps(counts))\n"
         "import torch; torch.distributed.destroy_process_group()\n"
@@ -216,7 +222,8 @@ def test_ranks_share_the_work(tmp_path, fasta):
         (">a\nMKT\n", {"shard": (2, 2)}, None, ""),
         (">a\nMKT\n", {"shard": (1, 2)}, ConfigurationError, "has only 1 row to use"),
         ("id,sequence\n", {}, DataError, "source has no sequence"),
-        (">a\nMKT\n", {"shard": (3, 2)}, ConfigurationError, "shard=3/2"),
+        (">a\nMKT\n", {"shard": (3, 2)}, ConfigurationError, "shard=\\(3, 2\\): expected two whole numbers"),
+        (">a\nMKT\n", {"shard": "1/2"}, ConfigurationError, "shard='1/2': expected two whole numbers, .* \\(1, 3\\)"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_before_anything_is(tokenizer, tmp_path, text, options, error, message):

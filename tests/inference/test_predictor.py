@@ -287,7 +287,7 @@ def test_only_safetensors_and_text_are_downloaded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nope", "there is no folder nope, and it is neither .* nor a Hub name of the form owner/name"),
+        ("./nope", "there is no folder nope, and it is not a Hub name of the form owner/name"),
         ("/nope/at/all", "there is no folder /nope/at/all, and"),
         ("output/nope/model", "there is no folder output/nope/model, and"),
         (Path("no-such-output/adapter"), "there is no folder no-such-output/adapter$"),

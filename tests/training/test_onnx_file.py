@@ -82,13 +82,18 @@ def test_without_the_packages_nothing_is_done(tmp_path, tokenizer, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_of_another_model_does_not_stay(tmp_path, tokenizer):
+def test_a_file_of_another_model_does_not_stay(tmp_path, tokenizer, caplog):
     folder = tmp_path / "out"
     folder.mkdir()
     for name in ("model.onnx", "model.onnx.data"):
         (folder / name).write_text("of another model")
     export_model(trained("residues"), folder, base_model="someone/demo", tokenizer=tokenizer)
     assert not list(folder.glob("*.onnx*"))
+    (told,) = [record.getMessage() for record in caplog.records if "model.onnx" in record.getMessage()]
+    assert told.endswith("is removed: give onnx=True to write this model's")
+    caplog.clear()
+    export_model(trained("residues"), folder, base_model="someone/demo", tokenizer=tokenizer)
+    assert "model.onnx" not in caplog.text
 
 
 @pytest.mark.parametrize("fault", slow_except(["other logits", "no translation"], "no translation"))

@@ -15,7 +15,7 @@ import torch
 from conftest import each_value, slow_except
 from copies import Copy
 from datasets import Dataset, DatasetDict
-from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, EsmModel, TrainingArguments
 
 from esm_efficient import (
     ConfigurationError,
@@ -250,7 +250,9 @@ def test_what_does_not_change_the_states_makes_no_new_states(data, tmp_path):
     cache_states(data, split_model(load(), 1)[0], tmp_path)
     before = set(tmp_path.iterdir())
     pooled = PooledEsmForSequenceClassification.from_pretrained(demo_model_path(), classifier_pooling="mean")
-    for other_head in (load(num_labels=5, id2label=dict(enumerate("abcde"))), pooled, load().train()):
+    moved = load()
+    moved.esm = EsmModel.from_pretrained(shutil.copytree(demo_model_path(), tmp_path.parent / "moved"))
+    for other_head in (load(num_labels=5, id2label=dict(enumerate("abcde"))), pooled, load().train(), moved):
         cache_states(data, split_model(other_head, 1)[0], tmp_path)
     assert set(tmp_path.iterdir()) == before
 

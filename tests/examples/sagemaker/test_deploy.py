@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from aws_on_loopback import BUCKET, ROLE, SCRIPTS
+from botocore.exceptions import ClientError
 from moto.iam.access_control import IAMPolicy, PermissionResult
 
 from esm_efficient import Prediction, Task
@@ -33,8 +36,8 @@ def job(aws):
 
 
 def will_answer(aws, answers):
-    """Set the next response of moto's endpoints."""
-    results = [{"Body": json.dumps(answers), "ContentType": "application/json"}]
+    """Set the next responses of moto's endpoints."""
+    results = [{"Body": json.dumps([answer]), "ContentType": "application/json"} for answer in answers]
     body = json.dumps({"results": results}).encode()
     request = urllib.request.Request(f"{aws.address}/moto-api/static/sagemaker/endpoint-results", body)
     urllib.request.urlopen(request, timeout=20).close()
@@ -128,6 +131,33 @@ def test_the_answers_of_every_task_are_shown_on_one_line(monkeypatch, kind, valu
 
     prediction = Prediction(Task(kind, ("no", "yes")), np.array(values), labels)
     assert script.row_of({"name": "P1", **prediction.to_dict()}) == ("P1", *shown)
+
+
+class Endpoint:
+    """Refuses the longest protein as an endpoint of SageMaker does, or fails at each of them."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def invoke(self, *, body, **_):
+        (query,) = json.loads(body)["inputs"]
+        if len(query["sequence"]) == 249:
+            message = "sequence 1 has 249 residues; at most 240 are accepted"
+            facts = {"OriginalStatusCode": self.status, "OriginalMessage": message, "Error": {"Code": "ModelError"}}
+            raise ClientError(facts, "InvokeEndpoint")
+        answer = {"name": query["name"], "label": "no", "score": 0.75, "probabilities": {}}
+        return SimpleNamespace(body=io.BytesIO(json.dumps([answer]).encode()))
+
+
+def test_a_protein_that_is_too_long_is_a_row_and_a_failure_of_the_endpoint_is_an_error(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import deploy as script
+
+    longest, *others = KNOWN_PROTEINS
+    refused = (longest, "refused: sequence 1 has 249 residues; at most 240 are accepted", "")
+    assert script.ask(Endpoint(400)) == [refused, *((name, "no", "0.75") for name in others)]
+    with pytest.raises(ClientError):
+        script.ask(Endpoint(500))
 
 
 @pytest.mark.parametrize(
