@@ -12,7 +12,8 @@ A protein has one or more of ten locations, and proteins of all lengths are used
 the two ends are read, where most sorting signals are.
 
 Each fold of each method appends one line of JSON to the results file, and a finished one is never repeated. The states
-of all layers are read once per partition and kept in ``--work``; so the same command again goes on where it stopped.
+of all layers are read once per partition and kept in ``--work``, and so are those that training reads, once per fold;
+so the same command again goes on where it stopped. The CPU seconds of a run that was stopped are those after the stop.
 Give each model and each table a results file of its own: a line has their names without the folders.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import shutil
 import statistics
 import time
 import warnings
@@ -58,6 +60,8 @@ METHODS = ("commonest label", "residue composition", "probe", "top", "probe, ran
 SHOWN = {"f1_macro": "F1 macro", "f1_micro": "F1 micro", "jaccard": "Jaccard", "subset_accuracy": "all labels right"}
 PUBLISHED = {"f1_macro": 0.66, "f1_micro": 0.73, "jaccard": 0.69, "subset_accuracy": 0.55}
 """DeepLoc 2.0 on ProtT5, in the same cross-validation (Thumuluri et al. 2022, doi:10.1093/nar/gkac278)."""
+SAVE_STEPS = 200
+"""Optimizer steps between two checkpoints."""
 SHORT = {"residue composition": "amino-acid shares"}
 TITLES = {
     "commonest label": "the most common location for every protein",
@@ -116,7 +120,7 @@ class LocationStudy:
         if reading is not None:
             figures = self.probe(data, *reading)
         elif method == "top":
-            figures = self.fine_tune(data)
+            figures = self.fine_tune(data, fold)
         else:
             figures = {"metrics": baselines(data)[method]}
         seconds = {"cpu_seconds": time.process_time() - started}
@@ -199,21 +203,31 @@ class LocationStudy:
         content = table.read_bytes() if table.is_file() else str(table).encode()
         return hashlib.sha256(repr(facts).encode() + content).hexdigest()[:12]
 
-    def fine_tune(self, data: DatasetDict) -> dict[str, Any]:
-        """Return the figures of the recipe `top`."""
+    def fine_tune(self, data: DatasetDict, fold: int) -> dict[str, Any]:
+        """Return the figures of the recipe `top`; a run that was stopped goes on from its last checkpoint."""
         tokens, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(self.model), keep="both")
+        folder = self.options.work / f"top-{self.fingerprint()}-{fold}"
+        if (folder / "result.json").is_file():  # it ended, and was stopped before its line was written
+            shutil.rmtree(folder)
+        goes_on = any(folder.glob("checkpoint-*"))
         result = finetune(
             self.model,
             tokens,
             task=task_of(data["train"].features),
             recipe="top",
-            output_dir=self.options.work / "top",
+            output_dir=folder,
+            states_dir=self.options.work / "states",
+            save_strategy="steps",
+            save_steps=SAVE_STEPS,
+            save_total_limit=1,
+            resume_from_checkpoint=goes_on or None,
             class_weights=None,
             token_budget=4096,
             num_train_epochs=1,
             probe=False,
         )
-        return {"metrics": result.to_dict()["metrics"], "steps": result.steps}
+        shutil.rmtree(folder)
+        return {"metrics": result.to_dict()["metrics"], "steps": result.steps, "was_stopped": goes_on}
 
 
 def share_of_relatives(data: DatasetDict) -> float:

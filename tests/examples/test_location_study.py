@@ -7,13 +7,16 @@ import os
 import shutil
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from copies import Copy
 from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import TrainerCallback
 
+import esm_efficient
 from esm_efficient import demo_model_path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -123,6 +126,38 @@ def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tm
     assert "probe, random folds, partition 3" not in output
     again = json.loads(file.read_text().splitlines()[-1])
     assert again["metrics"] == runs[-1]["metrics"]
+    assert {file: file.stat().st_mtime_ns for file in states} == states
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_that_was_stopped_goes_on_and_gives_the_same_figures(
+    location_study, tmp_path, demo_table, monkeypatch
+):
+    def study(name, *callbacks):
+        finetune = partial(esm_efficient.finetune, callbacks=callbacks)
+        monkeypatch.setattr(location_study, "finetune", finetune)
+        options = Namespace(model=None, data=str(demo_table), work=tmp_path / name)
+        return location_study.LocationStudy(options).run("top", 1)
+
+    monkeypatch.setattr(location_study, "SAVE_STEPS", 5)
+    whole = study("whole")
+    assert whole["steps"] > 8
+    with pytest.raises(KeyboardInterrupt):
+        study("stopped", StopAt(8))
+    states = {file: file.stat().st_mtime_ns for file in (tmp_path / "stopped" / "states").rglob("*.arrow")}
+    again = study("stopped", StopAt(4))  # where a run that begins anew would stop
+    assert (again["metrics"], again["steps"]) == (whole["metrics"], whole["steps"])
+    assert (again["was_stopped"], whole["was_stopped"]) == (True, False)
+    assert states
     assert {file: file.stat().st_mtime_ns for file in states} == states
 
 
