@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub name of an ESM-2 model (default: the demo model)")
     parser.add_argument("--data", help='a table in the DeepLoc-2.0 format, or "deeploc" (default: the demo table)')
-    parser.add_argument("--recipe", default="all", choices=RECIPES, help="training method (default: %(default)s)")
+    parser.add_argument("--recipe", default="top", choices=RECIPES, help="training method (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the training proteins")
     parser.add_argument("--limit", type=int, help="train on this many proteins; validate and test on a third as many")
     parser.add_argument("--class-weights", action=argparse.BooleanOptionalAction, default=False)
