@@ -7,10 +7,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esm_efficient.tasks import IGNORE
 from esm_efficient.training.metrics import logger as metrics_logger
 from esm_efficient.training.metrics import logits_of
 
@@ -21,7 +22,7 @@ RESAMPLES = 200
 """Draws of the bootstrap."""
 
 MOST_SCORES = 500_000
-"""The most scores for which intervals are computed: examples times classes, labels or numbers."""
+"""The most scores for which intervals are computed: examples, or labelled residues, times classes, labels or numbers."""
 
 Draws = Mapping[str, np.ndarray]
 """Value of each metric in each draw, float of shape (draws,), without metrics that are undefined in a draw."""
@@ -37,7 +38,9 @@ def intervals_of(
 def draws_of(prediction: EvalPrediction, compute: Callable[[EvalPrediction], Mapping[str, float]]) -> Draws:
     """Return `bootstrap_draws`; none of a single example, or of more scores than `MOST_SCORES`."""
     scores = logits_of(prediction.predictions)
-    return bootstrap_draws(prediction, compute) if len(scores) > 1 and scores.size <= MOST_SCORES else {}
+    labels: Any = prediction.label_ids
+    count = scores.size if scores.ndim < 3 else scores.shape[-1] * np.count_nonzero(labels != IGNORE)
+    return bootstrap_draws(prediction, compute) if len(scores) > 1 and count <= MOST_SCORES else {}
 
 
 def bootstrap_draws(

@@ -305,6 +305,15 @@ def test_intervals_are_left_out_where_examples_times_classes_are_too_many(monkey
     assert bool(intervals_of(prediction, compute_metrics_for(["a", "b", "c"]))) == has_intervals
 
 
+@pytest.mark.parametrize(("most", "has_intervals"), [(24, True), (23, False)])
+def test_of_labels_of_residues_only_the_known_ones_are_counted(monkeypatch, most, has_intervals):
+    monkeypatch.setattr(intervals_module, "MOST_SCORES", most)
+    labels = np.full((4, 9), -100)
+    labels[:, 1:4] = np.arange(12).reshape(4, 3) % 2
+    compute = compute_metrics_for(Task("token_classification", ("a", "b")))
+    assert bool(intervals_of(EvalPrediction(np.eye(2)[labels % 2], labels), compute)) == has_intervals
+
+
 FEW_KNOWN = {
     "multi_label_classification": [[1, 0], [0, 1], *[[np.nan, -100]] * 4],
     "token_classification": [[-100, 0, 1], *[[-100] * 3] * 5],
