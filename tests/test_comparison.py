@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import subprocess
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from conftest import slow_except, tiny_config
 from datasets import DatasetDict
 
 from esm_efficient import RECIPES, compare, demo_model_path, estimate, load_deeploc, stratified_sample
-from esm_efficient.comparison import estimate_page
+from esm_efficient.comparison import estimate_page, runner
 from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.tasks import Kind, Task
+from esm_efficient.training.stopping import BEST
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 
@@ -167,6 +170,11 @@ def test_the_page_opens_in_a_browser_without_a_network(estimated, tmp_path):
         ({"recipes": ["lora", RECIPES["lora"].replace(r=64)]}, "share a name"),
         ({"recipes": ["best"]}, "no recipe is named"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: give steps and epochs, and batch_size"),
+        ({"seed": 1}, "seed: give seeds instead"),
+        ({"recipe": "lora"}, "recipe: give recipes instead"),
+        ({"profile": False}, "profile: every run is profiled"),
+        ({"estimate_options": {"tokens": 5}}, "estimate_options has 'tokens'"),
+        ({"estimate_options": {"padings": "padded"}}, "estimate_options has 'padings': did you mean 'padding'"),
     ],
 )
 def test_invalid_options_are_refused(options, message):
@@ -183,9 +191,25 @@ def test_sizes_of_batches_are_those_of_the_runs(data, monkeypatch):
     assert at(comparison, "steps")["frozen"].epochs == 2 * 4 / rows
 
 
-def test_an_unknown_metric_is_refused_with_the_known_ones(data):
+def test_an_unknown_metric_is_refused_with_the_known_ones_before_any_run(data, monkeypatch):
+    monkeypatch.delattr("esm_efficient.training.finetune.finetune")
     with pytest.raises(ConfigurationError, match=r"metric='mc': expected one of .*mcc"):
         compare(demo_model_path(), data, recipes=["frozen"], steps=1, epochs=0.1, metric="mc")
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_the_metrics_that_are_known_before_a_run_are_those_of_the_task(kind):
+    task = Task(kind, ("a", "b", "c"))
+    with pytest.raises(ConfigurationError, match=BEST[kind][0]):
+        runner._check_metric("mc", task)
+    for metric in (None, "loss", BEST[kind][0]):
+        runner._check_metric(metric, task)
+
+
+def test_several_ranks_are_refused(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="trains in one process"):
+        compare(demo_model_path(), data)
 
 
 def test_an_unknown_budget_is_refused(estimated):

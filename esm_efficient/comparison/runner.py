@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,12 @@ import numpy as np
 from esm_efficient.comparison.figures import BUDGETS, MethodFigures, estimated_figures, measured_figures
 from esm_efficient.comparison.record import Comparison
 from esm_efficient.costs.devices import DEFAULT_DEVICE, Device
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, nearest
 from esm_efficient.estimation.estimate import estimate
 from esm_efficient.estimation.inputs import data_lengths, resolve_config
 from esm_efficient.recipes import RECIPES, Recipe, get_recipe
 from esm_efficient.reporting import file_name
-from esm_efficient.tasks import MAX_TOKENS, task_of
+from esm_efficient.tasks import MAX_TOKENS, Task, task_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -29,7 +31,18 @@ if TYPE_CHECKING:
     from esm_efficient.training.result import FinetuneResult
 
 _SIZES = ("batch_size", "micro_batch", "quantization")
-_COUNTED = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+_SIZED = "give steps and epochs, and batch_size and micro_batch, instead"
+_INSTEAD = {
+    **dict.fromkeys(
+        ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"), _SIZED
+    ),
+    "recipe": "give recipes instead",
+    "seed": "give seeds instead",
+    "profile": "every run is profiled, so leave it out",
+}
+"""Options of `finetune` that a comparison sets, and what to do."""
+_OF_COMPARE = ("model", "recipe", "device", "tokens")
+"""Options of `estimate` that a comparison sets."""
 
 
 def compare(
@@ -72,7 +85,8 @@ def compare(
         Figures, tables and plots.
 
     Raises:
-        ConfigurationError: the options contradict each other, or the metric is unknown.
+        ConfigurationError: the options contradict each other, the metric is unknown, or recipes are to be trained on
+            several ranks.
 
     Example:
         >>> comparison = compare("650M", device="A10G", recipes=["base", "all"])
@@ -80,13 +94,16 @@ def compare(
         ['base', 'all']
     """
     chosen = _check_recipes(recipes)
-    if counted := [name for name in _COUNTED if name in finetune_options]:
-        raise ConfigurationError(f"{counted[0]}: give steps and epochs, and batch_size and micro_batch, instead")
+    if own := [name for name in _INSTEAD if name in finetune_options]:
+        raise ConfigurationError(f"{own[0]}: {_INSTEAD[own[0]]}")
+    _check_estimate_options(estimate_options or {})
     if steps < 1 or not 0 < epochs < math.inf or (dataset is not None and not seeds) or len(set(seeds)) < len(seeds):
         raise ConfigurationError(
             f"steps={steps}, epochs={epochs}, seeds={list(seeds)}: expected at least 1 step, more than 0 epochs and a "
             "finite number of them, and at least one seed, each of them once"
         )
+    if dataset is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a step would have more sequences
+        raise ConfigurationError("a comparison trains in one process: start it without torchrun or accelerate launch")
     if dataset is None and finetune_options:
         raise ConfigurationError(f"{', '.join(finetune_options)}: options of training, which needs a dataset")
     sizes = {name: finetune_options.pop(name) for name in _SIZES if name in finetune_options}
@@ -102,7 +119,9 @@ def compare(
         from esm_efficient.training.stopping import BEST
 
         dataset = splits_from(dataset, **finetune_options.pop("data_options", {}))
-        best = BEST[task_of(dataset["train"].features).kind][0]
+        task = task_of(dataset["train"].features)
+        best = BEST[task.kind][0]
+        _check_metric(metric, task)
         lengths = data_lengths(dataset, max_tokens=finetune_options.get("max_tokens", MAX_TOKENS))
     estimates = {
         recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **(estimate_options or {}))
@@ -151,6 +170,30 @@ def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:
             "recipe.replace(name=...)"
         )
     return chosen
+
+
+def _check_estimate_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that `estimate` does not have, or that a comparison sets."""
+    known = signature(estimate).parameters.keys() - set(_OF_COMPARE)
+    if unknown := [name for name in options if name not in known]:
+        advice = nearest(unknown[0], known, "an option of estimate that compare does not have")
+        raise ConfigurationError(f"estimate_options has {unknown[0]!r}{advice}")
+
+
+def _check_metric(metric: str | None, task: Task) -> None:
+    """Refuse a metric that the runs will not have, before any of them."""
+    from transformers import EvalPrediction
+
+    from esm_efficient.training.intervals import without_warnings
+    from esm_efficient.training.metrics import compute_metrics_for
+
+    scores = np.eye(max(2, len(task.names)))[:, : len(task.names)]
+    is_class = task.kind in ("single_label_classification", "token_classification")
+    labels = np.arange(len(scores)) % len(task.names) if is_class else scores
+    with without_warnings():
+        known = compute_metrics_for(task)(EvalPrediction(scores, labels)).keys() | {"loss"}
+    if metric is not None and metric not in known:
+        raise ConfigurationError(f"metric={metric!r}: expected one of {', '.join(sorted(known))}")
 
 
 class _Runs:

@@ -129,7 +129,12 @@ def _read_adapter(folder: Path, cache_dir: str | Path | None, task: Task | None)
         config = foreign.read_config(base)
         set_pooling(config, pooling_of_weights(shapes))
     _set_task(config, task, folder)
-    foreign.check_sizes(config, _shapes_of(base) | {f"adapter {name}": shape for name, shape in shapes.items()}, folder)
+    of_base = _shapes_of(base)
+    foreign.check_sizes(config, of_base | {f"adapter {name}": shape for name, shape in shapes.items()}, folder)
+    if (base / "config.json").is_file():  # its number of layers is built, of which the adapter may have fewer
+        own = foreign.read_config(base)
+        own.num_labels = 1
+        foreign.check_sizes(own, of_base, base)
     return SavedAdapter(folder, base, config, adapter, shapes)
 
 

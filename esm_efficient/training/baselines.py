@@ -188,7 +188,7 @@ def probe_frozen(
                 torch.autocast(args.device.type, half, enabled=half is not None),
             ):
                 found = _fit(_reader(model, states), dataset, task, seed, states)
-        except EsmEfficientError as error:  # the run itself can do without the probe
+        except (EsmEfficientError, torch.OutOfMemoryError) as error:  # the run itself can do without the probe
             reason = str(error)
     if found is None:
         logger.info("no linear probe beside the model: %s", reason)

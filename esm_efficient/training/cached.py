@@ -86,6 +86,8 @@ def cache_for_training(
         ConfigurationError: the model cannot be split.
         DataError: as `cache_states`.
     """
+    from datasets import DatasetDict
+
     count = len(encoder_layers(model))
     trained = recipe.trained_layers(count)
     top = count - min(trained) if trained else 0
@@ -99,9 +101,7 @@ def cache_for_training(
     started = time.perf_counter()
     trunk.to(args.device)
     with torch.autocast(args.device.type, half, enabled=half is not None):
-        cached = {
-            name: cache_states(split, trunk, folder, dtype=dtype, pooling=pooling) for name, split in splits.items()
-        }
+        cached = cache_states(DatasetDict(splits), trunk, folder, dtype=dtype, pooling=pooling)
     trunk.to("cpu")
     seconds = time.perf_counter() - started
     logger.info("the states below the top %d layers are in %s (%.1f s)", top, folder, seconds)

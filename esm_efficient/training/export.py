@@ -297,13 +297,23 @@ def _check_model(model: Any, tokenizer: Any) -> None:
     if isinstance(model, PeftModel) and not hasattr(model.base_model, "merge_and_unload"):
         kind = type(model.active_peft_config).__name__
         raise ConfigurationError(f"adapters of {kind} cannot be merged into the model: expected those of LoraConfig")
+    if isinstance(model, PeftModel) and len(model.active_adapters) != 1:
+        raise ConfigurationError(
+            f"the model has the active adapters {listing(model.active_adapters)}: expected one. Activate it with "
+            "set_adapter, or join them first with add_weighted_adapter"
+        )
     if tokenizer is None:
         raise ConfigurationError("the model has no tokenizer beside it: give tokenizer too")
 
 
 def _save_adapter(model: Any, folder: Path, found: _Trained, base_model: str, dataset: str) -> None:
-    """Save an adapter as peft does, with the base model's config, for `Predictor.load`, tokenizer and card."""
-    model.save_pretrained(folder)
+    """Save the active adapter as peft does, with the base model's config, for `Predictor.load`, tokenizer and card."""
+    [name] = model.active_adapters
+    model.save_pretrained(folder, selected_adapters=[name])
+    if name != "default":  # peft saves it in a folder of its name, where it would not be found
+        for path in (folder / name).iterdir():
+            path.replace(folder / path.name)
+        (folder / name).rmdir()
     share_weights(folder)
     save_base_config(model, folder / BASE_CONFIG)
     save_tokenizer(found.tokenizer, folder)

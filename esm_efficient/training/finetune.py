@@ -239,6 +239,8 @@ def _make_trainer(
 ) -> WeightedTrainer:
     """Return the trainer of a run."""
     is_default = isinstance(class_weights, str) and class_weights == "balanced"
+    for adapters in getattr(model, "peft_config", {}).values():  # a path that also holds in another folder
+        adapters.base_model_name_or_path = job.base_model or adapters.base_model_name_or_path
     return WeightedTrainer(
         model,
         job.args,

@@ -22,7 +22,7 @@ RESAMPLES = 200
 """Draws of the bootstrap."""
 
 MOST_SCORES = 500_000
-"""The most scores for which intervals are computed: examples, or labelled residues, times classes, labels or numbers."""
+"""The most scores for which intervals are computed: examples or labelled residues, times classes, labels or numbers."""
 
 Draws = Mapping[str, np.ndarray]
 """Value of each metric in each draw, float of shape (draws,), without metrics that are undefined in a draw."""

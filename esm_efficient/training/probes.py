@@ -52,7 +52,8 @@ def fit_probe(task: Task, features: np.ndarray, labels: np.ndarray, *, weights: 
         labels): logits, or numbers in the unit of the labels.
 
     Raises:
-        DataError: all known examples with a weight have the same class, or a label is not a class.
+        DataError: all known examples with a weight have the same class, a label is not a class, or a feature is not
+            finite.
 
     Example:
         >>> x = np.array([[0.0], [0.1], [1.0], [1.1]])
@@ -60,6 +61,11 @@ def fit_probe(task: Task, features: np.ndarray, labels: np.ndarray, *, weights: 
         >>> predict(np.array([[0.2]])).argmax(1).tolist()
         [0]
     """
+    if wrong := int((~np.isfinite(features)).any(axis=1).sum()):
+        raise DataError(
+            f"the states of {wrong:,} of {len(features):,} training examples are not finite: with fp16 use bf16 or "
+            "float32; otherwise the weights of the model are damaged"
+        )
     mean, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     spread[spread == 0] = 1
     x = (features - mean) / spread

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.trunk.settings import settings_of
+from esm_efficient.trunk.settings import matmul_precision, settings_of
 from esm_efficient.trunk.shards import Plan, make_shards
 from esm_efficient.trunk.split import Trunk
 from esm_efficient.trunk.states import STATES_COLUMN, Pooling, StateDtype, StateFormat, bytes_of, ids_of
@@ -113,8 +113,8 @@ def _hash_model(trunk: Trunk) -> str:
     device = next(trunk.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     modules = [settings_of(name, module) for name, module in trunk.named_modules()]
-    precision = torch.get_float32_matmul_precision()
-    digest = hashlib.sha256(repr((_FORMAT, sorted(config.items()), modules, autocast, precision)).encode())
+    facts = (_FORMAT, sorted(config.items()), modules, autocast, matmul_precision())
+    digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in [*trunk.named_parameters(), *trunk.named_buffers()]:
         if not name.startswith("esm.contact_head."):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +88,7 @@ def make_shards(split: Dataset, trunk: Trunk, plan: Plan) -> None:
         _note_use(plan, trunk)
         remove_abandoned_parts(plan.folder)
         missing = [number for number in range(rank, len(plan.shards), ranks) if not _is_whole(plan.file(number))]
-        _check_free_space(plan, missing)
+        _check_free_space(plan)
         tokens = sum(int(plan.lengths_of(number).sum()) for number in missing)
         hidden = True if rank > 0 or not missing else None  # None leaves it to the user's settings
         with tqdm(
@@ -233,7 +233,13 @@ def _batches(plan: Plan, number: int) -> Iterator[np.ndarray]:
         start += size
 
 
-def _check_free_space(plan: Plan, missing: Sequence[int]) -> None:
+def _check_free_space(plan: Plan) -> None:
+    """Refuse a disk that is too small for all missing files, also those that other ranks make.
+
+    Raises:
+        OSError: it is.
+    """
+    missing = [number for number in range(len(plan.shards)) if not plan.file(number).is_file()]
     needed = sum(int(plan.stored.bytes_for(plan.lengths_of(number), plan.width).sum()) for number in missing)
     if needed > _free_bytes(plan.folder):
         raise OSError(errno.ENOSPC, f"the missing files need {format_bytes(needed)}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esm_efficient.errors import ConfigurationError, DataError
+from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.trunk.split import Trunk, embeddings_of, layers_of
 
@@ -169,7 +169,7 @@ def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: State
         stored: how the states are stored.
 
     Raises:
-        DataError: a state is too large for float16.
+        DataError: a state is not finite, or is too large for float16.
     """
     ids, offsets = ids_of(split.with_format("arrow")[rows])
     inputs = pad_batch(ids, offsets, trunk.esm.config.pad_token_id, next(trunk.parameters()).device)
@@ -178,11 +178,12 @@ def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: State
         pooled = [] if stored.pooling == "mean" else [states[:, 0].float()]
         pooled += [] if stored.pooling == "first" else [mean_over_residues(states, lengths)]
         states, lengths = torch.stack(pooled, dim=1), np.full_like(lengths, len(pooled))
-    rounded = states.to(stored.torch_dtype)
-    if stored.dtype == "float16" and (rounded.isinf() & states.isfinite()).any():
-        raise DataError('a state is too large for float16: give dtype="bfloat16" or "float32"')
-    rows_of_states = zip(rounded.cpu(), lengths.tolist(), strict=True)
-    return [bytes_of(row[:length]).tobytes() + stored.mark for row, length in rows_of_states]
+    rounded = states.to(stored.torch_dtype).cpu()
+    kept = [row[:length] for row, length in zip(rounded, lengths.tolist(), strict=True)]
+    if wrong := [f"row {index}" for index, row in zip(rows.tolist(), kept, strict=True) if not row.isfinite().all()]:
+        cure = "use bf16 or float32" if stored.dtype == "float16" else "the weights of the model are damaged"
+        raise DataError(f"not finite in {stored.dtype} are the states of {listing(wrong)}: {cure}")
+    return [bytes_of(row).tobytes() + stored.mark for row in kept]
 
 
 def pad_batch(ids: np.ndarray, offsets: np.ndarray, padding: int, device: torch.device) -> tuple[Tensor, Tensor]:

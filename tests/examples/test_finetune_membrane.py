@@ -20,7 +20,8 @@ def start(*options: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_a_small_run_writes_every_figure_and_an_adapter(tmp_path, demo_table):
     done = start(
-        "--data", str(demo_table), "--model", "demo", "--limit", "24", "--seed", "3", "--output", "out", "--recipe", "all",
+        "--data", str(demo_table), "--model", "demo", "--limit", "24", "--seed", "3", "--output", "out",
+        "--recipe", "all",
         "--json", "figures/r.json", "--no-class-weights",
         cwd=tmp_path,
     )  # fmt: skip

@@ -171,7 +171,7 @@ def test_kill_9_loses_and_repeats_no_sequence(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_share_the_work(tmp_path, fasta):
-    """The ranks agree on a name of the run although the hook is an object, which has a new name each time."""
+    """The ranks agree on a name of the run although the hook cannot be compared and has a new name each time."""
     output = tmp_path / "out.csv"
     script = tmp_path / "run.py"
     script.write_text(
@@ -179,6 +179,7 @@ def test_ranks_share_the_work(tmp_path, fasta):
         "from esm_efficient import demo_model_path, embed_file\n"
         "from esm_efficient.inference import Embedder\n"
         "class Nothing:\n"
+        "    __slots__ = ()\n"
         "    def __call__(self, *given): pass\n"
         "embedder = Embedder.load(demo_model_path())\n"
         "embedder.model.register_forward_hook(Nothing())\n"

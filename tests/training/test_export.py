@@ -57,6 +57,53 @@ def logits_of(model, tokenizer):
         return model.eval()(**tokenizer(SEQUENCES, return_tensors="pt", padding=True)).logits
 
 
+def adapted(name, seed):
+    """A model with an adapter of some name, whose values are not zero."""
+    torch.manual_seed(seed)
+    model = get_peft_model(make_model(), lora_options(), adapter_name=name)
+    randomize(model, name)
+    return model
+
+
+def lora_options():
+    return LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+
+
+def randomize(model, name):
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.normal_()
+
+
+@pytest.mark.parametrize("names", [["default"], ["mine"], ["default", "second"], ["first", "second"]])
+def test_the_active_adapter_is_exported_whatever_its_name(tmp_path, tokenizer, names):
+    model = adapted(names[0], 1)
+    for name in names[1:]:
+        model.add_adapter(name, lora_options())
+        model.set_adapter(name)
+        randomize(model, name)
+    folder = export_model(model, tmp_path / "out", base_model=str(tmp_path / "base"), tokenizer=tokenizer)
+    expected = logits_of(model, tokenizer)
+    with torch.no_grad():
+        merged = np.stack(Predictor.load(folder).logits(SEQUENCES))
+    np.testing.assert_allclose(merged, expected, atol=1e-4)
+    base = make_model()
+    base.load_state_dict({key: value for key, value in model.unload().state_dict().items() if key in base.state_dict()})
+    alone = PeftModel.from_pretrained(base, folder / "adapter")
+    torch.testing.assert_close(logits_of(alone, tokenizer), expected)
+    assert not [path for path in (folder / "adapter").iterdir() if path.is_dir() and path.name != "base_config"]
+
+
+def test_several_active_adapters_are_refused(tmp_path, tokenizer):
+    config = LoraConfig(r=2, target_modules=["query"])  # with a head, peft activates one alone
+    model = get_peft_model(make_model(), config, adapter_name="first")
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["first", "second"])
+    with pytest.raises(ConfigurationError, match=r"active adapters first, second: expected one"):
+        export_model(model, tmp_path / "out", base_model="someone/demo", tokenizer=tokenizer)
+
+
 def test_plain_transformers_and_peft_load_it_and_compute_the_same(run):
     result, folder = run
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from esm_efficient import (
 from esm_efficient.data.tokenizing import tokenize_dataset
 from esm_efficient.heads import model_class
 from esm_efficient.tasks import auto_class, set_pooling
-from esm_efficient.trunk import shards
+from esm_efficient.trunk import settings, shards
 from esm_efficient.trunk.cache import cache_states
 from esm_efficient.trunk.split import join_model, split_model
 from esm_efficient.trunk.states import STATES_COLUMN, StateFormat, StatesCollator
@@ -209,6 +210,34 @@ def _scaling_by_default(value):
     return hook
 
 
+def _scaling_beside(factor):
+    """A hook with a set, an ellipsis and a dtype among its constants and defaults."""
+
+    def hook(module, given, output, *, dtype=torch.float32):
+        return output if output.shape[-1] in {2, 3} else (factor * output[..., :]).to(dtype)
+
+    return hook
+
+
+def _scaling_unset(factor):
+    """A hook with a variable that has no value yet."""
+
+    def hook(module, given, output):
+        return later if factor is None else factor * output
+
+    if factor is None:
+        later = 0
+    return hook
+
+
+@dataclass(slots=True)
+class SlottedScales:
+    factor: float
+
+    def hook(self, module, given, output):
+        return self.factor * output
+
+
 class Scales:
     def __init__(self, factor):
         self.factor = factor
@@ -228,13 +257,30 @@ class Scales:
         (lambda factor: _scaling(torch.tensor(factor)), True),
         (lambda factor: Scales(factor).hook, True),
         (_scaling_by_default, True),
-        (Scales, False),
-        (lambda factor: _scaling_by({"factor": factor}), False),
+        (_scaling_beside, True),
+        (_scaling_unset, True),
+        (Scales, True),
+        (lambda factor: _scaling_by({"factor": factor}), True),
+        (lambda factor: _scaling_by({"factor": factor, "other": object()}), False),
+        (lambda factor: SlottedScales(factor).hook, False),
     ],
-    ids=["closure", "partial", "tensor", "method", "default", "object", "dict"],
+    ids=[
+        "closure",
+        "partial",
+        "tensor",
+        "method",
+        "default",
+        "constants",
+        "unset",
+        "object",
+        "dict",
+        "unknown",
+        "slots",
+    ],
 )
-def test_hooks_that_hold_other_values_have_other_states(data, tmp_path, make, is_known):
-    """What holds values that cannot be compared never has the states of an earlier call."""
+def test_hooks_that_hold_other_values_have_other_states(data, tmp_path, make, is_known, caplog):
+    """What holds values that cannot be compared never has the states of an earlier call, and a warning says so."""
+    settings._warn_of.cache_clear()
 
     def folders(factor):
         model = load()
@@ -244,6 +290,32 @@ def test_hooks_that_hold_other_values_have_other_states(data, tmp_path, make, is
 
     assert [folders(factor) for factor in (1.0, 3.0)] == [1, 2]
     assert folders(3.0) == (2 if is_known else 3)
+    told = [record.getMessage() for record in caplog.records if "cannot be compared" in record.getMessage()]
+    assert len(told) == (0 if is_known else 1)
+
+
+def _of_all_backends(value):
+    torch.backends.fp32_precision = value  # transformers does this for tf32=True
+
+
+def _of_cuda(value):
+    torch.backends.cuda.matmul.fp32_precision = value
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has one setting for all backends")
+@pytest.mark.parametrize("set_precision", [_of_all_backends, _of_cuda])
+def test_another_precision_of_products_gives_other_states(data, tmp_path, set_precision):
+    def folders():
+        cache_states(data.select(range(3)), split_model(load(), 1)[0], tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    before = folders()
+    try:
+        set_precision("tf32")
+        assert (before, folders(), folders()) == (1, 2, 2)
+    finally:
+        set_precision("none")
+    assert folders() == 2
 
 
 def test_what_does_not_change_the_states_makes_no_new_states(data, tmp_path):
@@ -513,12 +585,20 @@ def test_a_batch_without_a_mask_has_no_padding(data, tmp_path):
     torch.testing.assert_close(batch["inputs_embeds"][1:], trunk(torch.tensor([row["input_ids"]])))
 
 
-def test_a_state_too_large_for_float16_is_refused(data, tmp_path):
+@pytest.mark.parametrize(
+    ("bias", "dtype", "message"),
+    [
+        (1e5, "float16", "float16 are the states of row .*: use bf16 or float32"),
+        (float("inf"), "float16", "not finite in float16"),
+        (float("nan"), "float32", "not finite in float32 .*: the weights of the model are damaged"),
+    ],
+)
+def test_states_that_are_not_finite_are_refused(data, tmp_path, bias, dtype, message):
     model = load()
     with torch.no_grad():
-        model.esm.encoder.layer[0].output.dense.bias[0] = 1e5
-    with pytest.raises(DataError, match="too large for float16"):
-        cache_states(data, split_model(model, 1)[0], tmp_path, dtype="float16")
+        model.esm.encoder.layer[0].output.dense.bias[0] = bias
+    with pytest.raises(DataError, match=message):
+        cache_states(data, split_model(model, 1)[0], tmp_path, dtype=dtype)
 
 
 def test_two_writers_of_one_process_number_share_a_folder(data, tmp_path, small_shards):
