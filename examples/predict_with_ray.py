@@ -12,7 +12,8 @@ for the output and for a model in a folder.
 The output is a folder of Parquet files `block-000000.parquet`, ..., in the order of the input; pandas and pyarrow read
 the folder as one table. Its columns are those of `predict_file`. A file has its name only when it is whole, and it
 records what it was computed from. So a run that was stopped, or an actor that was lost, costs only unfinished blocks:
-start the command again, and it computes the blocks that are missing or that have other sequences, options or weights.
+start the command again, and it computes the blocks that are missing. A folder with predictions from other sequences, or
+with other options or weights, is an error; `--replace` deletes these and computes them again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
-from esm_efficient import EsmEfficientError, Predictor
+from esm_efficient import ConfigurationError, EsmEfficientError, Predictor
+from esm_efficient.errors import listing
 from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import CheckedSequences
 from esm_efficient.inference.predictions import columns_of
@@ -53,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int, default=8192, help="the most tokens per batch")
     parser.add_argument("--max-tokens", type=int, help="the most tokens per sequence (default: as in training)")
     parser.add_argument("--keep", choices=("start", "end", "both"), help="part to read of sequences that are too long")
+    parser.add_argument("--replace", action="store_true", help="delete predictions of another run in the output")
     parser.add_argument("--sequence", help="column of the sequences")
     parser.add_argument("--accession", help="column of the accessions")
     return parser.parse_args()
@@ -89,12 +92,27 @@ def has_facts(file: Path, facts: dict[bytes, bytes]) -> bool:
     return file.is_file() and facts.items() <= (pq.read_schema(file).metadata or {}).items()
 
 
-def remove_others(output: Path, paths: list[Path], identity: str) -> None:
-    """Remove predictions from other sequences, by other models and of lost actors, so that none are mixed."""
+def remove_others(output: Path, paths: list[Path], identity: str, *, replace: bool) -> None:
+    """Remove predictions from other sequences and by other models, so that none are mixed, and files of lost actors.
+
+    Raises:
+        ConfigurationError: there are such predictions, and they are not to be replaced.
+    """
+    for left_over in output.glob("_block-*"):
+        left_over.unlink()
     blocks = {path.name: path for path in paths}
-    for file in [*output.glob("block-*.parquet"), *output.glob("_block-*")]:
-        if file.name not in blocks or not has_facts(file, facts_of(pq.read_table(blocks[file.name]), identity)):
-            file.unlink()
+    others = [
+        file
+        for file in sorted(output.glob("block-*.parquet"))
+        if file.name not in blocks or not has_facts(file, facts_of(pq.read_table(blocks[file.name]), identity))
+    ]
+    if others and not replace:
+        raise ConfigurationError(
+            f"{output} has predictions of another run, from other sequences or with other options or weights: "
+            f"{listing([file.name for file in others])}. Give another folder, or --replace to delete them"
+        )
+    for file in others:
+        file.unlink()
 
 
 class PredictBlocks:
@@ -140,10 +158,12 @@ def main() -> None:
     predictor = Predictor.load(model, device="cpu", max_tokens=options.max_tokens)
     options.max_tokens = predictor.max_tokens
     blocks = output / "_input"  # readers of the folder leave out names that begin with _
+    if any(not file.match("block-*.parquet") for file in blocks.glob("*")):
+        raise ConfigurationError(f"{blocks} has other files in it: move them, or give another output folder")
     shutil.rmtree(blocks, ignore_errors=True)
     blocks.mkdir(parents=True)
     paths = write_blocks(options, blocks)
-    remove_others(output, paths, model_facts(predictor, options.keep))
+    remove_others(output, paths, model_facts(predictor, options.keep), replace=options.replace)
     del predictor
     ray.init(address=options.address)
     gpus = int(ray.cluster_resources().get("GPU", 0))

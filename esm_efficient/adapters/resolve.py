@@ -24,7 +24,7 @@ from esm_efficient.adapters.registry import (
     is_unread,
     linear_layers,
 )
-from esm_efficient.errors import ConfigurationError, TargetModuleError
+from esm_efficient.errors import ConfigurationError, TargetModuleError, nearest
 from esm_efficient.recipes import Recipe, get_recipe, select_layers
 from esm_efficient.tasks import peft_task_type
 
@@ -148,8 +148,8 @@ def lora_config(
     Raises:
         TargetModuleError: as `resolve_targets`; or a key of ``rank_pattern`` or ``alpha_pattern`` matches no layer that
             gets an adapter, or a name in ``modules_to_save`` no module.
-        ConfigurationError: the preset is unknown, ``exclude_modules`` is a pattern and the preset needs a list,
-            ``modules_to_save`` is a text, or `layers` and ``layers_to_transform`` are both given.
+        ConfigurationError: the preset or an option is unknown, ``exclude_modules`` is a pattern and the preset needs a
+            list, ``modules_to_save`` is a text, or `layers` and ``layers_to_transform`` are both given.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -160,6 +160,9 @@ def lora_config(
     """
     from peft import EvaConfig, LoraConfig
 
+    if unknown := [name for name in peft_options if name not in (known := LoraConfig.__dataclass_fields__)]:
+        advice = nearest(unknown[0], known, "an option of peft.LoraConfig")
+        raise ConfigurationError(f"adapters have no option {unknown[0]!r}{advice}")
     report = resolve_targets(model, preset if target_modules is None else target_modules, layers=layers)
     logger.info("LoRA targets\n%s", report)
     _check_names(model, report, peft_options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -184,6 +185,8 @@ def native_precision(device: torch.device) -> Precision:
 
     if device.type != "cuda" or not torch.cuda.is_available():
         return "float32"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16"
-    return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "float32"
+    # Without a number it is the current one. A machine may have several kinds.
+    with nullcontext() if device.index is None else torch.cuda.device(device):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+    return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"

@@ -14,7 +14,7 @@ from esm_efficient.costs.memory import Memory
 from esm_efficient.estimation.extrapolate import simulate_caching, simulate_model
 from esm_efficient.estimation.inputs import DataLengths
 from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
-from esm_efficient.estimation.step import Step
+from esm_efficient.estimation.step import NO_PAIRS, Step
 from esm_efficient.recipes import Recipe
 from esm_efficient.reporting import format_bytes, format_seconds
 from esm_efficient.trunk.shards import WORKING_TOKENS
@@ -121,7 +121,7 @@ def cache_cost(
             tokens=tokens,
             attention="sdpa",
             padding="padding-free" if config.model_type == "esm" else "padded",
-            adapter_options=(),
+            adapter_options=NO_PAIRS,
         )
         return simulate_caching(config, batch, layers=layers, extrapolate=extrapolate), rows
 

@@ -19,7 +19,7 @@ from esm_efficient.estimation.caching import CacheCost, cache_cost
 from esm_efficient.estimation.extrapolate import simulate_model
 from esm_efficient.estimation.inputs import batch_lengths, data_lengths, resolve_config, resolve_head
 from esm_efficient.estimation.segments import Simulation, memory_of, seconds_of
-from esm_efficient.estimation.step import Attention, Padding, Step
+from esm_efficient.estimation.step import Attention, Padding, Step, frozen
 from esm_efficient.recipes import Precision, Recipe, get_recipe, with_possible_pooling
 from esm_efficient.reporting import format_bytes, format_seconds, format_table
 from esm_efficient.tasks import Head
@@ -300,8 +300,8 @@ def estimate(
     lengths = data_lengths(tokens, sequences)
     train = [lengths.train] if isinstance(lengths.train, int) else lengths.train
     batch = batch_lengths(train, recipe.micro_batch, padding)
-    given = (adapter_options or {}).items()
-    options = {k: tuple(sorted(v, key=str)) if isinstance(v, (list, set)) else v for k, v in given}
+    # What EVA reads changes the first values alone.
+    options = {name: value for name, value in (adapter_options or {}).items() if name != "eva_config"}
     if encoder_dropout(config):
         recipe = recipe.replace(cache=False)
     # Simulations are cached. A step depends on these fields of recipe and device only, so that others share its entry.
@@ -315,7 +315,7 @@ def estimate(
         padding=padding,
         head=head,
         num_labels=num_labels,
-        adapter_options=tuple(sorted(options.items())),
+        adapter_options=frozen(options),
         fused=fused,
     )
     typical = dataclasses.replace(step, tokens=batch.average)

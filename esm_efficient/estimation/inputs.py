@@ -45,7 +45,7 @@ def resolve_config(
 
 
 def _resolve(model: Any) -> tuple[str, PreTrainedConfig]:
-    from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     model = getattr(model, "get_base_model", lambda: model)()
     if isinstance(model, PreTrainedModel):
@@ -61,23 +61,45 @@ def _resolve(model: Any) -> tuple[str, PreTrainedConfig]:
     name = "demo" if model == "demo" else path.resolve().name
     for folder in (path, path / BASE_CONFIG):  # of an adapter, the config of its base is beside it
         if (folder / "config.json").is_file():
-            return name, AutoConfig.from_pretrained(folder)
+            return name, _load_config(folder)
     if (path / "adapter_config.json").is_file():
-        return name, _resolve(_base_of(path))[1]
+        base = _base_of(path)
+        if (Path(base) / "adapter_config.json").is_file() and not (Path(base) / "config.json").is_file():
+            raise ConfigurationError(f"the base model of the adapter {path} is {base}, an adapter too")
+        return name, _resolve(base)[1]
     size = size_of(str(model))
     if size is None and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         with available(model):
-            try:
-                return str(model), AutoConfig.from_pretrained(model)
-            except ValueError as error:  # an architecture that transformers does not know
-                reason = str(error).split("\n")[0]
-                raise ConfigurationError(f"the config of {str(model)!r} could not be loaded: {reason}") from error
+            return str(model), _load_config(model)
     if size is None:
         raise ConfigurationError(
             f"model={str(model)!r}: expected a folder with a config.json, a model id, or one of the ESM-2 sizes "
             f"{', '.join(ESM2_SIZES)}"
         )
     return f"ESM-2 {size}", _esm2_config(*ESM2_SIZES[size])
+
+
+def _load_config(source: str | Path) -> PreTrainedConfig:
+    """Return the config of a folder or of a Hub name.
+
+    Raises:
+        ConfigurationError: it is damaged, or of an architecture that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _unread(source, error) from error
+    except OSError as error:
+        if not Path(source).is_dir():  # the Hub does not give it
+            raise
+        raise _unread(source, error) from error
+
+
+def _unread(source: str | Path, error: Exception) -> ConfigurationError:
+    reason = str(error).split("\n")[0]
+    return ConfigurationError(f"the config of {str(source)!r} could not be loaded: {reason}")
 
 
 def _base_of(folder: Path) -> str:
@@ -87,7 +109,7 @@ def _base_of(folder: Path) -> str:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise ConfigurationError(f"{file} is not a JSON object: {error}") from error
-    if not base or Path(base).resolve() == folder.resolve():
+    if not base or not isinstance(base, str) or Path(base).resolve() == folder.resolve():
         raise ConfigurationError(f"{file} has base_model_name_or_path={base!r}: expected the base model; estimate that")
     return str(base)
 

@@ -173,6 +173,8 @@ def recommend(
     if encoder_dropout(resolve_config(model)[1]):
         cache = False  # states differ in every epoch
     candidates = list(_candidates(_for_model(model, recipes), presets, batch_size, cache))
+    if not candidates:
+        raise ConfigurationError("nothing to try: expected a recipe, and a preset for recipes with adapters")
     estimates = [
         estimate(model, recipe=recipe, device=target, tokens=lengths, precision=precision, **options)
         for recipe in tqdm(candidates, desc="settings", disable=None if progress else True)

@@ -31,7 +31,7 @@ from esm_efficient.estimation.kernels import Kernels, packed_attention
 from esm_efficient.estimation.optimizers import OPTIMIZERS
 from esm_efficient.estimation.quantized import QuantizedLinear, quantize
 from esm_efficient.estimation.segments import Recorder, Simulation
-from esm_efficient.estimation.step import Attention, Padding, Step
+from esm_efficient.estimation.step import Attention, Padding, Step, thawed
 from esm_efficient.heads import model_class
 from esm_efficient.recipes import Precision
 from esm_efficient.tasks import SPECIAL_TOKENS, Head, set_pooling
@@ -184,7 +184,7 @@ def _build(config: PreTrainedConfig, step: Step, layers: int) -> tuple[nn.Module
             quantize(model, recipe.quantization, step.frozen_dtype)
         model = prepare_model(
             model,
-            adapters=recipe_adapters(recipe, model, **dict(step.adapter_options)),
+            adapters=recipe_adapters(recipe, model, **thawed(step.adapter_options)),
             head_only=recipe.trains == "head",
             layers=recipe.layers,
             gradient_checkpointing=recipe.gradient_checkpointing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,27 @@ Attention = Literal["sdpa", "eager"]
 """transformers' names of the attention implementations that can be simulated."""
 
 
+class Pairs(tuple[tuple[str, Any], ...]):
+    """A mapping that can be hashed, from `frozen`."""
+
+
+NO_PAIRS = Pairs()
+
+
+def frozen(value: Any) -> Any:
+    """Return a value with `Pairs` in place of mappings, and tuples in place of lists and sets."""
+    if isinstance(value, Mapping):
+        return Pairs(sorted((str(name), frozen(inner)) for name, inner in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(map(frozen, value))
+    return tuple(sorted(value, key=str)) if isinstance(value, set | frozenset) else value
+
+
+def thawed(value: Any) -> Any:
+    """Return a value of `frozen` with dictionaries in place of `Pairs`."""
+    return {name: thawed(inner) for name, inner in value} if isinstance(value, Pairs) else value
+
+
 @dataclass(frozen=True)
 class Step:
     """What step to simulate: arguments of `estimate`, after the defaults of recipe and device have been filled in.
@@ -33,7 +55,7 @@ class Step:
         recipe: the training method with its sizes.
         tokens: tokens of every sequence in the batch, special tokens included.
         precision: a `Precision` other than ``"auto"``.
-        adapter_options: options of `lora_config` that override the recipe's, as pairs.
+        adapter_options: options of `lora_config` that override the recipe's, from `frozen`.
         fused: whether the lean encoder's small kernels are fused.
     """
 
@@ -46,7 +68,7 @@ class Step:
     padding: Padding = "padded"
     head: Head = "sequence-classification"
     num_labels: int = 2
-    adapter_options: tuple[tuple[str, Any], ...] = ()
+    adapter_options: Pairs = NO_PAIRS
     fused: bool = False
 
     @property

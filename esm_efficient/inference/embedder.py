@@ -20,7 +20,7 @@ from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.loading import default_device, find_folder, load_encoder, load_model, place
 from esm_efficient.inference.windows import LongReading, describe_reading, refuse_joined_ends, windows_for
-from esm_efficient.published import hub_name, no_model_in
+from esm_efficient.published import BASE_CONFIG, hub_name, no_model_in
 from esm_efficient.reporting.files import written_as
 from esm_efficient.tasks import SPECIAL_TOKENS, base_model_of
 from esm_efficient.trunk.split import copy_modules, split_model
@@ -79,6 +79,10 @@ class Embedder:
             )
         if layer is not None and not 0 <= layer <= layers:
             raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")
+        if max_tokens <= SPECIAL_TOKENS:
+            raise ConfigurationError(
+                f"max_tokens={max_tokens}: expected room for a residue beside {SPECIAL_TOKENS} special tokens"
+            )
         self.pooling, self.max_tokens = pooling, max_tokens
         self.encoder, self.padding = ResidueEncoder(tokenizer), tokenizer.pad_token_id
         self.config: Any = body.config
@@ -122,6 +126,11 @@ class Embedder:
             raise ConfigurationError(no_model_in(folder))
         model: Any
         if (folder / "adapter_config.json").is_file():
+            if not (folder / BASE_CONFIG).is_dir():
+                raise ConfigurationError(
+                    f"{folder} is an adapter that peft saved, without {BASE_CONFIG}/: merge it into its base model "
+                    "(merge_and_unload), save that with its tokenizer, and give its folder"
+                )
             model, tokenizer = load_model(folder, revision=None, cache_dir=None, task=None)
         else:
             model, tokenizer = load_encoder(folder)

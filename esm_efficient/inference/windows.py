@@ -65,9 +65,10 @@ def windows_for(keep: LongReading | None, longest: int) -> Windows | None:
     """
     if isinstance(keep, Windows) or keep == "windows":
         overlap = keep.overlap if isinstance(keep, Windows) else None
-        if overlap is not None and not 0 <= overlap < longest:
+        if overlap is not None and (type(overlap) is not int or not 0 <= overlap < longest):
             raise ConfigurationError(
-                f"overlap={overlap}: expected 0 to {longest - 1:,}, less than a window of {longest:,}"
+                f"overlap={overlap!r}: expected a whole number from 0 to {longest - 1:,}, less than a window of "
+                f"{longest:,}"
             )
         return Windows(longest // _DEFAULT_SHARE if overlap is None else overlap)
     if keep is not None and keep not in get_args(Keep):

@@ -13,7 +13,7 @@ import numpy as np
 from esm_efficient.data.relatives import CLOSE, WORD, close_relatives
 from esm_efficient.data.sequences import STANDARD_RESIDUES, check_texts, count_residues
 from esm_efficient.data.splits import sequence_hashes
-from esm_efficient.errors import listing
+from esm_efficient.errors import DataError, listing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -139,13 +139,15 @@ def describe(splits: Mapping[str, Dataset]) -> DataDescription:
         splits: splits with the column ``sequence``, and ``label`` if they are labelled.
 
     Raises:
-        DataError: a sequence is missing or is not a text.
+        DataError: a sequence is missing or is not a text, or a split is empty.
 
     Example:
         >>> print(describe(load_sequences("proteins.csv")))  # doctest: +SKIP
     """
     for name, split in splits.items():
         check_texts(split["sequence"][:], range(len(split)), name)
+        if not len(split):
+            raise DataError(f"{name} has no sequence: there is nothing to describe")
     train = splits["train"]["sequence"][:] if "train" in splits else []
     described = {}
     for name, split in splits.items():

@@ -222,8 +222,8 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
             The estimator.
 
         Raises:
-            DataError: X, y and the weights have different lengths, y has one class or several columns, or a text is not
-                a protein.
+            DataError: X, y and the weights have different lengths, y has one class, several columns or several types,
+                or a text is not a protein.
         """
         import pandas as pd
 
@@ -245,7 +245,11 @@ class EsmClassifier(ClassifierMixin, _EsmEstimator):
                 f"y has numbers with fractions, such as {labels[labels != np.floor(labels)][0]:g}: expected classes. "
                 "EsmRegressor trains on numbers; write them as texts if each is a class"
             )
-        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        try:
+            self.classes_, numbers = np.unique(labels, return_inverse=True)
+        except TypeError as error:
+            kinds = sorted({type(cell).__name__ for cell in labels.tolist()})
+            raise DataError(f"y has several types of values ({', '.join(kinds)}): expected one") from error
         if len(self.classes_) < 2:
             raise DataError(f"all sequences have the class {self.classes_.tolist()[0]!r}: expected two classes or more")
         names = [str(name) for name in self.classes_]

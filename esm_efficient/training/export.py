@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
@@ -145,9 +146,9 @@ def export_model(
     if not base_model:
         raise ConfigurationError("the name of the model that was fine-tuned is not known: give base_model")
     folder.mkdir(parents=True, exist_ok=True)
-    model: Any = remove_lean_encoder(copy.deepcopy(found.model))
+    model: Any = remove_lean_encoder(_copy_of(found.model))
     if not getattr(base_model_of(model), "is_quantized", False):  # such weights are restored first
-        model = model.cpu().float()
+        model = model.float()
     adapted = isinstance(model, PeftModel)
     if adapted:
         _save_adapter(model, folder / "adapter", found, base_model, dataset)
@@ -170,6 +171,20 @@ def export_model(
             folder / ONNX_FILE,
         )
     return folder
+
+
+def _copy_of(model: Any) -> Any:
+    """Return a copy on the CPU, made there: the model's device may have no memory for a second one.
+
+    A quantised model is copied on its device.
+    """
+    if getattr(base_model_of(model), "is_quantized", False):
+        return copy.deepcopy(model)
+    tensors: dict[int, Any] = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in model.buffers()}
+    for parameter in model.parameters():
+        values = parameter.detach().to("cpu", copy=True)
+        tensors[id(parameter)] = torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, tensors)
 
 
 def _check_folder(folder: Path) -> None:

@@ -44,7 +44,7 @@ def load_result(folder: str | Path) -> FinetuneResult:
     """
     from esm_efficient.training.result import FinetuneResult
 
-    given = Path(folder)
+    given = Path(folder).expanduser()
     run = next((place for place in (given, given.parent) if (place / RESULT).is_file()), None)
     if run is None:
         raise ConfigurationError(f"{given} has no {RESULT}: expected the folder that finetune wrote")

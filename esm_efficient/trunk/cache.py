@@ -74,12 +74,12 @@ def cache_states(
             f"pooling={pooling!r}, but layers above the trunk train, which read the states of all tokens: give "
             'pooling="tokens", or split_model(model, layers=0)'
         )
-    model_key = _hash_model(trunk)
+    model_key, folder = _hash_model(trunk), Path(folder).expanduser()
     if isinstance(dataset, DatasetDict):
         return DatasetDict(
-            {name: _cache_split(split, trunk, Path(folder), stored, model_key, name) for name, split in dataset.items()}
+            {name: _cache_split(split, trunk, folder, stored, model_key, name) for name, split in dataset.items()}
         )
-    return _cache_split(dataset, trunk, Path(folder), stored, model_key, "states")
+    return _cache_split(dataset, trunk, folder, stored, model_key, "states")
 
 
 def _cache_split(split: Dataset, trunk: Trunk, folder: Path, stored: StateFormat, model_key: str, name: str) -> Dataset:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _FILES = ("states-*.arrow", "states-*.sha256", f"{ABOUT}*")
 _DAY = 24 * 60 * 60
+_KINDS = {"split": str, "sequences": int, "layers": int, "dtype": str, "pooling": str, "weights": str}
+"""What the file that describes states has."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,24 @@ def list_states(folder: str | Path) -> list[CachedStates]:
         []
     """
     found = []
-    for path in Path(folder).glob(f"*/{ABOUT}"):
+    for path in Path(folder).expanduser().glob(f"*/{ABOUT}"):
         if not re.fullmatch("[0-9a-f]{16}", path.parent.name):  # a folder of something else
             continue
         try:
             about = json.loads(path.read_text())
             entry = CachedStates(folder=path.parent, size=0, used=datetime.min, **about)
+            wrong = [name for name, kind in _KINDS.items() if type(getattr(entry, name)) is not kind]
         except (ValueError, TypeError):
+            wrong = ["something"]
+        except FileNotFoundError:  # another process deletes it
+            continue
+        if wrong:
             logger.warning("%s is damaged: its states are not listed. Delete the folder", path)
             continue
-        size = sum(file.stat().st_size for pattern in _FILES for file in path.parent.glob(pattern))
-        used = datetime.fromtimestamp(path.stat().st_mtime)
-        found.append(replace(entry, size=size, used=used))
+        with suppress(FileNotFoundError):
+            size = sum(file.stat().st_size for pattern in _FILES for file in path.parent.glob(pattern))
+            used = datetime.fromtimestamp(path.stat().st_mtime)
+            found.append(replace(entry, size=size, used=used))
     return sorted(found, key=lambda states: states.used)
 
 
@@ -128,8 +137,8 @@ def delete_states(
     for entry in deleted:
         for pattern in _FILES:
             for path in entry.folder.glob(pattern):
-                path.unlink()
-        if not any(entry.folder.iterdir()):
+                path.unlink(missing_ok=True)
+        if entry.folder.is_dir() and not any(entry.folder.iterdir()):
             entry.folder.rmdir()
         logger.info("deleted %s", entry)
     return deleted

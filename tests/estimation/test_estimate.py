@@ -276,6 +276,7 @@ def test_lengths_of_the_largest_and_the_average_batch():
         (EsmForProteinFolding, {}, "EsmForProteinFolding has no head that can be estimated: give head="),
         (EsmModel, {}, "EsmModel has no head that can be estimated: give head="),
         ("8M", {"adapter_options": {"target_modules": ["query", 3]}}, "target modules: got 3"),
+        ("8M", {"adapter_options": {"lora_alfa": 3}}, "no option 'lora_alfa': did you mean 'lora_alpha'"),
         ("8M", {"tokens": 0}, "tokens=0: expected at least 1"),
         ("8M", {"tokens": []}, "got no sequence"),
         ("8M", {"micro_batch": 0}, "at least 1"),
@@ -289,6 +290,30 @@ def test_invalid_options_are_refused(model, options, message):
         model.config = tiny_config()
     with pytest.raises(ConfigurationError, match=message):
         estimate(model, **options)
+
+
+def test_options_of_adapters_may_be_mappings_and_lists():
+    options = {"adapter_options": {"rank_pattern": {"query": 4}, "modules_to_save": ["classifier"]}, "recipe": "lora"}
+    less = estimate(tiny_config(), device="cpu", tokens=20, **options)
+    more = estimate(tiny_config(), device="cpu", tokens=20, recipe="lora")
+    # The rank of the queries is 4 in place of 8: A of (r, 16) and B of (16, r) in each of two layers.
+    assert more.trainable_parameters - less.trainable_parameters == 2 * 4 * (16 + 16)
+
+
+DAMAGED = {
+    "config.json": ["{", "[]", '{"model_type": "evil"}', '{"model_type": 5}'],
+    "adapter_config.json": ["{", "[]", '{"base_model_name_or_path": 5}', '{"base_model_name_or_path": "other"}'],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_damaged_folder_is_an_error_of_ours(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    for folder, base in (("given", content), ("other", '{"base_model_name_or_path": "given"}')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(base)
+    with pytest.raises(ConfigurationError):
+        estimate(str(tmp_path / "given"))
 
 
 def test_an_unknown_target_is_refused():

@@ -111,6 +111,12 @@ def test_a_cache_that_is_larger_than_the_disk_is_refused():
     assert [a.refused for a in cached(too_small)] == ["the cache does not fit the disk: 1 B too much"]
 
 
+@pytest.mark.parametrize("options", [{"recipes": []}, {"recipes": ["lora"], "presets": []}])
+def test_nothing_to_try_is_refused(options):
+    with pytest.raises(ConfigurationError, match="nothing to try: expected a recipe, and a preset"):
+        recommend("8M", "A10G", **options)
+
+
 def test_settings_without_a_cache_can_be_asked_for():
     options = {"batch_size": 1, "progress": False, "recipes": ["frozen", TOP, "lora"]}
     config = tiny_config(num_hidden_layers=3)

@@ -15,7 +15,7 @@ import pytest
 from conftest import make_model
 from sequence_texts import sequences
 
-from esm_efficient import DataError, predict_file
+from esm_efficient import ConfigurationError, DataError, predict_file
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "predict_with_ray.py"
 ROWS = 23
@@ -100,6 +100,26 @@ def test_only_blocks_with_other_sequences_options_or_weights_are_computed_again(
     assert changed_files(output, lambda: actor(batch)) == names
 
 
+def test_predictions_of_another_run_are_deleted_only_if_asked_for(script, model, fasta, tmp_path):
+    output, blocks = tmp_path / "out", tmp_path / "blocks"
+    output.mkdir()
+    blocks.mkdir()
+    paths = script.write_blocks(options_for(fasta), blocks)
+    actor = script.PredictBlocks(str(model), output, None, 256, 1024)
+    actor({"block": np.array(list(map(str, paths)))})
+    (output / "_block-000001.parquet.77").write_text("of a lost actor")
+    script.remove_others(output, paths, actor.identity, replace=False)
+    names = [path.name for path in paths]
+    assert sorted(path.name for path in output.iterdir()) == names
+    with pytest.raises(ConfigurationError, match=r"predictions of another run.* block-000004.parquet. Give another"):
+        script.remove_others(output, paths[:4], actor.identity, replace=False)
+    with pytest.raises(ConfigurationError, match=r"block-000000.parquet, .*--replace to delete them"):
+        script.remove_others(output, paths, "another", replace=False)
+    assert sorted(path.name for path in output.iterdir()) == names
+    script.remove_others(output, paths[:4], actor.identity, replace=True)
+    assert sorted(path.name for path in output.iterdir()) == names[:4]
+
+
 def test_a_wrong_row_is_an_error_before_anything_is_written(script, fasta, tmp_path):
     fasta.write_text(fasta.read_text() + ">long\n" + "M" * 1023 + "\n")
     with pytest.raises(DataError, match="1 of 24 rows cannot be used: record 24"):
@@ -112,8 +132,8 @@ def test_a_local_cluster_predicts_in_the_order_of_the_file_and_goes_on(model, fa
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     output = tmp_path / "out"
 
-    def run(source: Path) -> str:
-        options = ["--block-rows", "5", "--token-budget", "256", "--actors", "2"]
+    def run(source: Path, *given: str) -> str:
+        options = [*given, "--block-rows", "5", "--token-budget", "256", "--actors", "2"]
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(model), str(source), str(output), *options],
             capture_output=True,
@@ -133,6 +153,6 @@ def test_a_local_cluster_predicts_in_the_order_of_the_file_and_goes_on(model, fa
     table = pd.DataFrame({"accession": [f"p{i}" for i in range(20)], "sequence": sequences(ROWS)[:20]})
     table.to_parquet(tmp_path / "first.parquet")
     (output / "block-000002.parquet").unlink()
-    assert "20 rows in 4 files" in (text := run(tmp_path / "first.parquet"))
+    assert "20 rows in 4 files" in (text := run(tmp_path / "first.parquet", "--replace"))
     assert "15 rows were there already" in text
     pd.testing.assert_frame_equal(pd.read_parquet(output), expected[:20], rtol=1e-5, atol=1e-6)

@@ -53,6 +53,7 @@ def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(layer, monkeypat
         ({"layer": 9}, "layer=9: expected 0 to 4; the last is read if no layer is given"),
         ({"layer": -1}, "layer=-1"),
         ({"pooling": "max"}, "pooling='max'"),
+        ({"max_tokens": 2}, "max_tokens=2: expected room for a residue"),
     ],
 )
 def test_a_layer_or_a_pooling_that_does_not_exist_is_refused(options, message):

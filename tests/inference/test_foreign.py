@@ -23,6 +23,7 @@ from transformers import (
 
 from esm_efficient import Predictor, Task, demo_model_path
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.inference import loading
 from esm_efficient.saving import portable_saving
 
 SEQUENCES = ["MKTAYIAKQR", "MALWMRLLPLLALLALWGPDPAAA"]
@@ -266,6 +267,16 @@ def test_a_models_config_is_compared_with_its_weights(whole, changes, message):
     change(whole / "config.json", **changes)
     with pytest.raises(ConfigurationError, match=message):
         Predictor.load(whole)
+
+
+def test_the_layers_of_a_base_model_are_compared_with_its_weights_before_they_are_built(tmp_path, base, monkeypatch):
+    """The config beside the adapter is right: the base model may have more layers than were trained."""
+    adapter_of(base, tmp_path / "adapter")
+    shutil.copytree(base, tmp_path / "adapter" / "base_config")
+    change(base / "config.json", num_hidden_layers=10**9)
+    monkeypatch.delattr(loading, "load_pretrained")
+    with pytest.raises(ConfigurationError, match=r"base describes 1,000,000,000 layers"):
+        Predictor.load(tmp_path / "adapter", task=TASK)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, "\x00"])

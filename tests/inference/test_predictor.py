@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -339,6 +340,23 @@ def test_the_device_decides_the_precision_of_predictions(monkeypatch, capability
     expected = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[dtype]
     assert native_precision(torch.device("cuda")) == expected
     assert native_precision(torch.device("cpu")) == "float32"
+
+
+def test_the_precision_is_that_of_the_model_s_device_and_not_of_another_one(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def device(chosen):
+        before, current[0] = current[0], chosen.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    capabilities = [(8, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capabilities[current[0]] >= (8, 0))
+    assert [native_precision(torch.device("cuda", number)) for number in (0, 1)] == ["bf16", "fp16"]
 
 
 def test_an_unknown_precision_is_refused(tokenizer):

@@ -137,8 +137,10 @@ def test_only_one_batch_is_computed_at_once_and_gaps_are_no_residues(tokenizer):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (Windows(overlap=20), "overlap=20: expected 0 to 19, less than a window of 20"),
-        (Windows(overlap=-1), "overlap=-1: expected 0 to 19"),
+        (Windows(overlap=20), "overlap=20: expected a whole number from 0 to 19, less than a window of 20"),
+        (Windows(overlap=1.5), "overlap=1.5: expected a whole number"),
+        (Windows(overlap="3"), "overlap='3': expected a whole number"),
+        (Windows(overlap=-1), "overlap=-1: expected a whole number from 0 to 19"),
         ("middle", "keep='middle': expected one of start, end, both, windows"),
     ],
 )
@@ -207,4 +209,4 @@ def test_the_commands_have_the_option(tokenizer, tmp_path, capsys):
     assert main(["predict", str(model), str(source), "--overlap", "5"]) == 2
     assert "--overlap is that of windows: give --keep windows too" in capsys.readouterr().err
     assert main(["predict", str(model), str(source), "--keep", "windows", "--overlap", "1022"]) == 1
-    assert "--overlap 1022: expected 0 to 1,021" in capsys.readouterr().err
+    assert "--overlap 1022: expected a whole number from 0 to 1,021" in capsys.readouterr().err

@@ -128,3 +128,5 @@ def test_a_row_without_any_label_is_unknown_and_a_missing_sequence_is_an_error()
     rows["sequence"][1] = None
     with pytest.raises(DataError, match=r"missing or not a text: row 1 of train"):
         describe({"train": Dataset.from_dict(rows, features=feature)})
+    with pytest.raises(DataError, match="test has no sequence: there is nothing to describe"):
+        describe({"test": Dataset.from_dict({"sequence": [], "label": []}, features=feature)})

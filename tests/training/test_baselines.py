@@ -33,6 +33,7 @@ from esm_efficient.training.cached import cache_for_training
 from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.outcome import probe_verdict
 from esm_efficient.training.probes import probe
+from esm_efficient.trunk.layer_states import LayerReader
 
 CLASSES = Task("single_label_classification", ("non-membrane", "membrane"))
 TOP = RECIPES["lora"].replace(layers="top-2", cache=True)
@@ -179,8 +180,6 @@ def test_cached_states_are_not_computed_twice(tmp_path, tokenized, tokenizer):
 
 
 def test_the_weights_of_the_trunk_are_not_copied():
-    from esm_efficient.trunk.layer_states import LayerReader
-
     trunk, rest = split_model(load(), layers=1)
     reader = LayerReader(rest, trunk=trunk)
     skipped = reader.encoder.embeddings._skipped[0]
@@ -274,6 +273,27 @@ def test_where_it_makes_no_sense_one_line_of_log_says_why(tokenized, change, rec
     [line] = [record.getMessage() for record in caplog.records if record.name.endswith("baselines")]
     assert line.startswith("no linear probe beside the model: ")
     assert reason in line
+
+
+@pytest.mark.parametrize("fault", ["infinite", "memory"])
+def test_a_probe_that_cannot_be_fitted_ends_no_run(tokenized, monkeypatch, caplog, fault):
+    real = LayerReader.pool
+
+    def pool(*given, **options):
+        if fault == "memory":
+            raise torch.OutOfMemoryError("no memory for the states")
+        states = real(*given, **options)
+        states[..., 3, 5] = np.inf  # one value of one sequence
+        return states
+
+    monkeypatch.setattr(LayerReader, "pool", pool)
+    with caplog.at_level(logging.INFO, logger="esm_efficient.training.baselines"):
+        assert measure(tokenized) is None
+    expected = {
+        "infinite": "training examples are not finite: with fp16 use bf16",
+        "memory": "no memory for the states",
+    }
+    assert expected[fault] in caplog.text
 
 
 def test_with_several_ranks_there_is_none(tokenized, caplog):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from esm_efficient import (
     tokenize_dataset,
 )
 from esm_efficient.heads import pooling_of_model
-from esm_efficient.trunk import shards
+from esm_efficient.trunk import cache, shards
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,25 @@ RECIPES_TO_CACHE = {
     "full": RECIPES["base"].replace(layers="top-1/2"),
     "plain encoder": RECIPES["lora"].replace(layers="top-1", encoder="plain"),
 }
+
+
+def test_an_adapter_has_the_whole_path_of_its_base_and_the_trunk_is_hashed_once(tmp_path, data, monkeypatch):
+    """The path holds in every folder, and one hash serves training and validation."""
+    hashed = []
+    real = cache._hash_model
+    monkeypatch.setattr(cache, "_hash_model", lambda trunk: hashed.append(trunk) or real(trunk))
+    shutil.copytree(demo_model_path(), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    result = finetune("base", data, recipe="top", output_dir="out", max_steps=2, save_strategy="steps", save_steps=1)
+    assert len(hashed) == 1
+    configs = [*Path("out").rglob("adapter_config.json")]
+    assert len(configs) == 3  # the adapter and two checkpoints
+    for config in configs:
+        assert json.loads(config.read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    folder = result.model_dir.absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Predictor.load(folder).predict(["MKTAYIAKQR"])
 
 
 @pytest.mark.parametrize("name", slow_except(RECIPES_TO_CACHE, "adapters"))

@@ -238,6 +238,7 @@ def test_weights_that_do_not_fit_the_sequences_are_refused(folder, weights):
         (EsmClassifier, ["MKT"] * 3, pd.Series([1.0, None, 0.0]), "1 of 3 labels are missing"),
         (EsmClassifier, ["MKT"] * 3, np.array(["a", None, "b"], dtype=object), "1 of 3 labels are missing"),
         (EsmClassifier, ["MKT"] * 3, [0.5, 1.0, 2.0], "numbers with fractions, such as 0.5: expected classes. EsmRegr"),
+        (EsmClassifier, ["MKT"] * 3, pd.Series([1, "1", 2], dtype=object), r"several types of values \(int, str\)"),
         (EsmClassifier, [], [], "y is empty"),
         (EsmRegressor, ["MKT", "MAL"], ["a", "b"], "not a table of numbers .*EsmClassifier trains on classes"),
         (EsmRegressor, ["MKT", "MAL"], [1.0, np.nan], "not finite"),

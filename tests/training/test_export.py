@@ -95,6 +95,26 @@ def test_the_active_adapter_is_exported_whatever_its_name(tmp_path, tokenizer, n
     assert not [path for path in (folder / "adapter").iterdir() if path.is_dir() and path.name != "base_config"]
 
 
+def test_a_model_is_copied_to_the_cpu_and_not_beside_itself(tmp_path, tokenizer):
+    """On the meta device in place of a GPU: what is copied there cannot be exported."""
+    made = []
+
+    class Counted(torch.nn.Parameter):
+        def __deepcopy__(self, memo):
+            made.append(self)
+            raise AssertionError("a parameter is copied where it is")
+
+    model = make_model()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, Counted(parameter.data))
+    folder = export_model(model, tmp_path / "out", base_model="someone/demo", tokenizer=tokenizer)
+    assert not made
+    np.testing.assert_allclose(
+        np.stack(Predictor.load(folder).logits(SEQUENCES)), logits_of(model, tokenizer), atol=1e-4
+    )
+
+
 def test_several_active_adapters_are_refused(tmp_path, tokenizer):
     config = LoraConfig(r=2, target_modules=["query"])  # with a head, peft activates one alone
     model = get_peft_model(make_model(), config, adapter_name="first")

@@ -1,5 +1,6 @@
 """Cached states are listed, and deleted if they are old or of another model; nothing else is deleted."""
 
+import json
 import os
 import time
 
@@ -86,11 +87,23 @@ def test_states_of_a_copy_in_half_precision_are_those_of_the_model(tmp_path):
 def test_a_damaged_note_hides_its_own_states_alone(tmp_path, caplog):
     cache(tmp_path, rows=3)
     cache(tmp_path, rows=4)
-    for states, text in zip(list_states(tmp_path), ("", '{"split": "train"}'), strict=True):
+    cache(tmp_path, rows=6)
+    *others, last = list_states(tmp_path)
+    wrong = json.loads((last.folder / shards.ABOUT).read_text()) | {"sequences": "6"}
+    for states, text in zip([*others, last], ("", '{"split": "train"}', json.dumps(wrong)), strict=True):
         (states.folder / shards.ABOUT).write_text(text)
     cache(tmp_path, rows=5)
     assert [states.sequences for states in list_states(tmp_path)] == [5]
-    assert caplog.text.count("is damaged") == 2
+    assert caplog.text.count("is damaged") == 3
+
+
+def test_a_tilde_is_the_home_folder_for_writing_listing_and_deleting(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    cache("~/states")
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]
+    assert len(list_states("~/states")) == 1
+    assert len(delete_states("~/states", unused_days=0)) == 1
 
 
 def test_both_conditions_must_hold(tmp_path):
