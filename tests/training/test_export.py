@@ -96,20 +96,17 @@ def test_the_active_adapter_is_exported_whatever_its_name(tmp_path, tokenizer, n
 
 
 def test_a_model_is_copied_to_the_cpu_and_not_beside_itself(tmp_path, tokenizer):
-    """On the meta device in place of a GPU: what is copied there cannot be exported."""
-    made = []
+    """A GPU may have no memory for a second model: here each parameter refuses to be copied where it is."""
 
-    class Counted(torch.nn.Parameter):
+    class Fixed(torch.nn.Parameter):
         def __deepcopy__(self, memo):
-            made.append(self)
             raise AssertionError("a parameter is copied where it is")
 
     model = make_model()
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, Counted(parameter.data))
+            setattr(module, name, Fixed(parameter.data))
     folder = export_model(model, tmp_path / "out", base_model="someone/demo", tokenizer=tokenizer)
-    assert not made
     np.testing.assert_allclose(
         np.stack(Predictor.load(folder).logits(SEQUENCES)), logits_of(model, tokenizer), atol=1e-4
     )
