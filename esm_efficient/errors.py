@@ -52,7 +52,7 @@ class TrainingInterrupted(EsmEfficientError):
 
 
 class CheckpointError(EsmEfficientError, OSError):
-    """A checkpoint could not be written, or no checkpoint is whole; the message says which one is good."""
+    """A checkpoint could not be written, or no checkpoint is whole; the message names the last whole one, if any."""
 
 
 class RequestError(EsmEfficientError, ValueError):

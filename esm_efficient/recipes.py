@@ -50,7 +50,8 @@ class Recipe:
         micro_batch: sequences in one forward pass on one device.
         accumulation: micro-batches per optimizer step.
         gradient_checkpointing: whether activations are recomputed in the backward pass.
-        preset: the layers that get adapters (`esm_efficient.adapters.resolve`); None without adapters.
+        preset: the layers that get adapters: ``"qkv"``, ``"attention"``, ``"mlp"`` or ``"all-linear"``; None without
+            adapters.
         r: rank of the adapters; None without adapters.
         layers: the encoder layers that train or get adapters, as `select_layers` reads them. All layers, if
             ``trains="full"`` is to train the embeddings too.
@@ -91,6 +92,10 @@ class Recipe:
     description: str = ""
 
     def __post_init__(self) -> None:
+        if self.trains not in ("full", "adapters", "head"):
+            raise ConfigurationError(
+                f"recipe {self.name!r}: trains={self.trains!r}: expected 'full', 'adapters' or 'head'"
+            )
         if (self.trains == "adapters") != (self.preset is not None) or (self.preset is None) != (self.r is None):
             raise ConfigurationError(
                 f"recipe {self.name!r}: got trains={self.trains!r}, preset={self.preset!r}, r={self.r!r}: expected a "

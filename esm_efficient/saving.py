@@ -111,7 +111,8 @@ def load_pretrained(auto: Any, name_or_path: Any, **options: Any) -> Loaded:
         **options: as ``from_pretrained``.
 
     Returns:
-        The model, and the names of the weights that are newly initialised.
+        A named tuple: ``model``; ``missing``, the names of the weights that the checkpoint lacks, which are newly
+        initialised; and ``mismatched``, those that have another shape there.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification

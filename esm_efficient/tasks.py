@@ -84,7 +84,10 @@ class Task:
 
 
 def task_of(features: Features, column: str = "label") -> Task:
-    """Return the task for the feature of a label column; the module's table lists the features.
+    """Return the task for the feature of a label column.
+
+    A ``ClassLabel`` is one class per sequence; a struct of numbers, several labels per sequence; a list of
+    ``ClassLabel``, one class per residue; a float, or a list of floats with a fixed length, numbers to regress.
 
     Args:
         features: the features of a dataset.

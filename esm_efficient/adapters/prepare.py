@@ -65,7 +65,8 @@ def prepare_model(
             (``init_lora_weights="eva"``) have no values until ``peft.initialize_lora_eva_weights`` gives them some.
         head_only: freeze the encoder and train only the head.
         layers: without adapters, the encoder layers that train, as `esm_efficient.recipes.select_layers` reads them;
-            the embeddings train only with all. Adapters have their own layers (`lora_config`).
+            the embeddings train only with all. Ignored with `head_only` and with adapters, which have their own layers
+            (`lora_config`).
         gradient_checkpointing: recompute activations in the backward pass.
         use_reentrant: use torch's older kind of checkpointing.
         dtype: type of the frozen parameters, such as ``torch.bfloat16``; None leaves them unchanged.
@@ -75,7 +76,8 @@ def prepare_model(
         The model, wrapped by peft if there are adapters.
 
     Raises:
-        ConfigurationError: the options contradict each other, or the number of label names does not fit the head.
+        ConfigurationError: the model has adapters already, `adapters` and `head_only` are given together, the model has
+            no head to train alone or no such layers, or the number of label names does not fit the head.
         TargetModuleError: the architecture is not in the registry.
 
     Example:

@@ -38,7 +38,8 @@ class Architecture:
         name: name of the entry.
         encoder: class name of the encoder inside any task model.
         layers: path suffix of the list of layers.
-        roles: role -> path suffix of its linear layer, or a tuple of suffixes if several layers play it, such as the
+        roles: role -> path suffix of its linear layer, for ``query``, ``key``, ``value``, ``attention_output``,
+            ``intermediate`` and ``output``, all of them; or a tuple of suffixes if several layers play it, such as the
             two parallel layers of a gated MLP.
         unread: path suffixes of modules that no training loss uses; they are frozen.
         heads: path suffixes of the heads. With adapters, a classifier trains in full and a language-model head is

@@ -84,7 +84,8 @@ def resolve_targets(
         The layers that each target matches.
 
     Raises:
-        TargetModuleError: a target matches no layer, or a layer that no training loss uses, such as the contact head.
+        TargetModuleError: a target matches no layer, or a layer that no training loss uses, such as the contact head;
+            or a preset or `layers` is given for an encoder that is not in the registry.
         ConfigurationError: the preset is unknown, the list is empty, or the encoder has no such layers.
 
     Example:
@@ -134,7 +135,7 @@ def lora_config(
 
     Args:
         model: the model that will get the adapters; it is not changed.
-        preset: the layers to adapt; ignored if `target_modules` is given.
+        preset: the layers to adapt, as `resolve_targets` names them; ignored if `target_modules` is given.
         r: rank.
         target_modules: path suffixes instead of a preset; they are checked too.
         layers: the encoder layers to adapt, as `esm_efficient.recipes.select_layers` reads them.
@@ -209,7 +210,7 @@ def recipe_adapters(recipe: str | Recipe, model: nn.Module, **options: Any) -> L
         **options: options of `lora_config` that override those of the recipe.
 
     Raises:
-        ConfigurationError: the recipe is unknown, or options are given for a recipe without adapters.
+        ConfigurationError: the recipe is unknown, options are given for a recipe without adapters, or as `lora_config`.
         TargetModuleError: as `lora_config`.
 
     Example:

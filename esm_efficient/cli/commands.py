@@ -143,7 +143,9 @@ DeviceOption = Annotated[
 ]
 TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens per sequence, special tokens included.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of a training step.")]
-OptimizerOption = Annotated[str, typer.Option("--optimizer", help="Optimizer of the estimate.")]
+OptimizerOption = Annotated[
+    str, typer.Option("--optimizer", help="Optimizer of the estimate: adamw_fused, adamw_foreach, adamw or adamw_8bit.")
+]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention implementation of transformers.")]
 PaddingOption = Annotated[Padding | None, typer.Option("--padding", help="Layout of a batch; default: the recipe's.")]
 _LAYERS = "all, top-2, top-1/3, or numbers such as 4,5; default:"
@@ -251,7 +253,9 @@ def recommend(
     tokens: TokensOption = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")] = 8,
     recipes: RecipesOption = _RECOMMENDED,
-    presets: Annotated[list[str], typer.Option("--preset", help="Adapters to try; can be repeated.")] = _PRESETS,
+    presets: Annotated[
+        list[str], typer.Option("--preset", help="Adapters to try: qkv, attention, mlp or all-linear; can be repeated.")
+    ] = _PRESETS,
     layers: LayersOption = None,
     cache: Annotated[
         bool | None,
@@ -285,7 +289,7 @@ def recommend(
     if disk is not None and not 0 <= disk < math.inf:
         raise typer.BadParameter(f"{disk}: expected a finite number of GiB, at least 0", param_hint="--disk")
     _check_cache(cache, quantization)
-    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling, keep_layers=keep_layers)
+    changed = change_recipes(recipes, layers=layers, cache=None, pooling=pooling, keep_layers=keep_layers)
     changed = _with_quantized(changed, quantization)
     target = get_device(device)
     check_depth(model, layers, keep_layers)

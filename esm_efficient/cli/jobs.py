@@ -57,7 +57,12 @@ OverlapOption = Annotated[
     int | None,
     typer.Option("--overlap", min=0, help="Residues that two windows share at least; default: a fourth of a window."),
 ]
-BudgetOption = Annotated[int, typer.Option("--token-budget", min=16, help="The most tokens per batch.")]
+BudgetOption = Annotated[
+    int,
+    typer.Option(
+        "--token-budget", min=16, help="The most tokens per batch, or those of the longest sequence if it has more."
+    ),
+]
 SequenceOption = Annotated[str | None, typer.Option("--sequence", metavar="COLUMN", help="Column of the sequences.")]
 AccessionOption = Annotated[str | None, typer.Option("--accession", metavar="COLUMN", help="Column of the accessions.")]
 LabelOption = Annotated[

@@ -49,7 +49,7 @@ def probe(
     max_tokens: MaxTokensOption = 1024,
     token_budget: Annotated[int, typer.Option(min=16, help="The most tokens per batch.")] = 8192,
     max_labelled_residues: Annotated[
-        int, typer.Option(min=2, help="With labels of residues: residues that are drawn.")
+        int, typer.Option(min=2, help="With labels of residues: the most per split; more are drawn at random.")
     ] = 20_000,
     sequence: SequenceOption = None,
     label: LabelOption = None,
@@ -108,7 +108,9 @@ def export(
     base_model: Annotated[
         str | None, typer.Option(help="Hub name of the model that was fine-tuned; default: that of the run.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Name of the data for the card; default: their file.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Name of the data for the card; default: the file of the run.")
+    ] = None,
     description: Annotated[str, typer.Option(help="A paragraph for the card, in Markdown.")] = "",
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, for onnxruntime.")] = False,
     as_json: JsonOption = False,

@@ -128,7 +128,7 @@ def finetune(
     quantization: QuantizationOption = None,
     keep_layers: KeepLayersOption = None,
     max_tokens: MaxTokensOption = 1024,
-    class_weights: Annotated[Weights, typer.Option(help="Weigh classes inversely to their frequency.")] = "balanced",
+    class_weights: Annotated[Weights, typer.Option(help="Weigh rare classes more (balanced), or not.")] = "balanced",
     sequence: SequenceOption = None,
     label: LabelOption = None,
     label_kind: LabelKindOption = None,

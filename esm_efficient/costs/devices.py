@@ -128,8 +128,10 @@ DEVICES: dict[str, Device] = {
         _gpu("M4-Max-64", 48.0, 546, fp32=17.2, half=17.2, backend="mps", source="Apple specifications (40 cores)"),
     )
 }
-"""The devices by their names, with the rates that the data sheets state."""
-"""Devices by name. Memory is the total that torch reports, which is less than the name says."""
+"""The devices by their names, with the rates that the data sheets state.
+
+``memory`` is the total that torch reports, which is less than the name says.
+"""
 
 DEFAULT_DEVICE = "A10G"
 """The default device of estimates: the GPU of SageMaker's ``ml.g5`` instances."""
@@ -140,7 +142,8 @@ def get_device(device: str | Device) -> Device:
 
     Args:
         device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; or the memory of another GPU of NVIDIA,
-            such as ``"12GB"``, whose rates are then unknown. Upper and lower case, spaces and hyphens are equal.
+            such as ``"12GB"``, whose rates are then unknown. Case is ignored, and so are spaces and hyphens
+            in a name.
 
     Raises:
         ConfigurationError: no device and no instance type has the name, or it is not a text.

@@ -85,9 +85,10 @@ class OutOfMemoryError(EsmEfficientError, torch.OutOfMemoryError):
 def peak_memory() -> Iterator[PeakMemory]:
     """Measure the peak memory of a ``with`` block.
 
-    On CUDA the peak is that of the bytes that torch's allocator handed out on the current device. Elsewhere it is the
-    resident memory of the whole process, with Python and libraries: on Linux the peak within the block, on other
-    systems the peak since the process started. ``kind`` says which.
+    On CUDA the peak is that of the bytes that torch's allocator handed out on the current device, also if the block
+    computes on the CPU. Elsewhere it is the resident memory of the whole process, with Python and libraries: on Linux
+    the peak within the block, on other systems the peak since the process started. ``kind`` says which. The block
+    resets the counter of torch or of Linux, so do not nest two blocks.
 
     Yields:
         A `PeakMemory`; its figures are set when the block ends.

@@ -269,7 +269,7 @@ def measure_device(device: torch.device | str) -> Device:
         device: ``"cpu"``, ``"cuda"``, ``"mps"``, or one of several GPUs.
 
     Returns:
-        The device, with the memory of a GPU, and no memory for a CPU.
+        The device. Its ``memory`` is that of a GPU, and 0 for a CPU.
 
     Example:
         >>> measure_device("cpu").backend

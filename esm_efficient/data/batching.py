@@ -36,7 +36,8 @@ class TokenBudgetBatchSampler:
     A batch of n sequences that has m tokens in the longest takes n x m tokens, padding included. This is at most the
     budget; a longer sequence is alone in its batch. An epoch yields every sequence exactly once over all ranks, and the
     same number of batches on each rank; some of the last batches are halved for that. Each epoch shuffles the batches,
-    and the sequences with others of nearly equal length; the number of batches never changes.
+    and the sequences with others of nearly equal length; the number of batches never changes. A loop of your own calls
+    `set_epoch` before each epoch, or the order stays the same. Trainer does it.
 
     It is a batch sampler for `torch.utils.data.DataLoader`.
 
@@ -251,8 +252,9 @@ def deeploc_dataloaders(
         **load_options: other options of `load_deeploc`.
 
     Returns:
-        Loaders for training (shuffled), validation and test. A batch is a dict of int64 tensors: ``input_ids`` and
-        ``attention_mask`` of shape (batch, tokens of the longest), ``labels`` of shape (batch,).
+        Loaders for training (shuffled), validation and test. A batch is a mapping (`BatchEncoding`): ``input_ids`` and
+        ``attention_mask``, int64 of shape (batch, tokens of the longest), and ``labels``: int64 of shape (batch,), or
+        with several labels float32 of shape (batch, labels), NaN where unknown. Ranks are not told apart.
 
     Raises:
         DownloadError, DataError, ConfigurationError: as raised by `load_deeploc` and `tokenize_dataset`.

@@ -79,7 +79,7 @@ def load_deeploc(
 
     Args:
         source: a path (plain, ``.gz`` or ``.xz``) or an http(s) address of a table in the DeepLoc-2.0 format; None for
-            the authors' address. Downloads are cached in the folder that ``$ESM_EFFICIENT_CACHE`` names.
+            the authors' address. Downloads are kept in ``$ESM_EFFICIENT_CACHE``, or else in ``~/.cache/esm_efficient``.
         task: what to predict: ``"membrane"``, one of two classes; ``"location"``, one or more of ten locations; or
             a mapping of label names to columns of 0 and 1, such as
             ``{"nuclear": "Nucleus", "golgi": "Golgi apparatus"}``, in which an empty cell is unknown. A single label
@@ -87,9 +87,11 @@ def load_deeploc(
         min_residues: the fewest residues of a protein to keep; None for no bound.
         max_residues: the most residues of a protein to keep; None for no bound.
         split: ``"partition"`` uses the homology partitions of the table (at most 30 % identity between two of them);
-            ``"random"`` is stratified by class and puts relatives of training proteins into the test set.
+            ``"random"`` is stratified by class and puts relatives of training proteins into the test set, with a
+            warning.
         test_partitions: partitions of the test set, with ``split="partition"``; None for partition 4.
-        validation_partitions: partitions of the validation set, likewise; empty for none; None for partition 3.
+        validation_partitions: partitions of the validation set, likewise; empty for none; None for partition 3, so give
+            it too if partition 3 is for testing.
         test_size: fraction of the proteins in the test set, with ``split="random"``; None for 0.2.
         validation_size: fraction of the proteins in the validation set, likewise; 0 for none; None for 0.1.
         seed: of the shuffling and of the random split.
@@ -101,9 +103,10 @@ def load_deeploc(
         (str), ``partition`` (int) and ``residues`` (int, the length of the sequence).
 
     Raises:
-        DownloadError: the file cannot be fetched or is not the expected one.
-        DataError: a column is missing; a label, partition, accession or sequence is wrong; the sequences are
-            nucleotides; a sequence is in two splits.
+        DownloadError: the file cannot be fetched, or a downloaded file has another SHA-256 than expected.
+        DataError: a local file is missing or has another SHA-256 than expected; a column is missing; a label,
+            partition, accession or sequence is wrong; the sequences are nucleotides; no protein has a length within
+            the bounds; a sequence is in two splits.
         ConfigurationError: the options are unknown or contradict each other.
 
     Example:

@@ -64,7 +64,8 @@ def load_sequences(
     r"""Load your own files of sequences as a labelled, split `DatasetDict`.
 
     The splits are those of the files or of their columns, if there are any; else they are made from clusters, from
-    homology partitions, or at random with a warning, in this order. The rows of each split are shuffled.
+    homology partitions, or at random with a UserWarning, in this order. The rows of each split are shuffled. The table
+    is written once as an Arrow file into ``$ESM_EFFICIENT_CACHE/tables``, or else ``~/.cache/esm_efficient/tables``.
 
     Args:
         path: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file, text plain, gzip or xz; or one file per split, by

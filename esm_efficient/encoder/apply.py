@@ -65,8 +65,9 @@ def apply_lean_encoder(
 
     Raises:
         ConfigurationError: the model has no ``EsmModel``, is a decoder, has a replaced forward itself, or an option is
-            unknown. Also raised by a forward pass under torch.nn.DataParallel, ``torch.jit.trace`` or ``torch.export``,
-            and by a backward pass with ``create_graph=True``.
+            unknown. Also raised by the first forward pass if the attention backend is not available on the device, by
+            one under torch.nn.DataParallel, ``torch.jit.trace`` or ``torch.export``, and by a backward pass with
+            ``create_graph=True``.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification

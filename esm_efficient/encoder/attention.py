@@ -33,11 +33,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, "CuSeqlens", float], Tensor]
 BACKENDS = ("auto", "flash", "varlen", "efficient", "flex", "sequences", "hub")
 """Ways to compute attention.
 
-- ``"flash"``: ``flash_attn_varlen_func`` of the packages flash-attn (Dao 2023), version 2, 3 or 4, on CUDA in half
-  precision (`esm_efficient.encoder.flash`).
-- ``"varlen"``: torch's own ``torch.nn.attention.varlen``, on CUDA in half precision.
+- ``"flash"``: ``flash_attn_varlen_func`` of the packages flash-attn (Dao 2023), version 2, 3 or 4, on CUDA from Ampere
+  on, in half precision (`esm_efficient.encoder.flash`).
+- ``"varlen"``: torch's own ``torch.nn.attention.varlen``, on CUDA from Ampere on, in half precision.
 - ``"efficient"``: torch's memory-efficient kernel, on CUDA in any precision; also on GPUs before Ampere, such as a T4.
-- ``"flex"``: torch's ``flex_attention`` with a block mask per sequence, compiled, on CUDA in any precision.
+- ``"flex"``: torch's ``flex_attention`` with a block mask per sequence, compiled, on CUDA from Ampere on, in any
+  precision. It needs triton.
 - ``"sequences"``: torch's fused attention, called once per distinct length in the batch; on any device.
 - ``"hub"``: flash attention that the package kernels downloads from the Hub. It is never chosen unasked.
 - ``"auto"``: the first of the others that is available.
@@ -154,11 +155,14 @@ def attend(
         query: (sequences, 1, heads, head width): the query of each sequence's first token, if `states` has no queries.
         packing: the packed batch.
         backend: one of `BACKENDS`.
-        dropout: probability of dropping an attention weight.
+        dropout: probability of dropping an attention weight. Above 0, the backend is always ``"sequences"``.
         scale: factor of the scores; by default ``head width ** -0.5``.
 
     Returns:
         One row per token, or one per first token, of shape (queries, width).
+
+    Raises:
+        ConfigurationError: as `choose_backend`.
     """
     value = states[:, -1] if isinstance(states, Tensor) else states[-1]
     scale = value.shape[-1] ** -0.5 if scale is None else scale

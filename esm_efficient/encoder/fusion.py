@@ -57,7 +57,7 @@ class Compiled:
 
 
 COMPILED: list[Compiled] = []
-"""The compiled functions, some of which may turn out not to be."""
+"""The functions that ``fused=True`` compiles. One that cannot be compiled runs as it is."""
 
 
 def _detached(args: Any) -> tuple[list[Any], list[Tensor]]:

@@ -139,7 +139,8 @@ def recommend(
         margin: share of the device's memory to leave free.
         epochs: passes over the training sequences; the more there are, the sooner a cache pays.
         sequences: as in `estimate`.
-        cache: True or False to try every recipe with or without a cache only.
+        cache: True or False to try every recipe only with, or only without, a cache; None for both. With True, recipes
+            that train all parameters are left out.
         disk: bytes for a cache; a setting whose cache is larger is refused. None refuses none.
         progress: show a progress bar.
         **options: further options of `estimate`.
@@ -246,6 +247,8 @@ def _candidates(
     """Yield every setting to try, once."""
     seen = set()
     for recipe in recipes:
+        if cache and recipe.trains == "full" and recipe.layers == "all":
+            continue
         is_partial = recipe.trains == "head" or recipe.layers != "all"
         caches = [cache] if cache is not None else [False, True] if is_partial else [recipe.cache]
         if recipe.quantization and not cache:

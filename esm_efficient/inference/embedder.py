@@ -217,7 +217,7 @@ def embed_file(
     Raises:
         DataError: as `predict_file`.
         ConfigurationError: as `predict_file` and `Embedder.load`; embeddings per residue are to be written as CSV; or
-            `layer` or `pooling` is given beside an `Embedder` that has another.
+            `layer` is given beside an `Embedder`, or a `pooling` other than ``"mean"`` that is not its own.
 
     Example:
         >>> embed_file("facebook/esm2_t6_8M_UR50D", "proteome.fasta", "embeddings.parquet")  # doctest: +SKIP

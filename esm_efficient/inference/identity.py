@@ -17,7 +17,7 @@ from esm_efficient.trunk.states import bytes_of
 def identity_of(model: nn.Module, config: Any, *options: object) -> str:
     """Return a hash of the config, weights, hooks and options of a model, and of its active adapters with their scale.
 
-    The ranks of a run have the same.
+    All ranks of a run return the same hash. In a distributed run the call joins the ranks.
 
     Args:
         model: a module.

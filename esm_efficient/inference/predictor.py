@@ -61,9 +61,11 @@ class Prediction:
         return np.take_along_axis(self.spread, self.values.argmax(axis=-1)[..., None], -1)[..., 0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a dict for JSON: ``label`` and ``score`` (its probability), or ``labels``; and the values by name.
+        """Return a dict for JSON, whose keys depend on the task.
 
-        That of an ensemble also has ``spreads``, by the same names, or for each residue.
+        One class per sequence: ``label``, ``score`` (its probability) and ``probabilities`` by name. Several labels:
+        ``labels`` and ``probabilities``. One class per residue: ``labels`` and ``scores``, lists with an entry per
+        residue. Numbers: ``values`` by name. An ensemble adds ``spreads``, by the same names or per residue.
 
         Example:
             >>> task = Task("single_label_classification", ("no", "yes"))
@@ -215,7 +217,7 @@ class Predictor:
             keep: what to read of a sequence that is too long: its ``"start"``, its ``"end"`` or ``"both"`` ends; or all
                 of it in ``"windows"`` that overlap, whose logits are averaged (`Windows` sets the overlap). None
                 refuses such a sequence.
-            token_budget: the most tokens per batch.
+            token_budget: the most tokens per batch, padding included; if a sequence is longer, its tokens.
 
         Returns:
             One prediction per sequence, in the same order. One with a class per residue has those residues that `keep`
@@ -225,6 +227,7 @@ class Predictor:
             DataError: a sequence is not a text, is empty, is too long, or is not a protein; or all splits of a data set
                 are given at once.
             ConfigurationError: the model's output is not finite.
+            OutOfMemoryError: the device has too little memory for a batch.
         """
         return [self._prediction(logits) for logits in self._logits(sequences, keep, token_budget)]
 
@@ -240,6 +243,7 @@ class Predictor:
         Raises:
             DataError: as `predict`.
             ConfigurationError: the model's output is not finite.
+            OutOfMemoryError: as `predict`.
         """
         found = self._logits(sequences, keep, token_budget)
         return [joint_logits(logits, self.task.kind) if self.members else logits[0] for logits in found]

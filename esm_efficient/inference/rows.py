@@ -50,9 +50,9 @@ def read_sequences(
     """Yield the rows of a file, in its order.
 
     Args:
-        source: as `map_file`.
-        sequence: as `map_file`.
-        accession: as `map_file`.
+        source: as `predict_file`.
+        sequence: as `predict_file`.
+        accession: as `predict_file`.
         leave_out: takes the rows that cannot be parsed; None to raise an error.
 
     Raises:
@@ -122,7 +122,17 @@ def check_rows(
     sequence: str | None = None,
     accession: str | None = None,
 ) -> CheckedRows:
-    """Check every row of a file; the arguments are as in `map_file`.
+    """Check every row of a file.
+
+    Args:
+        source: as `predict_file`.
+        longest: the most residues of a sequence; None for any.
+        on_error: as `predict_file`.
+        sequence: as `predict_file`.
+        accession: as `predict_file`.
+
+    Returns:
+        The number of rows that can be used, and those that cannot.
 
     Raises:
         DataError: a row cannot be used, and `on_error` is not ``"skip"``; there is no row to use; or most sequences are

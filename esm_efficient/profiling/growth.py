@@ -31,7 +31,7 @@ class Growth:
     """Memory that each step leaves behind.
 
     Attributes:
-        bytes_per_step: bytes that the end of a step has more than the end of the step before.
+        bytes_per_step: bytes by which the memory in use at the end of a step grows from step to step.
         category: the category that grows most.
         steps: number of steps in which the growth was seen.
     """

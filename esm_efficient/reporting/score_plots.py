@@ -141,8 +141,9 @@ def _short(name: str, most: int) -> str:
 def reliability(probability: np.ndarray, right: np.ndarray) -> tuple[list[tuple[float, float, int]], float]:
     """Return how often predictions of a probability come true, and the expected calibration error.
 
-    The error is the mean over the predictions of the distance between the mean probability and the share that is right
-    in their bin (Guo et al. 2017, "On Calibration of Modern Neural Networks").
+    The probabilities are put into ten bins of equal width. The error is the mean over the predictions of the distance
+    between the mean probability and the share that is right in their bin (Guo et al. 2017, "On Calibration of Modern
+    Neural Networks").
 
     Args:
         probability: of the predicted class, float of shape (examples,).

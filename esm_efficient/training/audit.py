@@ -67,8 +67,9 @@ class AuditCallback(TrainerCallback):
     encoder layer moves, or if nothing moves. Otherwise a warning names it: a pooler that a custom head does not read,
     or parameters that the optimizer was not given, may be meant so.
 
-    The audit works for one process, under DDP, and under FSDP2, where every rank looks at its shards. It logs a warning
-    and does nothing if a rank cannot see gradients (FSDP1, DeepSpeed, optimizers that step within the backward pass).
+    The audit works for one process, under DDP, and under FSDP2 with transformers 5.23 or newer, where every rank looks
+    at its shards. It logs a warning and does nothing if a rank cannot see gradients (FSDP1, DeepSpeed, FSDP2 with an
+    older transformers, optimizers that step within the backward pass).
 
     Args:
         patience: number of counted optimizer steps after which a parameter must have moved.

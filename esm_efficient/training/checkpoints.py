@@ -50,6 +50,7 @@ class CheckpointCallback(TrainerCallback):
     Raises:
         TrainingInterrupted: from within training; a signal was received.
         CheckpointError: from within training; a checkpoint could not be written.
+        ConfigurationError: it is used outside of ``trainer.train()``.
 
     Example:
         >>> finetune(model, data, callbacks=[CheckpointCallback()], save_strategy="steps")  # doctest: +SKIP

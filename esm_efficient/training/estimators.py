@@ -324,7 +324,10 @@ class EsmRegressor(RegressorMixin, _EsmEstimator):
         return self._fit(_texts(X), numbers.tolist(), feature, sample_weight)
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the number of each sequence, float64 of shape (sequences,), or of the shape of `y`."""
+        """Return the numbers of each sequence, float64.
+
+        The shape is (sequences,) if `y` had one dimension in `fit`, and (sequences, numbers) otherwise.
+        """
         values = self._values(X)
         return values[:, 0] if self.one_number_ else values
 

@@ -86,7 +86,7 @@ def evaluate_in_full(
 ) -> Evaluation:
     """Return the metrics of `evaluate` with their 95 % intervals, and what the model predicts for each sequence.
 
-    Its text is a table. `esm_efficient.training.outcome.evaluation_page` makes a page of it.
+    `esm_efficient.training.outcome.evaluation_page` makes a page of it.
 
     Args:
         model: as `evaluate`.
@@ -94,6 +94,10 @@ def evaluate_in_full(
         keep: as `evaluate`.
         token_budget: as `evaluate`.
         on_error: as `evaluate`.
+
+    Returns:
+        An `Evaluation`: ``metrics``; ``intervals``, the 95 % interval of each metric; ``scores`` (logits or numbers)
+        and ``labels`` of each example; ``names`` and ``sequences``; ``baselines``. Its text is a table.
 
     Raises:
         DataError: as `evaluate`.

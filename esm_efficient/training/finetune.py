@@ -98,12 +98,15 @@ def finetune(
 
     Args:
         model: a folder, a Hub name or a size (``"650M"``) of an ESM-2 model, or a loaded model with the head that the
-            task needs.
+            task needs, which is changed in place. The global random numbers are seeded.
         dataset: splits ``train`` and ``test`` (or ``validation``), such as `load_deeploc` returns, with the columns
-            ``sequence`` (str), ``label`` and optionally ``sample_weight``; splits made by `tokenize_dataset`; or what
-            `esm_efficient.training.given.splits_from` takes: a path, a DataFrame, a Dataset, a pair of lists.
+            ``sequence`` (str), ``label`` and optionally ``sample_weight``; splits made by `tokenize_dataset`; the path
+            of a file, or one path per split; a pandas DataFrame; a `datasets.Dataset`; a tuple ``(sequences, labels)``;
+            or ``"demo"`` or ``"deeploc"``. What has no splits is split as `load_sequences` does.
         recipe: ``"top"``, ``"base"``, ``"ga"``, ``"gc"``, ``"lora"``, ``"all"``, ``"frozen"``, or a custom `Recipe`.
-        output_dir: folder for ``adapter/`` or ``model/``, and for ``result.json``.
+        output_dir: folder for ``adapter/`` or ``model/``, ``result.json``, ``predictions.parquet``, ``report.html``,
+            ``states/`` and checkpoints. The results of a former run there are replaced. On several ranks the first
+            writes them, and every rank returns the metrics.
         tokenizer: required with a loaded model only.
         class_weights: as `WeightedTrainer`. The default is ``"balanced"``, because this function does the whole job on
             data that are usually imbalanced, such as DeepLoc's membrane proteins (30 %); `WeightedTrainer` has None,
@@ -149,8 +152,12 @@ def finetune(
         DataError: a split is missing, or the labels' feature is not that of a task.
         ConfigurationError: the options contradict each other or the model, or the run to resume is finished.
         TargetModuleError: the adapters do not fit the model.
-        AuditError: a trainable parameter did not move.
+        DownloadError: the DeepLoc table cannot be fetched.
+        AuditError: a trainable parameter got no gradient or did not move.
+        DivergenceError: a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
+        OutOfMemoryError: the device has too little memory, with ``profile=True``; otherwise torch's own error.
         CheckpointError: a file could not be written, or no checkpoint is whole.
+        TrainingInterrupted: a signal ended the run, if `callbacks` has a `CheckpointCallback` with signals.
 
     Example:
         >>> from esm_efficient import finetune, load_deeploc

@@ -74,7 +74,7 @@ class FinetuneResult:
         probe: a linear probe on the encoder that the run began with, on the same split; None if it was not measured.
         evaluation: predictions and labels of the split `evaluated_on`, with the intervals of the metrics.
         history: what the Trainer logged.
-        data: description of the splits; None if their sequences are not known, and on all ranks but the first.
+        data: description of the splits; None if their sequences are not known, or a split is a stream.
         warnings: what the library warned of while the data were read, during training and in the evaluation.
     """
 

@@ -78,7 +78,10 @@ class WeightedTrainer(WatchedTrainer):
         ConfigurationError: the weights or the exponent do not fit the model's labels or the task, or a token budget is
             given with a stream of data; or, in training, a subclass's `compute_loss` does not use them, or sequences
             of unequal lengths have no tokenizer and no collator that pads them.
-        DataError: a class has no example, so its balanced weight is undefined.
+        DataError: a class has no example, so its balanced weight is undefined; or, in training, labels do not fit the
+            model or none is known.
+        AuditError: in training, if a parameter got no gradient or did not move.
+        DivergenceError: in training, if a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
 
     Example:
         >>> trainer = WeightedTrainer(

@@ -237,7 +237,8 @@ def join_model(rest: Model, trunk: Trunk) -> Model:
         trunk: the trunk of the same split.
 
     Returns:
-        The rest, as an ordinary model; with the lean encoder, if the rest has it.
+        The rest, as an ordinary model; with the lean encoder, if the rest has it. The parameters of the trunk stay
+        frozen, and the trunk loses its lean encoder: do not use it any more.
 
     Raises:
         ConfigurationError: the rest has no place for the trunk's layers.
@@ -287,8 +288,8 @@ def truncate(model: Model, layers: int) -> Model:
         layers: number of layers to keep.
 
     Returns:
-        A model of the same class, with ``config.num_hidden_layers == layers``, and with the former number of layers in
-        ``config.truncated_from``.
+        A model of the same class, without the lean encoder, with ``config.num_hidden_layers == layers``, and with the
+        former number of layers in ``config.truncated_from``.
 
     Raises:
         ConfigurationError: the model has no ``EsmModel`` or ``EsmcModel`` or several, has adapters, or has fewer

@@ -111,7 +111,17 @@ def test_a_cache_that_is_larger_than_the_disk_is_refused():
     assert [a.refused for a in cached(too_small)] == ["the cache does not fit the disk: 1 B too much"]
 
 
-@pytest.mark.parametrize("options", [{"recipes": []}, {"recipes": ["lora"], "presets": []}])
+def test_only_settings_with_a_cache_leave_out_recipes_that_train_everything():
+    config = tiny_config(num_hidden_layers=3)
+    result = recommend(
+        config, "A10G", 50, cache=True, batch_size=1, progress=False, recipes=["base", "gc", "lora", "top"]
+    )
+    assert [a.estimate.recipe.name for a in result.attempts] == ["lora", "top"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipes": []}, {"recipes": ["lora"], "presets": []}, {"recipes": ["base"], "cache": True}]
+)
 def test_nothing_to_try_is_refused(options):
     with pytest.raises(ConfigurationError, match="nothing to try: expected a recipe, and a preset"):
         recommend("8M", "A10G", **options)
