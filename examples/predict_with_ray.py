@@ -32,7 +32,6 @@ import pyarrow.parquet as pq
 from transformers.utils import logging as transformers_logging
 
 from esm_efficient import ConfigurationError, EsmEfficientError, Predictor
-from esm_efficient.errors import listing
 from esm_efficient.inference.identity import identity_of
 from esm_efficient.inference.inputs import CheckedSequences
 from esm_efficient.inference.predictions import columns_of
@@ -109,7 +108,7 @@ def remove_others(output: Path, paths: list[Path], identity: str, *, replace: bo
     if others and not replace:
         raise ConfigurationError(
             f"{output} has predictions of another run, from other sequences or with other options or weights: "
-            f"{listing([file.name for file in others])}. Give another folder, or --replace to delete them"
+            f"{others[0].name} to {others[-1].name}. Give another folder, or --replace to delete them"
         )
     for file in others:
         file.unlink()

@@ -219,7 +219,6 @@ def test_errors_of_the_library_end_with_1_and_no_traceback(command, message, cap
         "estimate --recipe best",
         "estimate --device A11",
         "estimate --layers top-0",
-        "recommend --cache",
         "compare --pooling max",
         "recommend --epochs 0",
         "--help",

@@ -155,7 +155,6 @@ def test_each_setting_of_a_model_with_dropout_is_tried_once_without_a_cache():
         ({"disk": math.nan}, "disk=nan.* finite"),
         ({"presets": ["bogus"], "recipes": ["base"]}, "presets='bogus': expected some of qkv"),
         ({"cache": True, "recipes": [RECIPES["lora"].replace(quantization="4bit")]}, "without a cache"),
-        ({"cache": True}, "nothing can be computed once"),
         ({"device": "cpu"}, "name a GPU"),
         ({"batch_size": 0}, "at least 1"),
         ({"margin": 1.0}, "below 1"),

@@ -111,9 +111,9 @@ def test_predictions_of_another_run_are_deleted_only_if_asked_for(script, model,
     script.remove_others(output, paths, actor.identity, replace=False)
     names = [path.name for path in paths]
     assert sorted(path.name for path in output.iterdir()) == names
-    with pytest.raises(ConfigurationError, match=r"predictions of another run.* block-000004.parquet. Give another"):
+    with pytest.raises(ConfigurationError, match=r"predictions of another run.* to block-000004.parquet. Give another"):
         script.remove_others(output, paths[:4], actor.identity, replace=False)
-    with pytest.raises(ConfigurationError, match=r"block-000000.parquet, .*--replace to delete them"):
+    with pytest.raises(ConfigurationError, match=r"block-000000.parquet to block-000004.*--replace to delete them"):
         script.remove_others(output, paths, "another", replace=False)
     assert sorted(path.name for path in output.iterdir()) == names
     script.remove_others(output, paths[:4], actor.identity, replace=True)
