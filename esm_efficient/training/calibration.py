@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -12,6 +12,9 @@ from torch import nn
 from esm_efficient.tasks import IGNORE, Task
 from esm_efficient.training.metrics import logits_of
 from esm_efficient.training.standardizing import find_output_layer
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import PredictionOutput
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,9 @@ def fit_temperature(task: Task, labels: np.ndarray, logits: np.ndarray) -> float
     return float(np.exp(found.x))
 
 
-def calibrate(trainer: Any, splits: Mapping[str, Any], task: Task, tokenizer: Any) -> float | None:
+def calibrate(
+    trainer: Any, splits: Mapping[str, Any], task: Task, tokenizer: Any
+) -> tuple[float | None, PredictionOutput | None]:
     """Fit a temperature on ``validation``, and divide the logits of a Trainer's model by it.
 
     It is done where there is a test split too, so that no metric is measured on the examples of the fit.
@@ -83,20 +88,23 @@ def calibrate(trainer: Any, splits: Mapping[str, Any], task: Task, tokenizer: An
 
     Returns:
         The temperature; None if there is no validation and test split with 100 known labels, if the task is to predict
-        numbers, if the model is sharded, or if its last layer is not linear with a bias.
+        numbers, if the model is sharded, or if its last layer is not linear with a bias. And the labels of validation
+        with what the changed model predicts for them; None if nothing was predicted.
     """
     sharded = trainer.args.fsdp or trainer.args.deepspeed
     if task.kind == "regression" or sharded or not {"validation", "test"} <= set(splits):
-        return None
+        return None, None
     layer = find_output_layer(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
     if layer is None:
-        return None
+        return None, None
     found = trainer.predict(splits["validation"], metric_key_prefix="validation")
-    temperature = fit_temperature(task, np.asarray(found.label_ids), logits_of(found.predictions))
-    if temperature is not None:
-        scale_logits(layer, temperature)
-        logger.info("probabilities are calibrated on validation: logits are divided by %.3f", temperature)
-    return temperature
+    logits = logits_of(found.predictions)
+    temperature = fit_temperature(task, np.asarray(found.label_ids), logits)
+    if temperature is None:
+        return None, found
+    scale_logits(layer, temperature)
+    logger.info("probabilities are calibrated on validation: logits are divided by %.3f", temperature)
+    return temperature, found._replace(predictions=logits / temperature)
 
 
 def scale_logits(layer: nn.Linear, temperature: float) -> None:

@@ -33,7 +33,7 @@ from esm_efficient.training.trainer import WeightedTrainer
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedTokenizerBase
-    from transformers.trainer_utils import TrainOutput
+    from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ def finish_job(
             former.unlink(missing_ok=True)  # of the model of a former run, which is replaced
     _save_model(trainer, folder, tokenizer)
     with job.warned:
-        temperature = calibrate(trainer, dataset, job.task, tokenizer)
+        temperature, predicted = calibrate(trainer, dataset, job.task, tokenizer)
         if temperature is not None:
             _save_model(trainer, folder, tokenizer)
-        thresholds = _tune_thresholds(trainer, dataset, job.task, folder)
+        thresholds = _tune_thresholds(trainer, dataset, predicted, job.task, folder)
         evaluation = evaluate_split(
             trainer,
             dataset[job.evaluated_on],
@@ -150,16 +150,23 @@ def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTrai
 
 
 def _tune_thresholds(
-    trainer: WeightedTrainer, dataset: DatasetDict, task: Task, folder: Path
+    trainer: WeightedTrainer, dataset: DatasetDict, predicted: PredictionOutput | None, task: Task, folder: Path
 ) -> dict[str, float] | None:
     """Tune the threshold of each label on validation; write them into the model's config and the trainer's metrics.
+
+    Args:
+        trainer: the trainer, after training.
+        dataset: the tokenised splits.
+        predicted: what the model predicts for validation; None if that is not known yet.
+        task: the task.
+        folder: the folder of the model.
 
     Returns:
         label name -> threshold; None without several labels, or without both a validation and a test split.
     """
     if task.kind != "multi_label_classification" or not {"validation", "test"} <= dataset.keys():
         return None
-    prediction = trainer.predict(dataset["validation"], metric_key_prefix="validation")
+    prediction: Any = predicted or trainer.predict(dataset["validation"], metric_key_prefix="validation")
     tuned = tune_thresholds(np.asarray(prediction.label_ids), logits_of(prediction.predictions), task.names)
     thresholds = dict(zip(task.names, tuned.tolist(), strict=True))
     model: Any = trainer.accelerator.unwrap_model(trainer.model)

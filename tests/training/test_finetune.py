@@ -25,6 +25,7 @@ from transformers import (
 from esm_efficient import (
     RECIPES,
     Predictor,
+    WeightedTrainer,
     demo_model_path,
     export_model,
     finetune,
@@ -34,6 +35,7 @@ from esm_efficient import (
     stratified_sample,
     task_of,
     tokenize_dataset,
+    tune_thresholds,
 )
 from esm_efficient.errors import CheckpointError, ConfigurationError, DataError
 from esm_efficient.heads import model_class
@@ -257,18 +259,33 @@ def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
     assert torch.allclose(reloaded[compared], expected[compared], atol=1e-5)
 
 
-def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table):
+def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table, monkeypatch):
+    """One prediction of validation serves the temperature and the thresholds, which are those of the saved model."""
     data = load_deeploc(demo_table, task="location", max_residues=180)
     options = {"recipe": "frozen", "class_weights": None, "disable_tqdm": True}
+    predicted = []
+    real = WeightedTrainer.predict
+    monkeypatch.setattr(
+        WeightedTrainer, "predict", lambda *given, **named: predicted.append(len(given[1])) or real(*given, **named)
+    )
     result = finetune(demo_model_path(), data, output_dir=tmp_path / "both", **options)
+    assert result.temperature is not None
+    assert predicted == [len(data["validation"]), len(data["test"])]
     assert set(result.thresholds) == set(result.task.names)
     assert set(result.thresholds.values()) != {0.5}
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
-    with torch.no_grad():
-        rows = [result.model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in data["test"]["sequence"]]
-    labels = np.array([list(row.values()) for row in data["test"]["label"]], dtype=float)
+
+    def logits_and_labels(split):
+        with torch.no_grad():
+            rows = [result.model(**tokenizer(s, return_tensors="pt")).logits[0].numpy() for s in split["sequence"]]
+        return np.array(rows), np.array([list(row.values()) for row in split["label"]], dtype=float)
+
+    logits, labels = logits_and_labels(data["validation"])
+    tuned = tune_thresholds(labels, logits, result.task.names)
+    assert list(result.thresholds.values()) == pytest.approx(tuned.tolist(), abs=1e-4)
+    rows, labels = logits_and_labels(data["test"])
     scored = [
-        multi_label_metrics(labels, np.array(rows), result.task.names, thresholds=thresholds)["f1_macro"]
+        multi_label_metrics(labels, rows, result.task.names, thresholds=thresholds)["f1_macro"]
         for thresholds in (np.array(list(result.thresholds.values())), None)
     ]
     assert result.metrics["f1_macro"] == pytest.approx(scored[0], abs=1e-6)
