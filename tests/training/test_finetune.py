@@ -40,6 +40,7 @@ from esm_efficient import (
 from esm_efficient.errors import CheckpointError, ConfigurationError, DataError
 from esm_efficient.heads import model_class
 from esm_efficient.tasks import Task
+from esm_efficient.training import calibration
 from esm_efficient.training.residue_page import residue_strips
 
 
@@ -263,6 +264,7 @@ def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table, monkeypa
     """One prediction of validation serves the temperature and the thresholds, which are those of the saved model."""
     data = load_deeploc(demo_table, task="location", max_residues=180)
     options = {"recipe": "frozen", "class_weights": None, "disable_tqdm": True}
+    monkeypatch.setattr(calibration, "MIN_EXAMPLES", 20)
     predicted = []
     real = WeightedTrainer.predict
     monkeypatch.setattr(
