@@ -70,7 +70,7 @@ def list_states(folder: str | Path) -> list[CachedStates]:
 
     Example:
         >>> from esm_efficient.trunk import list_states
-        >>> list_states("output/states")
+        >>> list_states("no-states-yet")
         []
     """
     found = []
@@ -117,7 +117,7 @@ def delete_states(
 
     Example:
         >>> from esm_efficient.trunk import delete_states
-        >>> delete_states("output/states", unused_days=30)
+        >>> delete_states("no-states-yet", unused_days=30)
         []
     """
     if unused_days is None and not_of is None:
