@@ -249,13 +249,13 @@ def location_table(runs: list[dict], form: Callable = format_markdown) -> str:
     A column compares the macro-F1 with that of the probe, fold by fold.
     """
     rows = []
-    probed = macro_f1([run for run in runs if run["method"] == "probe"])
+    probed = by_fold([run for run in runs if run["method"] == "probe"], "f1_macro")
     for method in METHODS:
         same = [run for run in runs if run["method"] == method]
         if same:
             cells = [show([run["metrics"][key] for run in same]) for key in SHOWN]
-            found = {} if method.endswith("random folds") else macro_f1(same)
-            cells.append(show([found[fold] - probed[fold] for fold in found if fold in probed], "{:+.3f}"))
+            found = {} if method.endswith("random folds") else by_fold(same, "f1_macro")
+            cells.append(show([found[fold][0] - probed[fold][0] for fold in found if fold in probed], "{:+.3f}"))
             related = [100 * run["relatives"] for run in same if "relatives" in run]
             cells.append(f"{statistics.fmean(related):.0f} %" if related else "-")
             rows.append((TITLES[method], str(len(same)), *cells))
@@ -265,26 +265,34 @@ def location_table(runs: list[dict], form: Callable = format_markdown) -> str:
     return form(rows, ("method", "folds", *SHOWN.values(), "F1 macro - the probe", "with relatives"))
 
 
-def macro_f1(runs: list[dict]) -> dict[int, float]:
-    """Return the macro-F1 by fold."""
-    return {run["split"]["test"][0]: run["metrics"]["f1_macro"] for run in runs}
+def by_fold(runs: list[dict], *metrics: str) -> dict[int, list[float]]:
+    """Return the values of some metrics by the partition that is tested."""
+    return {run["split"]["test"][0]: [run["metrics"][name] for name in metrics] for run in runs}
 
 
 def locations_table(runs: list[dict], form: Callable = format_markdown) -> str:
-    """Return the MCC of each location, the mean over the folds; a method that tested fewer of them says which."""
-    folds = {method: [*macro_f1([run for run in runs if run["method"] == method])] for method in METHODS[1:4]}
-    methods = [method for method, found in folds.items() if found]
-    most = max(map(len, folds.values()))
-    names = [key.removeprefix("mcc_") for key in runs[0]["metrics"] if key.startswith("mcc_")]
-    rows = []
-    for name in names:
-        values = ([run["metrics"][f"mcc_{name}"] for run in runs if run["method"] == method] for method in methods)
-        rows.append((name, *(f"{statistics.fmean(found):.3f}" for found in values)))
-    titles = []
+    """Return the MCC of each location, the mean over the folds.
+
+    A method that tested fewer folds says which, with the difference to the probe in the same folds in brackets.
+    """
+    names = [key for key in runs[0]["metrics"] if key.startswith("mcc_")]
+    found = {method: by_fold([run for run in runs if run["method"] == method], *names) for method in METHODS[1:4]}
+    methods = [method for method, folds in found.items() if folds]
+    most = max(map(len, found.values()))
+    columns = [[name.removeprefix("mcc_") for name in names]]
+    titles = ["location"]
     for method in methods:
-        alone = "" if len(folds[method]) == most else f", partition {', '.join(map(str, folds[method]))} alone"
-        titles.append(SHORT.get(method, method) + alone)
-    return form(rows, ("location", *titles))
+        folds, title = found[method], SHORT.get(method, method)
+        cells = [f"{value:.3f}" for value in np.mean([*folds.values()], axis=0)]
+        if len(folds) < most:
+            title += f", partition {', '.join(map(str, folds))} alone"
+        if len(folds) < most and folds.keys() <= found["probe"].keys():
+            title += " (minus the probe there)"
+            gains = np.mean([np.subtract(folds[fold], found["probe"][fold]) for fold in folds], axis=0)
+            cells = [f"{cell} ({gain:+.3f})" for cell, gain in zip(cells, gains, strict=True)]
+        columns.append(cells)
+        titles.append(title)
+    return form([*zip(*columns, strict=True)], titles)
 
 
 def main() -> None:

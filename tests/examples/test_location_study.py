@@ -52,9 +52,9 @@ def test_the_tables_show_means_over_the_folds_beside_the_published_figures(locat
     assert (header[-2], composition[-2]) == ("F1 macro - the probe", "-0.200")  # in the fold that both have
     assert published[1:] == ["5", "0.66", "0.73", "0.69", "0.55", "-", "-"]
     header, _, nucleus, golgi = cells(location_study.locations_table(runs))
-    assert header == ["location", "amino-acid shares, partition 0 alone", "probe"]
-    assert nucleus == ["Nucleus", "0.100", "0.250"]
-    assert golgi == ["Golgi apparatus", "0.050", "0.125"]
+    assert header == ["location", "amino-acid shares, partition 0 alone (minus the probe there)", "probe"]
+    assert nucleus == ["Nucleus", "0.100 (-0.100)", "0.250"]  # the probe has 0.200 in partition 0
+    assert golgi == ["Golgi apparatus", "0.050 (-0.050)", "0.125"]
 
 
 def test_random_folds_have_the_same_proteins_each_in_the_test_set_once(location_study):
