@@ -129,13 +129,17 @@ def test_each_partition_is_tested_once_and_finished_folds_and_states_are_kept(tm
     assert {file: file.stat().st_mtime_ns for file in states} == states
 
 
+class Stopped(Exception):
+    """A run was stopped."""
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
-            raise KeyboardInterrupt
+            raise Stopped
 
 
 @pytest.mark.slow
@@ -151,7 +155,7 @@ def test_a_fine_tuning_that_was_stopped_goes_on_and_gives_the_same_figures(
     monkeypatch.setattr(location_study, "SAVE_STEPS", 5)
     whole = study("whole")
     assert whole["steps"] > 8
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         study("stopped", StopAt(8))
     states = {file: file.stat().st_mtime_ns for file in (tmp_path / "stopped" / "states").rglob("*.arrow")}
     again = study("stopped", StopAt(4))  # where a run that begins anew would stop
