@@ -36,7 +36,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def uncollected_imports():
-    """Spare it what the tests of a file have imported too."""
+    """Spare the garbage collector what the tests of a file have imported too."""
     yield
     gc.collect()
     gc.freeze()

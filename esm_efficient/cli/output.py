@@ -221,16 +221,17 @@ def known_model(name: str) -> str:
     Raises:
         BadParameter: there is no such model.
     """
-    try:
-        return check_name(name)
-    except ConfigurationError as error:
-        raise typer.BadParameter(str(error)) from error
+    return _known(name, trained=False)
 
 
 def known_trained_model(name: str) -> str:
     """As `known_model`, of a model with a trained head."""
+    return _known(name, trained=True)
+
+
+def _known(name: str, *, trained: bool) -> str:
     try:
-        return check_name(name, trained=True)
+        return check_name(name, trained=trained)
     except ConfigurationError as error:
         raise typer.BadParameter(str(error)) from error
 

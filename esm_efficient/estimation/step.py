@@ -36,7 +36,7 @@ NO_PAIRS = Pairs()
 def frozen(value: Any) -> Any:
     """Return a value with `Pairs` in place of mappings, and tuples in place of lists and sets."""
     if isinstance(value, Mapping):
-        return Pairs(sorted((str(name), frozen(inner)) for name, inner in value.items()))
+        return Pairs((str(name), frozen(inner)) for name, inner in value.items())  # the first pattern that fits counts
     if isinstance(value, list | tuple):
         return tuple(map(frozen, value))
     return tuple(sorted(value, key=str)) if isinstance(value, set | frozenset) else value

@@ -87,9 +87,9 @@ def calibrate(
         tokenizer: the tokenizer of the model.
 
     Returns:
-        The temperature; None if there is no validation and test split with 100 known labels, if the task is to predict
-        numbers, if the model is sharded, or if its last layer is not linear with a bias. And the labels of validation
-        with what the changed model predicts for them; None if nothing was predicted.
+        A pair. The temperature; None if there is no validation and test split with 100 known labels, if the task is to
+        predict numbers, if the model is sharded, or if its last layer is not linear with a bias. The labels of
+        validation with what the changed model predicts for them; None if nothing was predicted.
     """
     sharded = trainer.args.fsdp or trainer.args.deepspeed
     if task.kind == "regression" or sharded or not {"validation", "test"} <= set(splits):

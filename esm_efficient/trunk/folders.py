@@ -80,12 +80,12 @@ def list_states(folder: str | Path) -> list[CachedStates]:
         try:
             about = json.loads(path.read_text())
             entry = CachedStates(folder=path.parent, size=0, used=datetime.min, **about)
-            wrong = [name for name, kind in _KINDS.items() if type(getattr(entry, name)) is not kind]
+            is_damaged = any(type(getattr(entry, name)) is not kind for name, kind in _KINDS.items())
         except (ValueError, TypeError):
-            wrong = ["something"]
+            is_damaged = True
         except FileNotFoundError:  # another process deletes it
             continue
-        if wrong:
+        if is_damaged:
             logger.warning("%s is damaged: its states are not listed. Delete the folder", path)
             continue
         with suppress(FileNotFoundError):

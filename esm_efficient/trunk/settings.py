@@ -65,7 +65,7 @@ def _facts_of(value: Any, depth: int = 5) -> Any:
         return _new_text(value)
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), hashlib.sha256(bytes_of(value).data).hexdigest()
-    if isinstance(value, np.ndarray) and value.dtype.kind != "O":
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind != "O":
         return str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()
     if isinstance(value, (tuple, list)):
         return several(value)

@@ -294,6 +294,18 @@ def test_hooks_that_hold_other_values_have_other_states(data, tmp_path, make, is
     assert len(told) == (0 if is_known else 1)
 
 
+def test_the_free_space_is_that_for_the_files_of_all_ranks(data, tmp_path, small_shards, monkeypatch):
+    trunk, _ = split_model(load(), 1)
+    cache_states(data, trunk, tmp_path / "whole")
+    needed = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*.arrow"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=needed // 2))
+    monkeypatch.setattr(shards, "rank_and_ranks", lambda: (0, 4))
+    monkeypatch.setattr(shards, "_all_agree", lambda fine: fine)
+    with pytest.raises(DataError, match=r"could not be written.*are free there"):
+        cache_states(data, trunk, tmp_path / "shared")
+
+
 def _of_all_backends(value):
     torch.backends.fp32_precision = value  # transformers does this for tf32=True
 
