@@ -87,7 +87,8 @@ def peak_memory() -> Iterator[PeakMemory]:
 
     On CUDA the peak is that of the bytes that torch's allocator handed out on the current device, also if the block
     computes on the CPU. Elsewhere it is the resident memory of the whole process, with Python and libraries: on Linux
-    the peak within the block, on other systems the peak since the process started. ``kind`` says which. The block
+    the peak within the block, on other systems the peak since the process started. ``kind`` says which. A process
+    keeps some of the memory that it frees, and a block that uses this memory again does not raise the peak. The block
     resets the counter of torch or of Linux, so do not nest two blocks.
 
     Yields:
