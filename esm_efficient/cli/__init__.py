@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from esm_efficient.cli import comparing as comparing
 from esm_efficient.cli import jobs as jobs
 from esm_efficient.cli import models as models
 from esm_efficient.cli import training as training

@@ -12,25 +12,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from esm_efficient.cli.commands import (
-    AttentionOption,
     CacheOption,
-    DeviceOption,
     EpochsOption,
     KeepLayersOption,
     LayersOption,
     MaxTokensOption,
-    OptimizerOption,
-    PaddingOption,
     PoolingOption,
-    PrecisionOption,
     QuantizationOption,
     RecipeOption,
-    RecipesOption,
-    SequencesOption,
-    TokensOption,
     app,
-    change_recipes,
-    check_depth,
     check_epochs,
     number_option,
 )
@@ -71,14 +61,11 @@ from esm_efficient.cli.output import (
     writable_folder,
 )
 from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, save_page
-from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
 from esm_efficient.errors import TrainingInterrupted
-from esm_efficient.recipes import RECIPES, get_recipe
+from esm_efficient.recipes import get_recipe
 from esm_efficient.tasks import LARGEST_SEED, Pooling
 
 Weights = Literal["balanced", "none"]
-_ALL_RECIPES = list(RECIPES)
-_SEEDS = [0]
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -269,132 +256,27 @@ def evaluate(
 ) -> None:
     """Measure a trained model on all sequences of another table.
 
-    Several models are adapters of one base model; the mean of their predictions is measured. Of demo and deeploc, only
-    the test split is used.
+    Several models are adapters of one base model; the mean of their predictions is measured. Labels are read as those
+    of the model. Of demo and deeploc, only the test split is used.
 
     Example: esm-efficient evaluate output/adapter other.csv --report evaluation.html
     """
     existing_file(data)
     check_overlap(keep, overlap)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
-    given = data_options(data, **columns, labels=labels, unlabelled=unlabelled, on_error=on_error)
+    given = data_options(data, **columns, labels=labels, unlabelled=unlabelled)
     with quiet():
         from esm_efficient.training.evaluation import evaluate_in_full
-        from esm_efficient.training.given import NAMED_TABLES, splits_from
         from esm_efficient.training.outcome import evaluation_page
 
-        if data in NAMED_TABLES:
-            splits = splits_from(data, **given)
-        else:
-            splits = splits_from({"test": data}, split=False, partition=False, **given)
-        reading = reading_of(keep, overlap)
-        result = evaluate_in_full(models, splits["test"], keep=reading, token_budget=token_budget, on_error=on_error)
+        result = evaluate_in_full(
+            models,
+            data,
+            data_options=given,
+            keep=reading_of(keep, overlap),
+            token_budget=token_budget,
+            on_error=on_error,
+        )
         if report is not None:
             report.write_text(evaluation_page(result, models=models, dataset=data), encoding="utf-8")
     show(result, as_json)
-
-
-@app.command()
-def compare(
-    model: ModelOption = "650M",
-    device: DeviceOption = DEFAULT_DEVICE,
-    tokens: TokensOption = 512,
-    recipes: RecipesOption = _ALL_RECIPES,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the first table.")] = 100,
-    epochs: Annotated[float, number_option(help="Epochs of the second table.")] = 1.0,
-    layers: LayersOption = None,
-    cache: CacheOption = None,
-    pooling: PoolingOption = None,
-    keep_layers: KeepLayersOption = None,
-    sequences: SequencesOption = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help='Train on this table, as finetune reads it; "demo" for the synthetic table.'),
-    ] = None,
-    sequence: SequenceOption = None,
-    label: LabelOption = None,
-    label_kind: LabelKindOption = None,
-    labels: LabelsOption = None,
-    unlabelled: UnlabelledOption = None,
-    split: SplitOption = None,
-    partition: PartitionOption = None,
-    clusters: ClustersOption = None,
-    min_residues: MinResiduesOption = None,
-    max_residues: MaxResiduesOption = None,
-    on_error: Annotated[
-        Literal["raise", "skip"] | None, typer.Option("--on-error", help="Stop at a wrong row, or leave it out.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Train on this many proteins and test on a third as many.")
-    ] = None,
-    seeds: Annotated[
-        list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of a training run; can be repeated.")
-    ] = _SEEDS,
-    output: Annotated[
-        Path | None, typer.Option(callback=writable_folder, help="Folder for the tables and the HTML page.")
-    ] = None,
-    precision: PrecisionOption = "auto",
-    optimizer: OptimizerOption = "adamw_fused",
-    attention: AttentionOption = "sdpa",
-    padding: PaddingOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare the recipes; with --data they are trained.
-
-    Example: esm-efficient compare --model 8M --data deeploc --limit 300 --recipe lora --recipe frozen
-    """
-    read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
-    read |= {"labels": labels, "split": split, "partition": partition, "clusters": clusters}
-    read |= {"min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
-    given = [name for name, value in ({"limit": limit} | read).items() if value not in (None, [])]
-    if data is None and given:
-        raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --data: without a table nothing is trained")
-    if data is not None and precision == "pure-bf16":
-        raise typer.BadParameter(f"--precision {precision} is for estimates only: train in float32, bf16 or fp16")
-    estimated: dict[str, Any] = {"--tokens": tokens != 512, "--padding": padding, "--attention": attention != "sdpa"}
-    estimated |= {"--optimizer": optimizer != "adamw_fused", "--sequences": sequences}
-    if data is not None and (alone := [option for option, changed in estimated.items() if changed]):
-        raise typer.BadParameter(f"{alone[0]} is for estimates, and --data trains on its table, or on --limit of it")
-    check_epochs(epochs)
-    if data is not None:
-        existing_file(data)
-    changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling, keep_layers=keep_layers)
-    training_options: dict[str, Any] = {} if data is None or precision == "auto" else {"precision": precision}
-    target = get_device(device)
-    check_depth(model, layers, keep_layers)
-    with quiet():
-        from esm_efficient.comparison import compare
-        from esm_efficient.training.given import splits_from
-
-        splits = None if data is None else splits_from(data, **data_options(data, **read))
-        result = compare(
-            model,
-            splits if splits is None or limit is None else _sampled(splits, limit),
-            recipes=changed,
-            steps=steps,
-            epochs=epochs,
-            seeds=seeds,
-            device=target,
-            tokens=tokens,
-            sequences=sequences,
-            estimate_options={
-                "precision": precision,
-                "optimizer": optimizer,
-                "attention": attention,
-                "padding": padding,
-            },
-            **training_options,
-        )
-        if output is not None:
-            result.save(output)
-    show(result, as_json)
-
-
-def _sampled(splits: Any, limit: int) -> Any:
-    """Return this many training sequences, and a third as many of each other split."""
-    from datasets import DatasetDict
-
-    from esm_efficient.data import stratified_sample
-
-    sizes = {name: limit if name == "train" else max(1, limit // 3) for name in splits}
-    return DatasetDict({name: stratified_sample(splits[name], size) for name, size in sizes.items()})

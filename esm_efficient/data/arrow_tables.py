@@ -229,8 +229,8 @@ class _TableWriter:
         if roles["label"] is None and not self.plan.label_columns and given["label"] is not False:
             if self.second is not None:
                 raise DataError(no_column("label", self.second.names, f"{self.plan.second_table}"))
-            if (option := self._label_option()) is not None:
-                raise DataError(f"{option} needs labels, but {no_column('label', columns, path)}")
+            if self.plan.label_kind is not None or self.plan.unlabelled is not None:  # they say that there are labels
+                raise DataError(no_column("label", columns, path))
         if given["split"] is None and not any(roles[role] for role in ("split", *FLAGS)):
             free = set(columns) - {column for role, column in roles.items() if role != "partition"} - taken
             words = [name for name in columns if name in free and are_split_names(self._cells_of(name, columns, path))]
@@ -240,12 +240,6 @@ class _TableWriter:
         if given["partition"] is None and (split or any(roles[role] for role in ("split", *FLAGS))):
             roles["partition"] = None  # it decides nothing, and may be something else, such as a fold of a protein
         return roles
-
-    def _label_option(self) -> str | None:
-        """An option that needs a column of labels, as it was given."""
-        if self.plan.label_kind is not None:
-            return f'label_kind="{self.plan.label_kind}"'
-        return None if self.plan.unlabelled is None else f'unlabelled="{self.plan.unlabelled}"'
 
     def _cells_of(self, name: str, first: Mapping[str, list[Any]], path: str | Path) -> Iterator[list[Any]]:
         """Yield the cells of a column: those of the first block, and then those of the file again, block by block."""

@@ -12,14 +12,16 @@ import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import truncation_mask
+from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.data.sequences import Keep
-from esm_efficient.errors import DataError, listing
+from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference import Predictor
 from esm_efficient.inference.inputs import sequences_from
 from esm_efficient.inference.windows import LongReading
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 from esm_efficient.training.baselines import majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation
+from esm_efficient.training.given import NAMED_TABLES, one_split_from
 from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.training.residue_page import read_letters
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_READ_AS = {
+_READ_AS: Mapping[str, LabelKind] = {
     "single_label_classification": "class",
     "multi_label_classification": "several",
     "token_classification": "residues",
@@ -41,8 +43,9 @@ _READ_AS = {
 
 def evaluate(
     model: Predictor | str | Path | Sequence[str | Path],
-    dataset: Dataset,
+    data: Any,
     *,
+    data_options: Mapping[str, Any] | None = None,
     keep: LongReading | None = None,
     token_budget: int = 8192,
     on_error: OnError = "raise",
@@ -54,10 +57,14 @@ def evaluate(
     Args:
         model: a `Predictor`, or what `Predictor.load` loads: a model, or a list of adapters as an ensemble.
             ``Predictor(model, tokenizer)`` makes one of any model with a head.
-        dataset: one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
+        data: the path of a table, a DataFrame, or a pair of lists, sequences and labels: all their rows are used, and
+            labels are read as those of the model. Or ``"demo"`` or ``"deeploc"``, of which the test split is used. Or
+            one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
+        data_options: options of `load_sequences` for what is not a split yet, such as ``{"label": "binds"}``.
         keep: as `Predictor.predict`; labels per residue are truncated with their sequence.
         token_budget: as `Predictor.predict`.
-        on_error: ``"skip"`` leaves out sequences that are too long, and logs how many and which are the first.
+        on_error: ``"skip"`` leaves out wrong rows of a table and sequences that are too long, and logs how many and
+            which are the first.
 
     Returns:
         The metrics of `compute_metrics_for` for the model's task, with the model's tuned thresholds.
@@ -65,21 +72,21 @@ def evaluate(
     Raises:
         DataError: the data set lacks a column, has labels for another task or of names that the model does not have, or
             has sequences that `Predictor.predict` refuses.
-        ConfigurationError: as `Predictor.load` and `Predictor.predict`.
+        ConfigurationError: as `Predictor.load` and `Predictor.predict`; or there are `data_options` for a split.
 
     Example:
-        >>> evaluate("output/adapter", load_sequences("other.csv")["test"])["mcc"]  # doctest: +SKIP
+        >>> evaluate("output/adapter", "other.csv", data_options={"label": "binds"})["mcc"]  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    return _metrics_of(predictor)(
-        _predict(predictor, _readable(predictor, dataset, keep, on_error), keep, token_budget)
-    )
+    dataset = _readable(predictor, _split_of(predictor, data, data_options or {}, on_error), keep, on_error)
+    return _metrics_of(predictor)(_predict(predictor, dataset, keep, token_budget))
 
 
 def evaluate_in_full(
     model: Predictor | str | Path | Sequence[str | Path],
-    dataset: Dataset,
+    data: Any,
     *,
+    data_options: Mapping[str, Any] | None = None,
     keep: LongReading | None = None,
     token_budget: int = 8192,
     on_error: OnError = "raise",
@@ -90,7 +97,8 @@ def evaluate_in_full(
 
     Args:
         model: as `evaluate`.
-        dataset: as `evaluate`.
+        data: as `evaluate`.
+        data_options: as `evaluate`.
         keep: as `evaluate`.
         token_budget: as `evaluate`.
         on_error: as `evaluate`.
@@ -104,10 +112,10 @@ def evaluate_in_full(
         ConfigurationError: as `evaluate`.
 
     Example:
-        >>> print(evaluate_in_full("output/adapter", load_sequences("other.csv")["test"]))  # doctest: +SKIP
+        >>> print(evaluate_in_full("output/adapter", "other.csv"))  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    dataset = _readable(predictor, dataset, keep, on_error)
+    dataset = _readable(predictor, _split_of(predictor, data, data_options or {}, on_error), keep, on_error)
     prediction, compute = _predict(predictor, dataset, keep, token_budget), _metrics_of(predictor)
     labels: Any = prediction.label_ids
     return Evaluation(
@@ -121,6 +129,23 @@ def evaluate_in_full(
         thresholds=predictor.thresholds,
         baselines=majority_metrics(predictor.task, np.asarray(labels)),
     )
+
+
+def _split_of(predictor: Predictor, data: Any, options: Mapping[str, Any], on_error: OnError) -> Any:
+    """Return what is evaluated as one split; what is a split, or something else, is returned as it is."""
+    import pandas as pd
+
+    if isinstance(data, str) and data in NAMED_TABLES:
+        return one_split_from(data, **options)
+    if not isinstance(data, str | Path | tuple | pd.DataFrame):
+        if options:
+            raise ConfigurationError(f"data_options has {listing(list(options))}, but the data are a split already")
+        return data
+    options = {"on_error": on_error, **options}
+    # Labels of residues are written in several ways, which their cells tell apart; so do several columns.
+    if predictor.task.kind != "token_classification" and not isinstance(options.get("label"), list):
+        options = {"label_kind": _READ_AS[predictor.task.kind], **options}
+    return one_split_from(data, **options)
 
 
 def _metrics_of(predictor: Predictor) -> Any:
@@ -158,8 +183,8 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
         raise DataError(f"got all splits ({', '.join(map(str, dataset))}): expected one of them, such as data['test']")
     if not hasattr(dataset, "column_names"):
         raise DataError(
-            f"got a {type(dataset).__name__}: expected one split of a data set, such as "
-            'load_sequences(FILE, split=False)["train"]'
+            f"got data of the type {type(dataset).__name__}: expected the path of a table, a DataFrame, a pair of "
+            'lists, or one split of a data set, such as load_sequences(FILE)["test"]'
         )
     if missing := [name for name in ("sequence", "label") if name not in dataset.column_names]:
         raise DataError(

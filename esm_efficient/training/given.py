@@ -86,6 +86,26 @@ def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetD
     return _load_frame(*_frame_of(data), labelled, options)
 
 
+def one_split_from(data: Any, **options: Any) -> Dataset:
+    """Return all labelled rows of what a user has as one split.
+
+    Args:
+        data: the path of a file, a pandas DataFrame, or a pair of lists, sequences and labels. Of ``"demo"`` or
+            ``"deeploc"``, the test split is returned.
+        **options: of `load_sequences`, without those of splits; of `load_deeploc` for the named tables.
+
+    Raises:
+        DataError: as `splits_from`.
+        ConfigurationError: the data are of another type.
+    """
+    if isinstance(data, str) and data in NAMED_TABLES:
+        return splits_from(data, **options)["test"]
+    if isinstance(data, str | Path):
+        return splits_from({"test": data}, **{"split": False, "partition": False} | options)["test"]
+    with _as_file(*_frame_of(data)) as path:
+        return one_split_from(path, **options)
+
+
 def name_of(data: Any) -> str:
     """Return the name of what `splits_from` takes: that of a named table or of its files; empty for anything else.
 
@@ -205,6 +225,13 @@ def _frame_of(data: Any) -> tuple[pd.DataFrame, str]:
 
 def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
     """Read a DataFrame as a Parquet file is read, so that every check is the same."""
+    with _as_file(frame, name) as path:
+        return splits_from(path, labelled=labelled, **options)
+
+
+@contextlib.contextmanager
+def _as_file(frame: pd.DataFrame, name: str) -> Iterator[Path]:
+    """Give the path of a Parquet file with a DataFrame; messages about the file say the name of the DataFrame."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -217,7 +244,7 @@ def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping
     path = _stored(content.getvalue(), f"{name.removeprefix('the ')}.parquet")
     try:
         with _called(path, name):
-            return splits_from(path, labelled=labelled, **options)
+            yield path
     except DataError as error:
         raise DataError(str(error).replace(str(path), name)) from error
 

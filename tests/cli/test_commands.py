@@ -14,7 +14,7 @@ import pytest
 from conftest import slow_except
 
 from esm_efficient import RECIPES, compare, estimate, recommend
-from esm_efficient.cli import commands, main, training
+from esm_efficient.cli import commands, comparing, main, training
 from esm_efficient.cli.run_files import WRITTEN
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.reporting import format_bytes
@@ -250,5 +250,5 @@ def test_the_file_of_a_run_has_every_option_that_changes_the_run():
 
 
 def test_the_default_device_is_one_in_python_and_on_the_command_line():
-    functions = (estimate, recommend, compare, commands.estimate, commands.recommend, training.compare)
+    functions = (estimate, recommend, compare, commands.estimate, commands.recommend, comparing.compare)
     assert [inspect.signature(function).parameters["device"].default for function in functions] == ["A10G"] * 6

@@ -101,6 +101,7 @@ DATA_OPTIONS = [
     ("--on-error skip", {"on_error": "skip"}),
     ("--seed 3", {"seed": 3}),
 ]
+OF_EVALUATE = ("--sequence", "--label", "--label-kind", "--labels", "--unlabelled", "--accession")
 RECIPE_OPTIONS = [
     ("--recipe all", {"name": "all"}),
     ("--recipe lora --layers top-2", {"layers": "top-2"}),
@@ -154,6 +155,12 @@ def test_an_option_of_the_data_reaches_the_function(given, command, options, exp
     found = given(command, options)["data_options"]
     found = {name: "TABLE" if isinstance(value, Path) else value for name, value in found.items()}
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("options", "expected"), [row for row in DATA_OPTIONS if row[0].split()[0] in OF_EVALUATE])
+def test_an_option_of_the_data_reaches_evaluate(given, options, expected):
+    found = given("evaluate", options)["data_options"]
+    assert {name: "TABLE" if isinstance(value, Path) else value for name, value in found.items()} == expected
 
 
 @pytest.mark.parametrize(("options", "expected"), RECIPE_OPTIONS)

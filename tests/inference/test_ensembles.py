@@ -258,8 +258,7 @@ def test_the_command_evaluates_an_ensemble_and_its_page_names_the_members(folder
     texts, labels = sequences(6), ["a|b", "b", "c", "a", "a|b|c", "c|b"]
     table.write_text("sequence,label\n" + "".join(f"{t},{label}\n" for t, label in zip(texts, labels, strict=True)))
     members = list(map(str, folders["multi_label_classification"]))
-    kind = ["--label-kind", "several"]
-    assert main(["evaluate", *members, str(table), *kind, "--report", str(page), "--json"]) == 0
+    assert main(["evaluate", *members, str(table), "--report", str(page), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["metrics"]
     ensemble = Predictor.load(members)
     truth = np.array([[name in label.split("|") for name in NAMES] for label in labels], dtype=float)
@@ -267,6 +266,20 @@ def test_the_command_evaluates_an_ensemble_and_its_page_names_the_members(folder
     assert found["f1_macro"] == pytest.approx(expected["f1_macro"])
     assert found["auroc"] == pytest.approx(expected["auroc"])
     assert all(Path(member).name in page.read_text() for member in members)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "labels", "metric"),
+    [("multi_label_classification", NAMES, "abcabc", "f1_macro"), ("regression", ["x"], "010110", "spearman")],
+)
+def test_the_command_reads_labels_as_those_of_the_model(base, tmp_path, capsys, kind, names, labels, metric):
+    table, member = tmp_path / "other.csv", save_member(tmp_path / "member", base, 1, kind=kind, names=names)
+    table.write_text("sequence,label\n" + "".join(f"{t},{x}\n" for t, x in zip(sequences(6), labels, strict=True)))
+    command = ["evaluate", str(member), str(table), "--json"]
+    assert main(command) == 0
+    assert metric in json.loads(capsys.readouterr().out)["metrics"]
+    assert main([*command, "--label-kind", "class"]) == 1  # which is what these cells look like
+    assert "but the model predicts" in capsys.readouterr().err
 
 
 def test_the_folder_of_a_run_is_not_a_member(folders, tmp_path):

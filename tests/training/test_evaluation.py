@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import make_model
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from transformers import EsmForSequenceClassification, EsmForTokenClassification
 
-from esm_efficient import Predictor, classification_metrics, evaluate, multi_label_metrics, regression_metrics
-from esm_efficient.errors import DataError
+from esm_efficient import (
+    Predictor,
+    classification_metrics,
+    evaluate,
+    load_deeploc,
+    multi_label_metrics,
+    regression_metrics,
+    write_demo_table,
+)
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.saving import portable_saving
 from esm_efficient.training.evaluation import evaluate_in_full
 from esm_efficient.training.evaluation_page import evaluation_sections
@@ -113,6 +122,30 @@ def test_a_folder_is_loaded(tmp_path, tokenizer):
     assert evaluate(tmp_path, data) == pytest.approx(evaluate(predictor, data))
 
 
+def test_all_rows_of_a_table_are_evaluated_and_labels_are_read_as_those_of_the_model(tmp_path, tokenizer):
+    predictor = predictor_for("multi_label_classification", tokenizer)
+    labels = ["a", "b", "c"] * 8  # one each, so they look like classes
+    rows = [{name: float(name == label) for name in NAMES} for label in labels]
+    expected = evaluate(predictor, dataset_of(rows, {name: Value("float32") for name in NAMES}))
+    table = pd.DataFrame({"protein": SEQUENCES, "is": labels, "split": ["train", "test"] * 12})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    options = {"sequence": "protein", "label": "is"}
+    for data in (tmp_path / "t.csv", str(tmp_path / "t.csv"), table):
+        assert evaluate(predictor, data, data_options=options) == pytest.approx(expected)
+    assert evaluate(predictor, (SEQUENCES, labels)) == pytest.approx(expected)
+    with pytest.raises(DataError, match=r"one class per sequence.*but the model predicts several labels"):
+        evaluate(predictor, table, data_options=options | {"label_kind": "class"})
+    with pytest.raises(ConfigurationError, match="data_options has label, but the data are a split already"):
+        evaluate(predictor, GOOD, data_options={"label": "is"})
+
+
+def test_of_a_named_table_the_test_split_is_evaluated(tmp_path, tokenizer):
+    model = make_model(num_labels=2, id2label={0: "non-membrane", 1: "membrane"})
+    predictor = Predictor(model, tokenizer)
+    found = evaluate_in_full(predictor, "demo")
+    assert found.sequences == list(load_deeploc(write_demo_table(tmp_path / "demo.csv"))["test"]["sequence"])
+
+
 CLASSES = ClassLabel(names=list(NAMES))
 GOOD = dataset_of([0, 1, 2] * 8, CLASSES)
 
@@ -131,7 +164,8 @@ GOOD = dataset_of([0, 1, 2] * 8, CLASSES)
             dataset_of([0.5, 1.5] * 12, Value("float32")),
             'labels are numbers.*but the model predicts one class.*label_kind="class"',
         ),
-        ("other.csv", "got a str: expected one split of a data set"),
+        (24, "got data of the type int: expected the path of a table, a DataFrame"),
+        ("other.csv", "other.csv"),
         (GOOD.select([]), "no row"),
         (dataset_of([0], CLASSES, ["not a protein"]), "looks like words"),
     ],
