@@ -280,5 +280,5 @@ def _class(cell: int | None, places: list[int]) -> int:
 def _check_lengths(labels: list[np.ndarray], residues: np.ndarray, names: Sequence[str]) -> None:
     """Refuse sequences with another number of labels than of residues."""
     rows = zip(names, map(len, labels), residues.tolist(), strict=True)
-    if wrong := [f"row {name} ({count} and {length})" for name, count, length in rows if count != length]:
-        raise DataError(f"{len(wrong)} row(s) have another number of labels than of residues: {listing(wrong)}")
+    if wrong := [f"{name} ({count} and {length})" for name, count, length in rows if count != length]:
+        raise DataError(f"{len(wrong)} sequence(s) have another number of labels than of residues: {listing(wrong)}")

@@ -87,7 +87,7 @@ def measure_scale(dataset: Any, names: Sequence[str]) -> LabelScale:
 
 def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
     if infinite := np.flatnonzero(np.isinf(column)).tolist():
-        raise DataError(f"{name}: {len(infinite)} labels are infinite, the first in row {infinite[0] + 1}")
+        raise DataError(f"{name}: {len(infinite)} labels are infinite, the first in row {infinite[0]}")
     known = column[~np.isnan(column)]
     if not len(known):
         raise DataError(f"{name}: no label of the training set is known: there is nothing to learn")
@@ -96,7 +96,7 @@ def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
     standardized = ((known - mean) / std).astype(np.float32)
     if len(np.unique(standardized)) < len(np.unique(known)) / 2:
         raise DataError(
-            f"{name}: the label {column[far]:g} in row {far + 1} is so far from the others that they cannot be told "
+            f"{name}: the label {column[far]:g} in row {far} is so far from the others that they cannot be told "
             "apart beside it: correct or remove it, or regress the logarithm"
         )
     if (largest := float(np.abs(known).max())) > LARGEST_NUMBER:
@@ -112,7 +112,7 @@ def _scale_of(column: np.ndarray, name: str) -> tuple[float, float]:
         logger.warning(
             "%s: the label %g in row %d is far from the others (standard deviation %g, interquartile range %g): few "
             "labels decide the loss. Correct it, or regress the logarithm",
-            *(name, column[far], far + 1, std, spread),
+            *(name, column[far], far, std, spread),
         )
     return mean, std
 

@@ -197,15 +197,15 @@ def test_sequences_that_are_too_long_are_named_and_left_out(tokenizer, caplog, n
 def test_a_sequence_without_labels_of_residues_is_refused_before_anything_is_predicted(tokenizer, monkeypatch):
     predictor = predictor_for("token_classification", tokenizer)
     monkeypatch.setattr(predictor, "logits", lambda *_, **__: pytest.fail("it predicts"))
-    with pytest.raises(DataError, match=r"row 2 \(0 and 2\)"):
+    with pytest.raises(DataError, match=r"residues: 2 \(0 and 2\)"):
         evaluate(predictor, dataset_of([[0, 1], None], List(CLASSES), ["MK", "MK"]))
 
 
 def test_other_numbers_of_labels_are_refused(tokenizer):
     data = dataset_of([[0, 1], [0]], List(CLASSES), ["MK", "MK"])
-    with pytest.raises(DataError, match=r"another number of labels than of residues: row 2 \(1 and 2\)"):
+    with pytest.raises(DataError, match=r"another number of labels than of residues: 2 \(1 and 2\)"):
         evaluate(predictor_for("token_classification", tokenizer), data)
-    with pytest.raises(DataError, match=r"row P7 \(1 and 2\)"):
+    with pytest.raises(DataError, match=r"residues: P7 \(1 and 2\)"):
         evaluate(predictor_for("token_classification", tokenizer), data.add_column("accession", ["P6", "P7"]))
     data = dataset_of([[0.0, 1.0]], List(Value("float32"), length=2), ["MK"])
     with pytest.raises(DataError, match="labels are 2 numbers, but the model predicts 3"):

@@ -210,9 +210,9 @@ ROWS = [float(value) for value in np.random.default_rng(0).normal(5, 2, size=30)
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([*ROWS, 1e30], r"y: the label 1e\+30 in row 31 is so far from the others"),
-        ([*ROWS, -1e30], r"y: the label -1e\+30 in row 31 is so far from the others"),
-        ([*ROWS, float("inf")], "y: 1 labels are infinite, the first in row 31"),
+        ([*ROWS, 1e30], r"y: the label 1e\+30 in row 30 is so far from the others"),
+        ([*ROWS, -1e30], r"y: the label -1e\+30 in row 30 is so far from the others"),
+        ([*ROWS, float("inf")], "y: 1 labels are infinite, the first in row 30"),
         ([float("nan")] * 3, "y: no label of the training set is known"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_label_far_from_the_others_is_a_warning(caplog):
     measure_scale(Dataset.from_dict({"labels": ROWS}), ["y"])
     assert not caplog.records
     measure_scale(Dataset.from_dict({"labels": [*ROWS, 1e5]}), ["y"])
-    assert "the label 100000 in row 31 is far from the others" in caplog.text
+    assert "the label 100000 in row 30 is far from the others" in caplog.text
 
 
 def test_labels_that_float32_rounds_are_a_warning(caplog):
