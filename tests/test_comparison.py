@@ -23,12 +23,10 @@ from esm_efficient.errors import ConfigurationError
 from esm_efficient.tasks import Kind, Task
 from esm_efficient.training.stopping import BEST
 
-pytestmark = pytest.mark.usefixtures("drawn_figures")
-
 
 @pytest.fixture(scope="module")
 def estimated():
-    return compare("8M", device="A10G", tokens=100, steps=50, epochs=2, sequences=1000)
+    return compare(tiny_config(), device="A10G", tokens=100, steps=50, epochs=2, sequences=1000)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +62,10 @@ def test_all_recipes_are_estimated_at_both_budgets(estimated):
             assert (f.cache_bytes > 0) == (f.cache_seconds > 0) == f.recipe.cache
             assert (f.score, f.interval) == (None, None)
     assert figures["all"].peak.total < figures["base"].peak.total
-    assert figures["frozen"].cache_bytes == 1000 * (100 * 320 * 2 + 1)
+    assert figures["frozen"].cache_bytes == 1000 * (100 * 16 * 2 + 1)
     header, rows = estimated.rows("epochs")
     assert header[12:14] == ["cache", "caching, s"]
-    assert [row[12] for row in rows if row[0] in ("base", "frozen")] == ["0 B", "61.0 MiB"]
+    assert [row[12] for row in rows if row[0] in ("base", "frozen")] == ["0 B", "3.05 MiB"]
 
 
 @pytest.mark.parametrize(("tokens", "described"), [(1200, "of 1,200 tokens"), ([9, 9, 1200], "of up to 1,200 tokens")])
@@ -129,6 +127,7 @@ def test_every_format_has_the_same_figures(kind, request, tmp_path):
             assert value in text
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_page_loads_nothing(estimated):
     page = estimated.to_html()
     assert "<script" not in page
@@ -137,6 +136,7 @@ def test_the_page_loads_nothing(estimated):
     assert page.count("<svg") == 4
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_page_opens_in_a_browser_without_a_network(estimated, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, slow_except
+from conftest import make_model, slow_except, tiny_config
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from torch.nn import functional as F
@@ -333,8 +333,8 @@ def test_the_usual_pooling_of_a_recipe_gives_way_to_the_head_that_there_is():
     found = {
         what: estimate(model, recipe=frozen, device="cpu", tokens=9, **options).recipe.pooling
         for what, model, options in [
-            ("ESM-2", "8M", {}),
-            ("residues", "8M", {"head": "token-classification"}),
+            ("ESM-2", tiny_config(), {}),
+            ("residues", tiny_config(), {"head": "token-classification"}),
             ("first token", make_model(), {}),
             ("mean", make_pooled("mean"), {}),
         ]

@@ -313,18 +313,19 @@ def resized(row, length):
     return repeated | ({"label": (row["label"] * 40)[:length]} if isinstance(row["label"], list) else {})
 
 
-@pytest.mark.parametrize("recipe", slow_except(["base", "all"], "base"))
-def test_the_extrapolated_estimate_is_that_of_all_layers(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "device"), slow_except(itertools.product(["base", "all"], ["cpu", "A10G"]), ("base", "A10G"))
+)
+def test_the_extrapolated_estimate_is_that_of_all_layers(recipe, device):
     config = make_config(num_hidden_layers=6)
-    for device in ("cpu", "A10G"):
-        short, full = (
-            estimate(config, recipe=recipe, device=device, tokens=40, extrapolate=flag) for flag in (True, False)
-        )
-        assert short.peak.total == pytest.approx(full.peak.total, abs=512)
-        assert short.trainable_parameters == full.trainable_parameters
-        assert {name: cost.flops for name, cost in short.phases.items()} == {
-            name: cost.flops for name, cost in full.phases.items()
-        }
+    short, full = (
+        estimate(config, recipe=recipe, device=device, tokens=40, extrapolate=flag) for flag in (True, False)
+    )
+    assert short.peak.total == pytest.approx(full.peak.total, abs=512)
+    assert short.trainable_parameters == full.trainable_parameters
+    assert {name: cost.flops for name, cost in short.phases.items()} == {
+        name: cost.flops for name, cost in full.phases.items()
+    }
 
 
 class Classifier(nn.Module):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import slow_except
+from conftest import slow_except, tiny_config
 
 from esm_efficient import RECIPES, compare, estimate, recommend
 from esm_efficient.cli import commands, comparing, main, training
@@ -64,31 +64,39 @@ def test_options_reach_the_function(capsys):
     assert capsys.readouterr().out == f"{expected}\n"
 
 
-def test_layers_cache_and_pooling_reach_the_function(capsys):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a model whose estimates take a third of the time of those of 8M."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_config(num_hidden_layers=3).save_pretrained(folder)
+    return str(folder)
+
+
+def test_layers_cache_and_pooling_reach_the_function(capsys, small):
     options = "--recipe lora --layers top-1/3 --cache --pooling mean --tokens 40 --sequences 1000"
-    assert main(["estimate", "--model", "8M", *options.split(), "--json"]) == 0
+    assert main(["estimate", "--model", small, *options.split(), "--json"]) == 0
     recipe = RECIPES["lora"].replace(layers="top-1/3", cache=True, pooling="mean")
-    expected = estimate("8M", recipe=recipe, tokens=40, sequences=1000)
+    expected = estimate(small, recipe=recipe, tokens=40, sequences=1000)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected.to_dict()))
-    assert main(["estimate", "--model", "8M", *options.split()]) == 0
-    assert f"cache: {format_bytes(1000 * 40 * 320 * 2)} on disk" in capsys.readouterr().out
-    frozen = ["estimate", "--model", "8M", "--recipe", "frozen", "--tokens", "40"]
+    assert main(["estimate", "--model", small, *options.split()]) == 0
+    assert f"cache: {format_bytes(1000 * (40 * 16 * 2 + 1))} on disk" in capsys.readouterr().out
+    frozen = ["estimate", "--model", small, "--recipe", "frozen", "--tokens", "40"]
     assert main(frozen) == 0
     assert "for your table give --sequences N)" in capsys.readouterr().out
     assert main([*frozen, "--no-cache"]) == 0
     assert "cache" not in capsys.readouterr().out
 
 
-def test_recommend_weighs_the_cache(capsys):
-    command = "recommend --model 8M --tokens 40 --batch-size 1 --recipe lora --layers 4,5 --disk 0.5"
+def test_recommend_weighs_the_cache(capsys, small):
+    command = f"recommend --model {small} --tokens 40 --batch-size 1 --recipe lora --layers 1,2 --disk 0.5"
     assert main([*command.split(), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert [attempt["layers"] for attempt in record["attempts"]] == [[4, 5], [4, 5]]
+    assert [attempt["layers"] for attempt in record["attempts"]] == [[1, 2], [1, 2]]
     assert [attempt["cache"] is not None for attempt in record["attempts"]] == [False, True]
     assert (record["epochs"], record["disk_bytes"]) == (3.0, 2**29)
     assert main([*command.split(), "--no-cache"]) == 0
     out = capsys.readouterr().out
-    assert "of layers 4, 5" in out
+    assert "of layers 1, 2" in out
     assert "cached" not in out
 
 
@@ -117,13 +125,13 @@ def test_recommend_prints_what_it_tried(capsys):
 @pytest.mark.parametrize(
     "options",
     slow_except(
-        ["", "--tokens 2000", "--layers top-1/3 --cache --pooling mean --precision fp16 --keep-layers 3"],
+        ["", "--tokens 2000", "--layers top-1/3 --cache --pooling mean --precision fp16 --keep-layers 2"],
         "",
     ),
 )
-def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch):
+def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monkeypatch, small):
     # The last of two numbers of tokens counts.
-    command = "recommend --model 8M --device T4 --tokens 40 --batch-size 4 --recipe lora --epochs 2 " + options
+    command = f"recommend --model {small} --device T4 --tokens 40 --batch-size 4 --recipe lora --epochs 2 " + options
     assert main([*command.split(), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert main(command.split()) == 0
@@ -137,7 +145,7 @@ def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monke
     monkeypatch.setattr("esm_efficient.training.finetune.finetune", train)
     assert main(line.split()[4:]) == 2  # there is no file DATA
     assert main([*line.replace("DATA", "demo").split()[4:]]) == 1
-    assert given["model"] == "8M"
+    assert given["model"] == small
     assert {name: given[name] for name in ("epochs", "batch_size", "micro_batch")} == {
         "epochs": 2.0,
         "batch_size": 4,
@@ -145,22 +153,24 @@ def test_recommend_gives_a_line_that_trains_what_it_chose(options, capsys, monke
     }
     assert (given["recipe"].layers, given["recipe"].cache) == (record["layers"], record["cached"])
     assert given["recipe"].pooling == record["pooling"]
-    assert given["recipe"].keep_layers == (3 if "keep-layers" in options else None)
+    assert given["recipe"].keep_layers == (2 if "keep-layers" in options else None)
     assert given["precision"] == ("fp16" if "fp16" in options else "auto")
     assert given["max_tokens"] == (2000 if "tokens" in options else 1024)
 
 
 @pytest.mark.parametrize("option", ["--preset qkv", "--optimizer adamw_foreach"])
-def test_recommend_gives_no_line_for_what_finetune_has_no_option_for(capsys, option):
-    command = f"recommend --model 8M --device T4 --tokens 40 --batch-size 1 --recipe lora {option}"
+def test_recommend_gives_no_line_for_what_finetune_has_no_option_for(capsys, option, small):
+    command = f"recommend --model {small} --device T4 --tokens 40 --batch-size 1 --recipe lora {option}"
     assert main(command.split()) == 0
     assert "Train with it" not in capsys.readouterr().out
 
 
-def test_compare_writes_the_page(capsys, tmp_path):
-    command = f"compare --model 8M --device L4 --tokens 40 --recipe base --recipe all --steps 7 --output {tmp_path}"
+def test_compare_writes_the_page(capsys, tmp_path, small):
+    command = (
+        f"compare --model {small} --device L4 --tokens 40 --recipe base --recipe all --steps 7 --output {tmp_path}"
+    )
     assert main(command.split()) == 0
-    expected = compare("8M", device="L4", tokens=40, recipes=["base", "all"], steps=7)
+    expected = compare(small, device="L4", tokens=40, recipes=["base", "all"], steps=7)
     assert str(expected) in capsys.readouterr().out
     assert (tmp_path / "comparison.html").read_text() == expected.to_html()
 

@@ -77,7 +77,7 @@ def test_size_hub_name_and_config_give_the_same_estimate(tmp_path):
 
 @pytest.mark.parametrize("recipe", slow_except(RECIPES, "top"))
 def test_the_peak_is_the_highest_point_of_the_timeline(recipe):
-    result = estimate("8M", recipe=recipe, tokens=40)
+    result = estimate(tiny_config(num_hidden_layers=6), recipe=recipe, tokens=40)
     highest = max(point.memory.total for point in result.timeline)
     assert highest == max(cost.peak.total for cost in result.phases.values())
     assert result.peak.total == max(highest, 0 if result.cache is None else result.cache.peak.total)
@@ -100,9 +100,10 @@ def test_memory_savings_are_predicted():
 
 
 def test_accumulated_gradients_stay_through_every_phase():
-    once, twice = (estimate("8M", recipe="base", tokens=32, accumulation=n) for n in (1, 2))
+    once, twice = (estimate(tiny_config(), recipe="base", tokens=32, accumulation=n) for n in (1, 2))
     assert once.phases["forward"].peak.gradients == 0
-    assert twice.phases["forward"].peak.gradients == twice.phases["optimizer"].peak.gradients > 7e6 * 4
+    assert twice.phases["forward"].peak.gradients == twice.phases["optimizer"].peak.gradients
+    assert twice.phases["forward"].peak.gradients >= 4 * twice.trainable_parameters
     assert twice.phases["forward"].flops == 2 * once.phases["forward"].flops
     assert twice.phases["optimizer"].flops == once.phases["optimizer"].flops
 

@@ -210,7 +210,7 @@ def test_time_and_memory_of_the_last_evaluation_are_counted(monkeypatch):
 def test_a_leak_is_found_at_the_default_interval():
     model, optimizer = make_run()
     with Profiler(model, optimizer) as profiler:
-        train(model, optimizer, [make_batch(8, 60)] * 75, profiler, keep=[])
+        train(model, optimizer, [make_batch(2, 30)] * 75, profiler, keep=[])
     assert profiler.report().growth.category == "activations"
 
 

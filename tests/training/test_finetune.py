@@ -47,7 +47,7 @@ from esm_efficient.training.residue_page import residue_strips
 @pytest.fixture(scope="module")
 def data(demo_table):
     splits = load_deeploc(demo_table, max_residues=220, validation_partitions=())
-    return DatasetDict(train=stratified_sample(splits["train"], 32), test=splits["test"])
+    return DatasetDict(train=stratified_sample(splits["train"], 32), test=stratified_sample(splits["test"], 32))
 
 
 def plain(result):
@@ -262,7 +262,8 @@ def test_every_task_trains_has_metrics_and_reloads(tmp_path, demo_table, name):
 
 def test_thresholds_are_tuned_on_validation_alone(tmp_path, demo_table, monkeypatch):
     """One prediction of validation serves the temperature and the thresholds, which are those of the saved model."""
-    data = load_deeploc(demo_table, task="location", max_residues=180)
+    splits = load_deeploc(demo_table, task="location", max_residues=180)
+    data = DatasetDict({name: split.select(range(min(40, len(split)))) for name, split in splits.items()})
     options = {"recipe": "frozen", "class_weights": None, "disable_tqdm": True}
     monkeypatch.setattr(calibration, "MIN_EXAMPLES", 20)
     predicted = []

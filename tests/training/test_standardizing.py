@@ -63,7 +63,7 @@ def plain_logits(folder, sequences, base=None):
 
 
 def test_the_unit_of_the_labels_changes_no_result_but_the_errors(tmp_path, sequences):
-    units = {1.0: lambda v: v, 10.0: lambda v: 50 + 10 * v, 100.0: lambda v: 100 * v}
+    units = {1.0: lambda v: v, 10.0: lambda v: 50 + 10 * v}
     results = {
         factor: finetune(demo_model_path(), numbers(sequences, unit), output_dir=tmp_path / str(factor), **OPTIONS)
         for factor, unit in units.items()
