@@ -7,7 +7,9 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from esm_efficient.reporting.tables import one_line
 
@@ -123,21 +125,22 @@ def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str
         >>> "a &lt; b" in page, "<td>all</td>" in page
         (True, True)
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     numbers = itertools.count(1)
 
     def draw(plot: Plot) -> str:
         return plot.drawn(f"plot{next(numbers)}-")
 
-    environment.filters |= {
-        "plain": _plain,
-        "line": one_line,
-        "drawing": draw,
-    }
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(title=title, sections=sections, note=note)
+    return _template().render(title=title, sections=sections, note=note, draw=draw)
+
+
+@cache
+def _template() -> Any:
+    """Return the compiled template of a page."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"plain": _plain, "line": one_line}
+    return environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
 
 
 def _plain(text: object) -> str:
