@@ -57,9 +57,9 @@ def evaluate(
     Args:
         model: a `Predictor`, or what `Predictor.load` loads: a model, or a list of adapters as an ensemble.
             ``Predictor(model, tokenizer)`` makes one of any model with a head.
-        data: the path of a table, a DataFrame, or a pair of lists, sequences and labels: all their rows are used, and
-            labels are read as those of the model. Or ``"demo"`` or ``"deeploc"``, of which the test split is used. Or
-            one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
+        data: the path of a table, a DataFrame, or a pair of lists, ``(sequences, labels)``: all their rows are used,
+            and labels are read as those of the model. Or ``"demo"`` or ``"deeploc"``, of which the test split is used.
+            Or one split with the columns ``sequence`` and ``label``, such as one that `load_sequences` returns.
         data_options: options of `load_sequences` for what is not a split yet, such as ``{"label": "binds"}``.
         keep: as `Predictor.predict`; labels per residue are truncated with their sequence.
         token_budget: as `Predictor.predict`.
@@ -184,7 +184,7 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
     if not hasattr(dataset, "column_names"):
         raise DataError(
             f"got data of the type {type(dataset).__name__}: expected the path of a table, a DataFrame, a pair of "
-            'lists, or one split of a data set, such as load_sequences(FILE)["test"]'
+            'lists, (sequences, labels), or one split of a data set, such as load_sequences(FILE)["test"]'
         )
     if missing := [name for name in ("sequence", "label") if name not in dataset.column_names]:
         raise DataError(

@@ -33,12 +33,12 @@ def check(record, *, kills, tables, bodies):
 
 @pytest.mark.slow
 def test_several_killed_runs_damaged_inputs_and_long_runs(tmp_path):
-    options = ["--kills", 4, "--tables", 500, "--bodies", 500, "--steps", 200, "--predictions", 2_000]
+    options = ["--kills", 2, "--tables", 200, "--bodies", 200, "--steps", 120, "--predictions", 1_000]
     record = counted(tmp_path / "r.json", *options, timeout=3600)
-    check(record, kills=4, tables=500, bodies=500)
+    check(record, kills=2, tables=200, bodies=200)
     for counts in record["memory"].values():
         assert counts["growth_bytes"] < 15_000_000
     assert {name: counts["number"] for name, counts in record["memory"].items()} == {
-        "optimizer steps": 200,
-        "predictions": 2_000,
+        "optimizer steps": 120,
+        "predictions": 1_000,
     }
