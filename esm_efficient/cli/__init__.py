@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _leave_ranks()
     except (EsmEfficientError, OSError) as error:
         status, message = 1, str(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            raise
+        status, message = 1, f"the device has too little free memory. Use a smaller model. torch said: {error}"
     line = " ".join(as_typed(message, typed_parameters.get()).split())
     sys.stderr.write(f"error: {without_codes(line)}\n")
     return status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,27 @@ class OutOfMemoryError(EsmEfficientError, torch.OutOfMemoryError):
         super().__init__(message)
         self.phase = phase
         self.held = held or {}
+
+
+@contextmanager
+def explained_batch(shape: Sequence[int], *, several: str, single: str) -> Iterator[None]:
+    """Say what to do if the device runs out of memory in a batch that is not trained on.
+
+    Args:
+        shape: sequences and tokens of the batch.
+        several: advice if the batch has several sequences.
+        single: advice if it has one.
+
+    Raises:
+        OutOfMemoryError: the device has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the device ran out of memory with a batch of {shape[0]} sequence(s) of up to {shape[1]:,} tokens. "
+            + (several if shape[0] > 1 else f"That is one sequence: {single}")
+        ) from error
 
 
 @contextmanager

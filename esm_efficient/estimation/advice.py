@@ -108,7 +108,7 @@ def explain_out_of_memory(
     error: BaseException,
     *,
     phase: str,
-    held: Memory,
+    held: Memory | None,
     model: nn.Module,
     batch: tuple[int, int] | None,
     memory: int,
@@ -119,22 +119,23 @@ def explain_out_of_memory(
     Args:
         error: torch's error.
         phase: the phase of training in which it was raised.
-        held: bytes in use by category.
+        held: bytes in use by category; None if they were not counted.
         model: the model in training.
         batch: sequences and tokens of the micro-batch; None if unknown.
         memory: bytes of the CUDA device; 0 for another device, for which there is no advice.
         **run: accumulation, optimizer and dtype, as in `nearest_fit`.
     """
-    parts = ", ".join(f"{name} {format_bytes(getattr(held, name))}" for name in CATEGORIES)
-    message = f"out of memory in the phase {phase!r}. In use were {parts}"
+    message = f"out of memory in the phase {phase!r}"
+    if held is not None:
+        message += ". In use were " + ", ".join(f"{name} {format_bytes(getattr(held, name))}" for name in CATEGORIES)
     if phase == "evaluation":
-        message += ". Use a smaller per_device_eval_batch_size"
+        message += ". Use a smaller per_device_eval_batch_size, or fewer tokens per sequence (max_tokens)"
         batch = None
     if batch is not None:
         message += f", with a micro-batch of {batch[0]} x {batch[1]:,} tokens"
     if batch is not None and memory:
         message += _advice(model, memory, batch, run)
-    return OutOfMemoryError(f"{message}. torch said: {error}", phase=phase, held=held.to_dict())
+    return OutOfMemoryError(f"{message}. torch said: {error}", phase=phase, held=None if held is None else held.to_dict())
 
 
 def _advice(model: nn.Module, memory: int, batch: tuple[int, int], run: Mapping[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from esm_efficient.costs.memory import OutOfMemoryError
+from esm_efficient.costs.memory import explained_batch
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.encoder.packing import attach_packing, describe_batch, sent
@@ -71,7 +70,11 @@ def run_in_batches(
         mask = torch.from_numpy((np.arange(tokens.shape[1]) < lengths[batch][:, None]).astype(np.int64))
         described, mask = describe_batch(mask), sent(mask, device)
         attach_packing(mask, described)  # so that the lean encoder need not read the mask from the device
-        with torch.inference_mode(), _autocast(device, half), _explained(tokens.shape, token_budget):
+        advice = {
+            "several": f"Give a smaller budget than token_budget={token_budget}",
+            "single": "use a smaller model, read only a part of long sequences with keep=",
+        }
+        with torch.inference_mode(), _autocast(device, half), explained_batch(tokens.shape, **advice):
             found: Any = compute(input_ids=sent(torch.from_numpy(tokens), device), attention_mask=mask)
             if result == "mean":
                 shares = torch.from_numpy(means.shares(batch, tokens.shape[1]))
@@ -86,23 +89,6 @@ def run_in_batches(
             + (', or precision="float32" if float16 overflows' if half == torch.float16 else "")
         )
     return [means.found[index] for index in range(len(sequences))]
-
-
-@contextmanager
-def _explained(shape: tuple[int, ...], token_budget: int) -> Iterator[None]:
-    """Say what to do when the device runs out of memory in a batch of (sequences, tokens)."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        sequences, width = shape
-        raise OutOfMemoryError(
-            f"the device ran out of memory with a batch of {sequences} sequence(s) of up to {width:,} tokens. "
-            + (
-                f"Give a smaller budget than token_budget={token_budget}"
-                if sequences > 1
-                else "That is one sequence: use a smaller model, read only a part of long sequences with keep="
-            )
-        ) from error
 
 
 def _autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:

@@ -155,7 +155,7 @@ def finetune(
         DownloadError: the DeepLoc table cannot be fetched.
         AuditError: a trainable parameter got no gradient or did not move.
         DivergenceError: a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
-        OutOfMemoryError: the device has too little memory, with ``profile=True``; otherwise torch's own error.
+        OutOfMemoryError: the device has too little memory; the message says what would fit.
         CheckpointError: a file could not be written, or no checkpoint is whole.
         TrainingInterrupted: a signal ended the run, if `callbacks` has a `CheckpointCallback` with signals.
 

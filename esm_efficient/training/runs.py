@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
+from esm_efficient.costs.memory import OutOfMemoryError
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config, share_weights
 from esm_efficient.tasks import SPECIAL_TOKENS
-from esm_efficient.training.arguments import check_token_budget
+from esm_efficient.training.arguments import check_token_budget, half_dtype
 from esm_efficient.training.batches import (
     EndlessStream,
     EpochCallback,
@@ -72,6 +73,8 @@ class WatchedTrainer(Trainer):
     _losses_resumed = 0.0
     _real_examples = sys.maxsize
     _warned_of_repeats = False
+    _last_batch: tuple[str, tuple[int, int] | None] = ("training", None)
+    """The phase of the latest batch, and its sequences and tokens per sequence."""
 
     def __init__(self, *args: Any, token_budget: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -122,14 +125,36 @@ class WatchedTrainer(Trainer):
         Raises:
             DataError: labels do not fit the model, or none is known.
             DivergenceError: a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
+            OutOfMemoryError: the device has too little memory; the message says what would fit.
         """
         try:
             result = super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
             self._watch.look(self.args, at_end=True)
             check_parameters(self.accelerator.unwrap_model(self.model), self.args)
             return result
+        except OutOfMemoryError:  # a profiler has explained it, or an evaluation
+            raise
+        except torch.OutOfMemoryError as error:
+            raise self._explain(error) from error
         finally:
             self.end_run()
+
+    def _explain(self, error: torch.OutOfMemoryError) -> OutOfMemoryError:
+        """Return the error to raise in place of torch's."""
+        from esm_efficient.estimation.advice import explain_out_of_memory  # an estimator, which other runs do not need
+
+        device, (phase, batch) = self.accelerator.device, self._last_batch
+        return explain_out_of_memory(
+            error,
+            phase=phase,
+            held=None,
+            model=self.accelerator.unwrap_model(self.model),
+            batch=batch,
+            memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+            accumulation=self.args.gradient_accumulation_steps,
+            optimizer=self.optimizer,
+            dtype=half_dtype(self.args),
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Return the micro-batches of one optimizer step, and the number of items as Trainer counts them.
@@ -153,6 +178,7 @@ class WatchedTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Do what Trainer does, and count a loss that is NaN or infinite."""
+        self._last_batch = "training", _shape_of(inputs)
         loss = super().training_step(model, attach_packing_of(inputs), *args, **kwargs)
         self._losses = self._losses + loss.detach().to(self.accelerator.device, torch.float32)
         self._watch.observe_loss(loss, self.state.global_step + 1)
@@ -160,6 +186,7 @@ class WatchedTrainer(Trainer):
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Do what Trainer does."""
+        self._last_batch = "evaluation", _shape_of(inputs)
         return super().prediction_step(model, attach_packing_of(inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -197,14 +224,25 @@ class WatchedTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as Trainer does, unless the set is empty or the numbers of the run are broken."""
+        """Evaluate as Trainer does, unless the set is empty or the numbers of the run are broken.
+
+        Raises:
+            DataError: the set is empty.
+            DivergenceError: the numbers are broken.
+            OutOfMemoryError: the device has too little memory.
+        """
         dataset = getattr(dataloader, "dataset", None)
         if has_length(dataset) and not len(dataset):
             raise DataError("the evaluation set has no rows: expected at least one")
         if not self.is_in_train:
             self._watch = DivergenceWatch(self.accelerator)
         self._watch.look(self.args)
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if self.is_in_train:  # `train` explains it, or a profiler
+                raise
+            raise self._explain(error) from error
         if not output.num_samples:
             raise DataError("the evaluation set is a stream without rows: expected at least one")
         self._watch.look(self.args)
@@ -277,6 +315,12 @@ class WatchedTrainer(Trainer):
                 f"the checkpoint lacks {len(lost)} weights of the model ({listing(lost)}): training cannot resume "
                 "from it. Use another checkpoint, or load this one with from_pretrained() and start a new run"
             )
+
+
+def _shape_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the sequences and the tokens per sequence of a batch; None if they are unknown."""
+    states = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return None if states is None or states.ndim < 2 else (states.shape[0], states.shape[1])
 
 
 @contextmanager

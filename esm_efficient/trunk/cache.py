@@ -61,6 +61,7 @@ def cache_states(
     Raises:
         DataError: the dataset is not tokenised, empty or padded, the disk is full, or a file cannot be written.
         ConfigurationError: an option is unknown, or `pooling` does not fit the trunk.
+        OutOfMemoryError: the device has too little memory.
 
     Example:
         >>> trunk, rest = split_model(model, layers=2)  # doctest: +SKIP

@@ -11,6 +11,7 @@ import torch
 from datasets.utils import tqdm
 from torch import Tensor, nn
 
+from esm_efficient.costs.memory import explained_batch
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.forward import esm_models
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Reading = Literal["first", "mean"]
 """What a probe reads of a sequence: the state of the first token, or the mean over residues."""
+
+_ADVICE = {"several": "Give a smaller token_budget", "single": "use a smaller model, or a smaller max_tokens"}
+"""What to do if a batch is too large for the device."""
 
 
 class _Recorder(nn.Module):
@@ -189,13 +193,15 @@ class LayerReader:
         tokens, mask = pad_batch(ids, offsets, self.encoder.config.pad_token_id, device)
         if self._trunk is None:
             return {"input_ids": tokens, "attention_mask": mask}
-        return {"inputs_embeds": self._trunk(tokens, mask), "attention_mask": mask}
+        with explained_batch(tokens.shape, **_ADVICE):
+            return {"inputs_embeds": self._trunk(tokens, mask), "attention_mask": mask}
 
     @torch.no_grad()
     def _run(self, inputs: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> np.ndarray:
         """Return what a function reads of the states of each layer that is wanted, stacked."""
         self._reduce, self._found = reduce, []
-        self._read(self.encoder(**inputs).last_hidden_state)
+        with explained_batch(inputs["attention_mask"].shape, **_ADVICE):
+            self._read(self.encoder(**inputs).last_hidden_state)
         return torch.stack([found for found in self._found if found is not None]).cpu().numpy()
 
     def _read(self, states: Tensor) -> None:

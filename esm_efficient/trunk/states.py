@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esm_efficient.costs.memory import explained_batch
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.trunk.split import Trunk, embeddings_of, layers_of
@@ -170,10 +171,13 @@ def compute_states(split: Dataset, trunk: Trunk, rows: np.ndarray, stored: State
 
     Raises:
         DataError: a state is not finite, or is too large for float16.
+        OutOfMemoryError: the device has too little memory for the batch.
     """
     ids, offsets = ids_of(split.with_format("arrow")[rows])
     inputs = pad_batch(ids, offsets, trunk.esm.config.pad_token_id, next(trunk.parameters()).device)
-    states, lengths = trunk(*inputs, first_only=stored.pooling == "first"), np.diff(offsets)
+    advice = "use a smaller model, or fewer tokens per sequence (max_tokens)"
+    with explained_batch(inputs[0].shape, several=f"To cache states, {advice}", single=advice):
+        states, lengths = trunk(*inputs, first_only=stored.pooling == "first"), np.diff(offsets)
     if stored.pooling != "tokens":
         pooled = [] if stored.pooling == "mean" else [states[:, 0].float()]
         pooled += [] if stored.pooling == "first" else [mean_over_residues(states, lengths)]

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Esm
 from esm_efficient import (
     ConfigurationError,
     DataError,
+    OutOfMemoryError,
     PooledEsmForSequenceClassification,
     WeightedTrainer,
     apply_lean_encoder,
@@ -611,6 +612,21 @@ def test_states_that_are_not_finite_are_refused(data, tmp_path, bias, dtype, mes
         model.esm.encoder.layer[0].output.dense.bias[0] = bias
     with pytest.raises(DataError, match=message):
         cache_states(data, split_model(model, 1)[0], tmp_path, dtype=dtype)
+
+
+def test_too_little_memory_is_an_error_and_leaves_no_states(data, tmp_path):
+    trunk, _ = split_model(load(), layers=1)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = trunk.esm.encoder.layer[1].register_forward_pre_hook(fail)
+    with pytest.raises(
+        OutOfMemoryError, match=r"\d+ sequence\(s\) of up to \d+ tokens. To cache states, use a smaller"
+    ):
+        cache_states(data, trunk, tmp_path)
+    hook.remove()
+    assert not list(tmp_path.rglob("*.arrow"))
 
 
 def test_two_writers_of_one_process_number_share_a_folder(data, tmp_path, small_shards):

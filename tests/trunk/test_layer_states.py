@@ -7,7 +7,14 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from esm_efficient import ConfigurationError, apply_lean_encoder, demo_model_path, has_lean_encoder, split_model
+from esm_efficient import (
+    ConfigurationError,
+    OutOfMemoryError,
+    apply_lean_encoder,
+    demo_model_path,
+    has_lean_encoder,
+    split_model,
+)
 from esm_efficient.trunk.layer_states import LayerReader
 
 LENGTHS = (4, 9, 3, 30, 12, 9)
@@ -92,3 +99,16 @@ def test_the_model_stays_as_it_is(data):
 def test_what_has_no_whole_encoder_is_refused(data, model, message):
     with pytest.raises(ConfigurationError, match=message):
         LayerReader(model()).pool(data, ("mean",), token_budget=24, name="train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"), [(slice(None), "Give a smaller token_budget"), (slice(1), "one sequence: use a smaller model")]
+)
+def test_too_little_memory_is_an_error_that_says_what_to_change(data, rows, advice):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = load()
+    model.esm.encoder.layer[1].register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemoryError, match=advice):
+        LayerReader(model).pool(data.select(range(len(data))[rows]), ("mean",), token_budget=1000, name="train")
