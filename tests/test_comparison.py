@@ -19,7 +19,7 @@ from datasets import DatasetDict
 from esm_efficient import RECIPES, compare, demo_model_path, estimate, load_deeploc, stratified_sample
 from esm_efficient.comparison import estimate_page, runner
 from esm_efficient.costs.memory import CATEGORIES
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.tasks import Kind, Task
 from esm_efficient.training.stopping import BEST
 
@@ -204,6 +204,11 @@ def test_the_metrics_that_are_known_before_a_run_are_those_of_the_task(kind):
         runner._check_metric("mc", task)
     for metric in (None, "loss", BEST[kind][0]):
         runner._check_metric(metric, task)
+
+
+def test_data_without_a_training_split_are_refused(data):
+    with pytest.raises(DataError, match="the dataset has the splits test: expected train"):
+        compare(demo_model_path(), DatasetDict(test=data["test"]), data_options=None)
 
 
 def test_several_ranks_are_refused(data, monkeypatch):

@@ -102,7 +102,8 @@ def compare(
     read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
     read |= {"labels": labels, "accession": accession, "split": split, "partition": partition, "clusters": clusters}
     read |= {"min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
-    given = [name for name, value in ({"limit": limit} | read).items() if value not in (None, [])]
+    trained: dict[str, Any] = {"limit": limit, "seed": None if seeds == _SEEDS else seeds} | read
+    given = [name for name, value in trained.items() if value not in (None, [])]
     if data is None and given:
         raise typer.BadParameter(f"--{given[0].replace('_', '-')} needs --data: without a table nothing is trained")
     if data is not None and precision == "pure-bf16":

@@ -98,7 +98,8 @@ def quiet(*, verbose: bool = False) -> Iterator[None]:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"warning: {without_codes(as_typed(str(message), typed_parameters.get()))}\n")
+    if is_first_rank():
+        sys.stderr.write(f"warning: {without_codes(as_typed(str(message), typed_parameters.get()))}\n")
 
 
 def _as_a_line(record: logging.LogRecord) -> bool:

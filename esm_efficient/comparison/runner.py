@@ -115,10 +115,11 @@ def compare(
     if dataset is None:
         lengths = data_lengths(tokens, sequences)
     else:
-        from esm_efficient.training.given import splits_from
+        from esm_efficient.training.given import evaluated_split, splits_from
         from esm_efficient.training.stopping import BEST
 
-        dataset = splits_from(dataset, **finetune_options.pop("data_options", {}))
+        dataset = splits_from(dataset, **(finetune_options.pop("data_options", None) or {}))
+        evaluated_split(dataset)
         task = task_of(dataset["train"].features)
         best = BEST[task.kind][0]
         _check_metric(metric, task)

@@ -96,15 +96,16 @@ def mapped_table(files: Mapping[str, str | Path], plan: TablePlan) -> Path:
     table, notes = folder / f"{name}.arrow", folder / f"{name}.json"
     if not (table.is_file() and notes.is_file()):
         folder.mkdir(parents=True, exist_ok=True)
-        raw, encoded = (unfinished(folder / f"{name}.{step}") for step in ("raw", "encoded"))
+        raw, encoded, said = (unfinished(folder / f"{name}.{step}") for step in ("raw", "encoded", "notes"))
         try:
             found = _TableWriter(files, plan).write(raw, encoded)
             if _cache_name(files, plan) != name:
                 raise DataError(f"{listing([str(path) for path in files.values()])} changed while it was read")
-            notes.write_bytes(found.to_json())
+            said.write_bytes(found.to_json())
+            os.replace(said, notes)  # whole or not at all: another process may read them at any moment
             os.replace(encoded, table)
         finally:
-            for leftover in (raw, encoded):
+            for leftover in (raw, encoded, said):
                 leftover.unlink(missing_ok=True)
     Notes.from_json(notes.read_bytes()).log(logger)
     return table

@@ -60,12 +60,13 @@ def load_sequences(
     max_residues: int | None = None,
     on_error: OnError = "raise",
     seed: int = 0,
+    shuffle: bool = True,
 ) -> DatasetDict:
     r"""Load your own files of sequences as a labelled, split `DatasetDict`.
 
     The splits are those of the files or of their columns, if there are any; else they are made from clusters, from
-    homology partitions, or at random with a UserWarning, in this order. The rows of each split are shuffled. The table
-    is written once as an Arrow file into ``$ESM_EFFICIENT_CACHE/tables``, or else ``~/.cache/esm_efficient/tables``.
+    homology partitions, or at random with a UserWarning, in this order. The table is written once as an Arrow file into
+    ``$ESM_EFFICIENT_CACHE/tables``, or else ``~/.cache/esm_efficient/tables``.
 
     Args:
         path: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file, text plain, gzip or xz; or one file per split, by
@@ -100,6 +101,7 @@ def load_sequences(
         on_error: ``"skip"`` leaves out rows that are wrong and FASTA records whose header does not match, and logs how
             many and the first of them; ``"raise"`` makes them an error.
         seed: of the splits and of the order of the rows.
+        shuffle: shuffle the rows of each split; otherwise they are in the order of the files.
 
     Returns:
         Splits with the columns ``sequence``, ``accession``, ``residues`` (the length of the sequence) and, where the
@@ -161,7 +163,7 @@ def load_sequences(
             "partition=False to split at random"
         )
     parts = _split(whole, clusters, (test_partitions, validation_partitions), sizes | {"seed": seed})
-    return shuffled_splits(parts, seed)
+    return shuffled_splits(parts, seed if shuffle else None)
 
 
 def _label_columns(label: Column | Sequence[str] | Mapping[str, str], kind: LabelKind | None) -> dict[str, str]:
@@ -178,12 +180,12 @@ def _label_columns(label: Column | Sequence[str] | Mapping[str, str], kind: Labe
     return columns
 
 
-def shuffled_splits(parts: Mapping[str, Dataset], seed: int) -> DatasetDict:
+def shuffled_splits(parts: Mapping[str, Dataset], seed: int | None) -> DatasetDict:
     """Return splits with their rows shuffled, and log their sizes.
 
     Args:
         parts: the splits.
-        seed: of the shuffling.
+        seed: of the shuffling; None to leave the rows as they are.
 
     Raises:
         DataError: a sequence is in two splits.
@@ -192,7 +194,7 @@ def shuffled_splits(parts: Mapping[str, Dataset], seed: int) -> DatasetDict:
 
     check_leaks(dict(parts))
     logger.info("%s", ", ".join(f"{name} {len(part):,}" for name, part in parts.items()))
-    return DatasetDict({name: part.shuffle(seed=seed) for name, part in parts.items()})
+    return DatasetDict({name: part if seed is None else part.shuffle(seed=seed) for name, part in parts.items()})
 
 
 def _split(

@@ -77,7 +77,9 @@ def read_workbook(
             "pip install 'esm-efficient-finetuning[excel]', or save the sheet as CSV (UTF-8)"
         )
     lines = _lines(path)
-    header = next(lines)
+    header = next(lines, None)
+    if header is None:
+        raise DataError(f"{path} is empty: no cell of it has a text or a number")
     names = [cell.strip() for cell in header.cells]
     while names and not names[-1]:
         names.pop()

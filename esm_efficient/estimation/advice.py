@@ -135,7 +135,8 @@ def explain_out_of_memory(
         message += f", with a micro-batch of {batch[0]} x {batch[1]:,} tokens"
     if batch is not None and memory:
         message += _advice(model, memory, batch, run)
-    return OutOfMemoryError(f"{message}. torch said: {error}", phase=phase, held=None if held is None else held.to_dict())
+    counted = None if held is None else held.to_dict()
+    return OutOfMemoryError(f"{message}. torch said: {error}", phase=phase, held=counted)
 
 
 def _advice(model: nn.Module, memory: int, batch: tuple[int, int], run: Mapping[str, Any]) -> str:

@@ -88,28 +88,38 @@ def _check_same(first: SavedAdapter, member: SavedAdapter) -> None:
     Raises:
         ConfigurationError: it has another base model, task, label names or head.
     """
-    described = [
-        ("base model", str(saved.base.resolve()), _task_of(saved), _head_of(saved)) for saved in (first, member)
-    ]
-    for what, place in (("base model", 1), ("task", 2), ("head", 3)):
-        one, other = described[0][place], described[1][place]
+    for what, describe in (("base model", _base_of), ("task", _task_of), ("head", _head_of)):
+        one, other = describe(first), describe(member)
         if one != other:
+            mine, its = _differing(one, other)
             raise ConfigurationError(
-                f"the members of an ensemble must have the same {what}: {first.folder} has {one}, and {member.folder} "
-                f"has {other}"
+                f"the members of an ensemble must have the same {what}: {first.folder} has {mine}, and {member.folder} "
+                f"has {its}"
             )
 
 
-def _task_of(saved: SavedAdapter) -> str:
+def _differing(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
+    """Return both descriptions, with as many of their parts as show the first one that differs."""
+    first = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    shown = [[*parts[:1], *parts[max(1, first - 2) : first + 3]] for parts in (one, other)]
+    return ", ".join(shown[0]), ", ".join(shown[1])
+
+
+def _base_of(saved: SavedAdapter) -> list[str]:
+    return [str(saved.base.resolve())]
+
+
+def _task_of(saved: SavedAdapter) -> list[str]:
+    """Return the kind of the task and the names of its labels, with their numbers."""
     config = saved.config
-    kind = config.problem_type or head_of_config(config)
-    return f"{kind}: {listing([str(config.id2label[index]) for index in range(config.num_labels)], 20)}"
+    names = [f"{index} {config.id2label[index]}" for index in range(config.num_labels)]
+    return [str(config.problem_type or head_of_config(config)), *names]
 
 
-def _head_of(saved: SavedAdapter) -> str:
+def _head_of(saved: SavedAdapter) -> list[str]:
     """Return what the head reads, and the names of the weights that are trained as a whole."""
     whole = sorted(name for name in saved.shapes if ".lora_" not in name)
-    return f"pooling={pooling_of(saved.config)!r} on {saved.config.num_hidden_layers} layers, with {listing(whole, 9)}"
+    return [f"pooling={pooling_of(saved.config)!r} on {saved.config.num_hidden_layers} layers", *whole]
 
 
 def compute_members(model: Any, members: Sequence[str], compute: Callable[..., torch.Tensor], **inputs: Any) -> Any:

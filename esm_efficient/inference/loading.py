@@ -188,10 +188,16 @@ def place(model: Any, device: torch.device | str) -> Any:
         OutOfMemoryError: the device has too little memory for it.
         ConfigurationError: the device does not exist here.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
             f"device={str(device)!r}: torch finds no CUDA device here. Leave it out, or give 'cpu'"
         )
+    if target.type == "cuda" and (target.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigurationError(f"device={str(device)!r}: torch finds {count} CUDA device(s), and counts them from 0")
     try:
         return model.to(device)
     except torch.OutOfMemoryError as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import truncation_mask
+from esm_efficient.data.label_cells import spelling
 from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.data.sequences import Keep
 from esm_efficient.errors import ConfigurationError, DataError, listing
@@ -78,7 +79,8 @@ def evaluate(
         >>> evaluate("output/adapter", "other.csv", data_options={"label": "binds"})["mcc"]  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    dataset = _readable(predictor, _split_of(predictor, data, data_options or {}, on_error), keep, on_error)
+    options = {"on_error": on_error, **(data_options or {})}
+    dataset = _readable(predictor, _split_of(predictor, data, options), keep, options["on_error"])
     return _metrics_of(predictor)(_predict(predictor, dataset, keep, token_budget))
 
 
@@ -115,7 +117,8 @@ def evaluate_in_full(
         >>> print(evaluate_in_full("output/adapter", "other.csv"))  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    dataset = _readable(predictor, _split_of(predictor, data, data_options or {}, on_error), keep, on_error)
+    options = {"on_error": on_error, **(data_options or {})}
+    dataset = _readable(predictor, _split_of(predictor, data, options), keep, options["on_error"])
     prediction, compute = _predict(predictor, dataset, keep, token_budget), _metrics_of(predictor)
     labels: Any = prediction.label_ids
     return Evaluation(
@@ -131,21 +134,36 @@ def evaluate_in_full(
     )
 
 
-def _split_of(predictor: Predictor, data: Any, options: Mapping[str, Any], on_error: OnError) -> Any:
+def _split_of(predictor: Predictor, data: Any, options: Mapping[str, Any]) -> Any:
     """Return what is evaluated as one split; what is a split, or something else, is returned as it is."""
     import pandas as pd
 
-    if isinstance(data, str) and data in NAMED_TABLES:
-        return one_split_from(data, **options)
-    if not isinstance(data, str | Path | tuple | pd.DataFrame):
-        if options:
-            raise ConfigurationError(f"data_options has {listing(list(options))}, but the data are a split already")
-        return data
-    options = {"on_error": on_error, **options}
-    # Labels of residues are written in several ways, which their cells tell apart; so do several columns.
-    if predictor.task.kind != "token_classification" and not isinstance(options.get("label"), list):
-        options = {"label_kind": _READ_AS[predictor.task.kind], **options}
-    return one_split_from(data, **options)
+    is_named, task = isinstance(data, str) and data in NAMED_TABLES, predictor.task
+    if is_named or not isinstance(data, str | Path | tuple | pd.DataFrame):
+        given = {name: value for name, value in options.items() if name != "on_error"}
+        if given and not is_named:
+            raise ConfigurationError(f"data_options has {listing(list(given))}, but the data are a split already")
+        return one_split_from(data, **given) if is_named else data
+    # Whole numbers may look like classes, and so does a single label of several. Several columns say what they are.
+    if task.kind in ("regression", "multi_label_classification") and isinstance(options.get("label", ""), str | None):
+        options = {"label_kind": _READ_AS[task.kind], **options}
+    split = one_split_from(data, **options)
+    return _with_all_labels(split, task.names) if options.get("label_kind") == "several" else split
+
+
+def _with_all_labels(split: Dataset, names: Sequence[str]) -> Dataset:
+    """Return a split whose cells list all labels of a sequence, so that a label that none lists is 0, not unknown."""
+    from datasets import Features, Value
+
+    feature = split.features["label"]
+    if not (unlisted := [name for name in names if name not in feature]):
+        return split
+    features = Features(split.features | {"label": feature | dict.fromkeys(unlisted, Value("float32"))})
+
+    def fill(label: dict[str, float] | None) -> dict[str, Any]:
+        return {"label": None if label is None else label | dict.fromkeys(unlisted, 0.0)}
+
+    return split.map(fill, input_columns="label", features=features, keep_in_memory=True)
 
 
 def _metrics_of(predictor: Predictor) -> Any:
@@ -179,7 +197,7 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
     Raises:
         DataError: the data set is not one of sequences and labels, has no row, or has sequences that are refused.
     """
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and all(hasattr(split, "column_names") for split in dataset.values()):
         raise DataError(f"got all splits ({', '.join(map(str, dataset))}): expected one of them, such as data['test']")
     if not hasattr(dataset, "column_names"):
         raise DataError(
@@ -191,6 +209,8 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
             f"the data set has the columns {', '.join(dataset.column_names)}: expected {' and '.join(missing)} too. "
             "Splits that are tokenised already are not taken"
         )
+    if not hasattr(dataset, "__len__"):
+        raise DataError(f"the data set is streamed ({type(dataset).__name__}): load it without streaming")
     if not len(dataset):
         raise DataError("the data set has no row: there is nothing to evaluate")
     residues = predictor.encoder(sequences_from(dataset)).residues
@@ -204,6 +224,8 @@ def _readable(predictor: Predictor, dataset: Dataset, keep: LongReading | None, 
     )
     if on_error == "skip" and len(long) < len(dataset):
         logger.warning("left out %s", problem)
+        if "accession" not in dataset.column_names:  # the others keep their numbers
+            dataset = dataset.add_column("accession", names)
         return dataset.select(np.flatnonzero(residues <= longest))
     parts = 'Read a part of them with keep="start", keep="end" or keep="both", or all with keep="windows"'
     left_out = '; or leave them out with on_error="skip"' if on_error == "raise" else ""
@@ -240,8 +262,8 @@ def _matched_names(given: Task, expected: Task) -> dict[str, int]:
     """
     if given.kind != expected.kind:
         raise DataError(
-            f"the labels are {given.describe()}, but the model predicts {expected.describe()}. If the labels are "
-            f'of that kind, say so when you read them: label_kind="{_READ_AS[expected.kind]}"'
+            f"the labels are {given.describe()}, but the model predicts {expected.describe()}. If one column has "
+            f'labels of that kind, name it, and say so when it is read: label_kind="{_READ_AS[expected.kind]}"'
         )
     index = {name: position for position, name in enumerate(expected.names)}
     if expected.kind == "regression":
@@ -249,10 +271,22 @@ def _matched_names(given: Task, expected: Task) -> dict[str, int]:
         if len(given.names) != len(expected.names):
             raise DataError(f"the labels are {len(given.names)} numbers, but the model predicts {len(expected.names)}")
         return {name: position for position, name in enumerate(given.names)}
+    spelled: dict[str, list[str]] = {}
+    for name in expected.names:
+        spelled.setdefault(spelling(name), []).append(name)
+    # "membrane" is "Membrane", unless the model tells them apart, as the reader of a training table has it.
+    alike = {name: spelled.get(spelling(name), []) for name in given.names if name not in index}
+    index |= {name: index[names[0]] for name, names in alike.items() if len(names) == 1}
+    unscored = sorted(set(expected.names) - {expected.names[index[name]] for name in given.names if name in index})
+    if unscored and expected.kind == "multi_label_classification":
+        logger.warning(
+            "the data set does not say which sequences have these, so they count nowhere: %s", listing(unscored)
+        )
     if unknown := [repr(name) for name in given.names if name not in index]:
+        known = listing([repr(name) for name in expected.names], 20)
         raise DataError(
-            f"the model does not have the label(s) {listing(unknown)}; it has {listing([repr(n) for n in index], 20)}. "
-            f"Write into the table, in place of {listing(unknown)}, the label of the model that means the same"
+            f"the model does not have the label(s) {listing(unknown)}; it has {known}. Write into the table, in place "
+            f"of {listing(unknown)}, the label of the model that means the same"
         )
     return {name: index[name] for name in given.names}
 
@@ -269,7 +303,8 @@ def _labels(cells: Any, task: Task, order: Mapping[str, int]) -> list[np.ndarray
         if cell is None:
             continue
         values = [cell[name] for name in order] if isinstance(cell, Mapping) else np.atleast_1d(cell).tolist()
-        row[places] = [np.nan if value is None else value for value in values]
+        for place, value in zip(places, values, strict=True):
+            row[place] = np.fmax(row[place], np.nan if value is None else value)  # two spellings may be one label
     return list(rows)
 
 

@@ -36,6 +36,12 @@ logger = logging.getLogger(__name__)
 NAMED_TABLES = ("demo", "deeploc")
 """``"demo"`` is the synthetic table of this package, and ``"deeploc"`` the DeepLoc-2.0 table, which is downloaded."""
 
+_OF_SPLITS = (
+    *("split", "validation", "partition", "clusters", "test_partitions", "validation_partitions"),
+    *("test_size", "validation_size", "seed", "shuffle"),
+)
+"""The options of `load_sequences` that say how rows are split and ordered."""
+
 COMMAND_OPTIONS = (
     *("sequence", "label", "label_kind", "labels", "unlabelled", "accession", "split", "partition", "clusters"),
     *("min_residues", "max_residues", "on_error", "seed"),
@@ -65,13 +71,17 @@ def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetD
     """
     from datasets import Dataset, DatasetDict, IterableDataset
 
-    if isinstance(data, Mapping) and all(isinstance(split, Dataset | IterableDataset) for split in data.values()):
+    are_splits = isinstance(data, Mapping) and len(data) > 0
+    if are_splits and all(isinstance(split, Dataset | IterableDataset) for split in data.values()):
         if options:
             raise ConfigurationError(f"the data have splits already: remove {listing(list(options))}")
         return data if isinstance(data, dict) and type(data) is not dict else DatasetDict(data)
     if isinstance(data, str) and data in NAMED_TABLES:
         return _named_table(data, options)
     _check_names(options)
+    if isinstance(data, Mapping) and not (data and all(isinstance(part, str | Path) for part in data.values())):
+        kinds = listing([f"{name}: {type(part).__name__}" for name, part in data.items()]) or "nothing"
+        raise ConfigurationError(f"got splits of {kinds}: expected the path of a file, or a Dataset, per split")
     if isinstance(data, str | Path | Mapping):
         splits = load_sequences(data, **options)
         if not any("label" in split.features for split in splits.values()):
@@ -94,14 +104,19 @@ def one_split_from(data: Any, **options: Any) -> Dataset:
             ``"deeploc"``, the test split is returned.
         **options: of `load_sequences`, without those of splits; of `load_deeploc` for the named tables.
 
+    Returns:
+        The rows in their order; those of the named tables are shuffled.
+
     Raises:
         DataError: as `splits_from`.
-        ConfigurationError: the data are of another type.
+        ConfigurationError: the data are of another type, or there are options of splits.
     """
     if isinstance(data, str) and data in NAMED_TABLES:
         return splits_from(data, **options)["test"]
+    if unused := [f"{name}=" for name in _OF_SPLITS if name in options]:
+        raise ConfigurationError(f"all rows are one split, so {listing(unused)} would not be used: leave it out")
     if isinstance(data, str | Path):
-        return splits_from({"test": data}, **{"split": False, "partition": False} | options)["test"]
+        return splits_from({"test": data}, split=False, partition=False, shuffle=False, **options)["test"]
     with _as_file(*_frame_of(data)) as path:
         return one_split_from(path, **options)
 

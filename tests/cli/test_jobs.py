@@ -94,6 +94,14 @@ def test_a_trained_model_predicts_and_is_evaluated(run, fasta, capsys):
     assert "<h1>out/model on proteins.csv</h1>" in page.read_text()
 
 
+def test_a_warning_is_shown_by_the_first_rank_alone(tmp_path, capsys, monkeypatch):
+    frame(20)[["id", "sequence", "label"]].to_csv(tmp_path / "t.csv", index=False)
+    for rank, shown in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["data", str(tmp_path / "t.csv")]) == 0
+        assert ("warning: A random split" in capsys.readouterr().err) == shown
+
+
 def test_the_demo_names_a_model_and_proteins(run, capsys):
     assert main(["predict", str(run / "out" / "model"), "demo", "--shard", "1/100", "-o", str(run / "demo.csv")]) == 0
     assert pd.read_csv(run / "demo.csv")["accession"].str.startswith("SYNTH").all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -126,6 +127,27 @@ def test_a_split_that_the_bounds_empty_is_an_error(tmp_path):
     }
     with pytest.raises(DataError, match="no sequence of test is within the bounds"):
         load_sequences(files, label="golgi", max_residues=50)
+
+
+def test_notes_are_never_half_written(tmp_path, table_cache, monkeypatch):
+    """Another rank may read them at any moment, and a process that died would leave them so."""
+    path = write(frame(), tmp_path / "a.csv")
+    written = []
+    real = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda file, content: written.append(file) or real(file, content))
+    load_sequences(path, label="label")
+    [notes] = (table_cache / "tables").glob("*.json")
+    assert written
+    assert notes not in written
+    assert not list((table_cache / "tables").glob("*.notes*"))
+
+
+def test_rows_are_in_the_order_of_the_file_unless_they_are_shuffled(tmp_path):
+    table = frame()
+    path = write(table, tmp_path / "a.csv")
+    found = {flag: load_sequences({"test": path}, label="label", split=False, shuffle=flag) for flag in (True, False)}
+    assert found[False]["test"]["sequence"] == table["sequence"].tolist() != found[True]["test"]["sequence"]
+    assert sorted(found[True]["test"]["sequence"]) == sorted(table["sequence"])
 
 
 def test_loaded_rows_stay_the_same_when_files_and_labels_change(tmp_path, table_cache):

@@ -127,6 +127,11 @@ def test_a_cell_that_is_not_what_was_written_names_its_row(tmp_path, fault):
     assert message in left[0]
 
 
+def test_a_workbook_without_a_text_is_empty(tmp_path):
+    with pytest.raises(DataError, match=r"t\.xlsx is empty"):
+        list(read_blocks(write(tmp_path / "t.xlsx", [[" ", "  "]])))
+
+
 def test_errors_of_labels_name_the_row_of_the_sheet(tmp_path, table_cache):
     put(frame(), "sequence", "MK7").to_excel(tmp_path / "t.xlsx", index=False, sheet_name="Data")
     with pytest.raises(DataError, match="sheet Data, row 4"):

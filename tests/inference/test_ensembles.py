@@ -174,7 +174,7 @@ def test_members_that_do_not_fit_are_refused(base, folders, tokenizer, tmp_path)
     other_base = save_base(tmp_path / "base", tokenizer, seed=1)
     cases = {
         "must have the same base model: .*base": save_member(tmp_path / "1", other_base, 1),
-        "must have the same task: .* has single_.*: a, b, c, and .* has single_.*: a, b, d": save_member(
+        "must have the same task: .* has single_.*, 1 b, 2 c, and .* has single_.*, 1 b, 2 d$": save_member(
             tmp_path / "2", base, 1, names=("a", "b", "d")
         ),
         "same task: .* has regression": folders["regression"][0],
@@ -189,6 +189,11 @@ def test_members_that_do_not_fit_are_refused(base, folders, tokenizer, tmp_path)
         "has no adapter_config.json: expected the folder of an adapter": base,
         "there is no folder": tmp_path / "nowhere",
     }
+    names = [f"class {number}" for number in range(30)]
+    many = save_member(tmp_path / "5", base, 1, names=names)
+    turned = save_member(tmp_path / "6", base, 1, names=[*names[:-2], names[-1], names[-2]])
+    with pytest.raises(ConfigurationError, match=r"same task: .*28 class 28, .*, and .*28 class 29"):
+        Predictor.load([many, turned], device="cpu")
     (tmp_path / "proteins.fasta").write_text(">a\nMKT\n")
     cases["proteins.fasta: a file, where the folder of a model was expected"] = tmp_path / "proteins.fasta"
     for message, path in cases.items():

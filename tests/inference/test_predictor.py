@@ -407,7 +407,12 @@ def test_too_little_memory_of_the_device_is_explained(tokenizer, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigurationError, match="device='cuda': torch finds no CUDA device here"):
             place(model, "cuda")
+    with pytest.raises(ConfigurationError, match="device='gpu': Expected one of cpu, cuda"):
+        place(model, "gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigurationError, match=r"device='cuda:1': torch finds 1 CUDA device\(s\), and counts them"):
+        place(model, "cuda:1")
     with pytest.raises(OutOfMemoryError, match="cuda has too little free memory for a model of "):
         place(model, torch.device("cuda"))
 

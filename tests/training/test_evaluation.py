@@ -135,8 +135,46 @@ def test_all_rows_of_a_table_are_evaluated_and_labels_are_read_as_those_of_the_m
     assert evaluate(predictor, (SEQUENCES, labels)) == pytest.approx(expected)
     with pytest.raises(DataError, match=r"one class per sequence.*but the model predicts several labels"):
         evaluate(predictor, table, data_options=options | {"label_kind": "class"})
+    full = evaluate_in_full(predictor, (SEQUENCES, labels))
+    assert full.sequences == SEQUENCES  # in the order that was given
+    np.testing.assert_array_equal(full.labels, [[name == label for name in NAMES] for label in labels])
     with pytest.raises(ConfigurationError, match="data_options has label, but the data are a split already"):
         evaluate(predictor, GOOD, data_options={"label": "is"})
+
+
+def test_a_label_that_no_cell_lists_is_absent_and_one_without_a_column_is_unknown(tokenizer, caplog):
+    predictor = predictor_for("multi_label_classification", tokenizer)
+    listed = evaluate_in_full(predictor, (SEQUENCES, ["a|c"] * 24))
+    np.testing.assert_array_equal(listed.labels, [[1, 0, 1]] * 24)
+    assert "count nowhere" not in caplog.text
+    table = pd.DataFrame({"sequence": SEQUENCES, "a": [0, 1] * 12, "c": 1})
+    for label in (["a", "c"], ("a", "c"), {"c": "c", "a": "a"}):
+        columns = evaluate_in_full(predictor, table, data_options={"label": label})
+        np.testing.assert_array_equal(columns.labels, [[0, np.nan, 1], [1, np.nan, 1]] * 12)
+    assert "so they count nowhere: b" in caplog.text
+
+
+def test_another_spelling_of_a_class_is_that_class(tokenizer):
+    model = make_model(num_labels=2, id2label={0: "Not membrane", 1: "Membrane"})
+    predictor = Predictor(model, tokenizer)
+    labels = ["Membrane"] * 8 + ["membrane"] * 4 + ["not_membrane"] * 12
+    np.testing.assert_array_equal(evaluate_in_full(predictor, (SEQUENCES, labels)).labels, [1] * 12 + [0] * 12)
+    rows = [{"Nucleus": 1.0, "nucleus": None}, {"Nucleus": 0.0, "nucleus": 1.0}, {"Nucleus": 0.0, "nucleus": 0.0}] * 8
+    model = make_model(num_labels=1, id2label={0: "NUCLEUS"}, problem_type="multi_label_classification")
+    found = evaluate_in_full(Predictor(model, tokenizer), dataset_of(rows, dict.fromkeys(rows[0], Value("float32"))))
+    np.testing.assert_array_equal(found.labels, [[1], [1], [0]] * 8)
+
+
+@pytest.mark.parametrize("option", ["split", "clusters", "test_size", "seed"])
+def test_options_of_splits_are_refused(tokenizer, option):
+    with pytest.raises(ConfigurationError, match=f"all rows are one split, so {option}= would not be used"):
+        evaluate(predictor_for("regression", tokenizer), (SEQUENCES, [0.5] * 24), data_options={option: "x"})
+
+
+def test_sequences_that_are_too_long_are_left_out_with_wrong_rows(tokenizer, caplog):
+    predictor = predictor_for("single_label_classification", tokenizer, max_tokens=22)
+    found = evaluate_in_full(predictor, (SEQUENCES, ["a", "b", "c"] * 8), data_options={"on_error": "skip"})
+    assert found.sequences == [text for text in SEQUENCES if len(text) <= 20]
 
 
 def test_of_a_named_table_the_test_split_is_evaluated(tmp_path, tokenizer):
@@ -164,6 +202,8 @@ GOOD = dataset_of([0, 1, 2] * 8, CLASSES)
             dataset_of([0.5, 1.5] * 12, Value("float32")),
             'labels are numbers.*but the model predicts one class.*label_kind="class"',
         ),
+        (GOOD.to_iterable_dataset(), "streamed"),
+        ({"sequence": ["MK"], "label": ["a"]}, r"type dict: expected .* pair of lists, \(sequences, labels\)"),
         (24, "got data of the type int: expected the path of a table, a DataFrame"),
         ("other.csv", "other.csv"),
         (GOOD.select([]), "no row"),
@@ -187,7 +227,9 @@ def test_sequences_that_are_too_long_are_named_and_left_out(tokenizer, caplog, n
         evaluate(predictor, data)
     found = evaluate_in_full(predictor, data, on_error="skip")
     assert f"left out {len(long)} of 24 sequences" in caplog.text
-    assert len(found.labels) == len(found.names) == 24 - len(long)
+    assert len(found.labels) == 24 - len(long)
+    kept = [row for row in range(24) if row not in long]
+    assert found.names == [f"P{row}" if named else str(row + 1) for row in kept]
     short = data.select([row for row in range(24) if row not in long])
     assert found.metrics == evaluate(predictor, short)
     with pytest.raises(DataError, match=r'1 of 1 sequences have more than 20 residues.*keep="windows"$'):

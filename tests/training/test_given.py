@@ -68,6 +68,8 @@ def test_the_demo_is_a_name():
         ((["MKT"], ["a", "b"]), {}, DataError, "1 sequences and 2 labels"),
         (["MKT", "MAL"], {}, ConfigurationError, "type list: expected a path"),
         (7, {}, ConfigurationError, "type int"),
+        ({"train": pd.DataFrame({"sequence": ["MKT"]})}, {}, ConfigurationError, "got splits of train: DataFrame: exp"),
+        ({}, {}, ConfigurationError, "got splits of nothing: expected the path of a file"),
         ("no/such.csv", {}, DataError, "no file at no/such.csv"),
         (([None, "MKT"], ["a", "b"]), {}, DataError, "the lists, row"),
     ],
