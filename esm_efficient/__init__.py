@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from esm_efficient.comparison import Comparison, compare, estimate_page
     from esm_efficient.costs.devices import DEVICES, Device, get_device
-    from esm_efficient.costs.memory import OutOfMemoryError, peak_memory
+    from esm_efficient.costs.memory import peak_memory
     from esm_efficient.costs.throughput import measure_device
     from esm_efficient.data import (
         ResidueEncoder,
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         predict_file,
         read_request,
     )
+    from esm_efficient.out_of_memory import OutOfMemoryError
     from esm_efficient.profiling.callback import ProfilerCallback
     from esm_efficient.profiling.profiler import Profiler
     from esm_efficient.profiling.report import ProfileReport
@@ -110,7 +111,8 @@ _HOME = {
     ),
     "comparison": ("Comparison", "compare", "estimate_page"),
     "costs.devices": ("DEVICES", "Device", "get_device"),
-    "costs.memory": ("OutOfMemoryError", "peak_memory"),
+    "costs.memory": ("peak_memory",),
+    "out_of_memory": ("OutOfMemoryError",),
     "costs.throughput": ("measure_device",),
     "data": (
         "ResidueEncoder",

@@ -1,6 +1,6 @@
 """The errors of the library. Each message says what was given, what was expected, and what to do.
 
-`OutOfMemoryError` is in `esm_efficient.costs.memory`: it derives from torch's class, and this module loads no torch.
+`OutOfMemoryError` is in `esm_efficient.out_of_memory`: it derives from torch's class, and this module loads no torch.
 """
 
 from __future__ import annotations

@@ -137,6 +137,7 @@ def test_the_api_reference_shows_the_module_of_a_name_that_is_not_public():
 ORDER = (
     *(
         "errors",
+        "out_of_memory",
         "published",
         "_torch",
         "compat",

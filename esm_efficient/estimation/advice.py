@@ -22,12 +22,13 @@ from esm_efficient.adapters.registry import (
     linear_layers,
 )
 from esm_efficient.costs.devices import Device
-from esm_efficient.costs.memory import CATEGORIES, Memory, OutOfMemoryError
+from esm_efficient.costs.memory import CATEGORIES, Memory
 from esm_efficient.encoder import has_lean_encoder
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.estimation.recommend import describe_setting
 from esm_efficient.heads import pooling_of_model
+from esm_efficient.out_of_memory import OutOfMemoryError
 from esm_efficient.recipes import RECIPES, Encoder, Precision, Recipe, Trains
 from esm_efficient.reporting import format_bytes
 from esm_efficient.tasks import head_of

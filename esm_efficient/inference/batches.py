@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from esm_efficient.costs.memory import explained_batch
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.encoder.packing import attach_packing, describe_batch, sent
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.inputs import name_of
 from esm_efficient.inference.windows import LongReading, Pieces, plan_windows, windows_for, windows_per_residue
+from esm_efficient.out_of_memory import explained_batch
 from esm_efficient.tasks import SPECIAL_TOKENS
 
 Compute = Callable[..., torch.Tensor]

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.adapters.registry import check_encoder_weights
-from esm_efficient.costs.memory import OutOfMemoryError
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import model_class, pooling_of_weights
 from esm_efficient.inference import foreign
+from esm_efficient.out_of_memory import OutOfMemoryError
 from esm_efficient.published import BASE_CONFIG, missing_model, models_beside, no_model_in, size_of
 from esm_efficient.reporting import format_bytes
 from esm_efficient.saving import Loaded, load_pretrained, without_deprecation

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from esm_efficient._torch import call_after_backward
 from esm_efficient.costs.allocations import tensors_in
-from esm_efficient.costs.memory import PHASES, OutOfMemoryError, driver_bytes, resident_peak, restart_resident_peak
+from esm_efficient.costs.memory import PHASES, driver_bytes, resident_peak, restart_resident_peak
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.out_of_memory import OutOfMemoryError
 from esm_efficient.profiling.backends import make_backend
 from esm_efficient.profiling.clock import PhaseClock
 from esm_efficient.profiling.growth import GrowthWatch

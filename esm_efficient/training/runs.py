@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from esm_efficient import compat
-from esm_efficient.costs.memory import OutOfMemoryError
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.out_of_memory import OutOfMemoryError
 from esm_efficient.published import BASE_CONFIG
 from esm_efficient.saving import portable_saving, save_base_config, share_weights
 from esm_efficient.tasks import SPECIAL_TOKENS

@@ -11,11 +11,11 @@ import torch
 from datasets.utils import tqdm
 from torch import Tensor, nn
 
-from esm_efficient.costs.memory import explained_batch
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.encoder import apply_lean_encoder
 from esm_efficient.encoder.forward import esm_models
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.out_of_memory import explained_batch
 from esm_efficient.trunk.cache import measure_ids
 from esm_efficient.trunk.split import Trunk, copy_modules, has_adapters, layers_of, only_encoder
 from esm_efficient.trunk.states import STATES_COLUMN, StatesCollator, ids_of, mean_over_residues, pad_batch

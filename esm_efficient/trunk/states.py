@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esm_efficient.costs.memory import explained_batch
 from esm_efficient.errors import ConfigurationError, DataError, listing
+from esm_efficient.out_of_memory import explained_batch
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.trunk.split import Trunk, embeddings_of, layers_of
 

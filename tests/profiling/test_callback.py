@@ -14,8 +14,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 
 from esm_efficient import ProfilerCallback, WeightedTrainer, recipe_arguments
 from esm_efficient.compat import GUARDED_METHODS
-from esm_efficient.costs.memory import CATEGORIES, OutOfMemoryError
+from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.out_of_memory import OutOfMemoryError
 from esm_efficient.training.metrics import compute_metrics_for
 
 

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esm_efficient import RECIPES, Profiler, apply_lean_encoder, estimate, lora_config, prepare_model
 from esm_efficient.costs.allocations import AllocationTracker, model_tensors
-from esm_efficient.costs.memory import CATEGORIES, OutOfMemoryError
+from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
+from esm_efficient.out_of_memory import OutOfMemoryError
 from esm_efficient.profiling.backends import TotalsBackend
 from esm_efficient.profiling.clock import PhaseClock
 

@@ -12,6 +12,7 @@ from trainer_runs import arguments, weighted
 
 from esm_efficient import OutOfMemoryError, demo_model_path
 from esm_efficient.cli import main
+from esm_efficient.errors import EsmEfficientError
 
 
 def fill_device(model, *, training):
@@ -72,3 +73,14 @@ def test_the_command_says_so_in_one_line(tmp_path, capsys, monkeypatch, place):
     assert line.startswith("error: ")
     assert "memory" in line
     assert "Tried to allocate" in line
+
+
+def test_our_out_of_memory_error_is_an_error_of_torch_and_of_the_library():
+    error = OutOfMemoryError("no memory", phase="forward", held={"weights": 1})
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert isinstance(error, EsmEfficientError)
+    assert not isinstance(torch.OutOfMemoryError("no memory"), OutOfMemoryError)
+    assert (error.phase, error.held, str(error)) == ("forward", {"weights": 1}, "no memory")
+    for kind in (torch.OutOfMemoryError, torch.cuda.OutOfMemoryError, RuntimeError, EsmEfficientError):
+        with pytest.raises(kind):
+            raise error
