@@ -163,12 +163,15 @@ def find_output_layer(model: Any, tokenizer: Any) -> nn.Linear | None:
     layers = [module for module in heads if isinstance(module, nn.Linear) and module.bias is not None]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     device, was_training = next(model.parameters()).device, model.training
+    # Frozen weights may be in half precision beside a head in float32, as they train under autocast.
+    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     inputs: dict[str, Tensor] = dict(tokenizer("MKTV", return_tensors="pt"))
     if any(isinstance(module, SkippedEmbeddings) for module in model.modules()):  # it takes cached states
         width = model.config.hidden_size
-        inputs = {"inputs_embeds": torch.linspace(-1, 1, SPECIAL_TOKENS * width + width).view(1, -1, width)}
+        states = torch.linspace(-1, 1, SPECIAL_TOKENS * width + width).view(1, -1, width)
+        inputs = {"inputs_embeds": states if half is None else states.to(half)}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
             logits = model.eval()(**{name: value.to(device) for name, value in inputs.items()}).logits
     finally:
         model.train(was_training)
