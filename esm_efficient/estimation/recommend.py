@@ -172,7 +172,9 @@ def recommend(
         raise ConfigurationError(f"presets={unknown[0]!r}: expected some of {', '.join(PRESETS)}")
     lengths = data_lengths(tokens, sequences)
     if encoder_dropout(resolve_config(model)[1]):
-        cache = False  # states differ in every epoch
+        if cache:
+            raise ConfigurationError("cache=True, but the model has dropout, so that its states differ in every epoch")
+        cache = False
     candidates = list(_candidates(_for_model(model, recipes), presets, batch_size, cache))
     if not candidates:
         raise ConfigurationError("nothing to try: expected a recipe, and a preset for recipes with adapters")

@@ -38,7 +38,7 @@ def recipe_arguments(
         4
     """
     chosen = get_recipe(recipe)
-    half = _half_precision(precision)
+    half = _half_precision(precision, use_cpu=bool(overrides.get("use_cpu")))
     options: dict[str, Any] = {
         "per_device_train_batch_size": chosen.micro_batch,
         "gradient_accumulation_steps": chosen.accumulation,
@@ -138,7 +138,7 @@ def half_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def _half_precision(precision: Precision) -> Precision:
+def _half_precision(precision: Precision, *, use_cpu: bool) -> Precision:
     """Return the precision of a run on this machine."""
     if precision == "pure-bf16":
         raise ConfigurationError(
@@ -147,6 +147,6 @@ def _half_precision(precision: Precision) -> Precision:
         )
     if precision not in ("auto", "float32", "bf16", "fp16"):
         raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32", "bf16" or "fp16"')
-    if precision == "fp16" and not torch.accelerator.is_available():
+    if precision == "fp16" and (use_cpu or not torch.accelerator.is_available()):
         raise ConfigurationError('precision="fp16" needs a GPU: expected "float32" or "bf16" on a CPU')
-    return native_precision(torch.device("cuda")) if precision == "auto" else precision
+    return native_precision(torch.device("cpu" if use_cpu else "cuda")) if precision == "auto" else precision

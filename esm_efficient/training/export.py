@@ -136,7 +136,7 @@ def export_model(
     folder = Path(folder).expanduser()
     _check_folder(folder)
     if isinstance(trained, str | Path):
-        trained = _load_run(trained)
+        trained = load_result(trained)
     if metrics is not None:
         metrics, evaluated_on = _without_prefix(metrics, evaluated_on)
     found = _trained(trained, tokenizer, metrics, evaluated_on or "test")
@@ -223,16 +223,12 @@ def _without_prefix(metrics: Mapping[str, float], evaluated_on: str | None) -> t
     return kept, evaluated_on or _PREFIXES[prefix]
 
 
-def _load_run(folder: str | Path) -> FinetuneResult:
-    """Return the result of a run with its model; an adapter is not merged."""
-    result = load_result(folder)
-    model, _ = load_model(result.model_dir, revision=None, cache_dir=None, task=None, merge=False)
-    return dataclasses.replace(result, model=model)
-
-
 def _trained(trained: Any, tokenizer: Any, metrics: Mapping[str, float] | None, evaluated_on: str) -> _Trained:
     """Return what is known of a result, a Trainer or a model."""
     if isinstance(trained, FinetuneResult):
+        if trained.model is None:  # as `load_result` returns it
+            model, _ = load_model(trained.model_dir, revision=None, cache_dir=None, task=None, merge=False)
+            trained = dataclasses.replace(trained, model=model)
         return _trained_by_finetune(trained, tokenizer, metrics, evaluated_on)
     model, settings = trained, {}
     if isinstance(trained, Trainer):
@@ -277,7 +273,9 @@ def _facts(
     return CardFacts(
         task=task,
         pooling=pooling,
-        metrics={name: float(value) for name, value in sorted(metrics.items()) if np.isfinite(value)},
+        metrics={
+            name: float(value) for name, value in sorted(metrics.items()) if value is not None and np.isfinite(value)
+        },
         evaluated_on=evaluated_on,
         thresholds=getattr(model.config, "label_thresholds", None),
         is_truncated=whole is not None,

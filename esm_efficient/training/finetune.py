@@ -187,7 +187,8 @@ def finetune(
     _check_resuming(job, resume_from_checkpoint)
     job.check(attention=attention, adapter_options=adapter_options, **trainer_options)
     if announce is not None or (profile and report):
-        job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused)
+        options = {"adapter_options": adapter_options, "token_budget": token_budget}
+        job = job.with_plan(max_tokens=max_tokens, probe=probe, fused=fused, **options)
     if announce is not None and job.plan is not None:
         announce(job.plan)
     set_seed(job.seed)

@@ -129,13 +129,14 @@ class Job:
             labels = self.data.splits["train"].labels
             check_all_present([labels.get(name, 0) for name in self.task.names], self.task.names)
 
-    def with_plan(self, *, max_tokens: int, probe: bool, fused: bool = False) -> Job:
+    def with_plan(self, *, max_tokens: int, probe: bool, fused: bool = False, **options: Any) -> Job:
         """Return the job with its plan, whose estimate takes seconds; without a plan if the data are not known.
 
         Args:
             max_tokens: the most tokens per sequence.
             probe: whether a linear probe was asked for.
             fused: whether the lean encoder's small kernels are fused.
+            **options: ``adapter_options`` and ``token_budget`` of `plan_run`.
         """
         if self.data is None:
             return self
@@ -150,6 +151,7 @@ class Job:
             max_tokens=max_tokens,
             fused=fused,
             probe=probe and not reason_against_probe(self.raw, self.task, self.recipe, self.args),
+            **options,
         )
         return replace(self, plan=plan)
 

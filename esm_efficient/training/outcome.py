@@ -239,6 +239,16 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[floa
     return {name.replace("eval_", "validation: "): curves[name] for name in wanted if len(curves.get(name, ())) > 1}
 
 
+def _is_handled(name: str) -> bool:
+    """Return whether a message to a logger reaches a handler that shows it."""
+    current: logging.Logger | None = logging.getLogger(name)
+    while current is not None:
+        if any(not isinstance(handler, WarningList) for handler in current.handlers):
+            return True
+        current = current.parent if current.propagate else None
+    return False
+
+
 class WarningList(logging.Handler):
     """Collects the warnings of the library, logged or warned, while it is attached, as a context manager.
 
@@ -252,8 +262,10 @@ class WarningList(logging.Handler):
         self._show: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message."""
+        """Keep a message; and show it, as Python does if nobody has configured logging."""
         self.messages.append(record.getMessage())
+        if logging.lastResort is not None and not _is_handled(record.name):
+            logging.lastResort.handle(record)
 
     def _warn(self, message: Any, category: Any, filename: str, *place: Any, **options: Any) -> None:
         # A warning of this library names the line that called it, which is in no other library.

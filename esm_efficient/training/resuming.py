@@ -205,14 +205,17 @@ def _describe_data(dataset: Any) -> dict[str, Any]:
     if not isinstance(dataset, datasets.Dataset):
         return described  # reading its rows may change the state of the random generators
     table = dataset.with_format("arrow")
-    names = {"labels": "the_labels", "label": "the_labels", WEIGHT_COLUMN: "the_weights_of_the_sequences"}
     some = table.select(range(0, len(table), max(1, len(table) // _ROWS)))
-    for columns, rows in ((names, table), ({"input_ids": "the_sequences", "sequence": "the_sequences"}, some)):
-        for column in columns.keys() & set(table.column_names):
+    for name, columns, rows in (
+        ("the_labels", ("labels", "label"), table),
+        ("the_weights_of_the_sequences", (WEIGHT_COLUMN,), table),
+        ("the_sequences", ("input_ids", "sequence"), some),
+    ):
+        for column in [column for column in columns if column in table.column_names][:1]:
             digest = hashlib.sha256()
             for block in rows.select_columns(column).iter(10_000):
                 _update(digest, block[column].combine_chunks())
-            described[columns[column]] = digest.hexdigest()
+            described[name] = digest.hexdigest()
     return described
 
 

@@ -7,13 +7,15 @@ import logging
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from esm_efficient import compat
 from esm_efficient.costs.devices import DEVICES, Device
-from esm_efficient.errors import EsmEfficientError
+from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.estimation.inputs import data_lengths
 from esm_efficient.recipes import Recipe
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
     from esm_efficient.reporting.description import DataDescription
 
 logger = logging.getLogger(__name__)
+
+_OPTIMIZERS = {
+    "adamw_torch_fused": "adamw_fused",
+    "adamw_torch": "adamw_foreach",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+}
+"""What `estimate` calls the optimizers of `TrainingArguments`."""
 
 FEW_STEPS = 100
 """Optimizer steps below which a run is warned of.
@@ -107,6 +117,8 @@ class RunPlan:
     def _cure(self, found: Estimate) -> str:
         """Return what to try if the run does not fit into the memory."""
         fewer = "--micro-batch 1 (micro_batch=1 in Python), or " if found.recipe.micro_batch > 1 else ""
+        if found.device.backend == "cpu":  # whose rates are unknown
+            return f"Try {fewer}a smaller model"
         words = ["esm-efficient", "recommend", "--model", self.model]
         words += ["--device", found.device.name] if found.device.name in DEVICES else []
         return f"Try {fewer}a smaller model; this looks for a recipe that fits: {shlex.join(words)}"
@@ -124,6 +136,8 @@ def plan_run(
     max_tokens: int = 1024,
     fused: bool = False,
     probe: bool = False,
+    adapter_options: Mapping[str, Any] | None = None,
+    token_budget: int | None = None,
 ) -> RunPlan:
     """Return what a run will do and cost.
 
@@ -138,6 +152,8 @@ def plan_run(
         max_tokens: maximal number of tokens of a sequence.
         fused: whether the lean encoder's small kernels are fused.
         probe: whether a linear probe is measured too.
+        adapter_options: options of the adapters.
+        token_budget: the most tokens per micro-batch, if that was given.
     """
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch_size, train = batch_size_of(args), splits["train"]
@@ -145,7 +161,13 @@ def plan_run(
     found, reason = None, ""
     if reason_against_cache(train, args):
         recipe = recipe.replace(cache=False)
+    recipe = recipe.replace(gradient_checkpointing=compat.asks_for_checkpointing(args))
+    optimizer = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim)))
     try:
+        if token_budget is not None:
+            raise ConfigurationError("with a token budget, batches have different numbers of sequences")
+        if optimizer is None:
+            raise ConfigurationError(f"the memory of the optimizer {args.optim} is not known")
         found = estimate(
             model,
             recipe=recipe,
@@ -157,6 +179,8 @@ def plan_run(
             head=task.head,
             num_labels=len(task.names),
             fused=fused,
+            optimizer=optimizer,
+            adapter_options=adapter_options or None,
         )
     except EsmEfficientError as error:  # a model or a recipe that cannot be estimated can be trained all the same
         reason = str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -71,8 +72,8 @@ class EarlyStopping:
         """
         if patience == "auto":
             patience = AUTOMATIC if "validation" in splits else None
-        if patience is not None and patience < 1:
-            raise ConfigurationError(f"early_stopping={patience}: expected at least 1 evaluation, or None")
+        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, Integral) or patience < 1):
+            raise ConfigurationError(f'early_stopping={patience!r}: expected at least 1 evaluation, None or "auto"')
         if patience is not None and "validation" not in splits:
             raise ConfigurationError(
                 f"early_stopping={patience} needs a validation split, and the data have {', '.join(splits)}: add one, "
@@ -105,6 +106,10 @@ class EarlyStopping:
         metric, greater = self.metric
         needed = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
         chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
+        for name, other in (("eval", "save"), ("save", "eval")):  # transformers needs the same strategy for both
+            if f"{name}_strategy" in given and f"{other}_strategy" not in given:
+                needed[f"{other}_strategy"] = given[f"{name}_strategy"]
+                needed |= {f"{other}_steps": given[f"{name}_steps"]} if f"{name}_steps" in given else {}
         return needed | chosen | dict(given)
 
     def callbacks(self) -> list[TrainerCallback]:

@@ -137,6 +137,8 @@ def test_settings_without_a_cache_can_be_asked_for():
 
 def test_each_setting_of_a_model_with_dropout_is_tried_once_without_a_cache():
     config = tiny_config(hidden_dropout_prob=0.1)
+    with pytest.raises(ConfigurationError, match="cache=True, but the model has dropout"):
+        recommend(config, "A10G", cache=True)
     result = recommend(config, "A10G", 50, batch_size=2, recipes=["top"], progress=False)
     assert [(a.estimate.recipe.micro_batch, a.estimate.recipe.cache) for a in result.attempts] == [
         (2, False),

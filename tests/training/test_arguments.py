@@ -72,7 +72,14 @@ def test_auto_precision_is_what_the_hardware_multiplies(tmp_path, monkeypatch, c
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability >= (8, 0)
     )
-    assert half_dtype(recipe_arguments("all", tmp_path, precision=precision, use_cpu=True)) == dtype
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
+    assert names[arguments._half_precision(precision, use_cpu=False)] == dtype
+    if precision == "fp16":
+        with pytest.raises(ConfigurationError, match="needs a GPU"):
+            recipe_arguments("all", tmp_path, precision=precision, use_cpu=True)
+    else:
+        found = half_dtype(recipe_arguments("all", tmp_path, precision=precision, use_cpu=True))
+        assert found == (torch.bfloat16 if precision == "bf16" else None)
 
 
 def test_several_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -191,14 +198,13 @@ def fp16_on_a_cpu(monkeypatch):
 
     make = job.recipe_arguments
 
-    def with_an_accelerator(*args, **options):
-        """Torch itself must not be told of one: with a CUDA build it would look for a driver."""
+    def as_on_a_gpu(*args, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.accelerator, "is_available", lambda: True)
+            patch.setattr(arguments, "_half_precision", lambda precision, *, use_cpu: precision)
             return make(*args, **options)
 
     monkeypatch.setattr(Accelerator, "__init__", init)
-    monkeypatch.setattr(job, "recipe_arguments", with_an_accelerator)
+    monkeypatch.setattr(job, "recipe_arguments", as_on_a_gpu)
     yield scaler
     AcceleratorState._reset_state()
 

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from esm_efficient import Predictor, WeightedTrainer, demo_model_path, export_model, finetune, load_deeploc
+from esm_efficient import Predictor, WeightedTrainer, demo_model_path, export_model, finetune, load_deeploc, load_result
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.training.card import run_settings
 from esm_efficient.training.outcome import cost_rows
@@ -197,6 +197,19 @@ def test_metrics_of_other_data_are_published_without_those_of_the_run(run, tmp_p
     record = json.loads((other / "metrics.json").read_text())
     assert (record["metrics"], record["evaluated_on"]) == ({"mcc": 0.25}, "cohort B")
     assert not {"intervals", "baselines", "gains", "probe"} & record.keys()
+
+
+def test_a_result_that_was_loaded_again_is_exported_with_its_model(run, tmp_path):
+    loaded = load_result(run[0].result_path.parent)
+    assert loaded.model is None
+    folder = export_model(loaded, tmp_path / "out", base_model="someone/demo")
+    assert Predictor.load(folder).task == loaded.task
+
+
+def test_a_metric_that_is_undefined_is_left_out(run, tmp_path):
+    metrics = {"mcc": 0.5, "auroc": None}
+    folder = export_model(run[0], tmp_path / "out", base_model="someone/demo", metrics=metrics, evaluated_on="test")
+    assert json.loads((folder / "metrics.json").read_text())["metrics"] == {"mcc": 0.5, "auroc": None}
 
 
 def test_a_file_in_place_of_the_folder_is_refused(run, tmp_path):

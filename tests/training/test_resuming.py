@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import each_value
+from datasets import Dataset
 from test_checkpoints import damage, tiny_run
 from trainer_runs import arguments, weighted
 from transformers import TrainingArguments
@@ -15,6 +16,7 @@ from esm_efficient import CheckpointCallback, CheckpointError, lora_config, prep
 from esm_efficient.cli import parameters_of
 from esm_efficient.cli.output import as_typed
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.training import resuming
 from esm_efficient.training.resuming import describe_run, refuse_finished
 from esm_efficient.training.stopping import EarlyStopping
 
@@ -192,6 +194,16 @@ def test_the_most_telling_difference_is_named_first(adapted_run, tmp_path, tiny_
         trainer.train(resume_from_checkpoint=adapted_run / "checkpoint-2")
     typed = as_typed(str(e.value), parameters_of(["finetune"]))
     assert typed.endswith("another folder with --output and no --resume")
+
+
+@pytest.mark.parametrize(("read", "other"), [("input_ids", "sequence"), ("labels", "label")])
+def test_of_two_columns_with_the_same_content_the_one_that_is_trained_on_is_described(read, other):
+    """Which one was described depended on the hashes of strings, which differ between processes."""
+    rows = Dataset.from_dict({read: [[1], [2]], other: ["a", "b"]})
+    changed = Dataset.from_dict({read: [[1], [2]], other: ["a", "c"]})
+    wrong = Dataset.from_dict({read: [[1], [3]], other: ["a", "b"]})
+    found = [resuming._describe_data(data) for data in (rows, changed, wrong)]
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_description_is_the_same_for_the_same_rows_in_other_blocks(tmp_path, tiny_model, tiny_dataset, tokenizer):

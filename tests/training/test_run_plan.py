@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, tiny_config
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import TrainingArguments
 
@@ -127,6 +127,28 @@ def test_a_batch_of_more_than_all_sequences_names_a_smaller_one(sequences, batch
     warn_of_few_steps(sequences, args)
     [record] = caplog.records
     assert re.match(words, record.getMessage())
+
+
+def test_the_plan_has_the_options_of_the_run(demo_table, tmp_path):
+    plain, checkpointed, other = (
+        planned(demo_table, tmp_path, **options)
+        for options in ({}, {"gradient_checkpointing": True}, {"optim": "adafactor"})
+    )
+    assert (plain.recipe.gradient_checkpointing, checkpointed.recipe.gradient_checkpointing) == (False, True)
+    assert other.estimate is None
+    assert "the memory of the optimizer" in other.reason
+    assert "not estimated: " in str(other)
+
+
+def test_on_a_cpu_a_plan_that_does_not_fit_names_no_command_that_needs_a_gpu():
+    found = estimate(tiny_config(), recipe="frozen", device="cpu", tokens=9)
+    small = dataclasses.replace(found, device=dataclasses.replace(found.device, memory=1))
+    splits = DatasetDict(train=make_proteins(8), test=make_proteins(8))
+    task = Task("single_label_classification", ("no", "yes"))
+    plan = str(RunPlan("8M", "x.csv", describe(splits), RECIPES["frozen"], task, 3, 1, 8, small))
+    assert "DOES NOT FIT" in plan
+    assert "a smaller model" in plan
+    assert "recommend" not in plan
 
 
 @pytest.mark.parametrize(

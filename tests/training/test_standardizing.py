@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import slow_except
+from conftest import make_model, slow_except
 from datasets import Dataset, DatasetDict, Features, List, Value
 from peft import PeftModel
 from transformers import (
@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from esm_efficient import RECIPES, Predictor, demo_model_path, finetune, load_deeploc
+from esm_efficient import RECIPES, Predictor, demo_model_path, finetune, load_deeploc, split_model
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.heads import model_class
 from esm_efficient.tasks import pooling_of
@@ -60,6 +60,24 @@ def plain_logits(folder, sequences, base=None):
     batch = AutoTokenizer.from_pretrained(folder)(sequences, return_tensors="pt", padding=True)
     with torch.no_grad():
         return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_the_output_layer_is_found_where_frozen_weights_are_in_half_precision(tokenizer, half, layers):
+    model = make_model(num_labels=1, problem_type="regression")
+    model.esm.to(half)
+    if layers is not None:
+        _, model = split_model(model, layers)
+    assert find_output_layer(model, tokenizer) is model.classifier.out_proj
+
+
+def test_a_regression_trains_in_half_precision(tmp_path, sequences):
+    result = finetune(
+        demo_model_path(), numbers(sequences), output_dir=tmp_path, precision="bf16", **OPTIONS | {"max_steps": 2}
+    )
+    assert result.model.esm.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    assert result.metrics["rmse"] > 0
 
 
 def test_the_unit_of_the_labels_changes_no_result_but_the_errors(tmp_path, sequences):

@@ -89,6 +89,11 @@ def test_options_and_callbacks():
     assert options["load_best_model_at_end"]
     assert options["save_total_limit"] == 5
     assert stopping.callbacks()[0].early_stopping_patience == 2
+    for given in ({"eval_strategy": "steps", "eval_steps": 50}, {"save_strategy": "steps", "save_steps": 50}):
+        options = stopping.options(given)
+        assert (options["eval_strategy"], options["save_strategy"]) == ("steps", "steps")
+        assert options["eval_steps"] == options["save_steps"] == 50
+    assert stopping.options({"eval_strategy": "steps", "save_strategy": "no"})["save_strategy"] == "no"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,8 @@ def test_auto_stops_early_where_there_is_a_validation_split(splits, patience):
     ("patience", "splits", "message"),
     [
         (0, ["train", "validation"], "early_stopping=0: expected at least 1"),
+        (True, ["train", "validation"], "early_stopping=True: expected at least 1"),
+        ("3", ["train", "validation"], "early_stopping='3': expected at least 1"),
         (2, ["train", "test"], "needs a validation"),
     ],
 )
