@@ -285,7 +285,7 @@ def locations_table(runs: list[dict], form: Callable = format_markdown) -> str:
         folds, title = found[method], SHORT.get(method, method)
         cells = [f"{value:.3f}" for value in np.mean([*folds.values()], axis=0)]
         if len(folds) < most:
-            title += f", partition {', '.join(map(str, folds))} alone"
+            title += f", partition{'s' * (len(folds) > 1)} {', '.join(map(str, sorted(folds)))} alone"
         if len(folds) < most and folds.keys() <= found["probe"].keys():
             title += " (minus the probe there)"
             gains = np.mean([np.subtract(folds[fold], found["probe"][fold]) for fold in folds], axis=0)
