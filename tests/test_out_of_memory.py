@@ -50,7 +50,11 @@ def test_the_setting_that_fits_a_gpu_is_named(tmp_path, tokenizer, monkeypatch):
     assert "micro-batch 2 x accumulation 2" in str(explained)
 
 
-def test_evaluation_names_its_own_options(tmp_path, tokenizer):
+def fill_at_once():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_evaluation_names_its_own_options(tmp_path, tokenizer, monkeypatch):
     model, data = make_model(), make_dataset(8)
     args = arguments(tmp_path, 4, eval_strategy="steps", eval_steps=1)
     trainer = weighted(model, args, data, tokenizer, eval_dataset=data)
@@ -58,6 +62,9 @@ def test_evaluation_names_its_own_options(tmp_path, tokenizer):
     for run in (trainer.train, trainer.evaluate, lambda: trainer.predict(data)):
         with pytest.raises(OutOfMemoryError, match=r"phase 'evaluation'. Use a smaller per_device_eval_batch_size"):
             run()
+    monkeypatch.setattr(trainer, "get_train_dataloader", fill_at_once)
+    with pytest.raises(OutOfMemoryError, match=r"phase 'training'\. torch said"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("place", ["training_step", "_move_model_to_device"])

@@ -79,8 +79,7 @@ def evaluate(
         >>> evaluate("output/adapter", "other.csv", data_options={"label": "binds"})["mcc"]  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    options = {"on_error": on_error, **(data_options or {})}
-    dataset = _readable(predictor, _split_of(predictor, data, options), keep, options["on_error"])
+    dataset = _read(predictor, data, {"on_error": on_error, **(data_options or {})}, keep)
     return _metrics_of(predictor)(_predict(predictor, dataset, keep, token_budget))
 
 
@@ -117,8 +116,7 @@ def evaluate_in_full(
         >>> print(evaluate_in_full("output/adapter", "other.csv"))  # doctest: +SKIP
     """
     predictor = model if isinstance(model, Predictor) else Predictor.load(model)
-    options = {"on_error": on_error, **(data_options or {})}
-    dataset = _readable(predictor, _split_of(predictor, data, options), keep, options["on_error"])
+    dataset = _read(predictor, data, {"on_error": on_error, **(data_options or {})}, keep)
     prediction, compute = _predict(predictor, dataset, keep, token_budget), _metrics_of(predictor)
     labels: Any = prediction.label_ids
     return Evaluation(
@@ -132,6 +130,11 @@ def evaluate_in_full(
         thresholds=predictor.thresholds,
         baselines=majority_metrics(predictor.task, np.asarray(labels)),
     )
+
+
+def _read(predictor: Predictor, data: Any, options: Mapping[str, Any], keep: LongReading | None) -> Dataset:
+    """Return the rows of what is evaluated that the model reads; the options have ``on_error``."""
+    return _readable(predictor, _split_of(predictor, data, options), keep, options["on_error"])
 
 
 def _split_of(predictor: Predictor, data: Any, options: Mapping[str, Any]) -> Any:

@@ -127,6 +127,7 @@ class WatchedTrainer(Trainer):
             DivergenceError: a loss, a gradient or a parameter is NaN or infinite, or the loss has exploded.
             OutOfMemoryError: the device has too little memory; the message says what would fit.
         """
+        self._last_batch = "training", None
         try:
             result = super().train(start_run(self, resume_from_checkpoint), *args, **kwargs)
             self._watch.look(self.args, at_end=True)

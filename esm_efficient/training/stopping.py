@@ -107,8 +107,9 @@ class EarlyStopping:
         needed = {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
         chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
         for name, other in (("eval", "save"), ("save", "eval")):  # transformers needs the same strategy for both
-            if f"{name}_strategy" in given and f"{other}_strategy" not in given:
-                needed[f"{other}_strategy"] = given[f"{name}_strategy"]
+            strategy = given.get(f"{name}_strategy", "no")
+            if getattr(strategy, "value", strategy) != "no" and f"{other}_strategy" not in given:
+                needed[f"{other}_strategy"] = strategy
                 needed |= {f"{other}_steps": given[f"{name}_steps"]} if f"{name}_steps" in given else {}
         return needed | chosen | dict(given)
 

@@ -108,6 +108,9 @@ class LayerReader:
 
         Returns:
             float32 of shape (layers, readings, sequences, width).
+
+        Raises:
+            OutOfMemoryError: the device has too little memory for a batch.
         """
         self._wanted = self.numbers if layers is None else layers
         result: np.ndarray | None = None

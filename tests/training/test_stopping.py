@@ -94,6 +94,7 @@ def test_options_and_callbacks():
         assert (options["eval_strategy"], options["save_strategy"]) == ("steps", "steps")
         assert options["eval_steps"] == options["save_steps"] == 50
     assert stopping.options({"eval_strategy": "steps", "save_strategy": "no"})["save_strategy"] == "no"
+    assert stopping.options({"save_strategy": "no"})["eval_strategy"] == "epoch"
 
 
 @pytest.mark.parametrize(
