@@ -22,7 +22,7 @@ ESM2_SIZES: dict[str, tuple[int, int, int]] = {
 BASE_CONFIG = "base_config"
 """The folder beside an adapter with the config of its base model."""
 
-_NAME = re.compile(r"(?:facebook/)?(?:esm-?2[ _-]?)?(?:t\d+_)?(\d+[mb])(?:_ur50d)?", re.IGNORECASE)
+_NAME = re.compile(r"(?:facebook/)?(?:esm-?2[ _-]?)?(?:t\d+[ _-])?(\d+) ?([mb])(?:[ _-]ur50d)?", re.IGNORECASE)
 
 
 def size_of(name: str) -> str | None:
@@ -33,7 +33,7 @@ def size_of(name: str) -> str | None:
         ('650M', '650M', '8M', None)
     """
     match = _NAME.fullmatch(name.strip())
-    size = match[1].upper() if match else None
+    size = f"{match[1]}{match[2].upper()}" if match else None
     return size if size in ESM2_SIZES else None
 
 

@@ -150,6 +150,8 @@ def task_of_model(model: Any) -> Task:
 
 def base_model_of(model: Any) -> Any:
     """Return the model inside a model with peft adapters; any other model itself."""
+    if type(model).__name__ == "PeftMixedModel":  # of peft, which has no such method there
+        return model.base_model.model
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -24,7 +24,7 @@ from esm_efficient.adapters.registry import (
     is_unread,
     linear_layers,
 )
-from esm_efficient.errors import ConfigurationError, TargetModuleError, nearest
+from esm_efficient.errors import ConfigurationError, TargetModuleError, listing, nearest
 from esm_efficient.recipes import Recipe, get_recipe, select_layers
 from esm_efficient.tasks import peft_task_type
 
@@ -150,7 +150,8 @@ def lora_config(
         TargetModuleError: as `resolve_targets`; or a key of ``rank_pattern`` or ``alpha_pattern`` matches no layer that
             gets an adapter, or a name in ``modules_to_save`` no module.
         ConfigurationError: the preset or an option is unknown, ``exclude_modules`` is a pattern and the preset needs a
-            list, ``modules_to_save`` is a text, or `layers` and ``layers_to_transform`` are both given.
+            list, ``modules_to_save`` is a text, `layers` and ``layers_to_transform`` are both given, or the model lacks
+            one of the latter.
 
     Example:
         >>> from transformers import AutoModelForSequenceClassification
@@ -172,6 +173,8 @@ def lora_config(
             f"layers={layers!r} and layers_to_transform={peft_options['layers_to_transform']!r} both choose layers: "
             "give one of them. A recipe has its own layers; layers=[...] replaces them"
         )
+    if "layers_pattern" not in peft_options:
+        _check_layer_numbers(model, peft_options.get("layers_to_transform"))
     if report.excluded:
         given = peft_options.pop("exclude_modules", None) or []
         if isinstance(given, str):
@@ -323,6 +326,18 @@ def _check_names(model: nn.Module, report: TargetReport, peft_options: Mapping[s
     for name in names_to_save(peft_options):
         if name not in _PEFT_HEADS and not any(path.endswith(name) for path in modules):
             raise TargetModuleError(f"modules_to_save: {name!r} matches no module: {_similar(name, modules)}")
+
+
+def _check_layer_numbers(model: nn.Module, given: int | Sequence[int] | None) -> None:
+    """Refuse numbers of layers that the model does not have: peft passes over them if it has one of the others."""
+    numbers = [] if given is None else [given] if isinstance(given, int) else list(given)
+    if not numbers:
+        return
+    count = len(encoder_layers(model))
+    if wrong := [number for number in numbers if not 0 <= number < count]:
+        raise ConfigurationError(
+            f"layers_to_transform has {listing(list(map(str, wrong)))}: the model has the layers 0 to {count - 1}"
+        )
 
 
 def names_to_save(peft_options: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, TrainingInterrupted):
             _leave_ranks()
     except (EsmEfficientError, OSError) as error:
-        status, message = 1, str(error)
+        status, message = 1, str(error).partition("\n\n")[0]  # a table may follow, for Python
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
             raise

@@ -143,7 +143,7 @@ def get_device(device: str | Device) -> Device:
     Args:
         device: such as ``"A10G"``, ``"g5.2xlarge"`` or ``"ml.g5.2xlarge"``; or the memory of another GPU of NVIDIA,
             such as ``"12GB"``, whose rates are then unknown. Case is ignored, and so are spaces and hyphens
-            in a name.
+            in a name. Of a GPU with several sizes of memory, such as ``"A100"``, it is the smallest.
 
     Raises:
         ConfigurationError: no device and no instance type has the name, or it is not a text.
@@ -163,6 +163,8 @@ def get_device(device: str | Device) -> Device:
     for known in DEVICES.values():
         if _letters(wanted) == _letters(known.name.lower()) or wanted in known.instances:
             return known
+    if alike := devices_called(wanted):
+        return min(alike, key=lambda known: known.memory)
     if memory := re.fullmatch(r"(\d+(?:\.\d+)?) ?gi?b", wanted):
         if not GIB <= float(memory[1]) * GIB <= 1024 * GIB:
             raise ConfigurationError(f"device={device!r}: expected the memory of one GPU, such as '12GB'")
@@ -173,9 +175,29 @@ def get_device(device: str | Device) -> Device:
     )
 
 
+def devices_called(name: str) -> list[Device]:
+    """Return the devices of a name, with or without the memory in GB, as drivers and people write it.
+
+    Example:
+        >>> [device.name for device in devices_called("NVIDIA A100-SXM4-80GB")], devices_called("NVIDIA L40S")
+        (['A100-80'], [])
+    """
+    letters = _letters(name.lower())
+    return [device for device in DEVICES.values() if _has_name(letters, device)]
+
+
+def _has_name(letters: str, device: Device) -> bool:
+    """Whether letters are the name of a device without its memory, alone or with the memory in GB behind them."""
+    stem = _letters(re.sub(r"-\d\d$", "", device.name).lower())
+    memory = letters.removeprefix(stem)
+    if not letters.startswith(stem) or not (memory.isdecimal() or not memory):
+        return False
+    return not memory or abs(int(memory) - device.memory / GIB) <= 0.1 * int(memory)
+
+
 def _letters(name: str) -> str:
     """Return a name of a device without the words and signs that people write in different ways."""
-    return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name)
+    return re.sub(r"nvidia|geforce|tesla|sxm\d?|pcie|hbm\w*|(?<=\d)gi?b|[\s_-]", "", name)
 
 
 def native_precision(device: torch.device) -> Precision:

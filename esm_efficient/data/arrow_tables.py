@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from esm_efficient import __version__
-from esm_efficient.data.download import cache_folder, unfinished
+from esm_efficient.data.download import made_folder, unfinished
 from esm_efficient.data.label_cells import LabelObservations, labels_at_positions
 from esm_efficient.data.label_kinds import LabelEncoding, LabelKind, decide_encoding
 from esm_efficient.data.label_names import refuse_bars
@@ -91,11 +91,10 @@ def mapped_table(files: Mapping[str, str | Path], plan: TablePlan) -> Path:
         DataError: a file, a row or a cell is wrong, or no row is left.
         ConfigurationError: `plan.header` does not fit the files.
     """
-    folder = cache_folder() / "tables"
+    folder = made_folder("tables")
     name = _cache_name(files, plan)
     table, notes = folder / f"{name}.arrow", folder / f"{name}.json"
     if not (table.is_file() and notes.is_file()):
-        folder.mkdir(parents=True, exist_ok=True)
         raw, encoded, said = (unfinished(folder / f"{name}.{step}") for step in ("raw", "encoded", "notes"))
         try:
             found = _TableWriter(files, plan).write(raw, encoded)

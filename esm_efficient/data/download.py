@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from esm_efficient.errors import DownloadError
+from esm_efficient.errors import ConfigurationError, DownloadError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,26 @@ def cache_folder() -> Path:
     if moved := os.environ.get(CACHE_VARIABLE):
         return Path(moved).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "esm_efficient"
+
+
+def made_folder(*parts: str) -> Path:
+    """Return a folder in the cache folder, which is made if it is not there.
+
+    Raises:
+        ConfigurationError: it cannot be made or written to.
+    """
+    folder = cache_folder().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(_not_writable(folder, error)) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigurationError(_not_writable(folder, "no permission"))
+    return folder
+
+
+def _not_writable(folder: Path, reason: object) -> str:
+    return f"cannot write into {folder} ({reason}). Set {CACHE_VARIABLE} to a folder that is writable"
 
 
 def sha256_of(path: str | Path) -> str:
@@ -83,9 +103,7 @@ def fetch(url: str, destination: str | Path, *, sha256: str | None = None, timeo
         destination.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
     except OSError as error:
-        raise DownloadError(
-            f"cannot write into {destination.parent} ({error}). Set {CACHE_VARIABLE} to a folder that is writable."
-        ) from error
+        raise DownloadError(_not_writable(destination.parent, error)) from error
     temporary = Path(name)
     try:
         try:

@@ -25,7 +25,8 @@ LeaveOut = Callable[[str, str], None]
 """Takes the place of a row that is left out, and what is wrong with it."""
 
 _PEEK_RECORDS = 100
-_KEY_AND_VALUE = re.compile(r"(?:^|\s)(\w+)=(\S+)")
+_KEY_AND_VALUE = re.compile(r"(?:^|\s)(\w+)=(.*?)(?=\s+\w+=|\s*$)")
+"""A key and its value, which may have spaces: it ends before the next key."""
 
 
 class Record(NamedTuple):
@@ -111,12 +112,30 @@ def read_fasta_table(
                     )
                 leave_out(f"{source}, {record.place}", problem)
                 continue
-            if columns:
-                values = dict(_KEY_AND_VALUE.findall(record.header))
+            if keys:
+                pairs = [pair for pair in _KEY_AND_VALUE.findall(record.header) if pair[0].lower() in HEADER_KEYS]
+                if problem := _wrong_keys([key for key, _ in pairs], columns):
+                    if leave_out is None:
+                        raise DataError(f"{source}, {record.place}: {problem}")
+                    leave_out(f"{source}, {record.place}", problem)
+                    continue
+                values = dict(pairs)
                 cells += [values.get(column, "") for column in columns]
             yield record.place, cells
 
     return names + columns, rows()
+
+
+def _wrong_keys(keys: Sequence[str], columns: Sequence[str]) -> str:
+    """Return what is wrong with the keys of a header; empty if nothing is."""
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        return f"the header has {twice[0]}= twice"
+    if late := [key for key in keys if key not in columns]:
+        return (
+            f"the header has {late[0]}=, which none of the first {_PEEK_RECORDS} headers has. Write it into one of "
+            "them too, so that it becomes a column"
+        )
+    return ""
 
 
 def have_labels(records: Sequence[Record]) -> bool:

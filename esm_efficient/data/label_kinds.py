@@ -31,11 +31,13 @@ from esm_efficient.data.label_cells import (
 from esm_efficient.data.label_names import (
     compounds,
     named,
+    rare_classes,
     refuse_bars,
     refuse_long,
     refuse_many,
     refuse_separators,
     respelled,
+    two_spellings,
     usual_spellings,
 )
 from esm_efficient.data.schema import number_of
@@ -217,6 +219,11 @@ def _kind_of(observed: LabelObservations, skip: bool, of_residues: bool) -> tupl
             + f", or {_AS_CLASS}"
         )
     if observed.first_fraction is not None:
+        if twice := two_spellings(sorted(observed.counts)):
+            raise DataError(
+                f"the label is a number in every row, but {twice} are one number in two spellings, as codes have them: "
+                'pass label_kind="class" if each is a class of its own, or label_kind="number"'
+            )
         return "number", reading
     numbers = sorted(text for text in observed.counts if number_of(text) is not None)
     if {number_of(text) for text in numbers} <= {0.0, 1.0}:
@@ -359,7 +366,7 @@ def _class_encoding(observed: LabelObservations, *, asked: bool, skip: bool) -> 
     if doubts and not asked:
         raise DataError(f"{'. '.join(doubts[0])}, or {_AS_CLASS}")
     names, ids = named(sorted(counts))
-    notes += [*(problem for problem, _ in doubts), *_rare_classes(observed, counts)]
+    notes += [*(problem for problem, _ in doubts), *rare_classes(counts, observed.places)]
     return LabelEncoding("class", names, {text: ids[name] for text, name in usual.items()}, notes=tuple(notes))
 
 
@@ -387,12 +394,3 @@ def _shown(observed: LabelObservations, texts: Sequence[str]) -> str:
 def _most_classes(observed: LabelObservations) -> int:
     """The most different cells that are taken for classes without a question."""
     return max(observed.rows // 10, min(10, observed.rows // 2), 2)
-
-
-def _rare_classes(observed: LabelObservations, counts: Mapping[str, int]) -> Iterator[str]:
-    """Notes on classes with one row, where another class has ten or more, and on a single class."""
-    if len(counts) == 1:
-        yield f"the label is {next(iter(counts))!r:.40} in every row"
-    rare = [f"{text!r:.40} ({observed.places[text]})" for text in sorted(counts) if counts[text] == 1]
-    if rare and max(counts.values()) >= 10:
-        yield f"{len(rare)} class(es) have a single row, which may be a slip: {listing(rare)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 
 from esm_efficient.data.label_cells import MAX_CLASSES, MAX_NAME, SEPARATORS, holds_list, is_bracketed, spelling
@@ -11,6 +11,8 @@ from esm_efficient.data.schema import number_of
 from esm_efficient.errors import DataError, listing
 
 _COMPOUND = re.compile(r"\s*[,/&+]\s*")
+_WHOLE = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.0*)?(?:[eE]\+?\d+)?")
+"""A whole number; with a zero before it, a text is a code."""
 
 
 def usual_spellings(texts: Sequence[str], counts: Mapping[str, int]) -> dict[str, str]:
@@ -39,13 +41,46 @@ def compounds(texts: Sequence[str]) -> list[str]:
 
 
 def named(spellings: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return class names and the class of each spelling; if all are whole numbers, ``1.0`` is the class ``1``."""
-    numbers = [number_of(text) for text in spellings]
-    if all(number is not None and number % 1 == 0 for number in numbers):
+    """Return class names and the class of each spelling; if all are whole numbers, ``1.0`` is the class ``1``.
+
+    Codes such as ``01`` beside ``1`` are no numbers, and stay as they are.
+    """
+    if all(_WHOLE.fullmatch(text) and number_of(text) is not None for text in spellings):
         exact = {text: int(Decimal(text)) for text in spellings}  # a float has 16 digits
         names = [str(number) for number in sorted(set(exact.values()))]
         return tuple(names), {text: names.index(str(number)) for text, number in exact.items()}
     return tuple(spellings), {text: index for index, text in enumerate(spellings)}
+
+
+def two_spellings(texts: Sequence[str]) -> str:
+    """Return two texts that are one number, as codes may be; empty if there are none.
+
+    A whole number such as ``1`` and ``1.0`` has two usual spellings, and so has one with an exponent.
+
+    Example:
+        >>> two_spellings(["1.1", "1.10", "3.4"]), two_spellings(["1", "1.0", "2.5"])
+        ('1.1 and 1.10', '')
+    """
+    first: dict[float, str] = {}
+    for text in texts:
+        value = number_of(text)
+        if value is not None and value % 1 and "e" not in text.lower() and first.setdefault(value, text) != text:
+            return f"{first[value]} and {text}"
+    return ""
+
+
+def rare_classes(counts: Mapping[str, int], places: Mapping[str, str]) -> Iterator[str]:
+    """Notes on classes with one row, where another class has ten or more, and on a single class.
+
+    Args:
+        counts: the rows of each class.
+        places: the first row of each class.
+    """
+    if len(counts) == 1:
+        yield f"the label is {next(iter(counts))!r:.40} in every row"
+    rare = [f"{text!r:.40} ({places[text]})" for text in sorted(counts) if counts[text] == 1]
+    if rare and max(counts.values()) >= 10:
+        yield f"{len(rare)} class(es) have a single row, which may be a slip: {listing(rare)}"
 
 
 def refuse_many(names: Sequence[str]) -> None:

@@ -131,6 +131,14 @@ def _blocks_of(
             chunk, characters = [], 0
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; ValueError if a key is there twice, of which Python would keep the last."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
 def _read_json_lines(
     handle: Iterable[str], source: str | Path, leave_out: LeaveOut | None
 ) -> tuple[list[str], Iterator[tuple[str, list[Any]]]]:
@@ -141,7 +149,7 @@ def _read_json_lines(
             if not line.strip():
                 continue
             try:
-                cells, problem = json.loads(line), "the line is not a JSON object"
+                cells, problem = json.loads(line, object_pairs_hook=_once), "the line is not a JSON object"
                 if _SURROGATE.search(line):
                     json.dumps(cells, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:

@@ -60,8 +60,8 @@ def split_by_partition(
     if test is None:
         if len(present) > MOST_FOLDS:
             raise ConfigurationError(
-                f"the column of partitions has {len(present):,} different numbers: name those of the test set with "
-                "test_partitions=, or pass partition=False if they are not homology partitions"
+                f"the column of partitions has {len(present):,} different numbers: pass partition=False if they are no "
+                "homology partitions, or name those of the test set with test_partitions="
             )
         test = [max(set(present) - set(validation or ()), default=present[-1])]
     if validation is None:

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.util
 import itertools
+import logging
 import re
 import zipfile
 import zlib
@@ -16,6 +17,8 @@ from typing import Any
 from esm_efficient.data.fasta import LeaveOut
 from esm_efficient.data.opening import FREE_BYTES, MAX_RATIO, MAX_ROW_CHARACTERS
 from esm_efficient.errors import ConfigurationError, DataError, listing
+
+logger = logging.getLogger(__name__)
 
 _ZIP = b"PK\x03\x04"
 _WORKBOOK = "xl/workbook.xml"
@@ -96,11 +99,13 @@ class _Line:
         place: where it is.
         cells: its cells as text.
         faults: what is wrong with it, with the index of the cell.
+        dates: the indices of cells that are dates.
     """
 
     def __init__(self, place: str, row: Sequence[Any], formulas: Sequence[Any]) -> None:
         self.place, self.cells = place, [_text(cell.value) for cell in row]
         self.faults: list[tuple[int, str]] = []
+        self.dates = [index for index, cell in enumerate(row) if isinstance(cell.value, datetime.date)]
         for index, (cell, text) in enumerate(zip(row, self.cells, strict=True)):
             is_formula = index < len(formulas) and formulas[index].data_type == "f"
             if cell.data_type == "e":
@@ -211,7 +216,13 @@ def _complete_rows(
     lines: Iterator[_Line], names: Sequence[str], path: str | Path, leave_out: LeaveOut | None
 ) -> Iterator[tuple[str, list[str]]]:
     """The rows with one cell per column; each cell must have been read whole."""
+    dates: dict[int, list[str]] = {}
+    texts = [0] * len(names)
     for line in lines:
+        for index in line.dates:
+            dates.setdefault(index, []).append(line.place)
+        for index, cell in enumerate(line.cells[: len(names)]):
+            texts[index] += bool(cell.strip()) and index not in line.dates
         cells, extra = line.cells[: len(names)], line.cells[len(names) :]
         problem = ""
         if line.faults:
@@ -227,3 +238,10 @@ def _complete_rows(
             raise DataError(f"{path}, {line.place}: {problem}")
         else:
             leave_out(f"{path}, {line.place}", problem)
+    for index, places in dates.items():
+        if index < len(names) and texts[index]:  # a column of dates alone is one
+            logger.warning(
+                "%s: %s of the column %s, which has other texts too: Excel makes dates of names such as SEPT2 or 2-9. "
+                "Correct them, and let the column be text: %s",
+                *(path, f"{len(places):,} cell(s) are dates", names[index][:40], listing(places)),
+            )

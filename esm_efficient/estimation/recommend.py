@@ -186,10 +186,11 @@ def recommend(
     fitting = [e for e, reason in zip(estimates, too_large, strict=True) if not reason]
     if not fitting:
         attempts = tuple(Attempt(e, reason) for e, reason in zip(estimates, too_large, strict=True))
+        smallest = min(estimates, key=lambda e: e.peak.total)
         raise ConfigurationError(
             f"no setting that was tried fits {target.name} with {margin:.0%} of its {format_bytes(target.memory)} kept "
-            f"free; the smallest needs {format_bytes(min(e.peak.total for e in estimates))}. Use a larger device, a "
-            f"smaller model or shorter sequences.\n{_table(attempts, epochs)}"
+            f"free; the smallest, {describe_setting(smallest.recipe)}, needs {format_bytes(smallest.peak.total)}. Use "
+            f"a larger device, a smaller model or shorter sequences\n\n{_table(attempts, epochs)}"
         )
     times = [run_seconds(e, epochs) for e in estimates]
     limit = 1.01 * min(time for time, reason in zip(times, too_large, strict=True) if not reason)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esm_efficient.data.arrow_tables import OnError
-from esm_efficient.data.encoding import ResidueEncoder
+from esm_efficient.data.encoding import ResidueEncoder, longest_input
 from esm_efficient.encoder import apply_lean_encoder_if_supported, has_lean_encoder
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.inference.batches import run_in_batches
@@ -66,7 +66,7 @@ class Embedder:
         *,
         layer: int | None = None,
         pooling: EmbeddingPooling = "mean",
-        max_tokens: int = 1024,
+        max_tokens: int | None = None,
     ) -> None:
         if pooling not in get_args(EmbeddingPooling):
             raise ConfigurationError(f"pooling={pooling!r}: expected one of {', '.join(get_args(EmbeddingPooling))}")
@@ -79,6 +79,7 @@ class Embedder:
             )
         if layer is not None and not 0 <= layer <= layers:
             raise ConfigurationError(f"layer={layer}: expected 0 to {layers}; the last is read if no layer is given")
+        max_tokens = longest_input(tokenizer) if max_tokens is None else max_tokens
         if max_tokens <= SPECIAL_TOKENS:
             raise ConfigurationError(
                 f"max_tokens={max_tokens}: expected room for a residue beside {SPECIAL_TOKENS} special tokens"
@@ -106,7 +107,7 @@ class Embedder:
         layer: int | None = None,
         pooling: EmbeddingPooling = "mean",
         device: str | torch.device | None = None,
-        max_tokens: int = 1024,
+        max_tokens: int | None = None,
     ) -> Embedder:
         """Load a model from a folder or from the Hub; an adapter that `finetune` saved is merged with its base model.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from esm_efficient.data.schema import non_letters
+from esm_efficient.data.schema import USUAL_NAMES, non_letters
 from esm_efficient.data.sequences import STOP, NucleotideCount, clean, looks_like_words
 from esm_efficient.errors import DataError, listing
 from esm_efficient.reporting import count_of
@@ -44,11 +45,12 @@ def sequences_from(given: Any) -> list[str]:
     """Return the sequences in a list, an array, a pandas Series, a column of a data set or a split of one.
 
     Args:
-        given: texts, or rows with a column ``sequence``.
+        given: texts, or rows with a column of a usual name (`esm_efficient.data.schema.USUAL_NAMES`).
 
     Raises:
-        DataError: one text, all splits of a data set, or another mapping was given; an item is not a text, is empty, or
-            is not a protein sequence; or most sequences are nucleotides. Fewer, or a short one, are a warning.
+        DataError: one text or path, all splits of a data set, or another mapping was given; a table has no column of
+            sequences; an item is not a text, is empty, or is not a protein sequence; or most sequences are nucleotides.
+            Fewer, or a short one, are a warning.
 
     Example:
         >>> import numpy as np
@@ -57,6 +59,8 @@ def sequences_from(given: Any) -> list[str]:
     """
     if isinstance(given, CheckedSequences):
         return given
+    if isinstance(given, Path) or (isinstance(given, str) and _FILE.search(given.strip())):
+        raise DataError(f"expected a list of sequences, got the path {given}: predict_file and embed_file read files")
     if isinstance(given, str | bytes):
         raise DataError("expected a list of sequences, got a single text: put it into a list")
     if isinstance(given, Mapping):
@@ -70,12 +74,13 @@ def sequences_from(given: Any) -> list[str]:
             raise DataError(f"the {type(given).__name__} has the shape {given.shape}: expected one text per sequence")
         columns = list(given.columns)
     if columns is not None:  # a split of a data set, or a table of pandas
-        if "sequence" not in columns:
+        usual = [name for name in columns if isinstance(name, str) and name.lower() in USUAL_NAMES["sequence"]]
+        if "sequence" not in columns and len(usual) != 1:
             raise DataError(
-                f"the {type(given).__name__} has the columns {listing([repr(name) for name in columns])}: expected a "
-                "column called sequence, or give the column itself"
+                f"the {type(given).__name__} has the columns {listing([repr(name) for name in columns])}: expected one "
+                "column with a usual name of sequences, such as sequence, or give the column itself"
             )
-        given = given["sequence"]
+        given = given["sequence" if "sequence" in columns else usual[0]]
     if not isinstance(given, Iterable):
         raise DataError(f"expected a list of sequences, got {type(given).__name__}")
     sequences = list(given)

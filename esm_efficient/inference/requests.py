@@ -163,7 +163,7 @@ def _csv(text: str) -> Iterator[tuple[str, str]]:
     if not text.strip():
         return
     names, rows = read_table(io.StringIO(text, newline=""), "the CSV", delimiter=",")
-    sequence = find_column("sequence", names, None, "the CSV")
+    sequence = None if len(names) == 1 and not _is_usual(names[0]) else find_column("sequence", names, None, "the CSV")
     accession = None if sequence is None else find_column("accession", names, None, "the CSV")
     if sequence is None:
         if len(names) > 1:
@@ -175,6 +175,11 @@ def _csv(text: str) -> Iterator[tuple[str, str]]:
     for _, row in rows:
         cells = dict(zip(names, row, strict=True))
         yield cells.get(accession or "", "").strip(), cells[sequence]
+
+
+def _is_usual(name: str) -> bool:
+    """Whether the only column of a CSV has a header; otherwise its name is the first sequence."""
+    return name.strip().lower() in USUAL_NAMES["sequence"]
 
 
 def _check_first_line(line: str) -> None:

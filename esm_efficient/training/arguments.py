@@ -96,11 +96,16 @@ def refuse_unsaved_weights(args: TrainingArguments) -> None:
 
 
 def refuse_no_predictions(args: TrainingArguments) -> None:
-    """Refuse options under which a Trainer gives no predictions, or only parts of them, to be evaluated.
+    """Refuse options under which a Trainer gives no whole predictions to be evaluated, or changes the model by it.
 
     Raises:
         ConfigurationError: as above.
     """
+    if rounding := [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)]:
+        raise ConfigurationError(
+            f"{rounding[0]}=True rounds the weights of the model at its evaluation, and a run saves it after that. "
+            'Leave it out: precision="bf16" computes in half precision and keeps the weights'
+        )
     whole = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
     if changed := [f"{name}={not value}" for name, value in whole.items() if bool(getattr(args, name)) != value]:
         raise ConfigurationError(

@@ -6,6 +6,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableR
 from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, find_batch_size
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import has_length, seed_worker
 
 from esm_efficient import compat
 from esm_efficient.data.batching import TokenBudgetBatchSampler, lengths_of
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 class EpochCallback(TrainerCallback):
     """Sets the order of each epoch, and tells callbacks where the passes of a stream end.
 
-    accelerate sets the epoch of a `TokenBudgetBatchSampler` too, but not when a run resumes: transformers 5.3 first
-    wraps the loader to skip batches, and the epoch does not reach the sampler inside.
+    accelerate sets the epoch of a batch sampler too, but not always when a run resumes: transformers first wraps the
+    loader to skip batches, and the epoch does not reach a sampler that is inside of several others.
     """
 
     def __init__(self, trainer: WatchedTrainer) -> None:
@@ -56,8 +57,10 @@ class EpochCallback(TrainerCallback):
         """Set the epoch."""
         loader, epoch = kwargs.get("train_dataloader"), int(state.epoch + 1e-6)
         sampler = getattr(loader, "batch_sampler", None)
-        if isinstance(sampler, TokenBudgetBatchSampler):
-            sampler.set_epoch(epoch)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None)
         self._seed_order(loader, args.seed if args.data_seed is None else args.data_seed, epoch)
         stream = self._trainer.stream
         if stream is not None and stream.batches and not self._is_telling:
@@ -269,6 +272,7 @@ def stream_dataloader(trainer: Trainer) -> DataLoader:
     """
     args, accelerator = trainer.args, trainer.accelerator
     ranks, size = accelerator.num_processes, args.train_batch_size
+    _refuse_found_size(args, "a stream")
     if ranks > 1 and "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy):
         raise ConfigurationError(
             'the training set is a stream without a length, which has no epochs on several ranks: expected "steps" or '
@@ -295,6 +299,7 @@ def budget_dataloader(trainer: Trainer, token_budget: int) -> DataLoader:
         ConfigurationError: the training set is missing or is a stream.
     """
     args, accelerator = trainer.args, trainer.accelerator
+    _refuse_found_size(args, "a token budget")
     dataset: Any = trainer.train_dataset
     if dataset is None or not hasattr(dataset, "__len__"):
         raise ConfigurationError("token_budget needs a train_dataset with a length, to sort sequences by their tokens")
@@ -314,6 +319,12 @@ def budget_dataloader(trainer: Trainer, token_budget: int) -> DataLoader:
         collate_fn=collate,
         **_loading_options(args, accelerator),
     )
+
+
+def _refuse_found_size(args: TrainingArguments, what: str) -> None:
+    """Refuse to look for a batch size where it does not decide the size of a batch."""
+    if args.auto_find_batch_size:
+        raise ConfigurationError(f"auto_find_batch_size=True cannot make the batches of {what} smaller: leave it out")
 
 
 def count_real_examples(dataloader: Any, accelerator: Accelerator) -> int | None:
@@ -364,7 +375,11 @@ def is_stream(dataset: Any) -> bool:
 
 def _loading_options(args: TrainingArguments, accelerator: Accelerator) -> dict[str, Any]:
     workers = args.dataloader_num_workers
+    newer = {name: getattr(args, f"dataloader_{name}", None) for name in ("multiprocessing_context", "in_order")}
     return {
+        **({name: value for name, value in newer.items() if value is not None} if workers else {}),
+        # The workers of each rank have other random numbers.
+        "worker_init_fn": partial(seed_worker, num_workers=workers, rank=args.process_index) if workers else None,
         "num_workers": workers,
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,

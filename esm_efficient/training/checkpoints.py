@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from esm_efficient.compat import guard_training, running_trainer
 from esm_efficient.data.download import sha256_of
@@ -60,6 +61,7 @@ class CheckpointCallback(TrainerCallback):
         self.signals = signals
         self.run: dict[str, Any] | None = None
         self._limit: int | None = None
+        self._strategy: SaveStrategy | str | None = None
         self._before: dict[signal.Signals, Any] | None = None
         self._remove_guard: Callable[[], None] | None = None
         # A signal may come after the ranks have agreed to continue: what this rank received is stored separately.
@@ -70,11 +72,11 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Prepare the run; the signals are handled from its first evaluation or epoch."""
         trainer: Any = running_trainer()
-        if trainer is None:
-            raise ConfigurationError("CheckpointCallback works in trainer.train() only")
+        if trainer is None or state.is_hyper_param_search:  # a search has a folder per trial, which no callback is told
+            raise ConfigurationError("CheckpointCallback works in trainer.train() only, and not in a search")
         self._end(args)
         self._received = self._agreed = False
-        self._limit = args.save_total_limit
+        self._limit, self._strategy = args.save_total_limit, None
 
         @contextmanager
         def guard() -> Iterator[None]:
@@ -102,6 +104,12 @@ class CheckpointCallback(TrainerCallback):
         if self._any_rank_received(args.device):
             logger.warning("a signal was received: the run ends after step %d", state.global_step)
             self._agreed = control.should_save = control.should_training_stop = True
+            # The run that resumes begins with the next epoch: what belongs to the end of this one is done now.
+            if abs(round(state.epoch or 0) - (state.epoch or 0)) < 1e-6:
+                control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+                control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            # With "best", Trainer would save only if this step's evaluation is the best.
+            self._strategy, args.save_strategy = args.save_strategy, SaveStrategy.STEPS
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """List the checkpoint's files, then delete older checkpoints; end the run if a signal was received.
@@ -135,6 +143,7 @@ class CheckpointCallback(TrainerCallback):
         self._remove_guard()
         self._remove_guard = None
         args.save_total_limit = self._limit
+        args.save_strategy = self._strategy or args.save_strategy
         for number, handler in (self._before or {}).items():
             # A handler that was not installed from Python is None, and cannot be installed again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -164,7 +173,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         None
     """
     for path in numbered_checkpoints(folder):
-        faults = find_faults(path) if (path / MANIFEST).is_file() else [f"{MANIFEST} is missing"]
+        faults = find_faults(path, needs_optimizer=False) if (path / MANIFEST).is_file() else [f"{MANIFEST} is missing"]
         if not faults:
             return path
         logger.warning("%s is incomplete or damaged and is skipped: %s", path, listing(faults))
@@ -182,17 +191,19 @@ def find_faults(path: Path, *, needs_optimizer: bool = True) -> list[str]:
 
     Args:
         path: the checkpoint's folder.
-        needs_optimizer: whether a checkpoint without a list of files must have an ``optimizer.pt`` and a
-            ``scheduler.pt``.
+        needs_optimizer: whether a checkpoint must have an ``optimizer.pt`` and a ``scheduler.pt``, without which a run
+            would go on at another rate.
     """
+    needed = ["optimizer.pt", "scheduler.pt"] if needs_optimizer else []
+    faults = [f"{name} is missing, as with save_only_model=True" for name in needed if not (path / name).is_file()]
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         if manifest is None:
             return [f"{MANIFEST} is not a list of files with hashes"]
-        return [fault for name, listed in manifest["files"].items() if (fault := _compare(path / name, listed))]
-    faults = []
-    needed = ["trainer_state.json", *(["optimizer.pt", "scheduler.pt"] if needs_optimizer else [])]
-    faults += [f"{name} is missing" for name in needed if not (path / name).is_file()]
+        listed = manifest["files"].items()
+        changed = [fault for name, entry in listed if (fault := _compare(path / name, entry))]
+        return changed + ([] if changed else faults)
+    faults += [] if (path / "trainer_state.json").is_file() else ["trainer_state.json is missing"]
     for file in sorted(path.iterdir()):
         try:
             if file.name == "trainer_state.json":
@@ -204,7 +215,7 @@ def find_faults(path: Path, *, needs_optimizer: bool = True) -> list[str]:
                 with zipfile.ZipFile(file) as archive:
                     if broken := archive.testzip():
                         faults.append(f"{file.name} is damaged at {broken}")
-        except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             faults.append(f"{file.name} is damaged ({error})")
     return faults
 
@@ -289,7 +300,11 @@ def _compare(path: Path, listed: Any) -> str:
         return f"{path.name} is missing"
     if path.stat().st_size != listed["bytes"]:
         return f"{path.name} has {path.stat().st_size:,} bytes instead of {listed['bytes']:,}"
-    return "" if sha256_of(path) == listed["sha256"] else f"{path.name} has other content than was written"
+    try:
+        same = sha256_of(path) == listed["sha256"]
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return "" if same else f"{path.name} has other content than was written"
 
 
 def _delete_older(newest: Path, best: str | None, limit: int | None) -> None:

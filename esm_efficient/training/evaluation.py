@@ -14,6 +14,7 @@ from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import truncation_mask
 from esm_efficient.data.label_cells import spelling
 from esm_efficient.data.label_kinds import LabelKind
+from esm_efficient.data.schema import number_of
 from esm_efficient.data.sequences import Keep
 from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference import Predictor
@@ -22,7 +23,7 @@ from esm_efficient.inference.windows import LongReading
 from esm_efficient.tasks import IGNORE, SPECIAL_TOKENS, Task, task_of
 from esm_efficient.training.baselines import majority_metrics
 from esm_efficient.training.evaluation_page import Evaluation
-from esm_efficient.training.given import NAMED_TABLES, one_split_from
+from esm_efficient.training.given import NAMED_TABLES, is_typed, one_split_from
 from esm_efficient.training.intervals import intervals_of
 from esm_efficient.training.metrics import compute_metrics_for
 from esm_efficient.training.residue_page import read_letters
@@ -140,9 +141,11 @@ def _read(predictor: Predictor, data: Any, options: Mapping[str, Any], keep: Lon
 def _split_of(predictor: Predictor, data: Any, options: Mapping[str, Any]) -> Any:
     """Return what is evaluated as one split; what is a split, or something else, is returned as it is."""
     import pandas as pd
+    from datasets import Dataset
 
     is_named, task = isinstance(data, str) and data in NAMED_TABLES, predictor.task
-    if is_named or not isinstance(data, str | Path | tuple | pd.DataFrame):
+    is_read = isinstance(data, str | Path | tuple | pd.DataFrame) or (isinstance(data, Dataset) and not is_typed(data))
+    if is_named or not is_read:
         given = {name: value for name, value in options.items() if name != "on_error"}
         if given and not is_named:
             raise ConfigurationError(f"data_options has {listing(list(given))}, but the data are a split already")
@@ -150,6 +153,8 @@ def _split_of(predictor: Predictor, data: Any, options: Mapping[str, Any]) -> An
     # Whole numbers may look like classes, and so does a single label of several. Several columns say what they are.
     if task.kind in ("regression", "multi_label_classification") and isinstance(options.get("label", ""), str | None):
         options = {"label_kind": _READ_AS[task.kind], **options}
+    elif task.kind == "single_label_classification" and all(number_of(name) is not None for name in task.names):
+        options = {"label_kind": "class", **options}  # the reader asks whether numbers are classes
     split = one_split_from(data, **options)
     return _with_all_labels(split, task.names) if options.get("label_kind") == "several" else split
 

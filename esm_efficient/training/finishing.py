@@ -173,7 +173,7 @@ def _tune_thresholds(
     model.config.label_thresholds = thresholds
     if trainer.is_world_process_zero():
         with explain_full_disk(folder.parent):
-            if hasattr(model, "peft_config"):
+            if hasattr(model, "get_base_model"):
                 save_base_config(model, folder / BASE_CONFIG)
             else:
                 model.config.save_pretrained(folder)

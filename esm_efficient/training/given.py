@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import logging
-import math
-import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esm_efficient.data.deeploc import load_deeploc
-from esm_efficient.data.download import cache_folder, unfinished
+from esm_efficient.data.in_memory import stored, table_file
 from esm_efficient.data.loading import load_sequences
+from esm_efficient.data.own_splits import FLAGS
 from esm_efficient.data.readers import read_blocks
-from esm_efficient.data.schema import no_column
+from esm_efficient.data.schema import USUAL_NAMES, no_column
 from esm_efficient.data.splits import split_at_random
 from esm_efficient.demo import write_demo_table
 from esm_efficient.errors import ConfigurationError, DataError, listing, nearest
@@ -27,8 +24,6 @@ from esm_efficient.reporting.description import DataDescription, describe
 from esm_efficient.tasks import MAX_TOKENS, Task, task_of
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
     from datasets import Dataset, DatasetDict, Features
 
 logger = logging.getLogger(__name__)
@@ -53,9 +48,10 @@ def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetD
     """Return labelled splits of what a user has.
 
     Args:
-        data: the path of a file, or one path per split; a pandas DataFrame; a Dataset with the columns of
-            `load_sequences`; a pair of lists, sequences and labels; ``"demo"`` or ``"deeploc"``; or a `DatasetDict`,
-            which is returned as it is. What has no splits is split as `load_sequences` does.
+        data: the path of a file; a pandas DataFrame; a Dataset with the columns of `load_sequences`; a pair of lists,
+            sequences and labels; or ``"demo"`` or ``"deeploc"``. They are split as `load_sequences` does. Or a mapping
+            from the names of splits to paths, DataFrames, Datasets or pairs of lists. A `DatasetDict` whose labels have
+            a feature that tells the task (`is_typed`) is returned as it is.
         labelled: whether a file, a DataFrame or lists without labels are an error; otherwise they are a warning.
         **options: of `load_sequences`; of `load_deeploc` for the named tables.
 
@@ -72,36 +68,35 @@ def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetD
     from datasets import Dataset, DatasetDict, IterableDataset
 
     are_splits = isinstance(data, Mapping) and len(data) > 0
-    if are_splits and all(isinstance(split, Dataset | IterableDataset) for split in data.values()):
+    are_datasets = are_splits and all(isinstance(split, Dataset | IterableDataset) for split in data.values())
+    if are_datasets and is_typed(next(iter(data.values()))):
         if options:
             raise ConfigurationError(f"the data have splits already: remove {listing(list(options))}")
         return data if isinstance(data, dict) and type(data) is not dict else DatasetDict(data)
     if isinstance(data, str) and data in NAMED_TABLES:
         return _named_table(data, options)
     _check_names(options)
-    if isinstance(data, Mapping) and not (data and all(isinstance(part, str | Path) for part in data.values())):
-        kinds = listing([f"{name}: {type(part).__name__}" for name, part in data.items()]) or "nothing"
-        raise ConfigurationError(f"got splits of {kinds}: expected the path of a file, or a Dataset, per split")
-    if isinstance(data, str | Path | Mapping):
-        splits = load_sequences(data, **options)
+    if isinstance(data, Dataset) and is_typed(data) and not _tells_splits(data):
+        return _split_dataset(data, options)
+    if isinstance(data, Mapping) and not data:
+        raise ConfigurationError("got no split: expected the path of a file, a DataFrame or a Dataset per split")
+    with contextlib.ExitStack() as files:
+        given = {name: files.enter_context(table_file(part, name)) for name, part in _parts_of(data).items()}
+        splits = load_sequences(given if isinstance(data, Mapping) else given[""], **options)
         if not any("label" in split.features for split in splits.values()):
-            path = next(iter(data.values())) if isinstance(data, Mapping) else data
-            problem = _no_labels(path)
+            problem = _no_labels(next(iter(given.values())))
             if labelled:
                 raise DataError(problem)
             logger.warning(problem)
-        return splits
-    if isinstance(data, Dataset):
-        return _split_dataset(data, labelled, options)
-    return _load_frame(*_frame_of(data), labelled, options)
+    return splits
 
 
 def one_split_from(data: Any, **options: Any) -> Dataset:
     """Return all labelled rows of what a user has as one split.
 
     Args:
-        data: the path of a file, a pandas DataFrame, or a pair of lists, sequences and labels. Of ``"demo"`` or
-            ``"deeploc"``, the test split is returned.
+        data: the path of a file, a pandas DataFrame, a Dataset whose labels are read, or a pair of lists, sequences and
+            labels. Of ``"demo"`` or ``"deeploc"``, the test split is returned.
         **options: of `load_sequences`, without those of splits; of `load_deeploc` for the named tables.
 
     Returns:
@@ -115,10 +110,30 @@ def one_split_from(data: Any, **options: Any) -> Dataset:
         return splits_from(data, **options)["test"]
     if unused := [f"{name}=" for name in _OF_SPLITS if name in options]:
         raise ConfigurationError(f"all rows are one split, so {listing(unused)} would not be used: leave it out")
-    if isinstance(data, str | Path):
-        return splits_from({"test": data}, split=False, partition=False, shuffle=False, **options)["test"]
-    with _as_file(*_frame_of(data)) as path:
-        return one_split_from(path, **options)
+    with table_file(data) as path:
+        return splits_from({"test": path}, split=False, partition=False, shuffle=False, **options)["test"]
+
+
+def is_typed(data: Any) -> bool:
+    """Whether a Dataset needs no reading: it is a stream, has token ids, or labels whose feature tells the task.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> texts = Dataset.from_dict({"sequence": ["MKT", "MAL"], "label": ["yes", "no"]})
+        >>> is_typed(texts), is_typed(texts.class_encode_column("label"))
+        (False, True)
+    """
+    from datasets import IterableDataset
+
+    if isinstance(data, IterableDataset) or "input_ids" in data.column_names:
+        return True
+    if not {"sequence", "label"} <= set(data.column_names):
+        return False
+    try:
+        task_of(data.features)
+    except DataError:
+        return False
+    return True
 
 
 def name_of(data: Any) -> str:
@@ -183,7 +198,7 @@ def _named_table(name: str, options: Mapping[str, Any]) -> DatasetDict:
         return load_deeploc(**options)
     with tempfile.TemporaryDirectory() as folder:
         content = write_demo_table(Path(folder) / "demo.csv").read_bytes()
-    return load_deeploc(_stored(content, "demo.csv"), **options)
+    return load_deeploc(stored(content, "demo.csv"), **options)
 
 
 def _no_labels(path: str | Path) -> str:
@@ -201,13 +216,26 @@ def _check_names(options: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"data_options has the unknown option {name!r}{advice}")
 
 
-def _split_dataset(data: Dataset, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
-    """Split a Dataset whose labels have their feature already; any other is read as a table is."""
+def _tells_splits(data: Dataset) -> bool:
+    """Whether a Dataset has a column by which `load_sequences` splits its rows.
+
+    Raises:
+        ConfigurationError: it has, and several labels per sequence, which are not read from such a column.
+    """
+    usual = {name for role in ("split", "partition", *FLAGS) for name in USUAL_NAMES[role]}
+    found = [name for name in data.column_names if name.lower() in usual]
+    if found and "label" in data.features and isinstance(data.features["label"], Mapping):
+        raise ConfigurationError(
+            f"the Dataset has the column {found[0]!r}, and several labels per sequence: give a DatasetDict of its "
+            "splits, or remove the column to split at random"
+        )
+    return bool(found)
+
+
+def _split_dataset(data: Dataset, options: Mapping[str, Any]) -> DatasetDict:
+    """Split a Dataset whose labels have a type."""
     from datasets import DatasetDict
 
-    is_labelled = {"sequence", "label"} <= set(data.column_names) and not _is_text(data.features["label"])
-    if not is_labelled:
-        return _load_frame(data.to_pandas(), "the Dataset", labelled, options)
     sizes = {"test_size": 0.2, "validation_size": 0.1, "seed": 0}
     if unknown := sorted(set(options) - set(sizes)):
         raise ConfigurationError(
@@ -217,102 +245,9 @@ def _split_dataset(data: Dataset, labelled: bool, options: Mapping[str, Any]) ->
     return DatasetDict(split_at_random(data, **(sizes | dict(options))))
 
 
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def _frame_of(data: Any) -> tuple[pd.DataFrame, str]:
-    """Return a DataFrame, and its name in messages."""
-    import pandas as pd
-
-    if isinstance(data, pd.DataFrame):
-        return data, "the DataFrame"
-    if isinstance(data, tuple) and len(data) == 2:
-        sequences, labels = (list(column) for column in data)
-        if len(sequences) != len(labels):
-            raise DataError(f"{len(sequences)} sequences and {len(labels)} labels: expected the same number of both")
-        return pd.DataFrame({"sequence": sequences, "label": labels}), "the lists"
-    raise ConfigurationError(
-        f"got data of the type {type(data).__name__}: expected a path, a DataFrame, a Dataset, a DatasetDict, or a "
-        "pair of lists, (sequences, labels)"
-    )
-
-
-def _load_frame(frame: pd.DataFrame, name: str, labelled: bool, options: Mapping[str, Any]) -> DatasetDict:
-    """Read a DataFrame as a Parquet file is read, so that every check is the same."""
-    with _as_file(frame, name) as path:
-        return splits_from(path, labelled=labelled, **options)
-
-
-@contextlib.contextmanager
-def _as_file(frame: pd.DataFrame, name: str) -> Iterator[Path]:
-    """Give the path of a Parquet file with a DataFrame; messages about the file say the name of the DataFrame."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    names = [str(column) for column in frame]
-    if repeated := sorted({column for column in names if names.count(column) > 1}):
-        raise DataError(f"{name} has several columns of the name {listing(repeated)}. Rename them")
-    columns = {column: _column_of(cells) for column, (_, cells) in zip(names, frame.items(), strict=True)}
-    content = io.BytesIO()
-    parquet.write_table(pa.table(columns), content)
-    path = _stored(content.getvalue(), f"{name.removeprefix('the ')}.parquet")
-    try:
-        with _called(path, name):
-            yield path
-    except DataError as error:
-        raise DataError(str(error).replace(str(path), name)) from error
-
-
-def _column_of(cells: pd.Series) -> pa.Array:
-    """Return the cells of a column as Parquet can have them; any others become text."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        column = pa.array(cells, from_pandas=True)
-        values = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if not isinstance(values, pa.BaseExtensionType):
-            parquet.write_table(pa.table({"column": column[:0]}), io.BytesIO())
-            return column
-    except (pa.ArrowException, OverflowError):  # cells of several types, such as 10 and "10A", or of 128 bits
-        pass
-    return pa.array([_as_text(cell) for cell in cells], pa.string())
-
-
-@contextlib.contextmanager
-def _called(path: Path, name: str) -> Iterator[None]:
-    """Say the name of a table in place of the path of the file that it was written to, in what is logged."""
-
-    def rename(record: logging.LogRecord) -> bool:
-        record.msg, record.args = record.getMessage().replace(str(path), name), ()
-        return True
-
-    loggers = [logger, logging.getLogger("esm_efficient.data.arrow_tables")]
-    for each in loggers:
-        each.addFilter(rename)
-    try:
-        yield
-    finally:
-        for each in loggers:
-            each.removeFilter(rename)
-
-
-def _as_text(cell: Any) -> str | None:
-    """Return a cell as a CSV file would have it; None for an empty one."""
-    is_empty = cell is None or (isinstance(cell, float) and math.isnan(cell))
-    return None if is_empty else str(cell)
-
-
-def _stored(content: bytes, name: str) -> Path:
-    """Return a file with this content in the cache folder, so that the tables that are made from it are found again."""
-    path = cache_folder() / "given" / hashlib.sha256(content).hexdigest()[:16] / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = unfinished(path)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    return path
+def _parts_of(data: Any) -> Mapping[str, Any]:
+    """Return the parts of data by the names of their splits; those without splits are one part without a name."""
+    return data if isinstance(data, Mapping) else {"": data}
 
 
 def evaluated_split(dataset: DatasetDict) -> str:

@@ -71,7 +71,7 @@ def start_run(trainer: Trainer, resume_from_checkpoint: str | Path | bool | None
             for callback in callbacks:
                 callback.run = run
             decision[0] = None if path is None else str(path)
-        except EsmEfficientError as error:
+        except (EsmEfficientError, OSError) as error:  # the other ranks wait for the decision
             decision[1] = error
     broadcast_object_list(decision)
     if decision[1] is not None:
@@ -156,10 +156,10 @@ def _choose(trainer: Any, resume: str | Path | bool | None) -> Path | None:
         siblings = numbered_checkpoints(given.parent)
         resolved = [path.resolve() for path in siblings]
         candidates = [given, *(siblings[resolved.index(given.resolve()) + 1 :] if given.resolve() in resolved else [])]
-    has_own_format = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    has_own_format = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # of the optimizer's state
     faults: list[str] = []
     for path in candidates:
-        found = find_faults(path, needs_optimizer=not (has_own_format or trainer.args.save_only_model))
+        found = find_faults(path, needs_optimizer=not has_own_format)
         if not found:
             if faults:
                 logger.warning("%s: training resumes from %s", "; ".join(faults), path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from esm_efficient import compat
-from esm_efficient.costs.devices import DEVICES, Device
+from esm_efficient.costs.devices import DEVICES, GIB, Device, devices_called
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.estimation.estimate import Estimate, estimate
 from esm_efficient.estimation.inputs import data_lengths
@@ -120,7 +119,10 @@ class RunPlan:
         if found.device.backend == "cpu":  # whose rates are unknown
             return f"Try {fewer}a smaller model"
         words = ["esm-efficient", "recommend", "--model", self.model]
-        words += ["--device", found.device.name] if found.device.name in DEVICES else []
+        known = DEVICES.get(found.device.name)
+        is_as_known = known is not None and abs(known.memory - found.device.memory) <= 0.05 * known.memory
+        words += ["--device", found.device.name if is_as_known else f"{found.device.memory / GIB:.3g}GB"]
+        words += ["--tokens", str(found.tokens)]
         return f"Try {fewer}a smaller model; this looks for a recipe that fits: {shlex.join(words)}"
 
 
@@ -251,7 +253,7 @@ def device_here(trains: torch.device) -> Device:
 
 
 def gpu_named(name: str, memory: int) -> Device:
-    """Return a GPU with the rates of the device in the table whose name is in its name; without rates if none is.
+    """Return a GPU with the rates of the device in the table that has its name; without rates if none has.
 
     Args:
         name: what torch calls it.
@@ -261,12 +263,7 @@ def gpu_named(name: str, memory: int) -> Device:
         >>> gpu_named("NVIDIA A100-SXM4-80GB", 85 * 10**9).bandwidth, gpu_named("Other 1", 2**34).bandwidth
         (2039000000000.0, 0.0)
     """
-    words = re.sub(r"[^a-z0-9]", "", name.lower())
-    stems = {known: re.sub(r"-(40|80)$", "", known).replace("-", "").lower() for known in DEVICES if known != "cpu"}
-    found = [DEVICES[known] for known, stem in stems.items() if stem in words]
+    found = devices_called(name)
     if not found:
         return Device(name, "cuda", memory)
-    longest = max(len(stems[device.name]) for device in found)
-    same = [device for device in found if len(stems[device.name]) == longest]
-    nearest = min(same, key=lambda device: abs(device.memory - memory))
-    return dataclasses.replace(nearest, memory=memory)
+    return dataclasses.replace(min(found, key=lambda device: abs(device.memory - memory)), memory=memory)

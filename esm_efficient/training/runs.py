@@ -193,7 +193,8 @@ class WatchedTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, unless the numbers of the run are broken."""
         if self.is_in_train:
-            self._watch.look(self.args)
+            if {"loss", "train_loss"} & logs.keys():  # all ranks log these; a callback may log on one alone
+                self._watch.look(self.args)
             self._watch.look_at_logs(logs, self.args)
         super().log(logs, *args, **kwargs)
 
@@ -269,7 +270,7 @@ class WatchedTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             share_weights(folder)
-            if hasattr(model, "peft_config"):
+            if hasattr(model, "get_base_model"):  # adapters that are injected into a model have no base model
                 save_base_config(model, folder / BASE_CONFIG)
 
     def begin_run(self, state: TrainerState) -> None:

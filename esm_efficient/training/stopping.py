@@ -108,7 +108,7 @@ class EarlyStopping:
         chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
         for name, other in (("eval", "save"), ("save", "eval")):  # transformers needs the same strategy for both
             strategy = given.get(f"{name}_strategy", "no")
-            if getattr(strategy, "value", strategy) != "no" and f"{other}_strategy" not in given:
+            if getattr(strategy, "value", strategy) not in ("no", "best") and f"{other}_strategy" not in given:
                 needed[f"{other}_strategy"] = strategy
                 needed |= {f"{other}_steps": given[f"{name}_steps"]} if f"{name}_steps" in given else {}
         return needed | chosen | dict(given)

@@ -119,6 +119,7 @@ class WeightedTrainer(WatchedTrainer):
         self.class_weights: np.ndarray | None = None
         self._focal_gamma = focal_gamma
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None
+        self._has_other_loss: Tensor
         self._last_losses: tuple[Tensor, Tensor] | None = None
         compat.keep_column(self, STATES_COLUMN)
 
@@ -203,6 +204,10 @@ class WeightedTrainer(WatchedTrainer):
             inputs = self._without_sample_weights(inputs)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if self._evaluation_losses is not None and self._last_losses is not None:
+            if type(self).compute_loss is not WeightedTrainer.compute_loss and result[0] is not None:
+                losses, weights = self._last_losses
+                own = (losses.sum() / _nonzero(weights.sum())).to(result[0].dtype)
+                self._has_other_loss = self._has_other_loss | ~torch.isclose(result[0], own, rtol=1e-3, equal_nan=True)
             self._evaluation_losses.append(self.accelerator.gather_for_metrics(self._last_losses))
         return result
 
@@ -214,13 +219,19 @@ class WeightedTrainer(WatchedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as Trainer does, with the weighted mean over the whole set as the loss."""
+        """Evaluate as Trainer does, with the weighted mean over the whole set as the loss.
+
+        If an overriding `compute_loss` returns another loss, such as one with a penalty, it is the mean of that over
+        the batches, as Trainer has it.
+        """
         self._evaluation_losses = []
+        self._has_other_loss = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            if self._evaluation_losses and output.metrics is not None:
+            other = bool(self.accelerator.gather(self._has_other_loss).any())
+            if self._evaluation_losses and output.metrics is not None and not other:
                 total = sum(float(losses.cpu().double().sum()) for losses, _ in self._evaluation_losses)
                 weight = sum(float(weights.cpu().double().sum()) for _, weights in self._evaluation_losses)
                 output.metrics[f"{metric_key_prefix}_loss"] = total / weight if weight else float("nan")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -34,8 +34,10 @@ def dataset_labels(dataset: Any) -> np.ndarray:
         raise ConfigurationError('class_weights="balanced" needs a train_dataset to count labels in')
     if not hasattr(dataset, "__len__"):
         raise ConfigurationError('class_weights="balanced" cannot count the labels of a stream: give an array')
+    if not len(dataset):
+        raise DataError("train_dataset has no rows: expected at least one")
     names = getattr(dataset, "column_names", None) or list(dataset[0])
-    column = next((name for name in ("labels", "label") if name in names), None)
+    column = label_column(names)
     if column is None:
         raise DataError(f"the training data have the columns {', '.join(names)}: expected a column 'labels'")
     if isinstance(dataset, datasets.Dataset):
@@ -47,6 +49,18 @@ def dataset_labels(dataset: Any) -> np.ndarray:
     multi_label = flat[0].dtype.kind == "f" and flat[0].ndim == 2
     parts = [part if multi_label else part.ravel() for part in flat]
     return np.concatenate([part if part.dtype.kind == "f" else part.astype(np.int32) for part in parts])
+
+
+def label_column(names: Collection[str]) -> str | None:
+    """Return the column of the labels of a tokenised data set; None if there is none.
+
+    Raises:
+        DataError: there are two, of which transformers' collators read one or the other.
+    """
+    found = [name for name in ("labels", "label") if name in names]
+    if len(found) > 1:
+        raise DataError("the data have both the columns label and labels: remove the one that does not train")
+    return found[0] if found else None
 
 
 def refuse_constant_labels(train: Any, task: Task, name: str | None = None) -> None:
@@ -109,7 +123,7 @@ def _known_labels(train: Any, task: Task) -> tuple[list[np.ndarray], str]:
     import pyarrow as pa
 
     features = getattr(train, "features", None) or {}
-    column = next((name for name in ("label", "labels") if name in features), None)
+    column = label_column(features)
     if column is None or not hasattr(train, "__len__") or not len(train):
         return [], "all training rows"
     read = [column, *([WEIGHT_COLUMN] if WEIGHT_COLUMN in features else [])]
@@ -156,7 +170,7 @@ def check_labels(
     import datasets
 
     is_plain = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-    column = next((name for name in ("labels", "label") if is_plain and name in dataset.column_names), None)
+    column = label_column(dataset.column_names) if is_plain else None
     if column is None or not _keeps_labels(collator):
         return
     feature = dataset.features[column]

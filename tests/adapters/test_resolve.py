@@ -276,3 +276,9 @@ def test_the_names_that_peft_adds_may_be_given_and_a_list_stays_as_it_was():
     get_peft_model(model, lora_config(model, modules_to_save=names))
     assert names == ["classifier", "contact_head"]
     assert lora_config(make_model(), modules_to_save=["classifier", "score"]).modules_to_save == ["classifier", "score"]
+
+
+@pytest.mark.parametrize("numbers", [[0, 99], -1, [0, -1]])
+def test_numbers_of_layers_that_the_model_lacks_are_refused(tiny_model, numbers):
+    with pytest.raises(ConfigurationError, match=r"layers_to_transform has (99|-1): the model has the layers 0 to"):
+        lora_config(tiny_model(), layers_to_transform=numbers)

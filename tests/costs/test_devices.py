@@ -25,6 +25,12 @@ from esm_efficient.errors import ConfigurationError
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
         ("Tesla T4", "T4"),
         ("a100 80", "A100-80"),
+        ("a100", "A100-40"),
+        ("A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("l4 24gb", "L4"),
+        ("M1 Max", "M1-Max-32"),
     ],
 )
 def test_devices_are_found_by_their_names_and_by_instance_types(name, device):
@@ -38,6 +44,9 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_names():
     ) as error:
         get_device("RTX3060")
     assert len(str(error.value)) < 300
+    for other in ("A10", "L40", "L40S", "A100 16GB", "RTX 4090 Ti", "H1000"):
+        with pytest.raises(ConfigurationError, match="no device or instance type is named"):
+            get_device(other)
     with pytest.raises(ConfigurationError, match="is a device: expected a name such as 'A10G', or a Device"):
         get_device(torch.device("cuda"))
 

@@ -160,3 +160,28 @@ def test_keys_of_headers_may_be_absent_from_the_first():
     names, rows = read_fasta_table(io.StringIO(text), "example")
     assert names[3:] == ["SET", "TARGET", "FOLD"]
     assert [cells[3:] for _, cells in rows] == [["", "", ""], ["test", "1.5", ""], ["", "2", "1"]]
+
+
+def test_a_value_in_a_header_ends_before_the_next_key():
+    text = f">P1 TARGET=Cell membrane SET=train\n{PROTEIN}\n>P2 SET=test TARGET=Cell wall\n{PROTEIN}\n"
+    names, rows = read_fasta_table(io.StringIO(text), "example")
+    assert names[3:] == ["TARGET", "SET"]
+    assert [cells[3:] for _, cells in rows] == [["Cell membrane", "train"], ["Cell wall", "test"]]
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("P9 SET=train VALIDATION=True", "the header has VALIDATION=, which none of the first 100"),
+        ("P9 SET=train SET=test", "the header has SET= twice"),
+    ],
+)
+def test_keys_that_would_be_lost_are_refused_or_left_out(header, problem):
+    records = "".join(f">P{number} SET=train\n{PROTEIN}\n" for number in range(120))
+    text = f"{records}>{header}\n{PROTEIN}\n"
+    with pytest.raises(DataError, match=rf"example, record 121 .*: {problem}"):
+        list(read_fasta_table(io.StringIO(text), "example")[1])
+    left_out = []
+    _, rows = read_fasta_table(io.StringIO(text), "example", leave_out=lambda *found: left_out.append(found))
+    assert len(list(rows)) == 120
+    assert [found[1].startswith(problem[:20]) for found in left_out] == [True]

@@ -151,3 +151,21 @@ def test_whole_numbers_in_two_spellings_are_one_of_several_labels(tmp_path):
         ("1",),
         ("2", "3"),
     }
+
+
+def labelled(tmp_path, cells, **options):
+    table = frame(40).assign(label=[cells[row % len(cells)] for row in range(40)])
+    return load_sequences(write(table, tmp_path / "t.csv"), label="label", **options)["train"].features["label"]
+
+
+def test_codes_that_look_like_fractions_are_a_question(tmp_path):
+    codes = ["1.10", "3.40", "2.60", "1.1"]
+    with pytest.raises(DataError, match=r'1\.1 and 1\.10 are one number in two spellings.*label_kind="class"'):
+        labelled(tmp_path, codes)
+    assert labelled(tmp_path, codes, label_kind="class").names == sorted(codes)
+    assert labelled(tmp_path, ["1.5", "3.25", "2", "2.0"]).dtype == "float32"
+
+
+def test_a_zero_before_a_number_makes_it_a_code(tmp_path):
+    assert labelled(tmp_path, ["01", "1", "02", "2"], label_kind="class").names == ["01", "02", "1", "2"]
+    assert labelled(tmp_path, ["1", "1.0", "2", "10"], label_kind="class").names == ["1", "2", "10"]

@@ -203,3 +203,10 @@ def test_a_long_cell_is_read(tmp_path):
     (tmp_path / "t.csv").write_text(f"id,structure\na,{'H' * 200_000}\n")
     [block] = read_blocks(tmp_path / "t.csv")
     assert [len(cell) for cell in block.columns["structure"]] == [200_000]
+
+
+def test_a_key_that_is_twice_in_an_object_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"sequence": "MKT", "label": "a", "label": "b"}\n')
+    with pytest.raises(DataError, match=r"line 1: the line is not JSON \(the key 'label' is there twice\)"):
+        list(read_blocks(path))

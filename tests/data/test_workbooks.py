@@ -214,3 +214,11 @@ def test_an_array_formula_without_a_value_is_refused(tmp_path):
     book.save(tmp_path / "t.xlsx")
     with pytest.raises(DataError, match="row 3: the cell in column label is a formula without a value"):
         list(read_blocks(tmp_path / "t.xlsx"))
+
+
+def test_dates_among_texts_are_warned_of(tmp_path, caplog):
+    day = datetime.datetime(2024, 9, 2)
+    rows = [["id", "made", "sequence"], ["SEPT1", day, "MKT"], [day, day, "MAL"]]
+    blocks_of(write(tmp_path / "t.xlsx", rows))
+    [record] = caplog.records
+    assert re.search(r"1 cell\(s\) are dates of the column id.*SEPT2.*row 3", record.getMessage())

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from esm_efficient import Embedder, demo_model_path, embed_file, lora_config
 from esm_efficient.encoder import forward
-from esm_efficient.errors import ConfigurationError
+from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.inference import files
 
 LAYERS = 4
@@ -153,3 +153,15 @@ def test_a_file_does_not_change_the_layer_or_the_pooling_of_an_embedder(tokenize
         embed_file(embedder, tmp_path / "p.fasta", tmp_path / "out.parquet", **options)
     with pytest.raises(ConfigurationError, match=r"Write \.parquet or \.jsonl"):
         embed_file(embedder, tmp_path / "p.fasta", tmp_path / "out.csv")
+
+
+def test_a_model_embeds_as_long_sequences_as_it_was_trained_on(tmp_path, tokenizer):
+    assert Embedder.load(demo_model_path()).max_tokens == 1024
+    shutil.copytree(demo_model_path(), tmp_path / "model")
+    short = copy.copy(tokenizer)
+    short.model_max_length = 12
+    short.save_pretrained(tmp_path / "model")
+    embedder = Embedder.load(tmp_path / "model")
+    assert embedder.max_tokens == 12
+    with pytest.raises(DataError, match="more than 10"):
+        embedder.embed(["MKTAYIAKQRQIS"])

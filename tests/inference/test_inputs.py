@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,9 @@ SPLIT = Dataset.from_dict({"accession": ["a", "b"], "sequence": PROTEINS})
         pd.Series(PROTEINS, index=[7, 3]),
         pd.DataFrame({"n": [1, 2], "sequence": PROTEINS})["sequence"],
         pd.DataFrame({"n": [1, 2], "sequence": PROTEINS}),
+        pd.DataFrame({0: [1, 2], "Protein": PROTEINS}),
         SPLIT,
+        SPLIT.rename_column("sequence", "seq"),
         SPLIT["sequence"],
         dict.fromkeys(PROTEINS).keys(),
     ],
@@ -50,8 +53,10 @@ def test_an_empty_container_has_no_sequences(given):
         (b"MKT", "single text"),
         (DatasetDict(train=SPLIT, test=SPLIT), "DatasetDict with 'train', 'test': give one of its values"),
         (OrderedDict(a="MKT"), "OrderedDict with 'a'"),
-        (SPLIT.rename_column("sequence", "text"), "columns 'accession', 'text': expected a column called sequence"),
-        (pd.DataFrame({"protein": PROTEINS}), "DataFrame has the columns 'protein'"),
+        ("proteins.fasta", "got the path proteins.fasta: predict_file and embed_file read files"),
+        (Path("proteins"), "got the path proteins: predict_file"),
+        (SPLIT.rename_column("sequence", "text"), "columns 'accession', 'text': expected one column with a usual name"),
+        (pd.DataFrame({"protein": PROTEINS, "seq": PROTEINS}), "DataFrame has the columns 'protein', 'seq': expected"),
         (np.array([["MKT", "MAL"]]), r"the ndarray has the shape \(1, 2\): expected one text per sequence"),
         (7, "got int"),
         (["MKT", None, 3.0], r"2 sequence\(s\) are not texts: sequence 2, sequence 3"),

@@ -135,3 +135,8 @@ def test_any_body_gives_sequences_or_a_status(content_type, body):
         str(error).encode()
     assert queries if status is None else 400 <= status < 500
     assert all(q.sequence.isascii() and q.sequence.isalpha() and len(q.sequence) <= 10 for q in queries)
+
+
+def test_a_csv_of_proteins_alone_has_no_header():
+    first, second = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEV", "MALWMRLLPLLALLALWGPDPAAA"
+    assert read_request(f"{first}\n{second}\n".encode(), CSV) == [("1", first), ("2", second)]

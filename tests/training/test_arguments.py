@@ -19,7 +19,7 @@ from esm_efficient import EsmClassifier, compat, demo_model_path, finetune, reci
 from esm_efficient.cli import training
 from esm_efficient.errors import ConfigurationError, DivergenceError
 from esm_efficient.training import arguments, job, run_plan
-from esm_efficient.training.arguments import half_dtype, refuse_unsaved_weights
+from esm_efficient.training.arguments import half_dtype, refuse_no_predictions, refuse_unsaved_weights
 from esm_efficient.training.divergence import DivergenceWatch
 
 
@@ -245,3 +245,9 @@ def test_a_gradient_that_no_loss_scale_makes_finite_stops_the_run(tmp_path, fp16
     fp16_on_a_cpu.update(new_scale=0.5)
     with pytest.raises(DivergenceError, match=r"gradient is nan at step 0, although the loss scale fell to 0\.5"):
         watch.look_at_logs({"loss": 0.7, "grad_norm": float("nan")}, args)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_that_rounds_the_weights_is_refused(tmp_path, name):
+    with pytest.raises(ConfigurationError, match=f"{name}=True rounds the weights"):
+        refuse_no_predictions(TrainingArguments(str(tmp_path), use_cpu=True, **{name: True}))

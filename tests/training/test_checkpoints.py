@@ -165,14 +165,14 @@ def test_without_a_list_the_files_are_checked_by_their_formats(tmp_path, whole_r
 def tiny_run(folder, tiny_model, tiny_dataset, tokenizer, *callbacks, trainer=None, **options):
     """Return a Trainer of 6 steps that writes a checkpoint every 2 steps, its callbacks in this order."""
     args = arguments(
-        folder, 4, learning_rate=1e-3, **({"save_strategy": "steps", "save_steps": 2, "max_steps": 6} | options)
+        folder, 4, **({"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "learning_rate": 1e-3} | options)
     )
     torch.manual_seed(0)
     model = prepare_model(tiny_model())
     if trainer is not None:
         collator = DataCollatorWithPadding(tokenizer)
         return trainer(model, args, train_dataset=tiny_dataset(32), data_collator=collator, callbacks=list(callbacks))
-    return weighted(model, args, tiny_dataset(32), tokenizer, callbacks=list(callbacks))
+    return weighted(model, args, tiny_dataset(32), tokenizer, callbacks=list(callbacks), eval_dataset=tiny_dataset(8))
 
 
 class Fails(TrainerCallback):
@@ -327,3 +327,34 @@ def test_tokenised_splits_train_as_raw_ones_and_several_labels_need_a_task(tmp_p
     found = finetune(demo_model_path(), tokenized, output_dir=tmp_path, class_weights=None, task=task, **options)
     assert found.model.config.id2label == dict(enumerate(task.names))
     assert set(found.thresholds) == set(task.names)
+
+
+def test_without_the_state_of_the_optimizer_no_run_resumes(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    options = {"save_only_model": True, "max_steps": 4}
+    tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback(), **options).train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    resumed = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback(), max_steps=6)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing, as with save_only_model=True"):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_comes_after_its_evaluation(
+    tmp_path, tiny_model, tiny_dataset, tokenizer
+):
+    epochs = {"save_strategy": "epoch", "eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    given = tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback()
+    with pytest.raises(TrainingInterrupted, match="after optimizer step 8"):
+        tiny_run(*given, Signal(7), **epochs).train()
+    resumed = tiny_run(*given, **epochs)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["epoch"] for entry in resumed.state.log_history if "eval_loss" in entry] == [1, 2]
+
+
+def test_a_signal_ends_a_run_that_saves_the_best_alone(tmp_path, tiny_model, tiny_dataset, tokenizer):
+    options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    options |= {"greater_is_better": True, "learning_rate": 0.0}  # the first evaluation stays the best
+    trainer = tiny_run(tmp_path, tiny_model, tiny_dataset, tokenizer, CheckpointCallback(), Signal(3), **options)
+    with pytest.raises(TrainingInterrupted, match="after optimizer step 4"):
+        trainer.train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert trainer.args.save_strategy == "best"

@@ -192,8 +192,9 @@ GOOD = dataset_of([0, 1, 2] * 8, CLASSES)
     ("data", "message"),
     [
         (DatasetDict(train=GOOD, test=GOOD), r"all splits \(train, test\): expected one of them"),
-        (GOOD.remove_columns("sequence"), "expected sequence too"),
-        (GOOD.rename_column("label", "y"), "expected label too"),
+        (GOOD.remove_columns("sequence"), "the Dataset has no column with a usual name of sequences"),
+        (GOOD.rename_column("label", "kind"), "the Dataset has no column with a usual name of labels"),
+        (Dataset.from_dict({"input_ids": [[0, 4, 2]], "labels": [0]}), "expected sequence and label too"),
         (
             dataset_of([0, 1] * 12, ClassLabel(names=["a", "d"])),
             r"does not have the label\(s\) 'd'; it has 'a', 'b', 'c'",
@@ -252,3 +253,14 @@ def test_other_numbers_of_labels_are_refused(tokenizer):
     data = dataset_of([[0.0, 1.0]], List(Value("float32"), length=2), ["MK"])
     with pytest.raises(DataError, match="labels are 2 numbers, but the model predicts 3"):
         evaluate(predictor_for("regression", tokenizer), data)
+
+
+def test_classes_that_are_numbers_are_read_without_a_question(tmp_path, tokenizer):
+    predictor = predictor_for("single_label_classification", tokenizer)
+    predictor.model.config.id2label = {0: "1", 1: "2", 2: "4"}
+    predictor = Predictor(predictor.model, tokenizer)
+    ids = RNG.integers(0, 3, len(SEQUENCES))
+    expected = classification_metrics(ids, np.stack(predictor.logits(SEQUENCES)), ("1", "2", "4"))
+    numbers = [(1, 2, 4)[index] for index in ids]
+    assert evaluate(predictor, (SEQUENCES, numbers)) == expected
+    assert evaluate(predictor, Dataset.from_dict({"sequence": SEQUENCES, "label": numbers})) == expected

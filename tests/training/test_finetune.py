@@ -153,7 +153,7 @@ def test_a_resumed_run_ends_with_the_metrics_of_a_whole_run(tmp_path, data):
 def test_a_missing_split_class_feature_or_tokenizer_is_named(tmp_path, data):
     with pytest.raises(DataError, match="expected train, and test or validation"):
         finetune(demo_model_path(), DatasetDict(train=data["train"]), output_dir=tmp_path)
-    unnamed = Dataset.from_dict({"sequence": ["MK"], "label": [0]})
+    unnamed = Dataset.from_dict({"input_ids": [[0, 4, 2]], "labels": [0]})
     with pytest.raises(DataError, match="class_encode_column"):
         finetune(demo_model_path(), DatasetDict(train=unnamed, test=unnamed), output_dir=tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2)

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from sequence_files import frame
 
@@ -58,6 +59,39 @@ def test_splits_are_returned_as_they_are():
     assert isinstance(splits_from(dict(splits)), DatasetDict)
 
 
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda rows: rows,
+        lambda rows: Dataset.from_pandas(rows),
+        lambda rows: Dataset.from_pandas(rows).rename_column("sequence", "seq").class_encode_column("label"),
+        lambda rows: (rows["sequence"].tolist(), rows["label"].tolist()),
+    ],
+    ids=["frames", "texts", "classes", "lists"],
+)
+def test_splits_of_any_kind_are_read_together(give):
+    rows = table()
+    parts = {"train": rows[:30], "test": rows[30:].reset_index(drop=True)}
+    splits = splits_from({name: give(part) for name, part in parts.items()})
+    labels = splits["train"].features["label"]
+    assert labels == splits["test"].features["label"]
+    for name, part in parts.items():
+        truth = dict(zip(part["sequence"], part["label"], strict=True))
+        found = zip(splits[name]["sequence"], splits[name]["label"], strict=True)
+        assert {sequence: labels.int2str(label) for sequence, label in found} == truth
+
+
+def test_whole_numbers_of_a_data_set_are_read_as_those_of_a_table_are():
+    rows = table().assign(label=[0, 1] * 20)
+    splits = splits_from(DatasetDict(train=Dataset.from_pandas(rows[:30]), test=Dataset.from_pandas(rows[30:])))
+    assert splits["test"].features["label"].names == ["0", "1"]
+
+
+def test_the_named_index_of_a_frame_is_a_column():
+    splits = splits_from(table().set_index("id"))
+    assert set(splits["test"]["accession"]) <= set(table()["id"])
+
+
 def test_the_demo_is_a_name():
     assert splits_from("demo")["train"].features["label"].names == ["non-membrane", "membrane"]
 
@@ -68,8 +102,10 @@ def test_the_demo_is_a_name():
         ((["MKT"], ["a", "b"]), {}, DataError, "1 sequences and 2 labels"),
         (["MKT", "MAL"], {}, ConfigurationError, "type list: expected a path"),
         (7, {}, ConfigurationError, "type int"),
-        ({"train": pd.DataFrame({"sequence": ["MKT"]})}, {}, ConfigurationError, "got splits of train: DataFrame: exp"),
-        ({}, {}, ConfigurationError, "got splits of nothing: expected the path of a file"),
+        ({"train": 7}, {}, ConfigurationError, "got the split 'train' of the type int: expected a path, a DataFrame"),
+        ({}, {}, ConfigurationError, "got no split: expected the path of a file"),
+        ({"train": table(), "test": (["MK1"], ["a"])}, {}, DataError, "the test lists, row 0"),
+        ({"train": table(), "dev": table()}, {}, ConfigurationError, "files for dev: expected train, validation and"),
         ("no/such.csv", {}, DataError, "no file at no/such.csv"),
         (([None, "MKT"], ["a", "b"]), {}, DataError, "the lists, row"),
     ],
@@ -140,8 +176,8 @@ def test_a_frame_is_written_to_the_cache_once_and_its_rows_are_named_without_a_p
     assert set(files) < set(with_demo)
     with pytest.raises(DataError, match="the DataFrame has several columns of the name label"):
         splits_from(pd.concat([table(), table()[["label"]]], axis=1))
-    assert len([file for file in files if file.suffix == ".parquet"]) == 1
-    assert all(re.fullmatch(r"DataFrame\.parquet, row \d+", name) for name in first["test"]["accession"])
+    assert len([file for file in files if file.name == "DataFrame"]) == 1
+    assert all(re.fullmatch(r"DataFrame, row \d+", name) for name in first["test"]["accession"])
 
 
 def test_columns_that_parquet_cannot_have_become_text():
@@ -195,3 +231,35 @@ def test_a_second_table_is_in_the_words_of_a_command(path, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     words = command_words("demo.csv", {"labels": "table.csv", "label": "binds"}, "8M")
     assert words == ("demo.csv", "--labels", str(path), "--label", "binds", "--model", "8M")
+
+
+def test_the_split_of_a_data_set_with_typed_labels_is_that_of_its_column():
+    rows = table().assign(split=["train"] * 20 + ["validation"] * 10 + ["test"] * 10)
+    typed = Dataset.from_pandas(rows).class_encode_column("label")
+    splits = splits_from(typed)
+    assert set(splits["test"]["accession"]) == set(rows["id"][30:])
+    assert splits["train"].features["label"].names == typed.features["label"].names
+    several = typed.remove_columns("label").add_column("label", [{"a": 1.0, "b": 0.0}] * 40)
+    with pytest.raises(ConfigurationError, match="has the column 'split', and several labels per sequence"):
+        splits_from(several)
+
+
+def test_an_index_is_no_second_column():
+    rows = table().rename(columns={"id": "accession"})
+    kept = rows.set_index("accession", drop=False)
+    other = rows.set_axis([f"n{row}" for row in range(40)]).rename_axis("id")
+    for given in (kept, other):
+        assert set(splits_from(given)["test"]["accession"]) <= set(rows["accession"])
+
+
+def test_labels_may_be_a_tensor():
+    rows = table()
+    splits = splits_from((rows["sequence"].tolist(), torch.tensor([0, 1] * 20)))
+    assert splits["train"].features["label"].names == ["0", "1"]
+
+
+def test_a_cache_folder_that_cannot_be_made_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ESM_EFFICIENT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigurationError, match=r"cannot write into .*Set ESM_EFFICIENT_CACHE to a folder"):
+        splits_from(table())

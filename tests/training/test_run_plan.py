@@ -18,7 +18,7 @@ from esm_efficient.costs.devices import GIB
 from esm_efficient.errors import DataError
 from esm_efficient.reporting.description import describe
 from esm_efficient.tasks import Task
-from esm_efficient.training.run_plan import RunPlan, device_here, warn_of_few_steps
+from esm_efficient.training.run_plan import RunPlan, device_here, gpu_named, warn_of_few_steps
 from esm_efficient.trunk.states import StateFormat
 
 
@@ -161,13 +161,17 @@ def test_on_a_cpu_a_plan_that_does_not_fit_names_no_command_that_needs_a_gpu():
 def test_a_plan_that_does_not_fit_says_what_to_try(micro_batch, cure):
     recipe = RECIPES["lora"].replace(micro_batch=micro_batch)
     found = estimate("8M", recipe=recipe, device="A10G", tokens=64)
-    small = dataclasses.replace(found, device=dataclasses.replace(found.device, memory=2**20))
+    large = dataclasses.replace(found, peak=dataclasses.replace(found.peak, activations=2**40))
     splits = DatasetDict(train=make_proteins(8), test=make_proteins(8))
     task = Task("single_label_classification", ("no", "yes"))
-    plan = RunPlan("8M", "x.csv", describe(splits), recipe, task, 3, 1, 8, small)
+    plan = RunPlan("8M", "x.csv", describe(splits), recipe, task, 3, 1, 8, large)
     [cost] = [line for line in str(plan).splitlines() if line.startswith("cost")]
     assert "DOES NOT FIT" in cost
-    assert cost.endswith(f". {cure}esm-efficient recommend --model 8M --device A10G")
+    assert cost.endswith(f". {cure}esm-efficient recommend --model 8M --device A10G --tokens 64")
+    for name in ("RTX 3060", "A10G"):
+        other = dataclasses.replace(found.device, name=name, memory=12 * 2**30)
+        unlike = dataclasses.replace(plan, estimate=dataclasses.replace(large, device=other))
+        assert "recommend --model 8M --device 12GB --tokens 64" in str(unlike)
     assert "1 step of 8 sequences (3 epochs)" in str(plan)
     assert "Try" not in str(dataclasses.replace(plan, estimate=found))
 
@@ -195,3 +199,22 @@ def test_what_is_read_of_long_sequences_is_a_warning_of_a_run(tmp_path, tokenize
     options = {"recipe": "frozen", "output_dir": tmp_path, "max_steps": 1, "max_tokens": 6}
     result = finetune(make_model(), data, tokenizer=tokenizer, **options)
     assert any("their start was kept" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79, "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", 39, "A100-40"),
+        ("Tesla T4", 15, "T4"),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX-4090"),
+        ("NVIDIA L40S", 45, None),
+        ("NVIDIA GeForce GT 430", 1, None),
+        ("NVIDIA GH200 480GB", 95, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+    ],
+)
+def test_a_gpu_has_the_rates_of_the_device_of_its_name_alone(name, gib, known):
+    found = gpu_named(name, gib * 2**30)
+    assert found.memory == gib * 2**30
+    assert (found.name, found.bandwidth > 0) == ((known, True) if known else (name, False))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_dataset, make_model, make_task_dataset
 from datasets import Value
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.nn import functional as F
 from trainer_runs import WEIGHTS, Gradients, Losses, Stream, arguments, reference_loss, relative_error, weighted
 from transformers import (
@@ -413,3 +413,23 @@ def test_an_accumulated_batch_without_labels_changes_no_weight(tmp_path, tiny_mo
     weighted(model, args, data, tokenizer, callbacks=[seen], audit=False).train()
     assert torch.equal(seen.steps[0], before)
     assert not torch.equal(seen.steps[1], before)
+
+
+@pytest.mark.parametrize("cls", [PenaltyTrainer, TutorialsTrainer, WeightedTrainer])
+def test_the_loss_of_an_evaluation_is_that_of_the_subclass(tmp_path, tiny_model, tiny_dataset, tokenizer, cls):
+    data, model, collator = tiny_dataset(16), tiny_model(), DataCollatorWithPadding(tokenizer)
+    args = arguments(tmp_path, per_device_eval_batch_size=16)
+    trainer = cls(model, args, eval_dataset=data, data_collator=collator, class_weights=[1.0, 1.0])
+    with torch.no_grad():
+        expected = cls.compute_loss(trainer, model, collator([data[i] for i in range(16)]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_adapters_that_are_injected_are_saved_and_mixed_ones_have_the_weighted_loss(tmp_path, tiny_model):
+    config = LoraConfig(target_modules=["query"])
+    args = arguments(tmp_path)
+    trainer = WeightedTrainer(inject_adapter_in_model(config, tiny_model()), args)
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+    mixed = WeightedTrainer(get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]), mixed=True), args)
+    assert mixed._is_weighted

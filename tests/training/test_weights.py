@@ -16,6 +16,7 @@ from esm_efficient.training.weights import (
     balanced_label_weights,
     check_class_weights,
     refuse_constant_labels,
+    resolve_class_weights,
 )
 
 NAMES = ["a", "b", "c"]
@@ -148,3 +149,16 @@ def test_sequences_of_weight_zero_do_not_count_as_labels_that_differ():
     split = split_of([0, 1], TWO, sample_weight=[0, 0])
     with pytest.raises(DataError, match="the sample_weight of all 2 training rows is 0"):
         refuse_constant_labels(split, task_of(split.features))
+
+
+@pytest.mark.parametrize("rows", [[], Dataset.from_dict({"input_ids": [], "labels": []})])
+def test_an_empty_set_has_no_balanced_weights(rows):
+    with pytest.raises(DataError, match="train_dataset has no rows"):
+        resolve_class_weights("balanced", rows, ("a", "b"), problem_type="single_label_classification")
+
+
+def test_two_columns_of_labels_are_refused():
+    """Collators of transformers read one of them or the other."""
+    rows = Dataset.from_dict({"input_ids": [[0, 2]] * 4, "labels": [0, 0, 0, 1], "label": [1, 1, 1, 0]})
+    with pytest.raises(DataError, match="both the columns label and labels"):
+        resolve_class_weights("balanced", rows, ("a", "b"), problem_type="single_label_classification")
