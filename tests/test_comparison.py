@@ -233,3 +233,24 @@ def test_the_page_of_an_estimate_keeps_its_lines_apart_and_shows_the_caching_pas
     timed = estimate_page(estimate(tiny_config(), recipe="lora", device="A10G", tokens=20))
     assert "times by a roofline" in timed
     assert "<td>caching</td>" not in timed
+
+
+def test_what_was_measured_is_handed_on_before_a_later_run_fails(data, monkeypatch, measured, tmp_path):
+    seen = []
+
+    def fail(runs, recipe, steps, seed, folder):
+        if recipe.name == "lora":
+            raise DataError("as the test wants")
+        runs.device = "cpu"
+
+    monkeypatch.setattr(runner._Runs, "_train", fail)
+    first = next(f for f in measured.figures if f.recipe.name == "base")
+    monkeypatch.setattr(runner, "measured_figures", lambda *args, **options: first)
+    with pytest.raises(DataError, match="as the test wants"):
+        compare(demo_model_path(), data, recipes=["base", "lora"], steps=3, each=seen.append)
+    [found] = seen
+    assert [f.recipe.name for f in found.figures] == ["base"]
+    [*_, page] = found.save(tmp_path, command="esm-efficient compare")
+    text = page.read_text()
+    assert "Nothing was run at this budget yet." in text
+    assert "esm-efficient compare" in text

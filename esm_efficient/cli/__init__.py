@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from esm_efficient.cli import jobs as jobs
 from esm_efficient.cli import models as models
 from esm_efficient.cli import training as training
 from esm_efficient.cli.commands import app, command_group
-from esm_efficient.cli.output import as_typed, typed_parameters, without_codes
+from esm_efficient.cli.output import as_typed, typed_line, typed_parameters, without_codes
 from esm_efficient.errors import EsmEfficientError, TrainingInterrupted
 
 _ORDER = ("data", "probe", "finetune", "evaluate", "predict", "embed", "report", "export")
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only this subclass of its UsageError
     args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     typed_parameters.set(parameters_of(args))
+    typed_line.set(shlex.join(["esm-efficient", *args]))
     try:
         status = command_group().main(args, prog_name="esm-efficient", standalone_mode=False) or 0
         _leave_ranks()

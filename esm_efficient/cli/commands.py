@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import shlex
-from typing import Annotated, Any, get_args
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from esm_efficient.cli.output import JsonOption, ModelOption, PageOption, quiet, show
+from esm_efficient.cli.output import JsonOption, ModelOption, PageOption, quiet, show, typed_line
 from esm_efficient.costs.devices import DEFAULT_DEVICE, GIB, get_device
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.estimation.step import Attention, Padding
@@ -28,6 +29,9 @@ def command_group() -> Any:
     """Return all commands as typer makes them of their functions, once: it reads each signature."""
     return typer.main.get_command(app)
 
+
+Preset = Literal["qkv", "attention", "mlp", "all-linear"]
+"""The presets of `esm_efficient.adapters.registry`, which imports torch."""
 
 _RECOMMENDED = ["base", "gc", "lora", "all", "top"]
 _PRESETS = ["all-linear"]
@@ -92,13 +96,16 @@ def check_epochs(epochs: float) -> None:
         raise typer.BadParameter(f"{epochs}: expected more than 0 and a finite number", param_hint="--epochs")
 
 
-def _check_quantizations(kinds: Any) -> list[str]:  # with Python 3.10, typer cannot read list[str] here
-    for kind in kinds:
-        if kind not in get_args(Quantization):
-            raise typer.BadParameter(
-                f"{kind!r} is not one of {listing([repr(known) for known in get_args(Quantization)])}"
-            )
-    return kinds
+def _one_of(known: Collection[str]) -> Any:
+    """Return a callback for an option that can be repeated, which typer does not check against a Literal everywhere."""
+
+    def check(given: Any) -> list[str]:
+        for name in given:
+            if name not in known:
+                raise typer.BadParameter(f"{name!r} is not one of {listing([repr(name) for name in known])}")
+        return given
+
+    return check
 
 
 def _check_cache(cache: bool | None, quantization: str | list[str] | None) -> None:
@@ -144,7 +151,8 @@ DeviceOption = Annotated[
 TokensOption = Annotated[int, typer.Option("--tokens", min=1, help="Tokens per sequence, special tokens included.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of a training step.")]
 OptimizerOption = Annotated[
-    str, typer.Option("--optimizer", help="Optimizer of the estimate: adamw_fused, adamw_foreach, adamw or adamw_8bit.")
+    Literal["adamw_fused", "adamw_foreach", "adamw", "adamw_8bit"],
+    typer.Option("--optimizer", help="Optimizer of the estimate."),
 ]
 AttentionOption = Annotated[Attention, typer.Option("--attention", help="Attention implementation of transformers.")]
 PaddingOption = Annotated[Padding | None, typer.Option("--padding", help="Layout of a batch; default: the recipe's.")]
@@ -197,7 +205,7 @@ def estimate(
     ] = None,
     tokens: TokensOption = 512,
     preset: Annotated[
-        str | None, typer.Option(help="Adapters: qkv, attention, mlp or all-linear; default: the recipe's.")
+        Preset | None, typer.Option(help="Kinds of layers that get adapters; default: the recipe's.")
     ] = None,
     layers: LayersOption = None,
     cache: CacheOption = None,
@@ -242,7 +250,7 @@ def estimate(
             sequences=sequences,
         )
         if report is not None:
-            report.write_text(estimate_page(result), encoding="utf-8")
+            report.write_text(estimate_page(result, command=typed_line.get()), encoding="utf-8")
     show(result, as_json)
 
 
@@ -254,7 +262,12 @@ def recommend(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")] = 8,
     recipes: RecipesOption = _RECOMMENDED,
     presets: Annotated[
-        list[str], typer.Option("--preset", help="Adapters to try: qkv, attention, mlp or all-linear; can be repeated.")
+        list[str],
+        typer.Option(
+            "--preset",
+            callback=_one_of(get_args(Preset)),
+            help="Adapters to try: qkv, attention, mlp or all-linear; can be repeated.",
+        ),
     ] = _PRESETS,
     layers: LayersOption = None,
     cache: Annotated[
@@ -267,7 +280,7 @@ def recommend(
         list[str],
         typer.Option(
             "--quantization",
-            callback=_check_quantizations,
+            callback=_one_of(get_args(Quantization)),
             help="Also try adapters on a base in 4bit or 8bit; can be repeated.",
         ),
     ] = _NOT_QUANTIZED,
@@ -286,6 +299,8 @@ def recommend(
     Example: esm-efficient recommend --model 650M --device T4 --tokens 1024
     """
     check_epochs(epochs)
+    if not 0 <= margin < 1:
+        raise typer.BadParameter(f"{margin}: expected a share from 0 to below 1", param_hint="--margin")
     if disk is not None and not 0 <= disk < math.inf:
         raise typer.BadParameter(f"{disk}: expected a finite number of GiB, at least 0", param_hint="--disk")
     _check_cache(cache, quantization)

@@ -10,7 +10,6 @@ import typer
 from esm_efficient.cli.commands import (
     AttentionOption,
     CacheOption,
-    DeviceOption,
     KeepLayersOption,
     LayersOption,
     OptimizerOption,
@@ -29,6 +28,7 @@ from esm_efficient.cli.commands import (
 from esm_efficient.cli.jobs import (
     AccessionOption,
     ClustersOption,
+    HeaderOption,
     LabelKindOption,
     LabelOption,
     LabelsOption,
@@ -37,11 +37,14 @@ from esm_efficient.cli.jobs import (
     PartitionOption,
     SequenceOption,
     SplitOption,
+    TestPartitionsOption,
+    TestSizeOption,
     UnlabelledOption,
+    ValidationSizeOption,
     data_options,
 )
-from esm_efficient.cli.output import JsonOption, ModelOption, existing_file, quiet, show, writable_folder
-from esm_efficient.costs.devices import DEFAULT_DEVICE, get_device
+from esm_efficient.cli.output import JsonOption, ModelOption, existing_file, quiet, show, typed_line, writable_folder
+from esm_efficient.costs.devices import get_device
 from esm_efficient.recipes import RECIPES
 from esm_efficient.tasks import LARGEST_SEED
 
@@ -52,7 +55,10 @@ _SEEDS = [0]
 @app.command()
 def compare(
     model: ModelOption = "650M",
-    device: DeviceOption = DEFAULT_DEVICE,
+    device: Annotated[
+        str | None,
+        typer.Option(help="As in estimate; default: A10G, or this machine with --data."),
+    ] = None,
     tokens: TokensOption = 512,
     recipes: RecipesOption = _ALL_RECIPES,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the first table.")] = 100,
@@ -75,6 +81,10 @@ def compare(
     split: SplitOption = None,
     partition: PartitionOption = None,
     clusters: ClustersOption = None,
+    test_size: TestSizeOption = None,
+    validation_size: ValidationSizeOption = None,
+    test_partitions: TestPartitionsOption = None,
+    header: HeaderOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: Annotated[
@@ -101,7 +111,8 @@ def compare(
     """
     read: dict[str, Any] = {"sequence": sequence, "label": label, "label_kind": label_kind, "unlabelled": unlabelled}
     read |= {"labels": labels, "accession": accession, "split": split, "partition": partition, "clusters": clusters}
-    read |= {"min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
+    read |= {"test_size": test_size, "validation_size": validation_size, "test_partitions": test_partitions}
+    read |= {"header": header, "min_residues": min_residues, "max_residues": max_residues, "on_error": on_error}
     trained: dict[str, Any] = {"limit": limit, "seed": None if seeds == _SEEDS else seeds} | read
     given = [name for name, value in trained.items() if value not in (None, [])]
     if data is None and given:
@@ -117,7 +128,7 @@ def compare(
         existing_file(data)
     changed = change_recipes(recipes, layers=layers, cache=cache, pooling=pooling, keep_layers=keep_layers)
     training_options: dict[str, Any] = {} if data is None or precision == "auto" else {"precision": precision}
-    target = get_device(device)
+    target = None if device is None else get_device(device)
     check_depth(model, layers, keep_layers)
     with quiet():
         from esm_efficient.comparison import compare
@@ -132,6 +143,7 @@ def compare(
             epochs=epochs,
             seeds=seeds,
             device=target,
+            each=None if output is None else lambda found: found.save(output, command=typed_line.get()),
             tokens=tokens,
             sequences=sequences,
             estimate_options={
@@ -143,7 +155,7 @@ def compare(
             **training_options,
         )
         if output is not None:
-            result.save(output)
+            result.save(output, command=typed_line.get())
     show(result, as_json)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from esm_efficient.cli.commands import AdapterLayersOption, app
+from esm_efficient.cli.commands import AdapterLayersOption, Preset, app, number_option
 from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_trained_model, quiet, show
 from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
@@ -96,6 +96,21 @@ ClustersOption = Annotated[
     typer.Option(
         "--clusters", exists=True, dir_okay=False, help="Clusters of MMseqs2 or CD-HIT; each is in one split."
     ),
+]
+
+
+TestSizeOption = Annotated[
+    float | None, number_option("--test-size", help="Share of the rows to test on, without partitions; default: 0.2.")
+]
+ValidationSizeOption = Annotated[
+    float | None, number_option("--validation-size", help="Share of the rows to validate on, likewise; default: 0.1.")
+]
+TestPartitionsOption = Annotated[
+    list[int] | None, typer.Option("--test-partition", help="Partition to test on; can be repeated.")
+]
+HeaderOption = Annotated[
+    str | None,
+    typer.Option("--header", metavar="REGEX", help="Expression for FASTA headers, whose named groups are columns."),
 ]
 
 
@@ -246,6 +261,10 @@ def data(
     split: SplitOption = None,
     partition: PartitionOption = None,
     clusters: ClustersOption = None,
+    test_size: TestSizeOption = None,
+    validation_size: ValidationSizeOption = None,
+    test_partitions: TestPartitionsOption = None,
+    header: HeaderOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
@@ -260,10 +279,11 @@ def data(
     """
     existing_file(source)
     columns: dict[str, Any] = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
-    columns |= {"labels": labels, "unlabelled": unlabelled}
+    columns |= {"labels": labels, "unlabelled": unlabelled, "header": header}
+    sizes = {"test_size": test_size, "validation_size": validation_size, "test_partitions": test_partitions}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
-    options = data_options(source, **columns, **bounds, **splits, on_error=on_error)
+    options = data_options(source, **columns, **bounds, **splits, **sizes, on_error=on_error)
     with quiet():
         from esm_efficient.reporting.description import describe
         from esm_efficient.training.given import splits_from
@@ -275,9 +295,7 @@ def data(
 @app.command()
 def targets(
     model: ModelArgument,
-    preset: Annotated[
-        Literal["qkv", "attention", "mlp", "all-linear"], typer.Option(help="Kinds of layers that get adapters.")
-    ] = "all-linear",
+    preset: Annotated[Preset, typer.Option(help="Kinds of layers that get adapters.")] = "all-linear",
     layers: AdapterLayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -300,6 +318,10 @@ def data_options(source: str, **options: Any) -> dict[str, Any]:
         **options: the options; None or an empty list if an option was not given.
     """
     given = {name: value for name, value in options.items() if value is not None and value != []}
+    for name in ("test_size", "validation_size"):
+        if not 0 <= given.get(name, 0) < 1:
+            hint = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{given[name]}: expected a share from 0 to below 1", param_hint=hint)
     if isinstance(given.get("label"), list) and len(given["label"]) == 1:
         given["label"] = given["label"][0]
     if source in ("demo", "deeploc"):

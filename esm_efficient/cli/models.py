@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from esm_efficient.cli.jobs import (
     AccessionOption,
     ClustersOption,
     DataArgument,
+    HeaderOption,
     LabelKindOption,
     LabelOption,
     LabelsOption,
@@ -22,7 +23,10 @@ from esm_efficient.cli.jobs import (
     PartitionOption,
     SequenceOption,
     SplitOption,
+    TestPartitionsOption,
+    TestSizeOption,
     UnlabelledOption,
+    ValidationSizeOption,
     data_options,
 )
 from esm_efficient.cli.output import (
@@ -60,6 +64,10 @@ def probe(
     split: SplitOption = None,
     partition: PartitionOption = None,
     clusters: ClustersOption = None,
+    test_size: TestSizeOption = None,
+    validation_size: ValidationSizeOption = None,
+    test_partitions: TestPartitionsOption = None,
+    header: HeaderOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
@@ -73,10 +81,12 @@ def probe(
     Example: esm-efficient probe proteins.csv --model 35M --report probe.html
     """
     existing_file(data)
-    columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
+    columns: dict[str, Any] = {"sequence": sequence, "accession": accession, "label": label, "label_kind": label_kind}
+    columns |= {"labels": labels, "unlabelled": unlabelled, "header": header}
+    sizes = {"test_size": test_size, "validation_size": validation_size, "test_partitions": test_partitions}
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
-    options = data_options(data, **columns, **bounds, **splits, labels=labels, unlabelled=unlabelled, on_error=on_error)
+    options = data_options(data, **columns, **bounds, **splits, **sizes, on_error=on_error)
     with quiet(verbose=verbose):
         from esm_efficient.training.given import command_words
         from esm_efficient.training.sweep import sweep_layers

@@ -28,6 +28,9 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show all logs an
 typed_parameters: ContextVar[Sequence[Any]] = ContextVar("typed_parameters", default=())
 """The parameters of the command that runs."""
 
+typed_line: ContextVar[str | None] = ContextVar("typed_line", default=None)
+"""The command line that runs, which a page repeats."""
+
 _OR_NONE = ("split", "partition")
 """The options of a column that may be ``none``."""
 _OTHER_NAMES = {"epochs": ("num_train_epochs",), "resume": ("resume_from_checkpoint",), "output": ("output_dir",)}

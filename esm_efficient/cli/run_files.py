@@ -22,6 +22,7 @@ WRITTEN = (
     *("data", "model", "recipe", "epochs", "batch_size", "micro_batch", "learning_rate", "layers", "cache", "pooling"),
     *("quantization", "keep_layers", "max_tokens", "class_weights", "sequence", "label", "label_kind", "labels"),
     *("unlabelled", "accession", "split", "partition", "clusters", "min_residues", "max_residues", "on_error"),
+    *("test_size", "validation_size", "test_partitions", "header", "rank", "profile", "report_to"),
     *("early_stopping", "probe", "precision", "seed"),
 )
 """The options of a run that its file has."""
@@ -47,10 +48,15 @@ def repeating_line(run: Path) -> str | None:
         run: the folder of the run.
 
     Returns:
-        The line; None if the run was not started by a command.
+        The line; None if the run was not started by a command, or its file of options was changed to name no data.
     """
+    import yaml
+
     file = run.absolute() / RUN_FILE
-    return line_of(file, run.absolute().with_name(f"{run.absolute().name}-again")) if file.is_file() else None
+    options = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(options, dict) or "data" not in options:
+        return None
+    return line_of(file, run.absolute().with_name(f"{run.absolute().name}-again"))
 
 
 def save_page(result: FinetuneResult, run: Path) -> None:

@@ -21,6 +21,7 @@ from esm_efficient.cli.commands import (
     QuantizationOption,
     RecipeOption,
     app,
+    check_depth,
     check_epochs,
     number_option,
 )
@@ -29,6 +30,7 @@ from esm_efficient.cli.jobs import (
     BudgetOption,
     ClustersOption,
     DataArgument,
+    HeaderOption,
     KeepOption,
     LabelKindOption,
     LabelOption,
@@ -40,8 +42,11 @@ from esm_efficient.cli.jobs import (
     PartitionOption,
     SequenceOption,
     SplitOption,
+    TestPartitionsOption,
+    TestSizeOption,
     TrainedArguments,
     UnlabelledOption,
+    ValidationSizeOption,
     check_overlap,
     data_options,
     reading_of,
@@ -56,12 +61,14 @@ from esm_efficient.cli.output import (
     is_first_rank,
     quiet,
     show,
+    typed_line,
     typed_parameters,
     without_codes,
     writable_folder,
 )
 from esm_efficient.cli.run_files import RUN_FILE, WRITTEN, config_writer, line_of, save_page
-from esm_efficient.errors import TrainingInterrupted
+from esm_efficient.data.loading import COMMAND_OPTIONS
+from esm_efficient.errors import TrainingInterrupted, nearest
 from esm_efficient.recipes import get_recipe
 from esm_efficient.tasks import LARGEST_SEED, Pooling
 
@@ -76,12 +83,15 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from error
-    known = {parameter.name for parameter in context.command.params}
-    if not isinstance(options, dict) or (unknown := sorted(set(map(str, options)) - known)):
-        wrong = ", ".join(unknown) if isinstance(options, dict) else "no options"
-        raise typer.BadParameter(f"{path} has {wrong}: expected names of options, such as recipe or epochs")
+    expected = "names of options, such as recipe or epochs"
+    if not isinstance(options, dict):
+        raise typer.BadParameter(f"{path} has no options: expected {expected}")
+    options = {str(name).replace("-", "_"): value for name, value in options.items()}  # as they are typed
+    known = {parameter.name for parameter in context.command.params if parameter.name}
+    if unknown := sorted(set(options) - known):
+        raise typer.BadParameter(f"{path} has {', '.join(unknown)}{nearest(unknown[0], known, expected)}")
     for parameter in context.command.params:
         value = options.get(parameter.name)
         if getattr(parameter, "multiple", False) and value is not None and not isinstance(value, list):
@@ -114,6 +124,7 @@ def finetune(
     pooling: PoolingOption = None,
     quantization: QuantizationOption = None,
     keep_layers: KeepLayersOption = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA adapters; default: the recipe's.")] = None,
     max_tokens: MaxTokensOption = 1024,
     class_weights: Annotated[Weights, typer.Option(help="Weigh rare classes more (balanced), or not.")] = "balanced",
     sequence: SequenceOption = None,
@@ -125,6 +136,10 @@ def finetune(
     split: SplitOption = None,
     partition: PartitionOption = None,
     clusters: ClustersOption = None,
+    test_size: TestSizeOption = None,
+    validation_size: ValidationSizeOption = None,
+    test_partitions: TestPartitionsOption = None,
+    header: HeaderOption = None,
     min_residues: MinResiduesOption = None,
     max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
@@ -145,6 +160,13 @@ def finetune(
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split, the head and the order of the batches.")
     ] = 0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure memory over a step, and time by phase, for the report.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", help="Tracker of transformers, such as tensorboard or wandb; can be repeated."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     config: Annotated[
         Path | None,
@@ -163,9 +185,14 @@ def finetune(
     changes: dict[str, Any] = {"layers": layers, "cache": cache, "pooling": pooling, "quantization": quantization}
     changes["keep_layers"] = keep_layers
     chosen = get_recipe(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
+    if rank is not None and chosen.trains != "adapters":
+        raise typer.BadParameter(f"recipe {recipe} has no adapters", param_hint="--rank")
     existing_file(data)
     options = {name: value for name, value in locals().items() if name in WRITTEN and value is not None}
-    given = {"batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate, "epochs": epochs}
+    reading = _data_options(data, options)
+    check_depth(model, layers, keep_layers)
+    given: dict[str, Any] = {"batch_size": batch_size, "micro_batch": micro_batch, "learning_rate": learning_rate}
+    given |= {"epochs": epochs, "report_to": report_to or None}
     sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     with quiet(verbose=verbose), _resumable(output):
         from esm_efficient.training.checkpoints import CheckpointCallback, explain_full_disk
@@ -179,7 +206,9 @@ def finetune(
             output_dir=output,
             class_weights=None if class_weights == "none" else class_weights,
             max_tokens=max_tokens,
-            data_options=_data_options(data, options),
+            data_options=reading,
+            adapter_options=None if rank is None else {"r": rank},
+            profile=profile,
             precision=precision,
             seed=seed,
             resume_from_checkpoint=True if resume else None,
@@ -232,8 +261,6 @@ def _resumable(output: Path) -> Iterator[None]:
 
 
 def _data_options(data: str, options: dict[str, Any]) -> dict[str, Any]:
-    from esm_efficient.training.given import COMMAND_OPTIONS
-
     return data_options(data, **{name: options[name] for name in COMMAND_OPTIONS if name in options})
 
 
@@ -250,6 +277,8 @@ def evaluate(
     labels: LabelsOption = None,
     unlabelled: UnlabelledOption = None,
     accession: AccessionOption = None,
+    min_residues: MinResiduesOption = None,
+    max_residues: MaxResiduesOption = None,
     on_error: OnErrorOption = "raise",
     report: PageOption = None,
     as_json: JsonOption = False,
@@ -264,19 +293,23 @@ def evaluate(
     existing_file(data)
     check_overlap(keep, overlap)
     columns = {"sequence": sequence, "label": label, "label_kind": label_kind, "accession": accession}
-    given = data_options(data, **columns, labels=labels, unlabelled=unlabelled)
+    bounds = {"min_residues": min_residues, "max_residues": max_residues}
+    given = data_options(data, **columns, **bounds, labels=labels, unlabelled=unlabelled)
     with quiet():
         from esm_efficient.training.evaluation import evaluate_in_full
-        from esm_efficient.training.outcome import evaluation_page
+        from esm_efficient.training.outcome import WarningList, evaluation_page
 
-        result = evaluate_in_full(
-            models,
-            data,
-            data_options=given,
-            keep=reading_of(keep, overlap),
-            token_budget=token_budget,
-            on_error=on_error,
-        )
+        with WarningList() as warned:
+            result = evaluate_in_full(
+                models,
+                data,
+                data_options=given,
+                keep=reading_of(keep, overlap),
+                token_budget=token_budget,
+                on_error=on_error,
+            )
         if report is not None:
-            report.write_text(evaluation_page(result, models=models, dataset=data), encoding="utf-8")
+            said = [as_typed(text, typed_parameters.get()) for text in warned.messages]
+            page = evaluation_page(result, models=models, dataset=data, command=typed_line.get(), warnings=said)
+            report.write_text(page, encoding="utf-8")
     show(result, as_json)

@@ -75,15 +75,28 @@ class Comparison:
         tables = {name: self.rows(budget) for budget, name in BUDGETS.items()}
         return "\n".join(f"### At {name}\n\n{format_markdown(rows, head)}\n" for name, (head, rows) in tables.items())
 
-    def to_html(self) -> str:
-        """Return one page with tables and plots that opens offline; without matplotlib it says why it has no plots."""
+    def to_html(self, *, command: str | None = None) -> str:
+        """Return one page with tables and plots that opens offline; without matplotlib it says why it has no plots.
+
+        Args:
+            command: the line that repeats it, if there is one.
+        """
         by_budget = {budget: self.at(budget) for budget in BUDGETS}
         return comparison_page(
-            self.model, by_budget, self.metric if self.seeds else None, timelines=self.timelines, note=self.note
+            self.model,
+            by_budget,
+            self.metric if self.seeds else None,
+            timelines=self.timelines,
+            note=self.note,
+            command=command,
         )
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, *, command: str | None = None) -> list[Path]:
         """Write ``comparison.txt``, ``.md``, ``.csv``, ``.json`` and ``.html`` into a folder.
+
+        Args:
+            folder: the folder, which need not exist yet.
+            command: as `to_html`.
 
         Returns:
             The paths of the files.
@@ -95,7 +108,7 @@ class Comparison:
             "md": self.to_markdown(),
             "csv": self.to_csv(),
             "json": json.dumps(self.to_dict(), indent=2) + "\n",
-            "html": self.to_html(),
+            "html": self.to_html(command=command),
         }
         for suffix, content in contents.items():
             (folder / f"comparison.{suffix}").write_text(content, encoding="utf-8")

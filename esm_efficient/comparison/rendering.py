@@ -10,7 +10,7 @@ from esm_efficient.comparison.figures import BUDGETS, MethodFigures
 from esm_efficient.costs.memory import CATEGORIES
 from esm_efficient.estimation.estimate import Estimate
 from esm_efficient.reporting import format_bytes, format_number, format_seconds
-from esm_efficient.reporting.html import Plot, Section, Table, html_page
+from esm_efficient.reporting.html import Plot, Section, Table, html_page, repeated_by
 from esm_efficient.reporting.plots import Method, memory_plot, pareto_plot, timeline_plot
 from esm_efficient.training.evaluation_page import draw
 
@@ -54,6 +54,7 @@ def comparison_page(
     *,
     timelines: Mapping[str, Estimate],
     note: str,
+    command: str | None = None,
 ) -> str:
     """Return one HTML page with tables and plots.
 
@@ -63,6 +64,7 @@ def comparison_page(
         metric: name of the metric; None for estimates, which have none.
         timelines: estimates by recipe, for the plot of memory over one step.
         note: where the figures are from.
+        command: the line that repeats it, if there is one.
     """
     sections = [_budget_section(f"At {BUDGETS[budget]}", figures, metric) for budget, figures in by_budget.items()]
     stacks = {f.recipe.name: f.peak.to_dict() for f in by_budget["steps"]}
@@ -72,10 +74,13 @@ def comparison_page(
     memory = draw(bars, stacks, caption="Memory at the highest moment, by category.")
     sections.append(Section("Memory by category", [memory]))
     sections.append(Section("Memory over one step", [_timelines(timelines)]))
+    sections += repeated_by(command)
     return html_page(f"Fine-tuning methods for {model}", sections, note=note)
 
 
 def _budget_section(heading: str, figures: Sequence[MethodFigures], metric: str | None) -> Section:
+    if not figures:
+        return Section(heading, ["Nothing was run at this budget yet."])
     parts: list[str | Table | Plot] = [Table(*table_rows(figures, metric))]
     if not any(math.isnan(f.seconds) for f in figures):
         methods = [
@@ -88,11 +93,12 @@ def _budget_section(heading: str, figures: Sequence[MethodFigures], metric: str 
     return Section(heading, parts)
 
 
-def estimate_page(estimate: Estimate) -> str:
+def estimate_page(estimate: Estimate, *, command: str | None = None) -> str:
     """Return one HTML page of the predicted costs of a step.
 
     Args:
         estimate: the costs.
+        command: the line that repeats it, if there is one.
 
     Example:
         >>> from esm_efficient import estimate, estimate_page
@@ -117,6 +123,7 @@ def estimate_page(estimate: Estimate) -> str:
     ]
     sections = [Section("Costs of an optimizer step", parts)]
     sections.append(Section("Memory over one step", [_timelines({recipe.name: estimate})]))
+    sections += repeated_by(command)
     note = "Estimated: peaks of tensors, counted operation by operation"
     if math.isnan(estimate.seconds):
         note += f". The rates of {device.name} are unknown, so there are no times."

@@ -7,7 +7,7 @@ import gc
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,10 +54,11 @@ def compare(
     epochs: float = 1.0,
     seeds: Sequence[int] = (0,),
     metric: str | None = None,
-    device: str | Device = DEFAULT_DEVICE,
+    device: str | Device | None = None,
     tokens: Any = 512,
     sequences: int | None = None,
     output_dir: str | Path | None = None,
+    each: Callable[[Comparison], object] | None = None,
     estimate_options: Mapping[str, Any] | None = None,
     **finetune_options: Any,
 ) -> Comparison:
@@ -74,10 +75,13 @@ def compare(
         epochs: passes over the training sequences of the second budget.
         seeds: seeds of the runs.
         metric: one of the metrics of `finetune`; None for the one that early stopping reads for this task.
-        device: the device that is estimated; runs take place on the machine that starts them.
+        device: the device that is estimated; runs take place on the machine that starts them. None for
+            ``DEFAULT_DEVICE`` without a dataset, and for this machine with one.
         tokens: as in `estimate`; ignored with a dataset.
         sequences: training sequences of an estimated epoch, as in `estimate`; ignored with a dataset.
         output_dir: folder that gets one folder per run; None keeps no files.
+        each: called after each recipe and budget with what is measured until then, such as to save it: hours of runs
+            are not lost by one that fails.
         estimate_options: further options of `estimate`.
         **finetune_options: further options of `finetune`.
 
@@ -111,11 +115,14 @@ def compare(
         from esm_efficient.training.options import resolve_options
 
         chosen = [resolve_options(recipe, sizes)[0] for recipe in chosen]
-    best = "mcc"
+    best, of_task = "mcc", dict[str, Any]()
     if dataset is None:
+        device = device or DEFAULT_DEVICE
         lengths = data_lengths(tokens, sequences)
     else:
+        from esm_efficient.inference.loading import default_device
         from esm_efficient.training.given import evaluated_split, splits_from
+        from esm_efficient.training.run_plan import device_here
         from esm_efficient.training.stopping import BEST
 
         dataset = splits_from(dataset, **(finetune_options.pop("data_options", None) or {}))
@@ -123,9 +130,13 @@ def compare(
         task = task_of(dataset["train"].features)
         best = BEST[task.kind][0]
         _check_metric(metric, task)
+        device = device or device_here(default_device())
+        of_task = {"head": task.head, "num_labels": len(task.names)}
         lengths = data_lengths(dataset, max_tokens=finetune_options.get("max_tokens", MAX_TOKENS))
     estimates = {
-        recipe.name: estimate(model, recipe=recipe, device=device, tokens=lengths, **(estimate_options or {}))
+        recipe.name: estimate(
+            model, recipe=recipe, device=device, tokens=lengths, **of_task, **(estimate_options or {})
+        )
         for recipe in chosen
     }
     settings = [
@@ -133,31 +144,31 @@ def compare(
         for budget in BUDGETS
         for recipe in chosen
     ]
-    figures: list[MethodFigures]
+    name, figures = resolve_config(model)[0], list[MethodFigures]()
     if dataset is None:
         figures = [estimated_figures(estimates[recipe.name], budget, n) for recipe, budget, n in settings]
         first = next(iter(estimates.values()))
         note = (
             f"Estimated for {first.device.name}, {first.precision}, sequences of "
             f"{'' if isinstance(lengths.train, int) else 'up to '}{np.max(lengths.train):,} tokens: peaks of tensors, "
-            "counted operation by operation; times by a roofline, so real ones are longer."
+            f"counted operation by operation; times by a roofline, so real ones are longer. An epoch has "
+            f"{lengths.sequences:,} sequences. These are costs alone: which method is best is measured with a table."
         )
-        seeds = ()
-    else:
-        runs = _Runs(model, dataset, output_dir, finetune_options)
-        figures = []
-        for recipe, budget, n in settings:
-            results = [runs.run(recipe, n, seed) for seed in seeds]
-            cache = estimates[recipe.name].cache
-            size = 0 if cache is None else cache.bytes
-            figures.append(
-                measured_figures(recipe, budget, results, metric or best, lengths.sequences, cache_bytes=size)
-            )
+        return Comparison(name, tuple(figures), metric or best, (), estimates, note)
+    runs = _Runs(model, dataset, output_dir, finetune_options)
+    for recipe, budget, n in settings:
+        results = [runs.run(recipe, n, seed) for seed in seeds]
+        cache = estimates[recipe.name].cache
+        size = 0 if cache is None else cache.bytes
+        figures.append(measured_figures(recipe, budget, results, metric or best, lengths.sequences, cache_bytes=size))
         note = (
             f"Measured on {runs.device}: {lengths.sequences:,} sequences to train on, {len(seeds)} seed"
             f"{'s' if len(seeds) > 1 else ''}; peaks of tensors, highest over the seeds; times and rates are means."
         )
-    return Comparison(resolve_config(model)[0], tuple(figures), metric or best, tuple(seeds), estimates, note)
+        found = Comparison(name, tuple(figures), metric or best, tuple(seeds), estimates, note)
+        if each is not None:
+            each(found)
+    return found
 
 
 def _check_recipes(recipes: Sequence[str | Recipe]) -> list[Recipe]:

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+COMMAND_OPTIONS = (
+    *("sequence", "label", "label_kind", "labels", "unlabelled", "accession", "split", "partition", "clusters"),
+    *("test_size", "validation_size", "test_partitions", "header", "min_residues", "max_residues", "on_error", "seed"),
+)
+"""The options of `load_sequences` that the commands have too, under the same names."""
+
 
 def load_sequences(
     path: str | Path | Mapping[str, str | Path],

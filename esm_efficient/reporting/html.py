@@ -109,6 +109,11 @@ class Section:
     parts: Sequence[Part]
 
 
+def repeated_by(command: str | None) -> list[Section]:
+    """Return the section with the line that repeats what a page shows; none without a line."""
+    return [] if command is None else [Section("Repeat it", [Command(command)])]
+
+
 def html_page(title: str, sections: Sequence[Section], *, note: str = "") -> str:
     """Return a page that opens offline in any browser.
 

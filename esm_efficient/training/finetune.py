@@ -141,9 +141,8 @@ def finetune(
             later too; a search over many runs needs none. Without it and without `announce`, memory is not estimated.
         announce: called with what the run will do and cost, before the model is loaded. The estimate takes seconds.
         **training_options: ``epochs`` (3 if not given), ``batch_size`` (sequences per optimizer step on one device),
-            ``micro_batch`` (sequences in one forward pass), ``quantization`` (``"4bit"`` or ``"8bit"``,
-            `esm_efficient.recipes.Quantization`) and options of `TrainingArguments`, which override those of the
-            recipe.
+            ``micro_batch`` (sequences in one forward pass); ``layers``, ``cache``, ``pooling``, ``keep_layers`` and
+            ``quantization`` of `Recipe`; and options of `TrainingArguments`. They override those of the recipe.
 
     Returns:
         Metrics, costs and paths.

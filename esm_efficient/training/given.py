@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from esm_efficient.data.deeploc import load_deeploc
 from esm_efficient.data.in_memory import stored, table_file
-from esm_efficient.data.loading import load_sequences
+from esm_efficient.data.loading import COMMAND_OPTIONS, load_sequences
 from esm_efficient.data.own_splits import FLAGS
 from esm_efficient.data.readers import read_blocks
 from esm_efficient.data.schema import USUAL_NAMES, no_column
@@ -36,12 +36,6 @@ _OF_SPLITS = (
     *("test_size", "validation_size", "seed", "shuffle"),
 )
 """The options of `load_sequences` that say how rows are split and ordered."""
-
-COMMAND_OPTIONS = (
-    *("sequence", "label", "label_kind", "labels", "unlabelled", "accession", "split", "partition", "clusters"),
-    *("min_residues", "max_residues", "on_error", "seed"),
-)
-"""The options of `load_sequences` that the commands have too, under the same names."""
 
 
 def splits_from(data: Any, *, labelled: bool = True, **options: Any) -> DatasetDict:
@@ -175,10 +169,11 @@ def command_words(
         known = signature(load_sequences).parameters
         if value is None or (name in known and value == known[name].default):
             continue
-        if name not in COMMAND_OPTIONS or not all(isinstance(entry, str | Path | int) for entry in values):
+        if name not in COMMAND_OPTIONS or not all(isinstance(entry, str | Path | int | float) for entry in values):
             return ()
         texts = [_place(e) if name in ("clusters", "labels") else "none" if e is False else str(e) for e in values]
-        words += [word for text in texts for word in (f"--{name.replace('_', '-')}", text)]
+        option = f"--{name.replace('_', '-').replace('partitions', 'partition')}"
+        words += [word for text in texts for word in (option, text)]
     words += [] if max_tokens == MAX_TOKENS else ["--max-tokens", str(max_tokens)]
     return (*words, "--model", _place(model))
 

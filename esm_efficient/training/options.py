@@ -22,6 +22,9 @@ from esm_efficient.errors import ConfigurationError, nearest
 from esm_efficient.inference.foreign import unread_options
 from esm_efficient.recipes import Recipe, check_learning_rate
 
+_OF_RECIPE = ("layers", "cache", "pooling", "quantization", "keep_layers")
+"""Parts of a recipe that are options of a run."""
+
 _OWN = ("preset", "layers")
 """Options of `lora_config` that are not in the saved adapter: they say where it is."""
 
@@ -34,7 +37,8 @@ def resolve_options(
     ``epochs`` is another name of ``num_train_epochs``. ``batch_size`` is the number of sequences per optimizer step on
     one device: the recipe's micro-batch stays as it is where it divides the batch, and the accumulation changes.
     ``micro_batch`` is the number of sequences in one forward pass, which divides the batch; the batch stays as it is.
-    ``quantization`` and ``keep_layers`` are those of the recipe.
+    ``layers``, ``cache``, ``pooling``, ``quantization`` and ``keep_layers`` are those of the recipe; None leaves its
+    own.
 
     Args:
         recipe: the recipe.
@@ -58,8 +62,7 @@ def resolve_options(
         "epochs",
         "batch_size",
         "micro_batch",
-        "quantization",
-        "keep_layers",
+        *_OF_RECIPE,
         *known,
     }
     for name in options:
@@ -77,7 +80,8 @@ def resolve_options(
     epochs = options.get("num_train_epochs", 1)
     if not 0 < epochs < math.inf and options.get("max_steps", -1) <= 0:  # NaN is refused too
         raise ConfigurationError(f"epochs={epochs}: expected more than 0 and a finite number")
-    changes = {name: options.pop(name) for name in ("quantization", "keep_layers") if name in options}
+    changes = {name: options.pop(name) for name in _OF_RECIPE if options.get(name) is not None}
+    options = {name: value for name, value in options.items() if name not in _OF_RECIPE}
     recipe = recipe.replace(**changes) if changes else recipe
     sizes = {name: options.pop(name) for name in ("batch_size", "micro_batch") if name in options}
     if sizes:

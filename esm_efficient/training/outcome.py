@@ -15,7 +15,7 @@ import numpy as np
 
 from esm_efficient.errors import listing
 from esm_efficient.reporting import format_number, format_table
-from esm_efficient.reporting.html import Command, Part, Section, Table, html_page
+from esm_efficient.reporting.html import Command, Part, Section, Table, html_page, repeated_by
 from esm_efficient.reporting.score_plots import curves_plot
 from esm_efficient.tasks import SPECIAL_TOKENS
 from esm_efficient.training.baselines import PROBE, FrozenProbe, majority_metrics
@@ -166,8 +166,7 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
         notes += [] if result.probe is None else [result.probe.describe()]
         sections += evaluation_sections(result.evaluation, notes=notes)
     after = [_what_ran(result, command)]
-    if result.warnings:
-        after.insert(0, Section("Warnings", list(dict.fromkeys(result.warnings))))
+    after = [*warned_of(result.warnings), *after]
     sections[1:1] = after  # after the table of the metrics
     if curves := curves_of(result.history):
         plot = draw(curves_plot, curves, caption="Values over the optimizer steps.")
@@ -207,17 +206,32 @@ def _what_ran(result: FinetuneResult, command: str | None) -> Section:
     return Section("What ran", parts if command is None else [*parts, "Repeat it:", Command(command)])
 
 
-def evaluation_page(evaluation: Evaluation, *, models: Sequence[str], dataset: str) -> str:
+def warned_of(warnings: Sequence[str]) -> list[Section]:
+    """Return the section with warnings, each once; none without a warning."""
+    return [Section("Warnings", list(dict.fromkeys(warnings)))] if warnings else []
+
+
+def evaluation_page(
+    evaluation: Evaluation,
+    *,
+    models: Sequence[str],
+    dataset: str,
+    command: str | None = None,
+    warnings: Sequence[str] = (),
+) -> str:
     """Return one HTML page of the evaluation of a trained model, or of an ensemble, on a table.
 
     Args:
         evaluation: the evaluation.
         models: name of the model, or of each member of the ensemble.
         dataset: name of the table.
+        command: the line that repeats it, if there is one.
+        warnings: what was warned of, such as rows that were left out.
     """
     what = f"{len(evaluation.labels):,} sequences of {dataset}. The task: {evaluation.task.describe()}."
     names = listing(list(map(_name_of_model, models)))
-    return html_page(f"{names} on {Path(dataset).name}", evaluation_sections(evaluation), note=what)
+    sections = [*evaluation_sections(evaluation), *warned_of(warnings), *repeated_by(command)]
+    return html_page(f"{names} on {Path(dataset).name}", sections, note=what)
 
 
 def _name_of_model(model: str) -> str:

@@ -133,7 +133,20 @@ USAGE = {
     "compare --data demo --tokens 64": "--tokens is for estimates, and --data trains on its table",
     "compare --data demo --padding padded": "--padding is for estimates",
     "compare --data demo --attention eager": "--attention is for estimates",
-    "compare --data demo --optimizer sgd": "--optimizer is for estimates",
+    "compare --data demo --optimizer adamw_8bit": "--optimizer is for estimates",
+    "estimate --optimizer sgd": "'sgd' is not one of 'adamw_fused', 'adamw_foreach', 'adamw', 'adamw_8bit'",
+    "estimate --preset bogus": "'bogus' is not one of 'qkv', 'attention', 'mlp', 'all-linear'",
+    "recommend --recipe base --preset bogus": "--preset': 'bogus' is not one of 'qkv', 'attention'",
+    "recommend --margin 1": "--margin: 1.0: expected a share from 0 to below 1",
+    "finetune demo --model 8M --layers top-7": "--layers: 'top-7': 8M has 6 layers",
+    "finetune demo --model 8M --keep-layers 7": "--keep-layers: 7: 8M has 6 layers",
+    "finetune demo --recipe frozen --rank 4": "--rank: recipe frozen has no adapters",
+    "finetune FILE --test-size 1": "--test-size: 1.0: expected a share from 0 to below 1",
+    "probe FILE --validation-size -0.1": "--validation-size: -0.1: expected a share from 0 to below 1",
+    "data FILE --test-partition x": "Invalid value for '--test-partition'",
+    "compare --test-size 0.3": "--test-size needs --data",
+    "finetune demo --config MISSPELT": "MISSPELT has epocs: did you mean 'epochs'?",
+    "finetune demo --config LATIN": "LATIN cannot be read as YAML",
     "compare --output FILE": "FILE is a file: expected a folder to write to",
 }
 """Mistakes that are seen before torch is imported; FILE is a file that exists."""
@@ -142,7 +155,6 @@ LIBRARY = {
     "finetune demo --model demo --micro-batch 3": "--micro-batch 3 does not divide the 8 sequences",
     "finetune FILE --model demo": "FILE is empty",
     "estimate --model 8M --device A11": "no device or instance type is named 'A11'",
-    "recommend --recipe base --preset bogus": "--preset bogus: expected some of qkv, attention, mlp, all-linear",
     "compare --data demo --recipe lora --seed 1 --seed 1": "at least one seed, each of them once",
     "report .": "has no result.json: expected the folder that finetune wrote",
     "export . out": "has no result.json: expected the folder that finetune wrote",
@@ -162,6 +174,8 @@ LIBRARY = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
+    (tmp_path / "MISSPELT").write_text("epocs: 3")
+    (tmp_path / "LATIN").write_bytes("model: größe".encode("latin-1"))
     return tmp_path
 
 
@@ -173,7 +187,7 @@ def test_a_mistake_is_answered_in_one_line(folder, command, message, capsys):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err.replace(str(folder), ".").replace("./FILE", "FILE")
-    assert sorted(path.name for path in folder.iterdir()) == ["FILE"]
+    assert sorted(path.name for path in folder.iterdir()) == ["FILE", "LATIN", "MISSPELT"]
 
 
 def test_the_models_beside_a_folder_that_is_not_there_are_named(folder, capsys):
