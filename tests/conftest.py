@@ -17,8 +17,12 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer, EsmConfig, EsmForSequenceClassification
 
 from esm_efficient import demo_model_path, finetune, write_demo_table
+from esm_efficient.data.clustering import PROGRAM_VARIABLE
 from esm_efficient.training import arguments
 from esm_efficient.training.intervals import bootstrap_draws
+
+# Tables are split as on a machine without MMseqs2; processes started by tests inherit this.
+os.environ[PROGRAM_VARIABLE] = ""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes with several threads each would compete for the cores; processes started by tests inherit this.

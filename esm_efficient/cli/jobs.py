@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -91,14 +92,6 @@ MaxResiduesOption = Annotated[int | None, typer.Option("--max-residues", min=1, 
 OnErrorOption = Annotated[
     Literal["raise", "skip"], typer.Option("--on-error", help="Stop at a wrong row, or leave it out and count it.")
 ]
-ClustersOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--clusters", exists=True, dir_okay=False, help="Clusters of MMseqs2 or CD-HIT; each is in one split."
-    ),
-]
-
-
 TestSizeOption = Annotated[
     float | None, number_option("--test-size", help="Share of the rows to test on, without partitions; default: 0.2.")
 ]
@@ -118,6 +111,22 @@ def _column_or_none(text: str | None) -> str | bool | None:
     return False if text in ("none", "False") else text  # a file of options may have false
 
 
+def _clusters(text: str | None) -> str | bool | None:
+    found = _column_or_none(text)
+    if isinstance(found, str) and not Path(found).is_file():
+        raise typer.BadParameter(f"File {text!r} does not exist: expected clusters of MMseqs2 or CD-HIT, or none")
+    return found
+
+
+ClustersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--clusters",
+        metavar="FILE",
+        callback=_clusters,
+        help="Clusters of MMseqs2 or CD-HIT, each in one split; none: do not run MMseqs2, which does it if installed.",
+    ),
+]
 SplitOption = Annotated[
     str | None,
     typer.Option(
@@ -273,7 +282,8 @@ def data(
 ) -> None:
     """Describe a table as finetune reads it: the first thing to do.
 
-    It shows columns, splits, labels, lengths, repeated sequences, and relatives of training sequences in the test set.
+    It shows what each column was read as, what was left out, splits, labels, lengths, repeated sequences, and relatives
+    of training sequences in the test set.
 
     Example: esm-efficient data proteins.csv --label binds
     """
@@ -284,12 +294,30 @@ def data(
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
     options = data_options(source, **columns, **bounds, **splits, **sizes, on_error=on_error)
-    with quiet():
+    with quiet(), _notes_of_data() as notes:
         from esm_efficient.reporting.description import describe
         from esm_efficient.training.given import splits_from
 
         result = describe(splits_from(source, labelled=False, **options))
-    show(result, as_json)
+    show({**result.to_dict(), "notes": notes} if as_json else "\n".join([*notes, str(result)]), as_json)
+
+
+@contextmanager
+def _notes_of_data() -> Iterator[list[str]]:
+    """Collect what is said of a table but is no warning: what each column was read as, and what was left out."""
+    notes: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: record.levelno == logging.INFO)
+    library = logging.getLogger("esm_efficient.data")
+    level = library.level
+    library.setLevel(logging.INFO)
+    library.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        library.removeHandler(handler)
+        library.setLevel(level)
 
 
 @app.command()

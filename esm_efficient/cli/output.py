@@ -31,7 +31,7 @@ typed_parameters: ContextVar[Sequence[Any]] = ContextVar("typed_parameters", def
 typed_line: ContextVar[str | None] = ContextVar("typed_line", default=None)
 """The command line that runs, which a page repeats."""
 
-_OR_NONE = ("split", "partition")
+_OR_NONE = ("split", "partition", "clusters")
 """The options of a column that may be ``none``."""
 _OTHER_NAMES = {"epochs": ("num_train_epochs",), "resume": ("resume_from_checkpoint",), "output": ("output_dir",)}
 """What the functions of the library call the parameter of a command."""
@@ -83,6 +83,7 @@ def quiet(*, verbose: bool = False) -> Iterator[None]:
     """
     own = logging.getLogger("esm_efficient")
     handler = logging.StreamHandler()
+    handler.setLevel(logging.INFO if verbose else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
     handler.addFilter(_as_a_line)
     with contextlib.ExitStack() as stack:

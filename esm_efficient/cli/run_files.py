@@ -81,7 +81,8 @@ def _write_config(path: Path, options: dict[str, Any]) -> None:
     import yaml
 
     plain = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in options.items()}
-    places = {name: str(Path(plain[name]).absolute()) for name in ("data", "model") if Path(plain[name]).exists()}
+    given = [name for name in ("data", "model", "clusters") if isinstance(plain.get(name), str)]
+    places = {name: str(Path(plain[name]).absolute()) for name in given if Path(plain[name]).exists()}
     if isinstance(plain.get("layers"), tuple):
         plain["layers"] = ",".join(map(str, plain["layers"]))
     path.write_text(yaml.safe_dump(plain | places, sort_keys=False), encoding="utf-8")

@@ -97,7 +97,7 @@ def mapped_table(files: Mapping[str, str | Path], plan: TablePlan) -> Path:
     if not (table.is_file() and notes.is_file()):
         raw, encoded, said = (unfinished(folder / f"{name}.{step}") for step in ("raw", "encoded", "notes"))
         try:
-            found = _TableWriter(files, plan).write(raw, encoded)
+            found = _TableWriter(files, plan).write(raw, encoded, folder / f"{name}.left_out.csv")
             if _cache_name(files, plan) != name:
                 raise DataError(f"{listing([str(path) for path in files.values()])} changed while it was read")
             said.write_bytes(found.to_json())
@@ -133,8 +133,11 @@ class _TableWriter:
         self.left_out = LeftOut() if plan.on_error == "skip" else None
         self.second = None if plan.second_table is None else SecondTable(plan.second_table, plan.columns["accession"])
 
-    def write(self, raw: Path, encoded: Path) -> Notes:
-        """Write the table to `encoded`, by way of `raw`, and return what the user should know about it."""
+    def write(self, raw: Path, encoded: Path, left_out_rows: Path) -> Notes:
+        """Write the table to `encoded`, by way of `raw`, and return what the user should know about it.
+
+        All rows that are left out, with what is wrong with them, are written to `left_out_rows`.
+        """
         import pyarrow as pa
 
         schema = None
@@ -164,8 +167,10 @@ class _TableWriter:
             message = f"{len(self.gapped)} sequence(s) with sites have gaps: {listing(self.gapped)}"
             self.notes.add(logging.WARNING, f"{message}. The positions count residues, and no gaps")
         self._encode(raw, encoded)
-        for note in () if self.left_out is None else self.left_out.notes():  # with those of wrong labels
-            self.notes.add(logging.WARNING, note)
+        if self.left_out is not None and self.left_out.rows:  # with those of wrong labels
+            self.left_out.save(left_out_rows)
+            for note in self.left_out.notes(left_out_rows):
+                self.notes.add(logging.WARNING, note)
         return self.notes
 
     def _parsed_blocks(self) -> Iterator[dict[str, Any]]:
@@ -180,6 +185,7 @@ class _TableWriter:
                         if roles is None:
                             roles = self._roles(joined.columns, path, split)
                             refuse_column(joined.columns, roles["sequence"] or "", joined.places, path)
+                            self._note_roles(roles, path)
                         columns = self._parsed_columns(joined, roles, path, split)
                     except CellError as error:
                         if leave_out is None:
@@ -191,6 +197,13 @@ class _TableWriter:
                     else:
                         yield columns
                         break
+
+    def _note_roles(self, roles: Mapping[str, str | None], path: str | Path) -> None:
+        """Take note of what each column was read as."""
+        found = {role: column for role, column in roles.items() if column is not None}
+        if self.plan.label_columns:
+            found["label"] = listing(list(self.plan.label_columns.values()))
+        self.notes.add(logging.INFO, f"{path}: " + ", ".join(f"{role} from {column}" for role, column in found.items()))
 
     def _joined(self, block: Block, path: str | Path) -> Block:
         """The block with the columns of the second table."""

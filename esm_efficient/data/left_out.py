@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 from collections import Counter
@@ -21,28 +22,33 @@ class LeftOut:
     """Counts the rows that were left out because something was wrong with them.
 
     Attributes:
-        counts: rows by problem.
-        shown: the first places, by problem.
+        rows: the place of each row, and what is wrong with it.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.shown: dict[str, list[str]] = {}
+        self.rows: list[tuple[str, str]] = []
 
     def add(self, place: str, problem: str) -> None:
         """Count a row."""
-        self.counts[problem] += 1
-        shown = self.shown.setdefault(problem, [])
-        if len(shown) < _SHOWN:
-            shown.append(place)
+        self.rows.append((place, problem))
 
-    def notes(self) -> list[str]:
-        """Return a sentence per problem."""
-        return [
-            f"left out {count} row(s), {problem}: "
-            + listing([*self.shown[problem], *[""] * (count - len(self.shown[problem]))], _SHOWN)
-            for problem, count in self.counts.items()
-        ]
+    def notes(self, path: Path | None = None) -> list[str]:
+        """Return a sentence per problem.
+
+        Args:
+            path: the file with all rows (`save`), which is named if a sentence does not have them all.
+        """
+        places: dict[str, list[str]] = {}
+        for place, problem in self.rows:
+            places.setdefault(problem, []).append(place)
+        notes = [f"left out {len(rows)} row(s), {problem}: {listing(rows, _SHOWN)}" for problem, rows in places.items()]
+        has_more = path is not None and any(len(found) > _SHOWN for found in places.values())
+        return [*notes, f"all {len(self.rows)} rows that were left out are in {path}"] if has_more else notes
+
+    def save(self, path: Path) -> None:
+        """Write a CSV file with the place of each row and what is wrong with it."""
+        with path.open("w", encoding="utf-8", newline="") as handle:
+            csv.writer(handle, lineterminator="\n").writerows([("place", "problem"), *self.rows])
 
 
 class Notes:

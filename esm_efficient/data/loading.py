@@ -10,11 +10,12 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError, TablePlan, mapped_table
+from esm_efficient.data.clustering import OPTIONS, cluster_rows
 from esm_efficient.data.label_kinds import LABEL_KINDS, LabelKind
 from esm_efficient.data.label_names import refuse_bars
 from esm_efficient.data.leaks import check_leaks
@@ -22,6 +23,7 @@ from esm_efficient.data.own_splits import FLAGS
 from esm_efficient.data.schema import ONE_NUMBER, WEIGHT_COLUMN, Column
 from esm_efficient.data.splits import (
     SPLITS,
+    are_variants,
     cluster_groups,
     read_clusters,
     sizes_of,
@@ -57,7 +59,7 @@ def load_sequences(
     sample_weight: Column = None,
     labels: str | Path | None = None,
     header: str | None = None,
-    clusters: str | Path | None = None,
+    clusters: str | Path | Literal[False] | None = None,
     test_partitions: Sequence[int] | None = None,
     validation_partitions: Sequence[int] | None = None,
     test_size: float | None = None,
@@ -71,8 +73,8 @@ def load_sequences(
     r"""Load your own files of sequences as a labelled, split `DatasetDict`.
 
     The splits are those of the files or of their columns, if there are any; else they are made from clusters, from
-    homology partitions, or at random with a UserWarning, in this order. The table is written once as an Arrow file into
-    ``$ESM_EFFICIENT_CACHE/tables``, or else ``~/.cache/esm_efficient/tables``.
+    homology partitions, from clusters that MMseqs2 finds, or at random with a UserWarning, in this order. The table is
+    written once as an Arrow file into ``$ESM_EFFICIENT_CACHE/tables``, or else ``~/.cache/esm_efficient/tables``.
 
     Args:
         path: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file, text plain, gzip or xz; or one file per split, by
@@ -96,7 +98,9 @@ def load_sequences(
             file of the labels of residues. It is read into memory.
         header: a regular expression for FASTA headers, such as ``r"label=(?P<label>\w+)"``. It may match anywhere in a
             header; its named groups become columns.
-        clusters: a file of MMseqs2 or CD-HIT with the cluster of each accession; each cluster is in one split.
+        clusters: a file of MMseqs2 or CD-HIT with the cluster of each accession; each cluster is in one split. None
+            runs MMseqs2, if it is installed and nothing else says how to split (`esm_efficient.data.clustering`); False
+            splits at random then.
         test_partitions: partitions of the test set; None for the highest, which is 4 of DeepLoc-2.0's.
         validation_partitions: partitions of the validation set; empty for none; None for the highest that does not
             test, if at least one more is left to train on.
@@ -161,9 +165,9 @@ def load_sequences(
             f"the files tell their splits, so {unused[0]}= would not be used. Remove it, or pass split=False to ignore "
             "the splits of the files"
         )
-    if chosen and (clusters is not None or "partition" not in whole.features):
+    if chosen and (clusters or "partition" not in whole.features):
         raise ConfigurationError(f"{chosen[0]}= needs a column of partitions, and no clusters: name it with partition=")
-    if fractions and clusters is None and "partition" in whole.features:
+    if fractions and not clusters and "partition" in whole.features:
         raise ConfigurationError(
             f"the split is by the column of partitions, so {fractions[0]}= would not be used. Remove it, or pass "
             "partition=False to split at random"
@@ -205,7 +209,7 @@ def shuffled_splits(parts: Mapping[str, Dataset], seed: int | None) -> DatasetDi
 
 def _split(
     whole: Dataset,
-    clusters: str | Path | None,
+    clusters: str | Path | Literal[False] | None,
     partitions: tuple[Sequence[int] | None, Sequence[int] | None],
     sizes: dict[str, Any],
 ) -> dict[str, Dataset]:
@@ -214,9 +218,21 @@ def _split(
         row_splits = np.asarray(whole["split"][:])
         rows = {name: np.flatnonzero(row_splits == name) for name in SPLITS}
         return {name: whole.select(found).remove_columns("split") for name, found in rows.items() if len(found)}
-    if clusters is not None:
-        groups = cluster_groups(whole["accession"][:], read_clusters(clusters), clusters)
-        return split_by_group(whole, groups, **sizes)
+    if clusters:
+        own = cluster_groups(whole["accession"][:], read_clusters(clusters), clusters)
+        return split_by_group(whole, own, **sizes)
     if "partition" in whole.features:
         return split_by_partition(whole, *partitions)
+    if clusters is None and not are_variants(whole) and (found := cluster_rows(whole)) is not None:
+        try:
+            parts = split_by_group(whole, found, **sizes)
+        except ConfigurationError as error:
+            logger.warning("clusters of MMseqs2 cannot divide the sequences, so the split is random: %s", error)
+        else:
+            logger.warning(
+                "no column says how to split, so the split is by %s clusters of MMseqs2 (%s); clusters=False splits at "
+                "random",
+                *(f"{len(np.unique(found)):,}", " ".join(OPTIONS)),
+            )
+            return parts
     return split_at_random(whole, **sizes, stacklevel=4)

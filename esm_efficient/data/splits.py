@@ -213,7 +213,7 @@ def split_at_random(
     cure = (
         "All sequences seem to be variants of one protein, so clusters cannot divide them: for a figure to report, "
         "split by the position of the mutations, in a column split."
-        if _are_variants(dataset)
+        if are_variants(dataset)
         else "For a figure to report, split by homology partition (a column) or by cluster (clusters=)."
     )
     warnings.warn(
@@ -225,7 +225,7 @@ def split_at_random(
     return splits
 
 
-def _are_variants(dataset: Dataset) -> bool:
+def are_variants(dataset: Dataset) -> bool:
     """Return whether nearly all of some rows have most of their words in common with the first sequence."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(int))
     first, *others = dataset.select(rows)["sequence"][:]

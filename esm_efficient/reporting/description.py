@@ -14,10 +14,14 @@ from esm_efficient.data.relatives import CLOSE, WORD, close_relatives
 from esm_efficient.data.sequences import STANDARD_RESIDUES, check_texts, count_residues
 from esm_efficient.data.splits import sequence_hashes
 from esm_efficient.errors import DataError, listing
+from esm_efficient.tasks import MAX_TOKENS, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+
+MOST_RESIDUES = MAX_TOKENS - SPECIAL_TOKENS
+"""The most residues that ESM-2 was trained to read."""
 
 MOST_QUERIES = 2_000
 """The most sequences of a split, drawn at random, whose relatives are looked for."""
@@ -41,6 +45,7 @@ class SplitDescription:
         numbers: mean and standard deviation of each number, by its name; empty for other labels.
         relatives: share of the sequences with a close relative in ``train`` (`esm_efficient.data.relatives`), from at
             most `MOST_QUERIES` of them; None for ``train`` itself, and if it has more than `MOST_REFERENCES` sequences.
+        long: sequences with more residues than `MOST_RESIDUES`, of which a model reads a part.
     """
 
     sequences: int
@@ -51,6 +56,7 @@ class SplitDescription:
     labelled: Mapping[str, int]
     numbers: Mapping[str, tuple[float, float]]
     relatives: float | None
+    long: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class DataDescription:
         for number in dict.fromkeys(name for split in found for name in split.numbers):
             shown = ("{:.4g} ± {:.3g}".format(*s.numbers[number]) if number in s.numbers else "-" for s in found)
             lines.append((f"{number}, mean ± standard deviation", *shown))
+        if any(split.long for split in found):
+            lines.append((f"of more than {MOST_RESIDUES:,} residues", *(f"{split.long:,}" for split in found)))
         relatives = ("-" if s.relatives is None else f"{100 * s.relatives:.1f} %" for s in found)
         return [*lines, ("with a close relative in train", *relatives)]
 
@@ -163,6 +171,7 @@ def describe(splits: Mapping[str, Dataset]) -> DataDescription:
             labelled=labelled,
             numbers=numbers,
             relatives=None if name == "train" else _relatives(sequences, train),
+            long=int((lengths > MOST_RESIDUES).sum()),
         )
     return DataDescription(tuple(next(iter(splits.values())).column_names), described)
 

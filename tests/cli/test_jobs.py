@@ -6,11 +6,13 @@ import html
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -298,6 +300,9 @@ def test_the_data_are_shown_as_a_run_with_this_seed_splits_them(run, capsys):
         assert main(command) == 0
         shown.append(json.loads(capsys.readouterr().out))
         splits = splits_from(run / "proteins.csv", label="binds", seed=seed)
+        read, sizes = shown[-1].pop("notes")
+        assert read.endswith("proteins.csv: sequence from sequence, label from binds, accession from id")
+        assert sizes.startswith("train ")
         assert shown[-1] == json.loads(json.dumps(describe(splits).to_dict()))
     assert shown[0] != shown[1]
 
@@ -490,3 +495,31 @@ def test_a_fasta_file_and_a_table_of_labels_train_and_the_run_repeats(tmp_path, 
     assert f"--label binds --labels {labels} " in capsys.readouterr().out.replace("\n", " ")
     assert main(["data", "p.fasta", "--labels", "labels.csv"]) != 0
     assert "it has binds. Name the column with --label" in capsys.readouterr().err
+
+
+def test_rows_that_are_left_out_and_the_sizes_of_splits_are_said(tmp_path, capsys, table_cache):
+    rows = frame(60)[["id", "sequence", "label"]]
+    rows.loc[:8, "sequence"] = ""
+    rows.loc[20, "sequence"] = "MK" * 600
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    command = ["data", str(tmp_path / "t.csv"), "--on-error", "skip", "--test-size", "0.5", "--validation-size", "0"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "of more than 1,022 residues" in captured.out
+    assert re.search(r"^sequences +2[56] +2[56]$", captured.out, re.MULTILINE)
+    listed = Path(re.search("all 9 rows that were left out are in (.*csv)", captured.err)[1])
+    assert listed.read_text().splitlines()[1].endswith("line 2: ''\",the sequence is empty")
+    assert len(listed.read_text().splitlines()) == 10
+    assert "info" not in captured.err
+
+
+def test_headers_and_partitions_are_options(tmp_path, capsys, table_cache):
+    rows = frame(60)
+    fasta = "".join(f">{row.id} kind={row.label} part={row.Index % 3}\n{row.sequence}\n" for row in rows.itertuples())
+    (tmp_path / "t.fasta").write_text(fasta)
+    header = "kind=(?P<label>[a-z]+) part=(?P<fold>[0-9])"
+    command = ["data", str(tmp_path / "t.fasta"), "--header", header, "--test-partition", "0", "--json"]
+    assert main(command) == 0
+    splits = json.loads(capsys.readouterr().out)["splits"]
+    assert {name: split["sequences"] for name, split in splits.items()} == {"train": 20, "validation": 20, "test": 20}
+    assert set(splits["train"]["labels"]) == {"membrane", "soluble"}

@@ -112,3 +112,10 @@ def test_the_micro_batch_leaves_the_batch_as_it_is(recipe, given, expected):
 def test_a_micro_batch_that_does_not_fit_is_refused(given, message):
     with pytest.raises(ConfigurationError, match=message):
         resolve_options(RECIPES["lora"], given)
+
+
+def test_parts_of_a_recipe_are_options_and_none_leaves_its_own():
+    given = {"layers": "top-1", "cache": False, "pooling": "mean", "keep_layers": None, "quantization": None}
+    chosen, options = resolve_options(RECIPES["top"], given)
+    assert (chosen.layers, chosen.cache, chosen.pooling, chosen.keep_layers) == ("top-1", False, "mean", None)
+    assert options == {}
