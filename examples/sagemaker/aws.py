@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,31 @@ def run(main: Callable[[], object]) -> None:
         if not type(error).__module__.startswith("sagemaker."):
             raise
         sys.exit(f"error: {error}")
+
+
+def region_of(given: str | None) -> str:
+    """Return the region that was given, or the configured one.
+
+    Raises:
+        ConfigurationError: there is none, or it is no region.
+    """
+    region = given or boto3.Session().region_name
+    if not region:
+        raise ConfigurationError("no AWS region is configured: give --region")
+    if not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d+", region):
+        raise ConfigurationError(f"the AWS region is {region!r}: expected one such as us-east-1; give --region")
+    return region
+
+
+def check_role(role: str) -> None:
+    """Refuse a role that is not given by its ARN, which the SDK would look for on the network.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if not re.fullmatch(r"arn:aws[a-z-]*:iam::\d{12}:role/.+", role):
+        example = "arn:aws:iam::123456789012:role/NAME"
+        raise ConfigurationError(f"--role {role!r}: expected the ARN of a role, such as {example}")
 
 
 def client(service: str, region: str | None = None) -> Any:

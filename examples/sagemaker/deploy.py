@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import boto3
-from aws import Place, client, find_image, run, tags
+from aws import Place, check_role, client, find_image, region_of, run, tags
 from botocore.exceptions import BotoCoreError, ClientError
 from cleanup import KINDS, describe, words_of
 from ranges import whole
 
-from esm_efficient import ConfigurationError, format_table, get_device
+from esm_efficient import ConfigurationError, format_table
 from esm_efficient.demo.proteins import KNOWN_PROTEINS
 
 GPU_RESIDUES, CPU_RESIDUES = 200_000, 4_000
@@ -100,10 +101,8 @@ def refuse_existing(sagemaker: Any, name: str) -> None:
 
 
 def has_gpu(instance_type: str) -> bool:
-    try:
-        return get_device(instance_type).backend == "cuda"
-    except ConfigurationError:
-        return False
+    """Whether an instance has a GPU of NVIDIA: its family begins with g or p, such as ``ml.g6e.xlarge``."""
+    return re.match(r"(ml\.)?[gp]\d", instance_type) is not None
 
 
 def create(options: argparse.Namespace, model_data: str, region: str) -> Any:
@@ -181,9 +180,8 @@ def row_of(prediction: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    region = options.region or boto3.Session().region_name
-    if region is None:
-        raise ConfigurationError("no AWS region is configured: give --region")
+    check_role(options.role)
+    region = region_of(options.region)
     sagemaker = client("sagemaker", region)
     refuse_existing(sagemaker, options.endpoint)
     model_data = options.model_data or model_of(sagemaker, options.job)

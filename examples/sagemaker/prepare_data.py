@@ -2,10 +2,11 @@
 
     python examples/sagemaker/prepare_data.py --place s3://BUCKET/esm2-membrane
     python examples/sagemaker/prepare_data.py --place output --data table.csv --task location
+    python examples/sagemaker/prepare_data.py --place output --data my.csv --label binds
 
 The splits go to PLACE/dataset. ``--data deeploc`` downloads the DeepLoc-2.0 table from its authors, ``--data demo`` is
-the synthetic table, and ``--data FILE`` is a table in DeepLoc's format. For other files, replace ``load_deeploc`` by
-``load_sequences``.
+the synthetic table, and ``--data FILE`` is a table in DeepLoc's format; with ``--label``, it is one of your own, which
+`load_sequences` reads.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer
 from esm_efficient import (
     demo_model_path,
     load_deeploc,
+    load_sequences,
     stratified_sample,
     task_of,
     tokenize_dataset,
@@ -39,8 +41,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="deeploc", help='a table in the DeepLoc-2.0 format, "deeploc" or "demo"')
     parser.add_argument("--task", default="membrane", choices=["membrane", "location"])
     parser.add_argument("--tokenizer", help="tokenizer of the model to fine-tune (default: that of all ESM-2 sizes)")
-    parser.add_argument("--min-residues", type=int, default=100)
-    parser.add_argument("--max-residues", type=int, default=512)
+    parser.add_argument("--label", help="column of the labels of a table of your own")
+    parser.add_argument("--label-kind", choices=["class", "several", "residues", "positions", "number"])
+    parser.add_argument("--sequence", help="column of its sequences")
+    parser.add_argument("--clusters", help="clusters of MMseqs2 or CD-HIT, by which it is split")
+    parser.add_argument("--min-residues", type=int, help="(default: 100, or none with --label)")
+    parser.add_argument("--max-residues", type=int, help="(default: 512, or none with --label)")
     parser.add_argument(
         "--max-tokens", type=int, default=1024, help="most tokens per sequence, with the two special ones"
     )
@@ -51,6 +57,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load(options: argparse.Namespace) -> DatasetDict:
+    bounds = {"min_residues": options.min_residues, "max_residues": options.max_residues}
+    if options.label is not None:
+        columns = {"label": options.label, "label_kind": options.label_kind, "sequence": options.sequence}
+        return load_sequences(options.data, **columns, **bounds, clusters=options.clusters, seed=options.seed)
     with tempfile.TemporaryDirectory() as folder:
         demo = options.data == "demo"
         source = write_demo_table(Path(folder) / "demo.csv") if demo else options.data
@@ -58,10 +68,14 @@ def load(options: argparse.Namespace) -> DatasetDict:
             None if source == "deeploc" else source,
             task=options.task,
             split=options.split,
-            min_residues=options.min_residues,
-            max_residues=options.max_residues,
+            min_residues=100 if options.min_residues is None else options.min_residues,
+            max_residues=512 if options.max_residues is None else options.max_residues,
             seed=options.seed,
         )
+    return data
+
+
+def sampled(data: DatasetDict, options: argparse.Namespace) -> DatasetDict:
     if options.limit is None:
         return data
     sizes = {name: options.limit if name == "train" else max(1, options.limit // 3) for name in data}
@@ -71,7 +85,7 @@ def load(options: argparse.Namespace) -> DatasetDict:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    data = load(options)
+    data = sampled(load(options), options)
     task = task_of(data["train"].features)
     # The demo model has the same tokenizer as every ESM-2.
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or demo_model_path())

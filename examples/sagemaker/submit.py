@@ -18,28 +18,20 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
-from aws import Place, Unsent, claim, client, dry_session, find_image, run, tags
-from job_metrics import METRIC_DEFINITIONS
+from aws import Place, Unsent, check_role, claim, client, dry_session, find_image, region_of, run, tags
 from ranges import positive, whole
-from sagemaker.core.helper.session_helper import Session
-from sagemaker.core.training.configs import (
-    CheckpointConfig,
-    Compute,
-    InputData,
-    MetricDefinition,
-    OutputDataConfig,
-    SourceCode,
-    StoppingCondition,
-)
-from sagemaker.train import ModelTrainer
-from sagemaker.train.distributed import Torchrun
-from train import make_parser, make_recipe
 
 import esm_efficient
-from esm_efficient import RECIPES, ConfigurationError, estimate, get_device, recommend
+from esm_efficient import RECIPES, ConfigurationError, get_device
+
+if TYPE_CHECKING:
+    from sagemaker.core.helper.session_helper import Session
+    from sagemaker.train import ModelTrainer
+
+# torch and the SDK, which take many seconds to import, are imported where they are used: a wrong option is seen first.
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("train.py", "job_metrics.py", "ranges.py", "inference.py", "requirements.txt")
@@ -87,6 +79,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def hyperparameters_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return all hyperparameters that have a value, after the same checks as in train.py."""
+    from train import make_parser
+
     given = list(options.hyperparameters) + (["--report_to", "mlflow"] if options.tracking else [])
     values = {name: value for name, value in vars(make_parser().parse_args(given)).items() if value is not None}
     if bad := [name for name, value in values.items() if "'" in str(value)]:
@@ -108,6 +102,10 @@ def predict_memory(options: argparse.Namespace, given: Mapping[str, Any]) -> tup
     Returns:
         A text and whether the job fits. The text has a recommendation if the job does not fit, and in a dry run.
     """
+    from train import make_recipe
+
+    from esm_efficient import estimate, recommend
+
     sizes = argparse.Namespace(**{"learning_rate": None, **given})
     recipe = make_recipe(sizes, processes_of(options) * options.instance_count)
     if given.get("token_budget"):
@@ -150,6 +148,19 @@ def make_trainer(
     options: argparse.Namespace, given: Mapping[str, Any], sources: Path, session: Session, place: Place
 ) -> ModelTrainer:
     """Describe the job to the SDK."""
+    from job_metrics import METRIC_DEFINITIONS
+    from sagemaker.core.training.configs import (
+        CheckpointConfig,
+        Compute,
+        InputData,
+        MetricDefinition,
+        OutputDataConfig,
+        SourceCode,
+        StoppingCondition,
+    )
+    from sagemaker.train import ModelTrainer
+    from sagemaker.train.distributed import Torchrun
+
     seconds = int(options.max_hours * 3600)
     waiting = int((options.max_wait_hours or 2 * options.max_hours) * 3600) if options.spot else None
     region = session.boto_region_name
@@ -192,6 +203,13 @@ def make_trainer(
     return trainer.with_metric_definitions(definitions)
 
 
+def make_session(region: str, place: Place) -> Session:
+    """Return a session of the SDK."""
+    from sagemaker.core.helper.session_helper import Session
+
+    return Session(boto_session=boto3.Session(region_name=region), default_bucket=place.bucket)
+
+
 def check(options: argparse.Namespace) -> None:
     """Check options before the upload that SageMaker would reject or misread later.
 
@@ -208,6 +226,7 @@ def check(options: argparse.Namespace) -> None:
         )
     if bad := [pair for pair in options.tag if "=" not in pair]:
         raise ConfigurationError(f"--tag {bad[0]!r}: expected KEY=VALUE")
+    check_role(options.role)
 
 
 def main(arguments: list[str] | None = None) -> str | None:
@@ -215,6 +234,7 @@ def main(arguments: list[str] | None = None) -> str | None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     check(options)
+    region = region_of(options.region)
     options.run = options.run or f"{options.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     given, place = hyperparameters_of(options), Place.parse(options.place)
     if options.tokens is None:
@@ -226,9 +246,6 @@ def main(arguments: list[str] | None = None) -> str | None:
         raise ConfigurationError(
             f"{options.instance_type} is predicted to run out of memory: choose a setting from above, or add --anyway"
         )
-    region = options.region or boto3.Session().region_name
-    if region is None:
-        raise ConfigurationError("no AWS region is configured: give --region")
     with tempfile.TemporaryDirectory() as folder:
         stage(Path(folder), tracking=bool(options.tracking))
         if options.dry_run:
@@ -239,7 +256,7 @@ def main(arguments: list[str] | None = None) -> str | None:
                 print(json.dumps(unsent.request, indent=2, default=str))
             return None
         claim(client("s3", region), place)
-        session = Session(boto_session=boto3.Session(region_name=region), default_bucket=place.bucket)
+        session = make_session(region, place)
         trainer = make_trainer(options, given, Path(folder), session, place)
         # Before the job begins: waiting for one that fails ends in an error.
         print(f"if it fails, a new job with --run {options.run} resumes from its checkpoints", flush=True)

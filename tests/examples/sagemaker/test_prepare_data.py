@@ -6,6 +6,7 @@ import json
 
 from aws_on_loopback import BUCKET
 from datasets import load_from_disk
+from sequence_files import frame
 
 from esm_efficient import load_deeploc, tokenize_dataset, write_demo_table
 
@@ -52,3 +53,16 @@ def test_an_error_of_the_user_is_one_line(aws):
     assert "Traceback" not in done.stderr
     done = aws.run("prepare_data.py", "--place", f"s3://{BUCKET}", "--data", "demo")
     assert "expected s3://bucket/prefix" in done.stderr
+
+
+def test_a_table_of_ones_own_is_read_with_its_column_of_labels(aws, tmp_path):
+    frame(60).rename(columns={"label": "binds"}).to_csv(tmp_path / "t.csv", index=False)
+    done = aws.run(
+        "prepare_data.py", "--place", tmp_path / "out", "--data", tmp_path / "t.csv", "--label", "binds",
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "out" / "dataset" / "task.json").read_text())
+    assert record["names"] == ["membrane", "soluble"]
+    assert sum(record["sequences"].values()) == 60
+    assert record["dataset"] == "t.csv"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -164,7 +167,7 @@ def test_the_name_of_a_run_is_printed_before_its_job_can_fail(aws, place, monkey
     monkeypatch.setattr(script, "claim", lambda *_: None)
     monkeypatch.setattr(script, "client", lambda *_: None)
     monkeypatch.setattr(script, "predict_memory", lambda *_: ("it fits", True))
-    monkeypatch.setattr(script, "Session", lambda **_: None)
+    monkeypatch.setattr(script, "make_session", lambda *_: None)
     options = ["--place", "s3://bucket/work", "--role", ROLE, "--region", "us-east-1", "--tokens", "514", "--wait"]
     with pytest.raises(RuntimeError, match="the job failed"):
         script.main([*options, "--name", "mine", "--", *MODEL])
@@ -184,13 +187,16 @@ def test_the_name_of_a_run_is_printed_before_its_job_can_fail(aws, place, monkey
         (["--model", "s3://bucket/model"], ["--epochs", "2"], "--model needs --model_id"),
         (["--place", "s3://bucket-alone"], MODEL, "expected s3://bucket/prefix"),
         (["--instance-type", "ml.unknown.large"], MODEL, "no device or instance type is named"),
+        (["--role", "SageMakerRole"], MODEL, "--role 'SageMakerRole': expected the ARN of a role"),
+        (["--region", "frankfurt"], MODEL, "the AWS region is 'frankfurt': expected one such as us-east-1"),
     ],
 )
 def test_wrong_options_are_refused_before_the_upload(monkeypatch, capsys, options, hyperparameters, message):
     monkeypatch.syspath_prepend(SCRIPTS)
     import submit as script
 
-    arguments = ["--place", "s3://bucket/prefix", "--role", ROLE, *options, "--dry-run", "--", *hyperparameters]
+    given = ["--place", "s3://bucket/prefix", "--role", ROLE, "--region", "us-east-1", *options, "--dry-run"]
+    arguments = [*given, "--", *hyperparameters]
     with pytest.raises(script.ConfigurationError, match=re.escape(message)):
         script.main(arguments)
 
@@ -254,3 +260,24 @@ def test_the_newest_image_that_the_library_supports_is_chosen(monkeypatch, scope
     monkeypatch.setattr(aws, "library_requirements", lambda: required)
     with pytest.raises(aws.ConfigurationError, match=r"newest .* image has transformers 5.* needs transformers>=99"):
         aws.find_image(scope, "eu-west-1", "ml.g5.2xlarge")
+
+
+@pytest.mark.parametrize("script", ["submit", "deploy"])
+def test_a_missing_region_and_the_name_of_a_role_are_seen_before_torch_and_the_sdk_are_imported(script):
+    given = ["--place", "s3://b/p"] if script == "submit" else ["--job", "job", "--endpoint", "endpoint"]
+    code = (
+        f"import sys, {script}\n"
+        "try:\n"
+        f"    {script}.main(sys.argv[1:])\n"
+        "except Exception as error:\n"
+        "    print(error, [name for name in ('torch', 'sagemaker') if name in sys.modules])\n"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    env |= {"PYTHONPATH": str(SCRIPTS), "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    for role, region, message in ((ROLE, "", "no AWS region is configured"), ("Name", "us-east-1", "--role 'Name'")):
+        command = [sys.executable, "-c", code, *given, "--role", role]
+        done = subprocess.run(
+            command, env=env | {"AWS_DEFAULT_REGION": region}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith(message)
+        assert done.stdout.endswith("[]\n")
