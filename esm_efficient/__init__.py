@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from esm_efficient.training.evaluation import evaluate, evaluate_in_full
     from esm_efficient.training.export import export_model
     from esm_efficient.training.finetune import finetune
+    from esm_efficient.training.publishing import push_to_hub
     from esm_efficient.training.records import load_result
     from esm_efficient.training.result import FinetuneResult
     from esm_efficient.training.sweep import LayerSweep, sweep_layers
@@ -174,6 +175,7 @@ _HOME = {
     "training.estimators": ("EsmClassifier", "EsmRegressor"),
     "training.evaluation": ("evaluate", "evaluate_in_full"),
     "training.export": ("export_model",),
+    "training.publishing": ("push_to_hub",),
     "training.finetune": ("finetune",),
     "training.records": ("load_result",),
     "training.result": ("FinetuneResult",),
@@ -264,6 +266,7 @@ __all__ = [
     "peak_memory",
     "predict_file",
     "prepare_model",
+    "push_to_hub",
     "quantization_config",
     "read_request",
     "recipe_adapters",

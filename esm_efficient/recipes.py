@@ -241,10 +241,22 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("base", "full", 1e-4, description="all parameters; LoRA is as good at equal epochs, in less time"),
-        Recipe("ga", "full", 1e-4, micro_batch=2, accumulation=4, description="all parameters, gradient accumulation"),
-        Recipe("gc", "full", 1e-4, gradient_checkpointing=True, description="all parameters, gradient checkpointing"),
-        Recipe("lora", "adapters", 1e-3, preset="all-linear", r=8, description="LoRA on every linear layer"),
+        Recipe(
+            "base",
+            "full",
+            1e-4,
+            description="all parameters; use one epoch. `top` was not measurably worse, in half of the time",
+        ),
+        Recipe("ga", "full", 1e-4, micro_batch=2, accumulation=4, description="`base` with gradient accumulation"),
+        Recipe("gc", "full", 1e-4, gradient_checkpointing=True, description="`base` with gradient checkpointing"),
+        Recipe(
+            "lora",
+            "adapters",
+            1e-3,
+            preset="all-linear",
+            r=8,
+            description="LoRA on every linear layer; `top` is as good at equal epochs, in half of the time",
+        ),
         Recipe(
             "all",
             "adapters",

@@ -111,11 +111,11 @@ def _column_or_none(text: str | None) -> str | bool | None:
     return False if text in ("none", "False") else text  # a file of options may have false
 
 
-def _clusters(text: str | None) -> str | bool | None:
+def _clusters(text: str | None) -> Path | bool | None:
     found = _column_or_none(text)
     if isinstance(found, str) and not Path(found).is_file():
         raise typer.BadParameter(f"File {text!r} does not exist: expected clusters of MMseqs2 or CD-HIT, or none")
-    return found
+    return Path(found) if isinstance(found, str) else found
 
 
 ClustersOption = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,27 +124,38 @@ def export(
     ] = None,
     description: Annotated[str, typer.Option(help="A paragraph for the card, in Markdown.")] = "",
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, for onnxruntime.")] = False,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="OWNER/NAME", help="Upload it to this repository of the Hub."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read a new repository.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trained model as a folder to deploy or to publish.
 
     The folder has the merged weights, the adapter, the tokenizer, the metrics and a model card.
 
-    Example: esm-efficient export output membrane && hf upload NAME/membrane membrane
+    Example: esm-efficient export output membrane --push NAME/membrane
     """
+    if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise typer.BadParameter(f"{push!r}: expected the form owner/name", param_hint="--push")
+    if public and push is None:
+        raise typer.BadParameter("--public is of a repository: give --push OWNER/NAME too")
     if not trained.is_dir():
         raise typer.BadParameter(f"no folder at {trained}: expected the folder that finetune wrote")
     with quiet():
         from esm_efficient.training.export import export_model
+        from esm_efficient.training.publishing import push_to_hub
 
         written = export_model(
             trained, folder, base_model=base_model, dataset=dataset, description=description, onnx=onnx
         )
+        url = None if push is None else push_to_hub(written, push, private=not public)
     files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
     if as_json:
-        show({"folder": written, "files": files}, as_json)
+        show({"folder": written, "files": files, "repository": url}, as_json)
     else:
-        show(f"{written}: {', '.join(files)}", as_json)
+        show(f"{written}: {', '.join(files)}" + (f"\n{url}" if url else ""), as_json)
 
 
 @app.command()

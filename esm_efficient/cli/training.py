@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,6 +227,10 @@ def finetune(
                 save_page(result, output)
                 write_card(result)
     show(result, as_json)
+    if not as_json:
+        predict = shlex.join(["esm-efficient", "predict", str(result.model_dir), "FILE"])
+        export = shlex.join(["esm-efficient", "export", str(output), "FOLDER"])
+        show(f"\nNext, predict: {predict}\nFor transformers' pipeline, ONNX or the Hub: {export}", as_json)
 
 
 def _begin(plan: Any, output: Path, pooling: Pooling | None, *, resume: bool) -> None:

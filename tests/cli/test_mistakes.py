@@ -89,6 +89,8 @@ USAGE = {
     "export nowhere out": "no folder at nowhere: expected the folder that finetune wrote",
     "export . FILE": "FILE is a file: expected a folder to write to",
     "report nowhere": "no folder at nowhere",
+    "export . out --push membrane": "--push: 'membrane': expected the form owner/name",
+    "export . out --public": "--public is of a repository: give --push OWNER/NAME too",
     "targets 8M --preset all": "'all' is not one of 'qkv', 'attention', 'mlp', 'all-linear'",
     "targets 8M --layers 1/3": "'--layers': '1/3': expected all",
     "estimate --model 9M": "no ESM-2 model has the size '9M'",
