@@ -95,6 +95,23 @@ def refuse_unsaved_weights(args: TrainingArguments) -> None:
         )
 
 
+def refuse_missing_trackers(args: TrainingArguments) -> None:
+    """Refuse a tracker that is unknown or not installed: Trainer would say so after the model is loaded.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    if missing := [name for name in named if name not in {*installed, "all", "none"}]:
+        raise ConfigurationError(
+            f"report_to={missing[0]!r}: transformers knows no such tracker, or its package is not installed here; "
+            f"installed: {', '.join(sorted(installed)) or 'none'}"
+        )
+
+
 def refuse_no_predictions(args: TrainingArguments) -> None:
     """Refuse options under which a Trainer gives no whole predictions to be evaluated, or changes the model by it.
 

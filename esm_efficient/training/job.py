@@ -20,6 +20,7 @@ from esm_efficient.training.arguments import (
     check_token_budget,
     recipe_arguments,
     refuse_data_parallel,
+    refuse_missing_trackers,
     refuse_no_predictions,
     refuse_unsaved_weights,
 )
@@ -199,6 +200,7 @@ def begin_job(
     refuse_data_parallel(args)
     refuse_unsaved_weights(args)
     refuse_no_predictions(args)
+    refuse_missing_trackers(args)
     with warned:
         for gap in () if data is None else data.label_gaps():
             logger.warning("%s", gap)

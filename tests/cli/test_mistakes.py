@@ -156,6 +156,7 @@ USAGE = {
 LIBRARY = {
     "finetune demo --model demo --micro-batch 3": "--micro-batch 3 does not divide the 8 sequences",
     "finetune FILE --model demo": "FILE is empty",
+    "finetune demo --model demo --report-to notes": "--report-to notes: transformers knows no such tracker, or its",
     "estimate --model 8M --device A11": "no device or instance type is named 'A11'",
     "compare --data demo --recipe lora --seed 1 --seed 1": "at least one seed, each of them once",
     "report .": "has no result.json: expected the folder that finetune wrote",
