@@ -297,7 +297,9 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    """Return what a time depends on."""
+    capability = torch.backends.cpu.get_cpu_capability()  # such as AVX512
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU with {capability}"
     return f"{platform.machine()}, {torch.get_num_threads()} thread(s), {device}"
 
 

@@ -111,7 +111,8 @@ def map_file(
         sequence: the column of the sequences; None to find it by a usual name.
         accession: the column of the accessions, likewise. Without one, or where its cell is empty, the number of a row
             is its accession.
-        on_error: ``"skip"`` leaves out rows that cannot be used, and logs how many and which are the first.
+        on_error: ``"skip"`` leaves out rows that cannot be used, and logs how many and which are the first; a file
+            beside the output, ``OUTPUT.left_out.csv``, lists all of them.
         description: what the progress bar counts.
         block_rows: sequences per block, whose results are in memory together; None for `BLOCK_ROWS`.
 
@@ -126,7 +127,9 @@ def map_file(
     written_as(output, source=source)
     part, parts = _shard(shard)
     columns = {"sequence": sequence, "accession": accession}
-    total, wrong = check_rows(source, longest=longest, on_error=on_error, **columns)
+    rank, ranks = rank_and_ranks()
+    listed = output.with_name(f"{output.name}.left_out.csv") if rank == 0 else None
+    total, wrong = check_rows(source, longest=longest, on_error=on_error, **columns, listed=listed)
     rows = range(total * (part - 1) // parts, total * part // parts)
     if not rows:
         raise ConfigurationError(
@@ -136,7 +139,6 @@ def map_file(
     what = (identity, sha256_of(source), rows, sequence, accession, block_rows)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()
     folder = blocks_folder(output)
-    rank, ranks = rank_and_ranks()
     if rank == 0:
         if output.exists():
             logger.warning("%s exists, and is replaced when this run ends. Stop it to keep the file", output)

@@ -58,7 +58,7 @@ def predict_file(
         accession: the column of the accessions, likewise. Without one, or where its cell is empty, the number of a row
             is its accession.
         on_error: ``"skip"`` leaves out rows that are not a protein sequence or are too long, and logs how many and
-            which are the first; otherwise such a row is an error.
+            which are the first; ``OUTPUT.left_out.csv`` lists all of them. Otherwise such a row is an error.
 
     Returns:
         The numbers of rows and residues, and the time.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import IO, NamedTuple, get_args
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.fasta import LeaveOut
@@ -83,24 +84,42 @@ def _read_columns(
 class WrongRows:
     """Rows of a file that cannot be used, in memory that hardly grows with their number.
 
+    Args:
+        path: a CSV file to list all of them in, which is made with the first; None for none.
+
     Attributes:
         count: how many there are.
         rows: the numbers of those that can be parsed, ascending from 0.
         shown: what is wrong with the first ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.count = 0
         self.rows = array("q")
         self.shown: list[str] = []
+        self._path = path
+        self._file: IO[str] | None = None
 
     def add(self, place: str, problem: str, row: int | None = None) -> None:
         """Count a row; `row` is its number, or None if it cannot be parsed."""
+        if self._path is not None:
+            self._list(self._path, place, problem)
         self.count += 1
         if row is not None:
             self.rows.append(row)
         if len(self.shown) < _SHOWN:
             self.shown.append(f"{place} {problem}")
+
+    def close(self) -> None:
+        """Finish the list of rows."""
+        if self._file is not None:
+            self._file.close()
+
+    def _list(self, path: Path, place: str, problem: str) -> None:
+        if self._file is None:
+            self._file = path.open("w", encoding="utf-8", newline="")
+            csv.writer(self._file, lineterminator="\n").writerow(("place", "problem"))
+        csv.writer(self._file, lineterminator="\n").writerow((place, problem))
 
     def __str__(self) -> str:
         more = self.count - len(self.shown)
@@ -121,6 +140,7 @@ def check_rows(
     on_error: OnError = "raise",
     sequence: str | None = None,
     accession: str | None = None,
+    listed: Path | None = None,
 ) -> CheckedRows:
     """Check every row of a file.
 
@@ -130,6 +150,7 @@ def check_rows(
         on_error: as `predict_file`.
         sequence: as `predict_file`.
         accession: as `predict_file`.
+        listed: a CSV file for the rows that are left out, with what is wrong with them; None for none.
 
     Returns:
         The number of rows that can be used, and those that cannot.
@@ -141,7 +162,8 @@ def check_rows(
     """
     if on_error not in get_args(OnError):
         raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
-    wrong, columns = WrongRows(), {"sequence": sequence, "accession": accession}
+    wrong = WrongRows(listed if on_error == "skip" else None)
+    columns = {"sequence": sequence, "accession": accession}
     leave_out = None if on_error == "raise" else lambda place, problem: wrong.add(f"{place}:", problem)
     rows, unknown, too_long, numbered, nucleotides = 0, 0, False, False, NucleotideCount()
     for row in read_sequences(source, **columns, leave_out=leave_out):
@@ -155,6 +177,7 @@ def check_rows(
         else:
             nucleotides.add([row.sequence], [row.place])
             unknown += count_unknown(row.sequence)
+    wrong.close()
     if not rows:
         raise DataError(f"{source} has no sequence{f': {wrong}' if wrong.count else ''}")
     usable = rows - len(wrong.rows)
@@ -174,7 +197,8 @@ def check_rows(
             "these rows, or name a column with accession="
         )
     if wrong.count:
-        logger.warning("left out of %s: %s", source, problems)
+        where = f". All of them are in {listed}" if listed is not None and wrong.count > _SHOWN else ""
+        logger.warning("left out of %s: %s%s", source, problems, where)
     if warning := nucleotides.warning(str(source)):
         logger.warning("%s: %s", source, warning)
     warn_of_unknown(unknown, str(source))

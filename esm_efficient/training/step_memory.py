@@ -121,7 +121,7 @@ def _explain(memory: StepMemory) -> str:
     if _CACHING in (memory.predicted or {}):
         said.append("Caching is the pass over the data before the first step, which computes the cached states.")
     if not memory.measured_on:
-        return " ".join([*said, "It was not measured; in Python, finetune(..., profile=True) measures it."])
+        return " ".join([*said, "It was not measured; --profile measures it (profile=True in Python)."])
     said.append(f"The run was measured on {memory.measured_on} ({memory.counted}).")
     if memory.predicted is None:
         return " ".join(said)

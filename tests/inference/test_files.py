@@ -286,6 +286,7 @@ def test_rows_that_cannot_be_parsed_are_left_out_too(tokenizer, tmp_path, small_
     done = predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv", on_error="skip")
     assert (done.rows, done.left_out) == (9, 3)
     assert "3 of 12 rows cannot be used: " in caplog.text
+    assert len((tmp_path / "out.csv.left_out.csv").read_text().splitlines()) == 4
     assert "line 9: the number of cells is not 2" in caplog.text
     found = read(tmp_path / "out.csv")
     assert found["accession"].tolist() == [*(f"p{i}" for i in range(7)), "p9", "p11"]
@@ -298,7 +299,10 @@ def test_rows_that_cannot_be_parsed_are_left_out_too(tokenizer, tmp_path, small_
 
 def test_many_wrong_rows_are_counted_in_little_memory(tmp_path):
     (tmp_path / "in.csv").write_text("id,sequence\n" + "".join(f"{i},{'' if i % 3 else 'MKT'}\n" for i in range(9000)))
-    checked = check_rows(tmp_path / "in.csv", on_error="skip")
+    listed = tmp_path / "left_out.csv"
+    checked = check_rows(tmp_path / "in.csv", on_error="skip", listed=listed)
+    rows = listed.read_text().splitlines()
+    assert (len(rows), rows[:2], rows[-1]) == (6001, ["place,problem", "line 3,is empty"], "line 9001,is empty")
     assert (checked.usable, checked.wrong.count) == (3000, 6000)
     assert str(checked.wrong) == "line 3 is empty, line 4 is empty, line 6 is empty and 5,997 more"
     assert len(checked.wrong.shown) == 3
