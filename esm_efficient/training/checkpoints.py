@@ -105,7 +105,8 @@ class CheckpointCallback(TrainerCallback):
             logger.warning("a signal was received: the run ends after step %d", state.global_step)
             self._agreed = control.should_save = control.should_training_stop = True
             # The run that resumes begins with the next epoch: what belongs to the end of this one is done now.
-            if abs(round(state.epoch or 0) - (state.epoch or 0)) < 1e-6:
+            epoch = state.epoch or 0
+            if epoch >= 1 - 1e-6 and abs(round(epoch) - epoch) < 1e-6:
                 control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
                 control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
             # With "best", Trainer would save only if this step's evaluation is the best.
