@@ -283,7 +283,7 @@ def test_models_and_data_are_given_as_to_finetune(data):
         (
             lambda data: sweep_layers(demo_model_path(), data.remove_columns("label"), task=TASK),
             DataError,
-            "have no labels",
+            "the train Dataset has no column with a usual name of labels",
         ),
         (
             lambda data: sweep_layers(load(), DatasetDict(train=data["train"].select([]), test=data["test"])),
