@@ -207,7 +207,7 @@ class WeightedTrainer(WatchedTrainer):
             if type(self).compute_loss is not WeightedTrainer.compute_loss and result[0] is not None:
                 losses, weights = self._last_losses
                 own = (losses.sum() / _nonzero(weights.sum())).to(result[0].dtype)
-                self._has_other_loss = self._has_other_loss | ~torch.isclose(result[0], own, rtol=1e-3, equal_nan=True)
+                self._has_other_loss = self._has_other_loss | ~torch.isclose(result[0], own, rtol=1e-5, equal_nan=True)
             self._evaluation_losses.append(self.accelerator.gather_for_metrics(self._last_losses))
         return result
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from conftest import each_value
 from datasets import Dataset
 from test_checkpoints import damage, tiny_run
+from torch.utils.data import DataLoader
 from trainer_runs import arguments, weighted
 from transformers import TrainingArguments
 
@@ -17,6 +20,7 @@ from esm_efficient.cli import parameters_of
 from esm_efficient.cli.output import as_typed
 from esm_efficient.errors import ConfigurationError
 from esm_efficient.training import resuming
+from esm_efficient.training.batches import EpochCallback
 from esm_efficient.training.resuming import describe_run, refuse_finished
 from esm_efficient.training.stopping import EarlyStopping
 
@@ -214,3 +218,28 @@ def test_a_description_is_the_same_for_the_same_rows_in_other_blocks(tmp_path, t
     described = [describe_run(adapted(tmp_path, tiny_model, rows, tokenizer)) for rows in (data, parts)]
     assert described[0] == described[1]
     assert {"the_labels", "the_sequences", "the_frozen_weights", "the_trainable_parameters"} <= described[0].keys()
+
+
+def test_a_sampler_inside_of_others_gets_the_epoch_of_a_run_that_resumes():
+    samplers = pytest.importorskip("transformers.trainer_pt_utils")
+    if not hasattr(samplers, "BatchRebalanceSampler"):
+        pytest.skip("this version of transformers has no such sampler")
+
+    def loader():
+        options = {"effective_batch_size": 8, "dp_size": 2, "grad_accum": 1, "rank": 0, "drop_last": False}
+        batches = samplers.BatchRebalanceSampler([5 + number % 7 for number in range(24)], **options)
+        given = DataLoader(list(range(24)), batch_sampler=batches)
+        made = prepare_data_loader(given, num_processes=2, process_index=0, put_on_device=False)
+        made.batch_sampler.num_processes = 1  # as Trainer does: the sampler itself divides the batches
+        return made
+
+    def batches_of(epoch, skipped):
+        made = loader()
+        seen = skip_first_batches(made, skipped) if skipped else made
+        callback = EpochCallback(SimpleNamespace(stream=None, accelerator=SimpleNamespace(num_processes=2)))
+        state = SimpleNamespace(epoch=epoch)
+        callback.on_epoch_begin(SimpleNamespace(seed=0, data_seed=None), state, None, train_dataloader=seen)
+        return [batch.tolist() for batch in seen]
+
+    assert batches_of(1, 1) == batches_of(1, 0)[1:]
+    assert batches_of(1, 1) != batches_of(0, 1)

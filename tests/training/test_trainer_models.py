@@ -415,7 +415,15 @@ def test_an_accumulated_batch_without_labels_changes_no_weight(tmp_path, tiny_mo
     assert not torch.equal(seen.steps[1], before)
 
 
-@pytest.mark.parametrize("cls", [PenaltyTrainer, TutorialsTrainer, WeightedTrainer])
+class DearerTrainer(WeightedTrainer):
+    """Adds a constant to the weighted loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (loss + 1, outputs) if return_outputs else loss + 1
+
+
+@pytest.mark.parametrize("cls", [DearerTrainer, TutorialsTrainer, WeightedTrainer])
 def test_the_loss_of_an_evaluation_is_that_of_the_subclass(tmp_path, tiny_model, tiny_dataset, tokenizer, cls):
     data, model, collator = tiny_dataset(16), tiny_model(), DataCollatorWithPadding(tokenizer)
     args = arguments(tmp_path, per_device_eval_batch_size=16)
