@@ -139,7 +139,12 @@ def test_a_probe_that_is_better_is_named_by_a_line_that_works_from_any_folder(ru
     monkeypatch.chdir(run)
     command = ["finetune", "proteins.csv", "--model", "demo", "--recipe", "lora", "--learning-rate", "1e-9"]
     assert main([*command, "--label", "binds", "--max-residues", "28", "-o", "slow"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1].split("no training: ")[1]
+    lines = capsys.readouterr().out.splitlines()
+    [line] = [text.split("no training: ")[1] for text in lines if "no training: " in text]
+    assert lines[-2:] == [
+        "Next, predict: esm-efficient predict slow/adapter FILE",
+        "For transformers' pipeline, ONNX or the Hub: esm-efficient export slow FOLDER",
+    ]
     words = f"probe {run / 'proteins.csv'} --label binds --max-residues 28 --model {demo_model_path()}"
     assert line == f"esm-efficient {words}"
     monkeypatch.chdir(tmp_path)
