@@ -37,6 +37,16 @@ def size_of(name: str) -> str | None:
     return size if size in ESM2_SIZES else None
 
 
+def is_repository(name: str) -> bool:
+    """Return whether a name may be that of a repository of the Hub.
+
+    Example:
+        >>> is_repository("me/membrane"), is_repository("membrane")
+        (True, False)
+    """
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
 def no_model_in(folder: Path) -> str:
     """Return the message for a folder that is not the folder of a model; that of a run has one in it."""
     for inner, config in (("adapter", "adapter_config.json"), ("model", "config.json")):
@@ -65,7 +75,7 @@ def missing_model(name: str, reason: str, *, revision: str | None = None, traine
         'is not in the cache (HF_HUB_OFFLINE is set)'
     """
     missing = f"there is no folder {name}{models_beside(Path(name))}, and"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_repository(name):
         if trained:
             return f"{missing} it is not a Hub name of the form owner/name"
         sizes = ", ".join(ESM2_SIZES)

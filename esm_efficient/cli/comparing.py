@@ -154,7 +154,7 @@ def compare(
             },
             **training_options,
         )
-        if output is not None:
+        if output is not None and splits is None:  # what was trained is saved already
             result.save(output, command=typed_line.get())
     show(result, as_json)
 

@@ -302,21 +302,29 @@ def data(
     show({**result.to_dict(), "notes": notes} if as_json else "\n".join([*notes, str(result)]), as_json)
 
 
+class _Notes(logging.Handler):
+    """Keeps what is said but is no warning, in its attribute ``texts``."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO:
+            self.texts.append(record.getMessage())
+
+
 @contextmanager
 def _notes_of_data() -> Iterator[list[str]]:
     """Collect what is said of a table but is no warning: what each column was read as, and what was left out."""
-    notes: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
-    handler.addFilter(lambda record: record.levelno == logging.INFO)
-    library = logging.getLogger("esm_efficient.data")
+    notes, library = _Notes(), logging.getLogger("esm_efficient.data")
     level = library.level
     library.setLevel(logging.INFO)
-    library.addHandler(handler)
+    library.addHandler(notes)
     try:
-        yield notes
+        yield notes.texts
     finally:
-        library.removeHandler(handler)
+        library.removeHandler(notes)
         library.setLevel(level)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +41,7 @@ from esm_efficient.cli.output import (
 )
 from esm_efficient.cli.run_files import save_page
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.published import is_repository
 from esm_efficient.tasks import LARGEST_SEED
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder that finetune wrote.", metavar="RUN")]
@@ -137,7 +137,7 @@ def export(
 
     Example: esm-efficient export output membrane --push NAME/membrane
     """
-    if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+    if push is not None and not is_repository(push):
         raise typer.BadParameter(f"{push!r}: expected the form owner/name", param_hint="--push")
     if public and push is None:
         raise typer.BadParameter("--public is of a repository: give --push OWNER/NAME too")

@@ -6,6 +6,7 @@ import csv
 import logging
 from array import array
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, NamedTuple, get_args
 
@@ -162,22 +163,24 @@ def check_rows(
     """
     if on_error not in get_args(OnError):
         raise ConfigurationError(f'on_error={on_error!r}: expected "raise" or "skip"')
+    if listed is not None:
+        listed.unlink(missing_ok=True)  # of a former run
     wrong = WrongRows(listed if on_error == "skip" else None)
     columns = {"sequence": sequence, "accession": accession}
     leave_out = None if on_error == "raise" else lambda place, problem: wrong.add(f"{place}:", problem)
     rows, unknown, too_long, numbered, nucleotides = 0, 0, False, False, NucleotideCount()
-    for row in read_sequences(source, **columns, leave_out=leave_out):
-        rows += 1
-        numbered |= row.is_numbered
-        problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
-        if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
-            problem, too_long = f"has {size:,} residues, more than {longest:,}", True
-        if problem:
-            wrong.add(row.place, problem, rows - 1)
-        else:
-            nucleotides.add([row.sequence], [row.place])
-            unknown += count_unknown(row.sequence)
-    wrong.close()
+    with closing(wrong):
+        for row in read_sequences(source, **columns, leave_out=leave_out):
+            rows += 1
+            numbered |= row.is_numbered
+            problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
+            if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
+                problem, too_long = f"has {size:,} residues, more than {longest:,}", True
+            if problem:
+                wrong.add(row.place, problem, rows - 1)
+            else:
+                nucleotides.add([row.sequence], [row.place])
+                unknown += count_unknown(row.sequence)
     if not rows:
         raise DataError(f"{source} has no sequence{f': {wrong}' if wrong.count else ''}")
     usable = rows - len(wrong.rows)

@@ -165,9 +165,7 @@ def run_page(result: FinetuneResult, *, command: str | None = None) -> str:
         notes: list[Part] = [*advice[:1], *map(Command, advice[1:])]
         notes += [] if result.probe is None else [result.probe.describe()]
         sections += evaluation_sections(result.evaluation, notes=notes)
-    after = [_what_ran(result, command)]
-    after = [*warned_of(result.warnings), *after]
-    sections[1:1] = after  # after the table of the metrics
+    sections[1:1] = [*warned_of(result.warnings), _what_ran(result, command)]  # after the table of the metrics
     if curves := curves_of(result.history):
         plot = draw(curves_plot, curves, caption="Values over the optimizer steps.")
         sections.append(Section("Training", [*_about_losses(result, curves), plot]))

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.published import is_repository
 from esm_efficient.training.card import CARD
-
-
-def check_repository(name: str) -> str:
-    """Return the name of a repository of the Hub.
-
-    Raises:
-        ConfigurationError: it is no name of the form owner/name.
-    """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ConfigurationError(f"{name!r}: expected a repository of the Hub, of the form owner/name")
-    return name
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = True) -> str:
@@ -43,7 +32,8 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = True) ->
     from huggingface_hub import HfApi
 
     folder = Path(folder).expanduser()
-    check_repository(repository)
+    if not is_repository(repository):
+        raise ConfigurationError(f"{repository!r}: expected a repository of the Hub, of the form owner/name")
     if missing := [name for name in (CARD, "config.json") if not (folder / name).is_file()]:
         raise ConfigurationError(f"{folder} has no {missing[0]}: expected a folder that export_model wrote")
     hub = HfApi()

@@ -9,14 +9,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import slow_except, tiny_config
 
 from esm_efficient import RECIPES, compare, estimate, recommend
+from esm_efficient.adapters.registry import PRESETS
 from esm_efficient.cli import commands, comparing, main, training
 from esm_efficient.cli.run_files import WRITTEN
 from esm_efficient.errors import ConfigurationError
+from esm_efficient.estimation.optimizers import OPTIMIZERS
 from esm_efficient.reporting import format_bytes
 
 SEQUENCE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQ"
@@ -264,3 +267,8 @@ def test_the_default_device_is_one_in_python_and_on_the_command_line():
     assert [inspect.signature(function).parameters["device"].default for function in functions] == ["A10G"] * 4
     for function in (compare, comparing.compare):  # this machine, if it trains
         assert inspect.signature(function).parameters["device"].default is None
+
+
+def test_the_choices_that_need_no_torch_are_those_of_the_library():
+    assert set(get_args(commands.Preset)) == set(PRESETS)
+    assert set(get_args(get_args(commands.OptimizerOption)[0])) == set(OPTIMIZERS)

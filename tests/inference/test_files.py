@@ -292,6 +292,9 @@ def test_rows_that_cannot_be_parsed_are_left_out_too(tokenizer, tmp_path, small_
     assert found["accession"].tolist() == [*(f"p{i}" for i in range(7)), "p9", "p11"]
     expected = [p.values[0] for p in predictor.predict([*sequences(7), "MKTAYI", "MALWMR"])]
     assert np.abs(found.iloc[:, 1].to_numpy() - expected).max() < 1e-6
+    (tmp_path / "good.csv").write_text("id,sequence\np1,MKTAYI\n")
+    predict_file(predictor, tmp_path / "good.csv", tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv.left_out.csv").exists()  # that of the former run
     (tmp_path / "bare.csv").write_text("sequence,note\nMKTAYI,a\nMKT\nMALWMR,b\n")
     with pytest.raises(DataError, match="Rows have no accession, and their numbers would not be those of the file"):
         predict_file(predictor, tmp_path / "bare.csv", tmp_path / "bare_out.csv", on_error="skip")
