@@ -105,7 +105,9 @@ def list_methods(layers: int) -> list[Method]:
         whole = lora.replace(pooling=pooling)
         methods += [Method(f"truncated{kept}-lora-{end}", whole, epochs, kept) for kept in range(1, layers)]
     methods += [Method(f"frozen-{pooling}-e10", frozen.replace(pooling=pooling), 10) for pooling in get_args(Pooling)]
-    methods.append(Method("all-first-e1", RECIPES["all"], 1))
+    methods += [Method(f"{name}-first-e1", RECIPES[name], 1) for name in ("ga", "gc", "all")]
+    methods.append(Method("lora-ga-first-e1", lora.replace(micro_batch=2, accumulation=4), 1))
+    methods.append(Method("lora-gc-first-e1", lora.replace(gradient_checkpointing=True), 1))
     methods.append(Method("top-calibrated-e1", RECIPES["top"], 1, calibrated=True))
     return methods + tuning_methods(layers)
 
