@@ -191,6 +191,7 @@ class Study:
             states_dir=self.states,
             seed=seed,
             num_train_epochs=method.epochs,
+            early_stopping=None,
             probe=False,
             profile=True,
             keep_layers=method.truncated or None,

@@ -80,6 +80,7 @@ def main() -> None:
                 output_dir=options.output / f"{kind}-{seed}",
                 seed=seed,
                 num_train_epochs=options.epochs,
+                early_stopping=None,
                 probe=False,
                 disable_tqdm=True,
             )

@@ -224,6 +224,7 @@ class LocationStudy:
             class_weights=None,
             token_budget=4096,
             num_train_epochs=1,
+            early_stopping=None,
             probe=False,
         )
         shutil.rmtree(folder)

@@ -248,7 +248,7 @@ class _Runs:
             output_dir=folder,
             profile=True,
             max_steps=steps,
-            **{"probe": False, "report": self._folder is not None, **self._options},
+            **{"probe": False, "report": self._folder is not None, "early_stopping": None, **self._options},
         )
         if result.profile is not None:
             self.device = result.profile.device

@@ -8,11 +8,12 @@ import io
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esm_efficient.data.download import made_folder, unfinished
+from esm_efficient.data.download import cache_folder, made_folder, unfinished
 from esm_efficient.data.schema import USUAL_NAMES
 from esm_efficient.errors import ConfigurationError, DataError, listing
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from datasets import Dataset
+
+_GIVEN = "given"
 
 
 @contextlib.contextmanager
@@ -62,7 +65,7 @@ def table_file(data: Any, split: str = "") -> Iterator[str | Path]:
             f"got {named} of the type {type(data).__name__}: expected a path, a DataFrame, a Dataset"
             f"{'' if split else ', a DatasetDict'}, or a pair of lists, (sequences, labels)"
         )
-    with _as_file(frame, " ".join(["the", *([split] if split else []), kind])) as path:
+    with frame_file(frame, " ".join(["the", *([split] if split else []), kind])) as path:
         yield path
 
 
@@ -89,8 +92,12 @@ def _cells_of(data: Dataset) -> pd.DataFrame:
 
 
 @contextlib.contextmanager
-def _as_file(frame: pd.DataFrame, name: str) -> Iterator[Path]:
-    """Give the path of a Parquet file with a DataFrame; messages about the file say the name of the DataFrame."""
+def frame_file(frame: pd.DataFrame, name: str) -> Iterator[Path]:
+    """Give the path of a Parquet file with a DataFrame; messages about the file say its name, such as "the list".
+
+    Raises:
+        DataError: two columns have the same name.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -102,11 +109,11 @@ def _as_file(frame: pd.DataFrame, name: str) -> Iterator[Path]:
     parquet.write_table(pa.table(columns), content)
     path = stored(content.getvalue(), name.removeprefix("the "))  # the file is known by its first bytes
     try:
-        with _called(path, name):
+        with _renamed():
             yield path
     except (ConfigurationError, DataError) as error:
         kind = DataError if isinstance(error, DataError) else ConfigurationError  # not a subclass with other arguments
-        raise kind(str(error).replace(str(path), name)) from error
+        raise kind(as_given(str(error))) from error
 
 
 def _column_of(cells: pd.Series) -> pa.Array:
@@ -125,12 +132,17 @@ def _column_of(cells: pd.Series) -> pa.Array:
     return pa.array([_as_text(cell) for cell in cells], pa.string())
 
 
+def as_given(text: str) -> str:
+    """Return a text with the name of a table in memory, such as "the DataFrame", for the path of its file."""
+    return re.sub(re.escape(f"{cache_folder() / _GIVEN}{os.sep}") + f"[0-9a-f]{{16}}{re.escape(os.sep)}", "the ", text)
+
+
 @contextlib.contextmanager
-def _called(path: Path, name: str) -> Iterator[None]:
-    """Say the name of a table in place of the path of the file that it was written to, in what is logged."""
+def _renamed() -> Iterator[None]:
+    """Say the name of a table in place of the path of its file in what is logged."""
 
     def rename(record: logging.LogRecord) -> bool:
-        record.msg, record.args = record.getMessage().replace(str(path), name), ()
+        record.msg, record.args = as_given(record.getMessage()), ()
         return True
 
     # A filter of the package's logger would not see what the loggers of its modules write.
@@ -153,7 +165,7 @@ def _as_text(cell: Any) -> str | None:
 
 def stored(content: bytes, name: str) -> Path:
     """Return a file with this content in the cache folder, so that the tables that are made from it are found again."""
-    path = made_folder("given", hashlib.sha256(content).hexdigest()[:16]) / name
+    path = made_folder(_GIVEN, hashlib.sha256(content).hexdigest()[:16]) / name
     if not path.is_file():
         partial = unfinished(path)
         partial.write_bytes(content)

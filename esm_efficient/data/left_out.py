@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from esm_efficient.data.in_memory import as_given
 from esm_efficient.data.sequences import NucleotideCount
 from esm_efficient.errors import DataError, listing
 
@@ -48,7 +49,8 @@ class LeftOut:
     def save(self, path: Path) -> None:
         """Write a CSV file with the place of each row and what is wrong with it."""
         with path.open("w", encoding="utf-8", newline="") as handle:
-            csv.writer(handle, lineterminator="\n").writerows([("place", "problem"), *self.rows])
+            rows = ((as_given(place), problem) for place, problem in self.rows)
+            csv.writer(handle, lineterminator="\n").writerows([("place", "problem"), *rows])
 
 
 class Notes:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from esm_efficient.costs.devices import native_precision
 from esm_efficient.data.batching import TokenBudgetBatchSampler
 from esm_efficient.data.encoding import ResidueEncoder
 from esm_efficient.encoder.packing import attach_packing, describe_batch, sent
@@ -15,7 +16,10 @@ from esm_efficient.errors import ConfigurationError, DataError, listing
 from esm_efficient.inference.inputs import name_of
 from esm_efficient.inference.windows import LongReading, Pieces, plan_windows, windows_for, windows_per_residue
 from esm_efficient.out_of_memory import explained_batch
+from esm_efficient.recipes import Precision
 from esm_efficient.tasks import SPECIAL_TOKENS
+
+_HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Compute = Callable[..., torch.Tensor]
 """Takes ``input_ids`` and ``attention_mask``, int64 of shape (sequences, tokens); returns a row per sequence."""
@@ -78,7 +82,7 @@ def run_in_batches(
             found: Any = compute(input_ids=sent(torch.from_numpy(tokens), device), attention_mask=mask)
             if result == "mean":
                 shares = torch.from_numpy(means.shares(batch, tokens.shape[1]))
-                found = (found * sent(shares, device).unsqueeze(-1).to(found.dtype)).sum(1)
+                found = (found.float() * sent(shares, device).unsqueeze(-1)).sum(1)
             found = found.cpu().double().numpy()  # not on the device: an Apple GPU has no float64
         for piece, numbers in zip(batch, found, strict=True):
             means.add(piece, numbers)
@@ -89,6 +93,17 @@ def run_in_batches(
             + (', or precision="float32" if float16 overflows' if half == torch.float16 else "")
         )
     return [means.found[index] for index in range(len(sequences))]
+
+
+def half_of(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast for a precision of inference; None for float32.
+
+    Raises:
+        ConfigurationError: the precision is unknown, or is one of estimates alone.
+    """
+    if precision not in ("auto", "float32", *_HALF):
+        raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32", "bf16" or "fp16"')
+    return _HALF.get(native_precision(device) if precision == "auto" else precision)
 
 
 def _autocast(device: torch.device, half: torch.dtype | None) -> torch.autocast:

@@ -14,13 +14,14 @@ from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.encoding import ResidueEncoder, longest_input
 from esm_efficient.encoder import apply_lean_encoder_if_supported, has_lean_encoder
 from esm_efficient.errors import ConfigurationError
-from esm_efficient.inference.batches import run_in_batches
+from esm_efficient.inference.batches import half_of, run_in_batches
 from esm_efficient.inference.files import FileResult, map_file
 from esm_efficient.inference.identity import identity_of
-from esm_efficient.inference.inputs import sequences_from
+from esm_efficient.inference.inputs import sequences_from, source_file
 from esm_efficient.inference.loading import default_device, find_folder, load_encoder, load_model, place
 from esm_efficient.inference.windows import LongReading, describe_reading, refuse_joined_ends, windows_for
 from esm_efficient.published import BASE_CONFIG, hub_name, no_model_in
+from esm_efficient.recipes import Precision
 from esm_efficient.reporting.files import written_as
 from esm_efficient.tasks import SPECIAL_TOKENS, base_model_of
 from esm_efficient.trunk.split import copy_modules, split_model
@@ -44,13 +45,15 @@ class Embedder:
         pooling: ``"mean"`` over the residues without the special tokens, ``"first"`` for the first token, or
             ``"residues"`` for one embedding per residue.
         max_tokens: the most tokens per sequence, special tokens included.
+        precision: as `Predictor`; embeddings in half precision differ by about a hundredth of their size.
 
     Attributes:
         width: numbers per embedding.
+        half: the dtype of autocast; None for float32.
 
     Raises:
-        ConfigurationError: the layer does not exist, the pooling is unknown, or the model or its tokenizer is not of
-            ESM-2.
+        ConfigurationError: the layer does not exist, the pooling or the precision is unknown, or the model or its
+            tokenizer is not of ESM-2.
 
     Example:
         >>> from esm_efficient import demo_model_path
@@ -67,6 +70,7 @@ class Embedder:
         layer: int | None = None,
         pooling: EmbeddingPooling = "mean",
         max_tokens: int | None = None,
+        precision: Precision = "auto",
     ) -> None:
         if pooling not in get_args(EmbeddingPooling):
             raise ConfigurationError(f"pooling={pooling!r}: expected one of {', '.join(get_args(EmbeddingPooling))}")
@@ -85,6 +89,7 @@ class Embedder:
                 f"max_tokens={max_tokens}: expected room for a residue beside {SPECIAL_TOKENS} special tokens"
             )
         self.pooling, self.max_tokens = pooling, max_tokens
+        self.half = half_of(precision, model.device)
         self.encoder, self.padding = ResidueEncoder(tokenizer), tokenizer.pad_token_id
         self.config: Any = body.config
         self.width: int = body.config.hidden_size
@@ -108,6 +113,7 @@ class Embedder:
         pooling: EmbeddingPooling = "mean",
         device: str | torch.device | None = None,
         max_tokens: int | None = None,
+        precision: Precision = "auto",
     ) -> Embedder:
         """Load a model from a folder or from the Hub; an adapter that `finetune` saved is merged with its base model.
 
@@ -117,6 +123,7 @@ class Embedder:
             pooling: as `Embedder`.
             device: as `Predictor.load`.
             max_tokens: as `Embedder`.
+            precision: as `Embedder`.
 
         Raises:
             ConfigurationError: as `Embedder` and `Predictor.load`, or the folder lacks weights of the encoder.
@@ -136,7 +143,7 @@ class Embedder:
         else:
             model, tokenizer = load_encoder(folder)
         on_device = place(model, default_device() if device is None else device)
-        return cls(on_device, tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens)
+        return cls(on_device, tokenizer, layer=layer, pooling=pooling, max_tokens=max_tokens, precision=precision)
 
     def embed(
         self, sequences: Iterable[str], *, keep: LongReading | None = None, token_budget: int = 8192
@@ -165,6 +172,7 @@ class Embedder:
             self.encoder,
             texts,
             result="sequence" if self.pooling == "first" else self.pooling,
+            half=self.half,
             padding=self.padding,
             device=next(self.model.parameters()).device,
             max_tokens=self.max_tokens,
@@ -181,7 +189,7 @@ class Embedder:
 
 def embed_file(
     model: str | Path | Embedder,
-    source: str | Path,
+    source: Any,
     output: str | Path,
     *,
     layer: int | None = None,
@@ -191,6 +199,7 @@ def embed_file(
     shard: tuple[int, int] = (1, 1),
     sequence: str | None = None,
     accession: str | None = None,
+    precision: Precision = "auto",
     on_error: OnError = "raise",
 ) -> FileResult:
     """Embed every sequence of a file, in constant memory, and write the embeddings in the order of the file.
@@ -210,6 +219,7 @@ def embed_file(
         shard: as `predict_file`.
         sequence: as `predict_file`.
         accession: as `predict_file`.
+        precision: as `Embedder`; of a model that is loaded.
         on_error: as `predict_file`.
 
     Returns:
@@ -218,24 +228,27 @@ def embed_file(
     Raises:
         DataError: as `predict_file`.
         ConfigurationError: as `predict_file` and `Embedder.load`; embeddings per residue are to be written as CSV; or
-            `layer` is given beside an `Embedder`, or a `pooling` other than ``"mean"`` that is not its own.
+            a `layer` or a `precision` is given beside an `Embedder`, or a `pooling` other than ``"mean"`` that is not
+            its own.
 
     Example:
         >>> embed_file("facebook/esm2_t6_8M_UR50D", "proteome.fasta", "embeddings.parquet")  # doctest: +SKIP
     """
     kind = written_as(output, source=source)
     if isinstance(model, Embedder):
-        if layer is not None or pooling not in ("mean", model.pooling):
+        if layer is not None or pooling not in ("mean", model.pooling) or precision != "auto":
             raise ConfigurationError(
-                f"layer={layer}, pooling={pooling!r}: the Embedder has its own layer and pooling, {model.pooling!r}. "
-                "Give them to the Embedder alone"
+                f"layer={layer}, pooling={pooling!r}, precision={precision!r}: the Embedder has its own layer, pooling "
+                f"({model.pooling!r}) and precision. Give them to the Embedder alone"
             )
         pooling = model.pooling
     if pooling == "residues":
         refuse_joined_ends(keep)
         if kind == "csv":
             raise ConfigurationError(f"{output}: embeddings per residue do not fit into CSV. Write .parquet or .jsonl")
-    embedder = model if isinstance(model, Embedder) else Embedder.load(model, layer=layer, pooling=pooling)
+    embedder = model
+    if not isinstance(embedder, Embedder):
+        embedder = Embedder.load(embedder, layer=layer, pooling=pooling, precision=precision)
 
     def compute(sequences: list[str]) -> Mapping[str, Any]:
         import pyarrow as pa
@@ -249,18 +262,19 @@ def embed_file(
         return {"embedding": pa.ListArray.from_arrays(pa.array(ends), embeddings)}
 
     longest = embedder.max_tokens - SPECIAL_TOKENS
-    reading = windows_for(keep, longest) or keep
-    return map_file(
-        compute,
-        source,
-        output,
-        identity=identity_of(embedder.model, embedder.config, "embeddings", embedder.pooling, longest, reading),
-        longest=longest if keep is None else None,
-        long_sequences=describe_reading(keep, longest),
-        shard=shard,
-        sequence=sequence,
-        accession=accession,
-        on_error=on_error,
-        description="embeddings",
-        block_rows=RESIDUE_BLOCK_ROWS if embedder.pooling == "residues" else None,
-    )
+    options = (embedder.pooling, embedder.half, longest, windows_for(keep, longest) or keep)
+    with source_file(source) as path:
+        return map_file(
+            compute,
+            path,
+            output,
+            identity=identity_of(embedder.model, embedder.config, "embeddings", *options),
+            longest=longest if keep is None else None,
+            long_sequences=describe_reading(keep, longest),
+            shard=shard,
+            sequence=sequence,
+            accession=accession,
+            on_error=on_error,
+            description="embeddings",
+            block_rows=RESIDUE_BLOCK_ROWS if embedder.pooling == "residues" else None,
+        )

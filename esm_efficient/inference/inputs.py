@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from esm_efficient.data.in_memory import frame_file, table_file
 from esm_efficient.data.schema import USUAL_NAMES, non_letters
 from esm_efficient.data.sequences import STOP, NucleotideCount, clean, looks_like_words
 from esm_efficient.errors import DataError, listing
@@ -59,6 +61,53 @@ def sequences_from(given: Any) -> list[str]:
     """
     if isinstance(given, CheckedSequences):
         return given
+    sequences = _items_of(given)
+    if bad := [f"sequence {i}" for i, item in enumerate(sequences, 1) if not isinstance(item, str)]:
+        raise DataError(f"{len(bad)} sequence(s) are not texts: {listing(bad)}")
+    problems = [(number, problem_of(text)) for number, text in enumerate(sequences, 1)]
+    if bad := [f"sequence {number} {problem}" for number, problem in problems if problem]:
+        raise DataError(f"{len(bad)} of {len(sequences)} texts are not protein sequences: {listing(bad, 3)}")
+    nucleotides = NucleotideCount()
+    nucleotides.add(sequences, [f"sequence {number}" for number in range(1, len(sequences) + 1)])
+    if warning := nucleotides.warning("the given sequences"):
+        logger.warning("%s", warning)
+    warn_of_unknown(sum(map(count_unknown, sequences)), "the given sequences")
+    return [str(text) for text in sequences]
+
+
+@contextmanager
+def source_file(given: Any) -> Iterator[str | Path]:
+    """Give the path of a file with these sequences; a path is returned as it is.
+
+    Args:
+        given: a path; a table in memory, which is copied to the cache folder with all its columns
+            (`esm_efficient.data.in_memory.table_file`); or what `sequences_from` takes.
+
+    Raises:
+        DataError: it is none of these, or two columns of a table have the same name.
+
+    Example:
+        >>> with source_file("proteome.fasta") as path:
+        ...     print(path)
+        proteome.fasta
+    """
+    import pandas as pd
+    from datasets import Dataset
+
+    if isinstance(given, str | Path | pd.DataFrame | Dataset):
+        with table_file(given) as path:
+            yield path
+    else:
+        with frame_file(pd.DataFrame({"sequence": _items_of(given)}), "the list") as path:
+            yield path
+
+
+def _items_of(given: Any) -> list[Any]:
+    """Return the sequences in what was given, which may not be texts yet.
+
+    Raises:
+        DataError: as `sequences_from`, but for what is wrong with one of them.
+    """
     if isinstance(given, Path) or (isinstance(given, str) and _FILE.search(given.strip())):
         raise DataError(f"expected a list of sequences, got the path {given}: predict_file and embed_file read files")
     if isinstance(given, str | bytes):
@@ -83,18 +132,7 @@ def sequences_from(given: Any) -> list[str]:
         given = given["sequence" if "sequence" in columns else usual[0]]
     if not isinstance(given, Iterable):
         raise DataError(f"expected a list of sequences, got {type(given).__name__}")
-    sequences = list(given)
-    if bad := [f"sequence {i}" for i, item in enumerate(sequences, 1) if not isinstance(item, str)]:
-        raise DataError(f"{len(bad)} sequence(s) are not texts: {listing(bad)}")
-    problems = [(number, problem_of(text)) for number, text in enumerate(sequences, 1)]
-    if bad := [f"sequence {number} {problem}" for number, problem in problems if problem]:
-        raise DataError(f"{len(bad)} of {len(sequences)} texts are not protein sequences: {listing(bad, 3)}")
-    nucleotides = NucleotideCount()
-    nucleotides.add(sequences, [f"sequence {number}" for number in range(1, len(sequences) + 1)])
-    if warning := nucleotides.warning("the given sequences"):
-        logger.warning("%s", warning)
-    warn_of_unknown(sum(map(count_unknown, sequences)), "the given sequences")
-    return [str(text) for text in sequences]
+    return list(given)
 
 
 def count_unknown(sequence: str) -> int:

@@ -12,8 +12,10 @@ from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.inference.files import FileResult, map_file
 from esm_efficient.inference.identity import identity_of
+from esm_efficient.inference.inputs import source_file
 from esm_efficient.inference.predictor import Prediction, Predictor
 from esm_efficient.inference.windows import LongReading, describe_reading, refuse_joined_ends, windows_for
+from esm_efficient.recipes import Precision
 from esm_efficient.reporting.files import written_as
 from esm_efficient.tasks import SPECIAL_TOKENS, Task
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 def predict_file(
     model: str | Path | Sequence[str | Path] | Predictor,
-    source: str | Path,
+    source: Any,
     output: str | Path,
     *,
     keep: LongReading | None = None,
@@ -31,6 +33,7 @@ def predict_file(
     shard: tuple[int, int] = (1, 1),
     sequence: str | None = None,
     accession: str | None = None,
+    precision: Precision = "auto",
     on_error: OnError = "raise",
 ) -> FileResult:
     """Predict from every sequence of a file, in constant memory, and write the predictions in the order of the file.
@@ -49,7 +52,9 @@ def predict_file(
 
     Args:
         model: a `Predictor`, or what `Predictor.load` loads.
-        source: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file; text may be packed with gzip or xz.
+        source: a CSV, TSV, Excel, Parquet, JSON lines or FASTA file; text may be packed with gzip or xz. Or a DataFrame
+            or a split of a data set, or sequences as `Predictor.predict` takes them: these are copied to the cache
+            folder first.
         output: a file that ends with .csv, .jsonl or .parquet. It exists only when it is whole.
         keep: as `Predictor.predict`.
         token_budget: as `Predictor.predict`.
@@ -57,6 +62,7 @@ def predict_file(
         sequence: the column of the sequences; None to find it by a usual name.
         accession: the column of the accessions, likewise. Without one, or where its cell is empty, the number of a row
             is its accession.
+        precision: as `Predictor`; of a model that is loaded.
         on_error: ``"skip"`` leaves out rows that are not a protein sequence or are too long, and logs how many and
             which are the first; ``OUTPUT.left_out.csv`` lists all of them. Otherwise such a row is an error.
 
@@ -67,7 +73,8 @@ def predict_file(
         DataError: a row is not a protein sequence or is too long, with its place; or the file cannot be read.
         ConfigurationError: the output has another suffix, is the source or cannot be written; the shard does not exist;
             the model's names cannot be told apart in such a file; one class per residue is predicted and `keep` is
-            ``"end"`` or ``"both"``, which leaves open which residues are meant; or as `Predictor.load`.
+            ``"end"`` or ``"both"``, which leaves open which residues are meant; a `precision` is given beside a
+            `Predictor`; or as `Predictor.load`.
 
     Example:
         >>> predict_file("output/adapter", "proteome.fasta", "predictions.csv")  # doctest: +SKIP
@@ -75,7 +82,9 @@ def predict_file(
     import pyarrow as pa
 
     is_csv = written_as(output, source=source) == "csv"
-    predictor = model if isinstance(model, Predictor) else Predictor.load(model)
+    if isinstance(model, Predictor) and precision != "auto":
+        raise ConfigurationError(f"precision={precision!r}: the Predictor has its own. Give it to Predictor.load")
+    predictor = model if isinstance(model, Predictor) else Predictor.load(model, precision=precision)
     column_names(predictor.task, spread=bool(predictor.members))
     if predictor.task.kind == "token_classification":
         refuse_joined_ends(keep)
@@ -92,19 +101,20 @@ def predict_file(
     longest = predictor.max_tokens - SPECIAL_TOKENS
     thresholds = None if predictor.thresholds is None else [float(value) for value in predictor.thresholds]
     options = (longest, predictor.half, windows_for(keep, longest) or keep, predictor.members, thresholds)
-    return map_file(
-        compute,
-        source,
-        output,
-        identity=identity_of(predictor.model, predictor.model.config, "predictions", *options),
-        longest=longest if keep is None else None,
-        long_sequences=describe_reading(keep, longest),
-        shard=shard,
-        sequence=sequence,
-        accession=accession,
-        on_error=on_error,
-        description="predictions",
-    )
+    with source_file(source) as path:
+        return map_file(
+            compute,
+            path,
+            output,
+            identity=identity_of(predictor.model, predictor.model.config, "predictions", *options),
+            longest=longest if keep is None else None,
+            long_sequences=describe_reading(keep, longest),
+            shard=shard,
+            sequence=sequence,
+            accession=accession,
+            on_error=on_error,
+            description="predictions",
+        )
 
 
 def _refuse_ambiguous_names(task: Task, output: str | Path) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esm_efficient.costs.devices import native_precision
 from esm_efficient.data.encoding import ResidueEncoder, longest_input
 from esm_efficient.encoder import apply_lean_encoder_if_supported, has_lean_encoder
 from esm_efficient.errors import ConfigurationError, listing
 from esm_efficient.heads import pooling_of_model
-from esm_efficient.inference.batches import Result, run_in_batches
+from esm_efficient.inference.batches import Result, half_of, run_in_batches
 from esm_efficient.inference.ensembles import compute_members, joint_logits, load_ensemble
 from esm_efficient.inference.foreign import label_thresholds
 from esm_efficient.inference.inputs import sequences_from
@@ -25,8 +24,6 @@ from esm_efficient.inference.loading import default_device, load_model, place
 from esm_efficient.inference.windows import LongReading
 from esm_efficient.recipes import Precision
 from esm_efficient.tasks import SPECIAL_TOKENS, Kind, Task, base_model_of, task_of_model
-
-_HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -148,9 +145,7 @@ class Predictor:
                 f"the tokenizer has the id {highest}, but the model has {model.config.vocab_size} tokens: expected the "
                 "model's own tokenizer"
             )
-        if precision not in ("auto", "float32", *_HALF):
-            raise ConfigurationError(f'precision={precision!r}: expected "auto", "float32", "bf16" or "fp16"')
-        self.half = _HALF.get(native_precision(model.device) if precision == "auto" else precision)
+        self.half = half_of(precision, model.device)
         self.padding = tokenizer.pad_token_id
         self.max_tokens = longest_input(tokenizer) if max_tokens is None else max_tokens
         self.members = tuple(members)

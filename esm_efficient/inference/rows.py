@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import IO, NamedTuple, get_args
+from typing import IO, Any, NamedTuple, get_args
+
+import numpy as np
 
 from esm_efficient.data.arrow_tables import OnError
 from esm_efficient.data.fasta import LeaveOut
@@ -169,10 +172,12 @@ def check_rows(
     columns = {"sequence": sequence, "accession": accession}
     leave_out = None if on_error == "raise" else lambda place, problem: wrong.add(f"{place}:", problem)
     rows, unknown, too_long, numbered, nucleotides = 0, 0, False, False, NucleotideCount()
+    accessions = array("q")  # hashes: the texts of a large file would need much memory
     with closing(wrong):
         for row in read_sequences(source, **columns, leave_out=leave_out):
             rows += 1
             numbered |= row.is_numbered
+            accessions.append(hash(row.accession))
             problem = problem_of(row.sequence) if isinstance(row.sequence, str) else "is not text"
             if not problem and longest is not None and (size := count_residues(clean(row.sequence))) > longest:
                 problem, too_long = f"has {size:,} residues, more than {longest:,}", True
@@ -205,7 +210,23 @@ def check_rows(
     if warning := nucleotides.warning(str(source)):
         logger.warning("%s: %s", source, warning)
     warn_of_unknown(unknown, str(source))
+    _warn_of_repeated(accessions, source, **columns, leave_out=None if not wrong.count else _ignore)
     return CheckedRows(usable, wrong)
+
+
+def _warn_of_repeated(hashes: Sequence[int], source: str | Path, **options: Any) -> None:
+    """Warn of accessions that several rows have; `hashes` has those of all rows, in the order of the file."""
+    _, firsts, counts = np.unique(np.asarray(hashes), return_index=True, return_counts=True)
+    if repeated := int((counts > 1).sum()):
+        index = int(np.setdiff1d(np.arange(len(hashes)), firsts).min())
+        first = next(itertools.islice(read_sequences(source, **options), index, None))
+        logger.warning(
+            "%s: %s on several rows, such as %s on %s. Rows of the output are in the order of the file",
+            source,
+            "1 accession is" if repeated == 1 else f"{repeated:,} accessions are",
+            first.accession,
+            first.place.removeprefix(f"{source}, "),
+        )
 
 
 def usable_rows(

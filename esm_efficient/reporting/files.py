@@ -20,22 +20,17 @@ Format = Literal["csv", "jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
-def written_as(output: str | Path, *, source: str | Path | None = None) -> Format:
+def written_as(output: str | Path, *, source: Any = None) -> Format:
     """Return the format of an output file, by its suffix.
 
     Args:
         output: the file.
-        source: the file that the results are computed from, which must not be overwritten; None if there is none.
+        source: what the results are computed from; a file must not be overwritten.
 
     Raises:
-        ConfigurationError: the source is not a path; or the suffix is unknown, the output is a folder, its folder does
-            not exist or cannot be written to, or it or a file that is written beside it is the source.
+        ConfigurationError: the suffix is unknown, the output is a folder, its folder does not exist or cannot be
+            written to, or it or a file that is written beside it is the source.
     """
-    if not isinstance(source, str | Path | None):
-        raise ConfigurationError(
-            f"got a {type(source).__name__} in place of the path of a file: Predictor.predict and Embedder.embed take "
-            "sequences and tables in memory"
-        )
     output = Path(output)
     if output.suffix.lower() not in _SUFFIXES:
         raise ConfigurationError(f"{output}: expected a file that ends with {listing(list(_SUFFIXES))}")
@@ -43,7 +38,7 @@ def written_as(output: str | Path, *, source: str | Path | None = None) -> Forma
         raise ConfigurationError(f"{output} is a folder: expected a file to write")
     if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
         raise ConfigurationError(f"{output}: its folder does not exist, or no file can be written there")
-    if source is not None:
+    if isinstance(source, str | Path):
         read, blocks = Path(source).resolve(), blocks_folder(output).resolve()
         if blocks in (read, *read.parents) or any(_is_same(path, read) for path in (output, _unfinished(output))):
             raise ConfigurationError(

@@ -98,6 +98,7 @@ class _EsmEstimator(BaseEstimator):
                 seed=seed,
                 task=task_of(features),
                 epochs=self.epochs,
+                early_stopping=None,
                 probe=False,
                 report=False,
                 disable_tqdm=True,

@@ -81,7 +81,7 @@ def finetune(
     callbacks: Sequence[TrainerCallback] = (),
     states_dir: str | Path | None = None,
     data_options: Mapping[str, Any] | None = None,
-    early_stopping: int | Literal["auto"] | None = None,
+    early_stopping: int | Literal["auto"] | None = "auto",
     probe: bool = True,
     report: bool = True,
     announce: Callable[[RunPlan], object] | None = None,
@@ -131,10 +131,11 @@ def finetune(
             None for ``states/`` in `output_dir`. Runs that share a folder compute them once.
         data_options: options of `load_sequences`, such as ``{"label": "binds"}``, for data without splits.
         early_stopping: stop after this number of evaluations on ``validation`` without a better result, and keep the
-            best checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split;
+            best checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split,
+            training is no stream, and ``eval_strategy``, ``save_strategy`` and ``load_best_model_at_end`` allow it;
             None trains to the end and keeps the last state. The metric is MCC, macro-F1 or RMSE; the loss, if all of
-            validation is of one class. The model is evaluated after each epoch, unless ``eval_strategy`` and
-            ``save_strategy`` say otherwise.
+            validation is of one class. The model is evaluated and saved after each epoch, unless ``eval_strategy`` and
+            ``save_strategy`` say otherwise; one checkpoint stays in `output_dir`.
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
         report: write ``report.html`` and a model card beside the model. `FinetuneResult.save_page` writes the report

@@ -192,7 +192,9 @@ def begin_job(
     label = data_options.get("label")
     refuse_constant_labels(raw["train"], task, label if isinstance(label, str) else None)
     data = describe_if_known(raw)
-    stopping = EarlyStopping.check(early_stopping, raw, task, data=data)
+    if early_stopping == "auto" and not hasattr(raw["train"], "__len__"):
+        early_stopping = None  # the epochs of a stream may never end
+    stopping = EarlyStopping.check(early_stopping, raw, task, data=data, options=training_options)
     if stopping.patience is not None:
         refuse_unlabelled(raw["validation"], task)
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))

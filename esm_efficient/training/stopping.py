@@ -55,6 +55,7 @@ class EarlyStopping:
         task: Task,
         *,
         data: DataDescription | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> EarlyStopping:
         """Return how a run stops.
 
@@ -62,16 +63,18 @@ class EarlyStopping:
         is the same for every model, and the loss decides.
 
         Args:
-            patience: evaluations without a better result; ``"auto"`` for `AUTOMATIC` if there is a validation split.
+            patience: evaluations without a better result; ``"auto"`` for `AUTOMATIC` if there is a validation split and
+                `options` let the best checkpoint be kept.
             splits: the names of the splits.
             task: the task.
             data: what is in the splits, if it is known.
+            options: options of `TrainingArguments` that were given.
 
         Raises:
             ConfigurationError: the patience is below 1, or there is no validation split.
         """
         if patience == "auto":
-            patience = AUTOMATIC if "validation" in splits else None
+            patience = AUTOMATIC if "validation" in splits and _can_keep_best(options or {}) else None
         if patience is not None and (isinstance(patience, bool) or not isinstance(patience, Integral) or patience < 1):
             raise ConfigurationError(f'early_stopping={patience!r}: expected at least 1 evaluation, None or "auto"')
         if patience is not None and "validation" not in splits:
@@ -140,6 +143,15 @@ class ResumedEarlyStopping(EarlyStoppingCallback):
         """Evaluate and save nothing again if the checkpoint is that of the end."""
         if self._has_ended:
             control.should_evaluate = control.should_save = False
+
+
+def _can_keep_best(options: Mapping[str, Any]) -> bool:
+    """Whether options of `TrainingArguments` let a run keep its best checkpoint, which needs an evaluation of each."""
+    given = [options[name] for name in ("eval_strategy", "save_strategy") if name in options]
+    strategies = [getattr(strategy, "value", strategy) for strategy in given]
+    # Steps of both need not be multiples, as transformers wants for the best checkpoint.
+    is_possible = "no" not in strategies and (len(strategies) < 2 or strategies == ["epoch", "epoch"])
+    return is_possible and options.get("load_best_model_at_end", True)
 
 
 def _metric_names(task: Task) -> list[str]:

@@ -259,6 +259,7 @@ def train(
         resume_from_checkpoint=resumed,
         profile=True,
         num_train_epochs=options.epochs,
+        early_stopping=None,  # a job that was stopped goes on from its newest checkpoint, which is not the best
         max_steps=options.max_steps,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         eval_strategy="epoch" if "validation" in data else "no",

@@ -41,6 +41,7 @@ FILES = [  # of predict and embed
     ("--shard 2/5", {"shard": (2, 5)}),
     ("--sequence protein", {"sequence": "protein"}),
     ("--accession entry", {"accession": "entry"}),
+    ("--precision bf16", {"precision": "bf16"}),
 ]
 OPTIONS = {
     "finetune": [

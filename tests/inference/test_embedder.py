@@ -41,6 +41,22 @@ def test_embeddings_are_the_states_of_the_plain_model(tokenizer, layer, pooling)
         assert np.abs(embedding - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first", "residues"])
+def test_half_precision_embeds_almost_as_float32(tmp_path, pooling):
+    texts = sequences(6)
+    exact = Embedder.load(demo_model_path(), pooling=pooling).embed(texts)
+    half = Embedder.load(demo_model_path(), pooling=pooling, precision="bf16").embed(texts)
+    for one, other in zip(exact, half, strict=True):
+        assert other.dtype == np.float32
+        assert 0 < np.abs(one - other).max() < 0.03 * np.abs(one).max()
+    (tmp_path / "in.fasta").write_text("".join(f">{number}\n{text}\n" for number, text in enumerate(texts)))
+    options = {"pooling": pooling, "precision": "bf16"}
+    embed_file(demo_model_path(), tmp_path / "in.fasta", tmp_path / "out.jsonl", **options)
+    rows = [json.loads(line)["embedding"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for row, embedding in zip(rows, half, strict=True):
+        assert np.abs(np.asarray(row) - embedding).max() < 1e-2 * np.abs(embedding).max()
+
+
 @pytest.mark.parametrize("layer", [None, 2])
 def test_the_lean_encoder_is_told_the_lengths_and_reads_no_mask(layer, monkeypatch):
     monkeypatch.setattr(forward, "make_packing", None)
@@ -145,11 +161,11 @@ def test_a_file_of_embeddings_per_residue_needs_lists(tmp_path):
     assert [np.shape(row) for row in rows] == [(3, 128), (5, 128)]
 
 
-@pytest.mark.parametrize("options", [{"layer": 2}, {"pooling": "first"}])
-def test_a_file_does_not_change_the_layer_or_the_pooling_of_an_embedder(tokenizer, tmp_path, options):
+@pytest.mark.parametrize("options", [{"layer": 2}, {"pooling": "first"}, {"precision": "bf16"}])
+def test_a_file_does_not_change_the_settings_of_an_embedder(tokenizer, tmp_path, options):
     (tmp_path / "p.fasta").write_text(">a\nMKT\n")
     embedder = Embedder(AutoModel.from_pretrained(demo_model_path()), tokenizer, pooling="residues")
-    with pytest.raises(ConfigurationError, match="has its own layer and pooling, 'residues'"):
+    with pytest.raises(ConfigurationError, match=r"has its own layer, pooling \('residues'\) and precision"):
         embed_file(embedder, tmp_path / "p.fasta", tmp_path / "out.parquet", **options)
     with pytest.raises(ConfigurationError, match=r"Write \.parquet or \.jsonl"):
         embed_file(embedder, tmp_path / "p.fasta", tmp_path / "out.csv")

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from copies import Copy
+from datasets import Dataset, DatasetDict
 from sequence_texts import sequences
 from test_predictor import model_for
 
@@ -320,6 +321,77 @@ def test_letters_that_are_no_amino_acid_are_counted(tokenizer, tmp_path, caplog)
     (tmp_path / "in.fasta").write_text(">a\nMKTJ\n>b\nMKX\n")
     predict_file(predictor, tmp_path / "in.fasta", tmp_path / "out.csv")
     assert "in.fasta: 1 letter J, which is not an amino acid" in caplog.text
+
+
+@pytest.mark.parametrize("names", ["aba", "aaa", "abcba"])
+def test_accessions_of_several_rows_are_a_warning(tokenizer, tmp_path, caplog, names):
+    rows = "".join(f">{name}\n{text}\n" for name, text in zip(names, sequences(len(names)), strict=True))
+    (tmp_path / "in.fasta").write_text(">z\n\n" + rows)
+    predictor = Predictor(model_for("regression"), tokenizer)
+    predict_file(predictor, tmp_path / "in.fasta", tmp_path / "out.csv", on_error="skip")
+    said = (
+        "2 accessions are on several rows, such as b" if "c" in names else "1 accession is on several rows, such as a"
+    )
+    assert f"in.fasta: {said} on record {names.index(said[-1], names.index(said[-1]) + 1) + 2}" in caplog.text
+    assert read(tmp_path / "out.csv")["accession"].tolist() == list(names)
+    caplog.clear()
+    (tmp_path / "out.csv").unlink()
+    (tmp_path / "in.csv").write_text("sequence\n" + "MKT\n" * 3)  # numbered rows differ
+    predict_file(predictor, tmp_path / "in.csv", tmp_path / "out.csv")
+    assert not caplog.text
+
+
+TABLE = {"protein": sequences(7), "id": list("abcdefg")}
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (pd.DataFrame(TABLE), TABLE["id"]),
+        (Dataset.from_dict(TABLE), TABLE["id"]),
+        (Dataset.from_dict(TABLE)["protein"], None),
+        (pd.DataFrame(TABLE)["protein"], None),
+        (np.array(TABLE["protein"]), None),
+        (TABLE["protein"], None),
+        (tuple(TABLE["protein"][:2]), None),
+    ],
+    ids=["DataFrame", "Dataset", "column", "Series", "array", "list", "two sequences"],
+)
+def test_sequences_in_memory_are_predicted_from_as_those_of_a_file(tokenizer, tmp_path, small_blocks, given, names):
+    predictor = Stopping(model_for("regression"), tokenizer)
+    numbers = [found.values[0] for found in Predictor(predictor.model, tokenizer).predict(TABLE["protein"])]
+    count = len(given)
+    predictor.blocks = 1
+    if count > files.BLOCK_ROWS:
+        with pytest.raises(KeyboardInterrupt):
+            predict_file(predictor, given, tmp_path / "out.parquet")
+    predictor.blocks = 9
+    result = predict_file(predictor, given, tmp_path / "out.parquet")
+    assert (result.rows, result.reused) == (count, files.BLOCK_ROWS if count > files.BLOCK_ROWS else 0)
+    found = read(tmp_path / "out.parquet")
+    assert found["accession"].tolist() == (names or [str(number) for number in range(1, count + 1)])
+    assert np.allclose(found.iloc[:, 1], numbers[:count], atol=1e-6)
+    embedder = Embedder(model_for("regression"), tokenizer)
+    assert embed_file(embedder, given, tmp_path / "e.parquet").rows == count
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["MKT", "", "MKV7"], "^the list: 2 of 3 rows cannot be used: row 1 is empty"),
+        (pd.DataFrame({"sequence": ["MKT", None]}), "^the DataFrame: 1 of 2 rows cannot be used: row 1 is not text"),
+        (pd.DataFrame({"a": ["x"]}), "^the DataFrame has the columns a, and none has a usual name of sequences"),
+        (DatasetDict(test=Dataset.from_dict(TABLE)), r'got a DatasetDict with .test.: give one .*data\["test"\]'),
+        ({"sequence": ["MKT"]}, "got a dict with 'sequence'"),
+        (7, "expected a list of sequences, got int"),
+    ],
+)
+@pytest.mark.parametrize("write", [predict_file, embed_file])
+def test_what_is_wrong_with_sequences_in_memory_is_said(tokenizer, tmp_path, write, given, message):
+    kind = Predictor if write is predict_file else Embedder
+    with pytest.raises(DataError, match=message):
+        write(kind(model_for("regression"), tokenizer), given, tmp_path / "out.csv")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("keep", ["end", "both"])

@@ -30,12 +30,6 @@ def table(path, accessions=("a", "b")):
     return path
 
 
-@pytest.mark.parametrize("write", [predict_file, embed_file])
-def test_a_table_in_memory_is_no_file(tmp_path, write):
-    with pytest.raises(ConfigurationError, match=r"got a DataFrame in place of the path of a file: Predictor\.predict"):
-        write(demo_model_path(), pd.DataFrame({"sequence": ["MKT"]}), tmp_path / "out.csv")
-
-
 @pytest.mark.parametrize("shard", [(1, 1), (2, 2)])
 @pytest.mark.parametrize(
     ("source", "output"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc
+from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc, tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError
 from esm_efficient.reporting.description import describe
 from esm_efficient.tasks import Task
@@ -130,9 +131,50 @@ def test_a_wrong_metric_is_refused_before_training_with_the_nearest_right_one(tm
         finetune("no/model", DatasetDict(train=rows, test=rows), output_dir=tmp_path, metric_for_best_model="acuracy")
 
 
-@pytest.mark.parametrize(("splits", "patience"), [(["train", "validation"], 3), (["train", "test"], None)])
-def test_auto_stops_early_where_there_is_a_validation_split(splits, patience):
-    assert EarlyStopping.check("auto", splits, CLASSES).patience == patience
+@pytest.mark.parametrize(
+    ("splits", "options", "patience"),
+    [
+        (["train", "validation"], {}, 3),
+        (["train", "test"], {}, None),
+        (["train", "validation"], {"eval_strategy": "steps", "eval_steps": 5}, 3),
+        (["train", "validation"], {"save_strategy": "best"}, 3),
+        (["train", "validation"], {"eval_strategy": "epoch", "save_strategy": SaveStrategy.EPOCH}, 3),
+        (["train", "validation"], {"save_strategy": "no"}, None),
+        (["train", "validation"], {"eval_strategy": "no"}, None),
+        (["train", "validation"], {"eval_strategy": "epoch", "save_strategy": "steps"}, None),
+        (["train", "validation"], {"load_best_model_at_end": False}, None),
+    ],
+)
+def test_auto_keeps_the_best_where_there_is_a_validation_split_and_the_options_allow_it(
+    tmp_path, splits, options, patience
+):
+    stopping = EarlyStopping.check("auto", splits, CLASSES, options=options)
+    assert stopping.patience == patience
+    args = TrainingArguments(str(tmp_path), use_cpu=True, **stopping.options(options))  # transformers takes them
+    assert args.load_best_model_at_end is (patience is not None)
+
+
+def test_the_best_epoch_is_kept_unless_something_else_is_asked_for(tmp_path):
+    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
+    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    data = DatasetDict(train=split, validation=split, test=split)
+    options = {"recipe": "frozen", "epochs": 2, "batch_size": 8, "disable_tqdm": True, "probe": False, "report": False}
+    finetune(demo_model_path(), data, output_dir=tmp_path / "usual", **options)
+    finetune(demo_model_path(), data, output_dir=tmp_path / "last", early_stopping=None, **options)
+    assert [len(list(folder.glob("checkpoint-*"))) for folder in (tmp_path / "usual", tmp_path / "last")] == [1, 0]
+    tokens, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
+    stream = dict(tokens) | {"train": tokens["train"].to_iterable_dataset()}
+    del options["epochs"]
+    finetune(
+        demo_model_path(),
+        stream,
+        output_dir=tmp_path / "stream",
+        max_steps=2,
+        task=CLASSES,
+        class_weights=None,
+        **options,
+    )
+    assert not list((tmp_path / "stream").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(
