@@ -18,6 +18,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,27 @@ def memory() -> dict[str, int]:
     return {name: 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) for name, field in fields.items()}
 
 
+@contextmanager
+def grown_memory() -> Iterator[dict[str, int]]:
+    """Give a dict that has, at the end, the most bytes beyond those at the start, by kind; a thread samples them."""
+    before, peak, done = memory(), memory(), threading.Event()
+    grown: dict[str, int] = {}
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            for name, value in memory().items():
+                peak[name] = max(peak[name], value)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield grown
+    finally:
+        done.set()
+        sampler.join()
+        grown |= {name: peak[name] - before[name] for name in peak}
+
+
 def run(path: Path) -> None:
     """Load and encode a table and read it once; print seconds and peak bytes as JSON."""
     import datasets
@@ -65,27 +88,16 @@ def run(path: Path) -> None:
     small = path.with_name("small.csv")
     write_table(small, 1000, 100)
     tokenize_dataset(load_sequences(small), tokenizer)  # loads the modules that are imported on first use
-    before, peak, done = memory(), memory(), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.02):
-            for name, value in memory().items():
-                peak[name] = max(peak[name], value)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    began = time.perf_counter()
-    data = load_sequences(path)
-    loaded = time.perf_counter()
-    tokenized, report = tokenize_dataset(data, tokenizer)
-    encoded = time.perf_counter()
-    rows = 0
-    for split in tokenized.values():
-        for batch in split.with_format("arrow").iter(1000):
-            rows += len(batch)
-    done.set()
-    sampler.join()
-    grown = {name: peak[name] - before[name] for name in peak}
+    with grown_memory() as grown:
+        began = time.perf_counter()
+        data = load_sequences(path)
+        loaded = time.perf_counter()
+        tokenized, report = tokenize_dataset(data, tokenizer)
+        encoded = time.perf_counter()
+        rows = 0
+        for split in tokenized.values():
+            for batch in split.with_format("arrow").iter(1000):
+                rows += len(batch)
     figures = {"rows": rows, "residues": report.total.residues, "load_s": loaded - began, "encode_s": encoded - loaded}
     print(json.dumps(figures | grown))
 
