@@ -11,7 +11,9 @@ chooses some by shell patterns. Give each model and each table a results file of
 the folders.
 
 A seed draws the sample of proteins, the head, the adapters and the order of the batches. Methods with the same seed
-have the same sample, so their differences are paired by seed.
+have the same sample, so their differences are paired by seed. A partition that is both for training and for testing
+gives the training proteins what the test sample leaves: the test proteins stay the same, and have relatives in
+training.
 
 CPU seconds are those of this process, before and during training. They leave out waiting, but a process beside it that
 uses the same caches or the same memory makes them longer.
@@ -63,6 +65,7 @@ from esm_efficient import (
     sweep_layers,
     write_demo_table,
 )
+from esm_efficient.data.relatives import close_relatives
 from esm_efficient.reporting.score_plots import reliability
 from esm_efficient.trunk.layer_states import Reading
 
@@ -84,7 +87,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train-partitions", type=int, nargs="+", default=[0, 1, 2, 3], choices=PARTITIONS)
     parser.add_argument("--test-partitions", type=int, nargs="+", default=[4], choices=PARTITIONS)
-    parser.add_argument("--random-split", action="store_true", help="split at random, not by partition: how much leaks")
     parser.add_argument("--train-size", type=int, default=2400, help="training proteins")
     parser.add_argument("--test-size", type=int, default=800, help="test proteins")
     parser.add_argument(
@@ -97,8 +99,6 @@ def parse_arguments() -> argparse.Namespace:
     if options.quick:
         parser.set_defaults(**QUICK)
         options = parser.parse_args()
-    if shared := {*options.train_partitions} & {*options.test_partitions}:
-        parser.error(f"partitions {sorted(shared)} are both for training and for testing")
     return options
 
 
@@ -112,9 +112,10 @@ class Study:
         self.states = options.work / "states"
         self.loaded: tuple[int | None, Any] = (None, None)
         self.swept: tuple[int | None, Any] = (None, None)
+        self.shares: dict[int, float] = {}
         self.split = {
-            "train": ["random"] if options.random_split else sorted(options.train_partitions),
-            "test": ["random"] if options.random_split else sorted(options.test_partitions),
+            "train": sorted(options.train_partitions),
+            "test": sorted(options.test_partitions),
             "proteins": [options.train_size, options.test_size],
             "data": Path(options.data).name if options.data else "demo",
         }
@@ -141,12 +142,23 @@ class Study:
             source = write_demo_table(self.options.work / "demo_table.csv")
         unused = {*PARTITIONS} - {*self.split["train"], *self.split["test"]}
         how: dict[str, Any] = {"test_partitions": self.split["test"], "validation_partitions": sorted(unused)}
-        if self.options.random_split:
-            how = {"split": "random", "validation_size": 0}
         data = load_deeploc(None if source == "deeploc" else source, seed=seed, **how)
         train, test = self.split["proteins"]
         sizes = {"train": train, "test": test} | ({"validation": test} if "validation" in data else {})
-        return datasets.DatasetDict({k: stratified_sample(data[k], n, seed=seed) for k, n in sizes.items()})
+        drawn = {"test": stratified_sample(data["test"], test, seed=seed)}
+        if shared := {*self.split["train"]} & {*self.split["test"]}:
+            tested = set(drawn["test"]["sequence"])
+            left = data["test"].filter(lambda row: row["partition"] in shared and row["sequence"] not in tested)
+            data["train"] = datasets.concatenate_datasets([data["train"], left])
+        drawn |= {k: stratified_sample(data[k], n, seed=seed) for k, n in sizes.items() if k != "test"}
+        return datasets.DatasetDict(drawn)
+
+    def relatives(self, seed: int) -> float:
+        """Return the share of a seed's test proteins that have a close relative among its training proteins."""
+        if seed not in self.shares:
+            data = self.data(seed)
+            self.shares[seed] = close_relatives(data["test"]["sequence"], data["train"]["sequence"])
+        return self.shares[seed]
 
     def run(self, method: Method, seed: int) -> dict:
         """Run a method and return its line of the results file."""
@@ -167,6 +179,7 @@ class Study:
         return {
             **self.key(method, seed),
             **figures,
+            "relatives": self.relatives(seed),
             "wall_seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "versions": versions(),

@@ -18,14 +18,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from location_study import location_table, locations_table
-from study_plots import AGAINST, CALIBRATED, CURVE, FULL, LAYERS, PLOTS, curve_sizes, tuned_at
+from study_plots import AGAINST, CALIBRATED, CURVE, FULL, LAYERS, PLOTS, by_size, tuned_at
 from study_results import best_probe, cost, mean_cost, read_results, runs_on, scores, show
 
 from esm_efficient.reporting.tables import format_bytes, format_markdown
 
-CHOOSING, HELD_OUT, AT_RANDOM = ([0, 1, 2], [3]), ([0, 1, 2], [4]), (["random"], ["random"])
-USUAL_SPLIT = ([0, 1, 2, 3], [4])
-SPLITS = {"tuning": [CHOOSING], "leakage": [USUAL_SPLIT, AT_RANDOM]}
+CHOOSING, HELD_OUT = ([0, 1, 2], [3]), ([0, 1, 2], [4])
+USUAL_SPLIT, WITH_RELATIVES = ([0, 1, 2, 3], [4]), ([0, 1, 2, 3, 4], [4])
+SPLITS = {"tuning": [CHOOSING], "leakage": [USUAL_SPLIT, WITH_RELATIVES]}
 SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration", "full")}
 """The partitions for training and for testing of some tables and plots; all others have the usual split."""
 ALIKE = 0.15
@@ -105,7 +105,7 @@ def truncation_table(runs: list[dict]) -> str:
 def curve_table(runs: list[dict]) -> str:
     """Return the methods by the number of training proteins."""
     rows = []
-    for size, same in curve_sizes(runs).items():
+    for size, same in by_size(runs).items():
         probe = scores(same, best_probe(same))
         columns = [scores(same, method) for method in CURVE]
         gains = [[found[seed] - probe[seed] for seed in found if seed in probe] for found in columns[:2]]
@@ -135,16 +135,22 @@ def calibration_table(runs: list[dict]) -> str:
 
 
 def leakage_table(runs: list[dict]) -> str:
-    """Return the MCC of methods on a random split and on partitions, each the mean over the seeds."""
-    by_split = [runs_on(split, runs) for split in (USUAL_SPLIT, AT_RANDOM)]
+    """Return the MCC of methods on the same test proteins, without and with their relatives among the training ones."""
     rows = []
-    for method, title in LEAKING.items():
-        names = [best_probe(same) if method == "probe" else method for same in by_split]
-        found = [list(scores(same, name).values()) for same, name in zip(by_split, names, strict=True)]
-        if all(found):
-            gain = statistics.fmean(found[1]) - statistics.fmean(found[0])
-            rows.append((title, *(show(values) for values in found), f"{gain:+.3f}"))
-    return format_markdown(rows, ("method", "MCC by partition", "MCC of a random split", "difference"))
+    for size, same in by_size(runs).items():
+        without, among = (runs_on(split, same) for split in (USUAL_SPLIT, WITH_RELATIVES))
+        if not among:
+            continue
+        share = statistics.fmean({run["seed"]: run["relatives"] for run in among}.values())
+        for method, title in LEAKING.items():
+            name = best_probe(without) if method == "probe" else method
+            found = [scores(group, name) for group in (without, among)]
+            if both := [seed for seed in found[1] if seed in found[0]]:
+                cells = (show([one[seed] for seed in both]) for one in found)
+                gain = show([found[1][seed] - found[0][seed] for seed in both], "{:+.3f}")
+                rows.append((f"{size:,}", f"{share:.1%}", title, len(both), *cells, gain))
+    titles = ("training proteins", "with a relative", "method", "seeds", "MCC without", "MCC with", "difference")
+    return format_markdown(rows, titles)
 
 
 def headline_table(runs: list[dict]) -> str:
@@ -265,7 +271,7 @@ def table(name: str, runs: list[dict]) -> str:
 def select(name: str, runs: list[dict]) -> list[dict]:
     """Return the runs on the split that a table or a plot is about."""
     same = [run for split in SPLITS.get(name, [USUAL_SPLIT]) for run in runs_on(split, runs)]
-    return same if name == "curve" else [run for run in same if run["split"]["proteins"][0] == PROTEINS]
+    return same if name in ("curve", "leakage") else [run for run in same if run["split"]["proteins"][0] == PROTEINS]
 
 
 def fill(page: str, runs: list[dict], location: list[dict], images: Path) -> str:

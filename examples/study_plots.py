@@ -28,7 +28,7 @@ def tuned_at(layer: int) -> str:
     return AGAINST if layer == LAYERS else f"truncated{layer}-lora-first-e1"
 
 
-def curve_sizes(runs: list[dict]) -> dict[int, list[dict]]:
+def by_size(runs: list[dict]) -> dict[int, list[dict]]:
     """Return the runs by their number of training proteins, the smallest first."""
     sizes = sorted({run["split"]["proteins"][0] for run in runs})
     return {size: [run for run in runs if run["split"]["proteins"][0] == size] for size in sizes}
@@ -84,7 +84,7 @@ def draw(axes: Any, points: Sequence[tuple[float, list[float]]], name: str, colo
 def curve_plot(runs: list[dict]) -> str:
     """Plot the MCC by the number of training proteins, with 95 % intervals."""
     figure, [[axes]] = new_figure(7, 4)
-    sizes = curve_sizes(runs)
+    sizes = by_size(runs)
     points = [(size, list(scores(same, best_probe(same)).values())) for size, same in sizes.items()]
     draw(axes, points, "the best linear probe", "#999999")
     for method, (title, colour) in CURVE.items():

@@ -84,10 +84,7 @@ def report(runs: list[dict], against: str) -> str:
         baseline = {run["seed"]: run for run in group if run["method"] == against}
         rows = [report_row(same, baseline, group) for same in methods.values()]
         parts = json.loads(split)
-        trained, tested = (
-            "a random split" if parts[name] == ["random"] else f"partitions {', '.join(map(str, parts[name]))}"
-            for name in ("train", "test")
-        )
+        trained, tested = (f"partitions {', '.join(map(str, parts[name]))}" for name in ("train", "test"))
         title = (
             f"{model} on {parts['data']}: up to {parts['proteins'][0]:,} training proteins of {trained}, up to "
             f"{parts['proteins'][1]:,} test proteins of {tested}"

@@ -305,7 +305,7 @@ def main() -> None:
         if (row.get("difference") or 0) > TOLERANCE
     ]
     missed += [f"{row['package']} is faster: ratio {row['ratio']:.2f}" for row in speeds if row.get("ratio", 1) < 1]
-    if (growth := files[-1]["anonymous"] / files[0]["anonymous"]) > GROWTH:
+    if (growth := files[-1]["anonymous"] / max(1, files[0]["anonymous"])) > GROWTH:
         missed.append(f"memory grew by a factor of {growth:.2f} from the smallest file to the largest, goal {GROWTH}")
     if missed:
         raise SystemExit("missed: " + "; ".join(missed))

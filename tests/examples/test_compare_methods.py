@@ -10,6 +10,7 @@ import pytest
 from copies import Copy
 
 from esm_efficient import write_demo_table
+from esm_efficient.data.relatives import close_relatives
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SPLIT = {"train": [0, 1], "test": [4], "proteins": [20, 10], "data": "table.csv"}
@@ -161,13 +162,19 @@ def method_named(name):
     return next(method for method in study_methods.list_methods(4) if method.name == name)
 
 
-def test_a_random_split_has_the_sizes_and_mixes_the_partitions(study_of):
-    study = study_of("--random-split")
-    data = study.load(0)
-    assert {name: len(split) for name, split in data.items()} == {"train": 60, "test": 20}
-    assert set(data["train"]["partition"]) == set(data["test"]["partition"]) == set(range(5))
-    run = study.run(method_named("composition"), 0)
-    assert (run["split"]["train"], run["split"]["test"]) == (["random"], ["random"])
+def test_a_partition_may_both_train_and_test_without_sharing_a_protein(study_of):
+    apart, shared = study_of(), study_of("--train-partitions", 0, 1, 2, 3, 4)
+    data = {name: study.load(0) for name, study in (("apart", apart), ("shared", shared))}
+    for splits in data.values():
+        assert {name: len(split) for name, split in splits.items()} == {"train": 60, "test": 20}
+    assert data["shared"]["test"]["accession"] == data["apart"]["test"]["accession"]
+    assert set(data["apart"]["train"]["partition"]) == set(range(4))
+    assert set(data["shared"]["train"]["partition"]) == set(range(5))
+    assert not set(data["shared"]["train"]["sequence"]) & set(data["shared"]["test"]["sequence"])
+    run = shared.run(method_named("composition"), 0)
+    assert (run["split"]["train"], run["split"]["test"]) == ([0, 1, 2, 3, 4], [4])
+    expected = close_relatives(data["shared"]["test"]["sequence"], data["shared"]["train"]["sequence"])
+    assert run["relatives"] == expected
 
 
 @pytest.mark.slow

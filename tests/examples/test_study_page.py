@@ -177,21 +177,27 @@ def test_the_bins_of_several_runs_are_pooled_by_their_number_of_predictions(stud
     assert high == pytest.approx(((28.5 + 10) / 40, (30 + 9) / 40))
 
 
-def test_a_random_split_is_compared_with_the_partitions(study_page):
-    def run(method, seed, mcc, parts):
-        split = {"train": parts[0], "test": parts[1], "proteins": [2400, 800]}
-        return {"method": method, "seed": seed, "settings": {}, "split": split, "metrics": {"mcc": mcc}}
+def test_training_with_relatives_of_the_test_proteins_is_compared_with_training_without(study_page):
+    usual, among = ([0, 1, 2, 3], [4]), ([0, 1, 2, 3, 4], [4])
 
-    usual, random = ([0, 1, 2, 3], [4]), (["random"], ["random"])
-    runs = [run("composition", 0, 0.4, usual), run("composition", 0, 0.5, random)]
-    runs += [run("probe1-mean", 0, 0.6, usual), run("probe2-mean", 0, 0.5, usual), run("probe2-mean", 0, 0.8, random)]
-    runs += [run("lora-top2-first-e1", seed, mcc, usual) for seed, mcc in ((0, 0.7), (1, 0.72))]
-    runs += [run("lora-top2-first-e1", 0, 0.9, random), run("lora-top2-first-e1", 0, 0.1, ([0, 1, 2], [4]))]
+    def run(method, seed, mcc, parts, size=2400, relatives=0.25):
+        split = {"train": parts[0], "test": parts[1], "proteins": [size, 800]}
+        known = {} if parts is usual else {"relatives": relatives}
+        return {"method": method, "seed": seed, "settings": {}, "split": split, "metrics": {"mcc": mcc}} | known
+
+    runs = [run("composition", 0, 0.4, usual), run("composition", 0, 0.5, among)]
+    runs += [run("probe1-mean", 0, 0.6, usual), run("probe2-mean", 0, 0.5, usual)]
+    runs += [run("probe2-mean", 0, 0.9, among), run("probe1-mean", 0, 0.8, among)]
+    runs += [run("lora-top2-first-e1", seed, mcc, usual) for seed, mcc in ((0, 0.7), (1, 0.72), (2, 0.5))]
+    runs += [run("lora-top2-first-e1", seed, mcc, among) for seed, mcc in ((0, 0.9), (1, 0.92))]
+    runs += [run("lora-top2-first-e1", 0, 0.1, ([0, 1, 2], [4]))]
+    runs += [run("probe0-first", 0, 0.2, usual, 9000), run("probe0-first", 0, 0.6, among, 9000, 0.5)]
     rows = [
         [cell.strip() for cell in row.strip("|").split("|")] for row in study_page.table("leakage", runs).splitlines()
     ]
-    assert [(row[0], row[1].split()[0], row[2], row[3]) for row in rows[2:]] == [
-        ("amino-acid shares", "0.400", "0.500", "+0.100"),
-        ("the best linear probe", "0.600", "0.800", "+0.200"),
-        ("the recipe top", "0.710", "0.900", "+0.190"),
+    assert [(*row[:4], row[4].split()[0], row[5].split()[0], row[6].split()[0]) for row in rows[2:]] == [
+        ("2,400", "25.0%", "amino-acid shares", "1", "0.400", "0.500", "+0.100"),
+        ("2,400", "25.0%", "the best linear probe", "1", "0.600", "0.800", "+0.200"),
+        ("2,400", "25.0%", "the recipe top", "2", "0.710", "0.910", "+0.200"),
+        ("9,000", "50.0%", "the best linear probe", "1", "0.200", "0.600", "+0.400"),
     ]
