@@ -57,9 +57,17 @@ class _Progress(TrainerCallback):
             if residues:  # batches of pooled states have no masks to count in
                 shown["residues/s"] = f"{residues / seconds:,.0f}"
         shown |= {name: f"{logs[key]:.3f}" for key, name in _METRICS.items() if key in logs}
-        if torch.cuda.is_available():
-            shown["memory"] = format_bytes(torch.cuda.max_memory_allocated())
+        shown["memory"] = format_bytes(_memory())
         return shown
+
+
+def _memory() -> int:
+    """Return the most bytes that were allocated on the GPU so far; without one, those that the process has in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil  # accelerate requires it, so it is installed
+
+    return psutil.Process().memory_info().rss
 
 
 class RunBar(_Progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,10 @@ class WeightedTrainer(WatchedTrainer):
         audit: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, token_budget=token_budget, **kwargs)
+        with warnings.catch_warnings():
+            if kwargs.get("compute_loss_func") is None:  # transformers cannot smooth several labels; this loss does
+                warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label", UserWarning)
+            super().__init__(*args, token_budget=token_budget, **kwargs)
         self.class_weights: np.ndarray | None = None
         self._focal_gamma = focal_gamma
         self._evaluation_losses: list[tuple[Tensor, Tensor]] | None = None

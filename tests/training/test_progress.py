@@ -41,6 +41,7 @@ COMMAND = [
     "out",
 ]
 NUMBER = r"\d\.\d{3}"
+SIZE = r"[\d.]+ [MG]iB"
 
 
 @pytest.fixture
@@ -60,8 +61,8 @@ def test_without_a_terminal_the_log_has_a_line_per_report(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("step ")]
     for step, line in enumerate(lines[:3], 1):
         left = r", \d+ s left" if step < 3 else ""
-        assert re.fullmatch(rf"step {step} of 3: loss {NUMBER}, [\d,]+ residues/s{left}", line)
-    assert re.fullmatch(rf"step 3 of 3: validation: MCC -?{NUMBER}, F1 {NUMBER}", lines[3])
+        assert re.fullmatch(rf"step {step} of 3: loss {NUMBER}, [\d,]+ residues/s, memory {SIZE}{left}", line)
+    assert re.fullmatch(rf"step 3 of 3: validation: MCC -?{NUMBER}, F1 {NUMBER}, memory {SIZE}", lines[3])
     assert len(lines) == 4
     assert "{" not in done.stdout + done.stderr
     assert "training:" not in done.stderr
@@ -114,6 +115,7 @@ def test_in_a_terminal_one_bar_shows_steps_loss_and_validation(tmp_path, argumen
     assert f"{steps}/{steps}" in last
     assert re.search(r"loss=\d\.\d+", last)
     assert "MCC=" in last
+    assert re.search(rf"memory={SIZE}", last)
     if steps == 3:  # on pooled states there are no residues to count
         assert re.search(r"residues/s=[\d,]+", last)
     assert "{'loss'" not in text

@@ -191,6 +191,19 @@ def test_options_that_a_token_budget_or_regression_would_ignore_are_refused(tmp_
         weighted(task_model("number"), args, make_task_dataset("number"), tokenizer, class_weights=None)
 
 
+@pytest.mark.parametrize("is_own", [True, False], ids=["our loss", "another loss"])
+def test_no_warning_says_that_smoothed_labels_are_not_smoothed(tmp_path, tokenizer, recwarn, is_own):
+    data, losses = make_task_dataset("several", 8), []
+    options = {} if is_own else {"compute_loss_func": lambda outputs, labels, **_: outputs["logits"].sum()}
+    for smoothing in (0.0, 0.4):
+        args = arguments(tmp_path, label_smoothing_factor=smoothing)
+        trainer = weighted(task_model("several"), args, data, tokenizer, class_weights=None, **options)
+        losses.append(trainer.evaluate(data)["eval_loss"])
+    said = [warning for warning in recwarn if "Label smoothing is not compatible" in str(warning.message)]
+    assert (losses[0] == losses[1]) == (not is_own)
+    assert len(said) == (0 if is_own else 1)
+
+
 def test_a_token_budget_refuses_a_stream(tmp_path, tiny_model, tokenizer):
     stream = make_dataset(8).to_iterable_dataset()
     trainer = weighted(tiny_model(), arguments(tmp_path, max_steps=1), stream, tokenizer, token_budget=64)
