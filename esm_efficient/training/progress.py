@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from esm_efficient.costs.memory import resident_peak
 from esm_efficient.reporting import format_bytes
 from esm_efficient.reporting.tables import format_duration
 
@@ -57,17 +58,9 @@ class _Progress(TrainerCallback):
             if residues:  # batches of pooled states have no masks to count in
                 shown["residues/s"] = f"{residues / seconds:,.0f}"
         shown |= {name: f"{logs[key]:.3f}" for key, name in _METRICS.items() if key in logs}
-        shown["memory"] = format_bytes(_memory())
+        on_gpu = torch.cuda.is_available()
+        shown["memory"] = format_bytes(torch.cuda.max_memory_allocated() if on_gpu else resident_peak())
         return shown
-
-
-def _memory() -> int:
-    """Return the most bytes that were allocated on the GPU so far; without one, those that the process has in memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import psutil  # accelerate requires it, so it is installed
-
-    return psutil.Process().memory_info().rss
 
 
 class RunBar(_Progress):
