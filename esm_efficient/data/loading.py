@@ -172,7 +172,7 @@ def load_sequences(
             f"the split is by the column of partitions, so {fractions[0]}= would not be used. Remove it, or pass "
             "partition=False to split at random"
         )
-    parts = _split(whole, clusters, (test_partitions, validation_partitions), sizes | {"seed": seed})
+    parts = split_rows(whole, clusters, (test_partitions, validation_partitions), sizes | {"seed": seed})
     return shuffled_splits(parts, seed if shuffle else None)
 
 
@@ -207,13 +207,25 @@ def shuffled_splits(parts: Mapping[str, Dataset], seed: int | None) -> DatasetDi
     return DatasetDict({name: part if seed is None else part.shuffle(seed=seed) for name, part in parts.items()})
 
 
-def _split(
+def split_rows(
     whole: Dataset,
     clusters: str | Path | Literal[False] | None,
     partitions: tuple[Sequence[int] | None, Sequence[int] | None],
-    sizes: dict[str, Any],
+    sizes: Mapping[str, Any],
 ) -> dict[str, Dataset]:
-    """The splits that the rows name; else by cluster, by partition or at random, whichever is possible first."""
+    """Return the splits that rows name; else by cluster, by partition or at random, whichever is possible first.
+
+    Args:
+        whole: rows with ``sequence``, with ``accession`` for a file of clusters, and ``split`` or ``partition`` if they
+            tell the splits.
+        clusters: as `load_sequences`.
+        partitions: the partitions to test and to validate on, as `load_sequences`.
+        sizes: `test_size`, `validation_size` and `seed` of `load_sequences`.
+
+    Raises:
+        ConfigurationError: the rows cannot be split so.
+        DataError: the clusters do not have all rows.
+    """
     if "split" in whole.features:
         row_splits = np.asarray(whole["split"][:])
         rows = {name: np.flatnonzero(row_splits == name) for name in SPLITS}

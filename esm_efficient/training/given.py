@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from esm_efficient.data.deeploc import load_deeploc
 from esm_efficient.data.in_memory import stored, table_file
-from esm_efficient.data.loading import COMMAND_OPTIONS, load_sequences
+from esm_efficient.data.loading import COMMAND_OPTIONS, load_sequences, split_rows
 from esm_efficient.data.own_splits import FLAGS
 from esm_efficient.data.readers import read_blocks
 from esm_efficient.data.schema import USUAL_NAMES, no_column
-from esm_efficient.data.splits import split_at_random
 from esm_efficient.demo import write_demo_table
 from esm_efficient.errors import ConfigurationError, DataError, listing, nearest
 from esm_efficient.reporting.description import DataDescription, describe
@@ -232,12 +231,16 @@ def _split_dataset(data: Dataset, options: Mapping[str, Any]) -> DatasetDict:
     from datasets import DatasetDict
 
     sizes = {"test_size": 0.2, "validation_size": 0.1, "seed": 0}
-    if unknown := sorted(set(options) - set(sizes)):
+    if unknown := sorted(set(options) - {*sizes, "clusters"}):
         raise ConfigurationError(
             f"{listing(unknown)}: the labels of this Dataset have a type already, so it is only split. It takes "
-            f"{listing(list(sizes))}"
+            f"{listing([*sizes, 'clusters'])}"
         )
-    return DatasetDict(split_at_random(data, **(sizes | dict(options))))
+    clusters = options.get("clusters")
+    if clusters and "accession" not in data.features:
+        raise ConfigurationError(f"clusters={str(clusters)!r} names accessions, and the Dataset has no such column")
+    sizes |= {name: value for name, value in options.items() if name in sizes and value is not None}
+    return DatasetDict(split_rows(data, clusters, (None, None), sizes))
 
 
 def _parts_of(data: Any) -> Mapping[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import stat
 
 import pytest
+from datasets import ClassLabel, Dataset
 from sequence_files import frame, write
 
 from esm_efficient import load_sequences
 from esm_efficient.data import clustering
 from esm_efficient.data.clustering import OPTIONS, PROGRAM_VARIABLE, cluster_rows, find_mmseqs
+from esm_efficient.errors import ConfigurationError
+from esm_efficient.training.given import splits_from
 
 pytestmark = pytest.mark.usefixtures("table_cache")
 
@@ -32,6 +36,28 @@ def program(tmp_path, monkeypatch):
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv(PROGRAM_VARIABLE, str(path))
     return path
+
+
+def test_a_dataset_whose_labels_have_a_type_is_split_by_clusters_too(tmp_path, program, caplog):
+    rows = {"sequence": load_sequences(table(tmp_path), split=False, clusters=False)["train"]["sequence"][:]}
+    rows["label"] = [len(text) % 2 for text in rows["sequence"]]
+    data = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    splits = splits_from(data)
+    letters = [{text[0] for text in part["sequence"]} for part in splits.values()]
+    assert not any(one & other for one, other in itertools.combinations(letters, 2))
+    assert f"the split is by {len(set().union(*letters))} clusters of MMseqs2" in caplog.text
+    apart = splits_from(data, clusters=False, test_size=0.5)
+    assert len(apart["test"]) > len(splits["test"])
+    file = tmp_path / "clusters.tsv"
+    file.write_text("".join(f"{text[0]}\tr{row}\n" for row, text in enumerate(rows["sequence"])))
+    with pytest.raises(ConfigurationError, match=r"names accessions, and the Dataset has no such column"):
+        splits_from(data, clusters=str(file))
+    named = data.add_column("accession", [f"r{row}" for row in range(len(data))])
+    parts = splits_from(named, clusters=str(file), seed=1)
+    letters = [{text[0] for text in part["sequence"]} for part in parts.values()]
+    assert not any(one & other for one, other in itertools.combinations(letters, 2))
+    with pytest.raises(ConfigurationError, match=r"only split\. It takes test_size, validation_size, seed, clusters"):
+        splits_from(data, label="x")
 
 
 def table(tmp_path, letters="ACDEFGHIKLMNPQRSTVWY", rows=80):
