@@ -6,8 +6,8 @@ Each docstring says what breaks without the function, and a test fails when a re
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,19 @@ def hooks_of(module: nn.Module) -> Sequence[Any]:
     if not any(map(members.get, HOOK_DICTIONARIES)):
         return ()
     return [hook for name in HOOK_DICTIONARIES for hook in (members.get(name) or {}).values()]
+
+
+@contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Take the hooks of tensors' gradients away in a ``with`` block; without it they would be called twice."""
+    hooks = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
+    for current, _ in hooks:
+        current.clear()
+    try:
+        yield
+    finally:
+        for current, kept in hooks:
+            current.update(kept)
 
 
 def source_of(function: Any) -> str:
@@ -57,8 +70,7 @@ def tree_of(module: nn.Module) -> tuple[list[Any], list[nn.Module]]:
     Two modules with equal names and classes have the same structure. Without it every forward pass would use
     ``named_modules()``, which builds paths and is several times slower.
     """
-    tree: list[Any] = []
-    changed = []
+    tree, changed = list[Any](), list[torch.nn.Module]()
     waiting = [module]
     while waiting:
         children = waiting.pop()._modules

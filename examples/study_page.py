@@ -18,13 +18,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from location_study import location_table, locations_table
-from study_plots import AGAINST, CALIBRATED, CURVE, FULL, LAYERS, PLOTS, by_size, tuned_at
+from study_plots import (
+    AGAINST,
+    CALIBRATED,
+    CURVE,
+    FULL,
+    HELD_OUT,
+    LAYERS,
+    PLOTS,
+    WITH_RELATIVES,
+    by_size,
+    leaks,
+    tuned_at,
+)
 from study_results import best_probe, cost, mean_cost, read_results, runs_on, scores, show
 
 from esm_efficient.reporting.tables import format_bytes, format_markdown
 
-CHOOSING, HELD_OUT = ([0, 1, 2], [3]), ([0, 1, 2], [4])
-USUAL_SPLIT, WITH_RELATIVES = ([0, 1, 2, 3], [4]), ([0, 1, 2, 4], [4])
+CHOOSING, USUAL_SPLIT = ([0, 1, 2], [3]), ([0, 1, 2, 3], [4])
 SPLITS = {"tuning": [CHOOSING], "leakage": [HELD_OUT, WITH_RELATIVES]}
 SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration", "full")}
 """The partitions for training and for testing of some tables and plots; all others have the usual split."""
@@ -79,8 +90,6 @@ TUNED = {
     "lora-top2-first-e3": "3 epochs, not 1",
 }
 """The rows of the table of settings, in words; the first is what the others are compared with."""
-LEAKING = {"composition": "amino-acid shares", "probe": "the best linear probe", "lora-top2-first-e1": "the recipe top"}
-"""The methods of the table of leakage, in words."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -137,18 +146,10 @@ def calibration_table(runs: list[dict]) -> str:
 def leakage_table(runs: list[dict]) -> str:
     """Return the MCC of methods on the same test proteins, without and with their relatives among the training ones."""
     rows = []
-    for size, same in by_size(runs).items():
-        without, among = (runs_on(split, same) for split in (HELD_OUT, WITH_RELATIVES))
-        if not among:
-            continue
-        share = statistics.fmean({run["seed"]: run["relatives"] for run in among}.values())
-        for method, title in LEAKING.items():
-            name = best_probe(without) if method == "probe" else method
-            found = [scores(group, name) for group in (without, among)]
-            if both := [seed for seed in found[1] if seed in found[0]]:
-                cells = (show([one[seed] for seed in both]) for one in found)
-                gain = show([found[1][seed] - found[0][seed] for seed in both], "{:+.3f}")
-                rows.append((f"{size:,}", f"{share:.1%}", title, len(both), *cells, gain))
+    for size, share, title, pairs in leaks(runs):
+        cells = (show(list(column)) for column in zip(*pairs, strict=True))
+        gain = show([among - without for without, among in pairs], "{:+.3f}")
+        rows.append((f"{size:,}", f"{share:.1%}", title, len(pairs), *cells, gain))
     titles = ("training proteins", "with a relative", "method", "seeds", "MCC without", "MCC with", "difference")
     return format_markdown(rows, titles)
 

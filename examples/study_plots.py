@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from study_results import best_probe, mean_cost, scores
+from study_results import best_probe, mean_cost, runs_on, scores
 
 from esm_efficient.reporting.plots import new_figure, plain_text, svg_of
 from esm_efficient.training.metrics import confidence_interval
@@ -23,6 +23,12 @@ CURVE = {
 """The methods of the learning curve beside the best probe, in words, and their colours."""
 
 
+HELD_OUT, WITH_RELATIVES = ([0, 1, 2], [4]), ([0, 1, 2, 4], [4])
+"""The partitions for training and for testing, without and with relatives of the test proteins in training."""
+LEAKING = {"composition": "amino-acid shares", "probe": "the best linear probe", "lora-top2-first-e1": "the recipe top"}
+"""The methods that are compared with and without relatives, in words."""
+
+
 def tuned_at(layer: int) -> str:
     """Return the method that fine-tunes the lowest layers alone; with all of them it is LoRA on the whole model."""
     return AGAINST if layer == LAYERS else f"truncated{layer}-lora-first-e1"
@@ -32,6 +38,43 @@ def by_size(runs: list[dict]) -> dict[int, list[dict]]:
     """Return the runs by their number of training proteins, the smallest first."""
     sizes = sorted({run["split"]["proteins"][0] for run in runs})
     return {size: [run for run in runs if run["split"]["proteins"][0] == size] for size in sizes}
+
+
+def leaks(runs: list[dict]) -> list[tuple[int, float, str, list[tuple[float, float]]]]:
+    """Return what is known of leakage, a row per number of training proteins and method.
+
+    Returns:
+        The number of training proteins; the share of test proteins with a close relative among them, where there are
+        any; the method in words; and, per seed, the MCC without such relatives and with them.
+    """
+    rows = []
+    for size, same in by_size(runs).items():
+        without, among = (runs_on(split, same) for split in (HELD_OUT, WITH_RELATIVES))
+        shares = {run["seed"]: run["relatives"] for run in among}
+        for method, title in LEAKING.items():
+            name = best_probe(without) if method == "probe" and among else method
+            found = [scores(group, name) for group in (without, among)]
+            if pairs := [(found[0][seed], found[1][seed]) for seed in found[1] if seed in found[0]]:
+                rows.append((size, statistics.fmean(shares.values()), title, pairs))
+    return rows
+
+
+@plain_text
+def leakage_plot(runs: list[dict]) -> str:
+    """Plot the mean MCC of each method without and with relatives of the test proteins in training."""
+    rows = leaks(runs)[::-1]
+    figure, [[axes]] = new_figure(7, 1 + 0.5 * len(rows))
+    means = [[statistics.fmean(column) for column in zip(*pairs, strict=True)] for *_, pairs in rows]
+    for place, (without, among) in enumerate(means):
+        axes.plot([without, among], [place, place], color="#999999", zorder=1)
+    for column, (name, colour) in enumerate(
+        (("no relatives in training", "#0072b2"), ("relatives in training", "#d55e00"))
+    ):
+        axes.scatter([pair[column] for pair in means], range(len(rows)), color=colour, label=name, zorder=2)
+    axes.set_yticks(range(len(rows)), [f"{title}, {size:,}" for size, _, title, _ in rows])
+    axes.set_xlabel("MCC on the same test proteins")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return svg_of(figure)
 
 
 @plain_text
@@ -124,6 +167,7 @@ PLOTS = {
     "calibration": (calibration_plot, "Share of right predictions by probability, before and after the temperature"),
     "curve": (curve_plot, "MCC of a probe and of fine-tuning by the number of training proteins"),
     "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
+    "leakage": (leakage_plot, "MCC without and with relatives of the test proteins among the training proteins"),
     "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
 }
 """The function of a plot, and what it shows in words."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from esm_efficient import _torch
 from esm_efficient.encoder.attention import attend, attention_override, use_attention
 from esm_efficient.encoder.elementwise import Elementwise
 from esm_efficient.encoder.functions import Norm, linear_residual, mlp_residual, norm_linears, refuse_double_backward
@@ -174,24 +174,11 @@ class RecomputedLayer(Function):
         if not states.requires_grad:  # the trainable tensors are not used, for example merged adapters
             return (None,) * len(ctx.needs_input_grad)
         wanted = [tensor for tensor in (inputs, *ctx.trainable) if tensor.requires_grad]
-        with _without_hooks(ctx.trainable):  # autograd calls them with the gradients that this returns
+        with _torch.without_hooks(ctx.trainable):  # autograd calls them with the gradients that this returns
             grads = iter(torch.autograd.grad(states, wanted, gradient, allow_unused=True))
         d_inputs, *d_trainable = (next(grads) if t.requires_grad else None for t in (inputs, *ctx.trainable))
         options = (None,) * (len(ctx.needs_input_grad) - 1 - len(d_trainable))
         return d_inputs, *options, *d_trainable
-
-
-@contextmanager
-def _without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Take the hooks of tensors' gradients away in a ``with`` block."""
-    hooks = [(tensor._backward_hooks, dict(tensor._backward_hooks)) for tensor in tensors if tensor._backward_hooks]
-    for current, _ in hooks:
-        current.clear()
-    try:
-        yield
-    finally:
-        for current, kept in hooks:
-            current.update(kept)
 
 
 def _compute_layer(

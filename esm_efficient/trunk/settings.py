@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from esm_efficient import _torch
 from esm_efficient.trunk.states import bytes_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def settings_of(name: str, module: Any) -> tuple[Any, ...]:
     """Return the class of a module, its numbers and switches, and what is known of its hooks and another forward."""
     values = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _PASSING}
     simple = sorted((key, value) for key, value in values.items() if isinstance(value, (bool, int, float, str)))
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks = list(_torch.hooks_of(module))
     if (replaced := vars(module).get("forward")) is not None:
         hooks.append(replaced)
     return name, f"{type(module).__module__}.{type(module).__qualname__}", simple, [*map(_facts_of, hooks)]
