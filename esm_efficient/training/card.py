@@ -79,7 +79,7 @@ def run_settings(result: FinetuneResult) -> dict[str, str]:
         settings["trained encoder layers"] = result.layers_in_words
     states = {"time of the cached states": f"{result.states_seconds:,.0f} s"} if result.states_seconds else {}
     return settings | {
-        "optimizer steps": f"{result.steps:,}",
+        "optimizer steps": result.steps_in_words,
         "seed": str(result.seed),
         f"time of the {result.loop_in_words}": f"{result.seconds:,.0f} s",
         **states,

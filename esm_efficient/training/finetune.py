@@ -132,10 +132,11 @@ def finetune(
         data_options: options of `load_sequences`, such as ``{"label": "binds"}``, for data without splits.
         early_stopping: stop after this number of evaluations on ``validation`` without a better result, and keep the
             best checkpoint (transformers' ``EarlyStoppingCallback``); ``"auto"`` for 3 if there is a validation split,
-            training is no stream, and ``eval_strategy``, ``save_strategy`` and ``load_best_model_at_end`` allow it;
+            training is no stream, and ``eval_strategy`` and ``save_strategy``, if given, say ``"epoch"`` or ``"best"``;
             None trains to the end and keeps the last state. The metric is MCC, macro-F1 or RMSE; the loss, if all of
-            validation is of one class. The model is evaluated and saved after each epoch, unless ``eval_strategy`` and
-            ``save_strategy`` say otherwise; one checkpoint stays in `output_dir`.
+            validation is of one class. While the metric stays the same, a lower loss counts as better. The model is
+            evaluated and saved after each epoch, unless both strategies say ``"steps"``; the best checkpoint and the
+            newest stay in `output_dir`. With ``"auto"``, an ``EarlyStoppingCallback`` of `callbacks` decides instead.
         probe: measure a linear probe on the frozen encoder too, for comparison: one forward pass over the splits before
             training. It needs a test split in memory and one rank (`esm_efficient.training.baselines`).
         report: write ``report.html`` and a model card beside the model. `FinetuneResult.save_page` writes the report
@@ -257,7 +258,7 @@ def _make_trainer(
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics_for(job.task),
-        callbacks=[*callbacks, *job.stopping.callbacks(), *_checkpoints(job.args, callbacks)],
+        callbacks=[*callbacks, *job.stopping.callbacks(callbacks), *_checkpoints(job.args, callbacks)],
         class_weights=None if job.task.kind == "regression" and is_default else class_weights,
         **options,
     )

@@ -143,6 +143,7 @@ def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTrai
         "train_loss": trainer.mean_loss,
         "steps": trained.global_step,
         "steps_resumed": trainer.steps_resumed,
+        "best_step": trainer.state.best_global_step if trainer.state.best_model_checkpoint is not None else None,
         "residues_per_second": residues / seconds,
         "seconds": seconds,
         "states_seconds": 0.0 if states is None else states.seconds,

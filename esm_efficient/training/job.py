@@ -187,6 +187,11 @@ def begin_job(
         raw = splits_from(dataset, **data_options)
     if empty := [name for name, split in raw.items() if hasattr(split, "__len__") and not len(split)]:
         raise DataError(f"split {empty[0]!r} has no row")
+    if unknown := [name for name, split in raw.items() if split.features is None]:
+        raise DataError(
+            f"split {unknown[0]!r} is a stream that does not say its columns: give it features, such as "
+            "stream.map(..., features=features) or stream.cast(features)"
+        )
     task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
     evaluated_on = evaluated_split(raw)
     label = data_options.get("label")
@@ -194,7 +199,7 @@ def begin_job(
     data = describe_if_known(raw)
     if early_stopping == "auto" and not hasattr(raw["train"], "__len__"):
         early_stopping = None  # the epochs of a stream may never end
-    stopping = EarlyStopping.check(early_stopping, raw, task, data=data, options=training_options)
+    stopping = EarlyStopping.check(early_stopping, raw, task, options=training_options)
     if stopping.patience is not None:
         refuse_unlabelled(raw["validation"], task)
     args = recipe_arguments(recipe, output_dir, precision=precision, seed=seed, **stopping.options(training_options))
@@ -204,6 +209,11 @@ def begin_job(
     refuse_no_predictions(args)
     refuse_missing_trackers(args)
     with warned:
+        if stopping.patience is not None and evaluated_on == "validation":
+            logger.warning(
+                "there is no test split: the metrics are those of validation, by which the best epoch is chosen, so "
+                "they are a little too good. Give a test split too"
+            )
         for gap in () if data is None else data.label_gaps():
             logger.warning("%s", gap)
     return Job(

@@ -96,7 +96,7 @@ def cost_rows(result: FinetuneResult) -> list[tuple[str, str]]:
     share = 100 * result.trainable_parameters / result.total_parameters
     ran = result.steps > result.steps_resumed
     return [
-        ("optimizer steps", f"{result.steps:,}"),
+        ("optimizer steps", result.steps_in_words),
         ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"),
         *([("layers that trained", result.layers_in_words)] if ran else []),
         (

@@ -47,6 +47,7 @@ class FinetuneResult:
         steps: number of optimizer steps.
         steps_resumed: those before the checkpoint from which the run was resumed; ``seconds`` and
             ``residues_per_second`` are of the steps after it.
+        best_step: the optimizer step of the best checkpoint, whose weights the model has; None for those of the end.
         trainable_parameters: number of trainable parameters.
         total_parameters: number of parameters, adapters included.
         trained_layers: indices of the encoder layers in which a parameter moved.
@@ -105,6 +106,7 @@ class FinetuneResult:
     step_memory: StepMemory | None = None
     states_seconds: float = 0.0
     steps_resumed: int = 0
+    best_step: int | None = None
     thresholds: Mapping[str, float] | None = None
     temperature: float | None = None
     probe: FrozenProbe | None = None
@@ -117,6 +119,12 @@ class FinetuneResult:
     def loop_in_words(self) -> str:
         """Say what ``seconds`` are of: the training loop, or its steps after a checkpoint that was resumed."""
         return f"training loop{f' after step {self.steps_resumed:,}' if self.steps_resumed else ''}"
+
+    @property
+    def steps_in_words(self) -> str:
+        """Say how many optimizer steps there were, and after which of them the model was best."""
+        kept = "" if self.best_step is None else f" (the model is that of step {self.best_step:,}, the best)"
+        return f"{self.steps:,}{kept}"
 
     @property
     def peak_memory_in_words(self) -> str:

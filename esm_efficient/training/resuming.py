@@ -131,6 +131,11 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         **_describe_data(trainer.train_dataset),
         **_describe_model(trainer.model),
     }
+    if args.load_best_model_at_end:
+        run |= {"metric_for_best_model": args.metric_for_best_model, "greater_is_better": args.greater_is_better}
+        if not isinstance(trainer.eval_dataset, Mapping):
+            known = _describe_data(trainer.eval_dataset)
+            run |= {f"{name}_of_validation": value for name, value in known.items() if name in ("rows", "the_labels")}
     if trainer.optimizer is not None:
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # out of accelerate's wrapper
         run["optimizer"] = f"{type(optimizer).__name__} with {optimizer.defaults}"

@@ -103,13 +103,21 @@ def refuse_unlabelled(validation: Any, task: Task) -> None:
     Raises:
         DataError: as above.
     """
-    weighted = WEIGHT_COLUMN in (getattr(validation, "features", None) or {})
-    known, _ = _known_labels(validation.remove_columns(WEIGHT_COLUMN) if weighted else validation, task)
+    known = evaluated_labels(validation, task)
     if known and not any(map(len, known)):
         raise DataError(
             "validation has no known label, so that early stopping cannot tell which epoch is best: label some of its "
             "rows, leave the split out, or train without early stopping"
         )
+
+
+def evaluated_labels(split: Any, task: Task) -> list[np.ndarray]:
+    """Return the known labels of a split for evaluation, whatever its weights, one array per label or number.
+
+    There are none of a stream, or of labels that are not numbers.
+    """
+    weighted = WEIGHT_COLUMN in (getattr(split, "features", None) or {})
+    return _known_labels(split.remove_columns(WEIGHT_COLUMN) if weighted else split, task)[0]
 
 
 def _known_labels(train: Any, task: Task) -> tuple[list[np.ndarray], str]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
-from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc, tokenize_dataset
+from esm_efficient import demo_model_path, evaluate, finetune, load_deeploc, load_result, tokenize_dataset
 from esm_efficient.errors import ConfigurationError, DataError
-from esm_efficient.reporting.description import describe
 from esm_efficient.tasks import Task
 from esm_efficient.training.stopping import EarlyStopping
 
@@ -47,16 +55,28 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class KilledLater(TrainerCallback):
+    """Ends the process, as it were, when so many steps are done and their checkpoint is whole."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("killed_after", [1, 2])
 def test_a_run_that_resumes_counts_on_the_epochs_without_a_better_result(tmp_path, killed_after):
     """Killed after one of two epochs that are allowed, and after both, when only the end was missing."""
     rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
     split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
-    # This metric is the same in each epoch, so that none is better than the first.
+    wrong = Dataset.from_dict(rows | {"label": [1, 0] * 8}).cast_column("label", ClassLabel(names=["no", "yes"]))
+    # This metric is the same in each epoch, and the loss of wrong labels grows, so that none is better than the first.
     options = {"metric_for_best_model": "majority_accuracy", "greater_is_better": True, "early_stopping": 2}
     options |= {"recipe": "frozen", "epochs": 9, "batch_size": 8, "output_dir": tmp_path, "disable_tqdm": True}
     options |= {"probe": False, "report": False}
-    data = DatasetDict(train=split, validation=split, test=split)
+    data = DatasetDict(train=split, validation=wrong, test=split)
     with pytest.raises(KeyboardInterrupt):
         finetune(demo_model_path(), data, callbacks=[Killed(1 + killed_after)], **options)
     options["resume_from_checkpoint"] = True
@@ -94,8 +114,40 @@ def test_options_and_callbacks():
         options = stopping.options(given)
         assert (options["eval_strategy"], options["save_strategy"]) == ("steps", "steps")
         assert options["eval_steps"] == options["save_steps"] == 50
-    assert stopping.options({"eval_strategy": "steps", "save_strategy": "no"})["save_strategy"] == "no"
-    assert stopping.options({"save_strategy": "no"})["eval_strategy"] == "epoch"
+    options = stopping.options({"save_strategy": "steps"})
+    assert options["eval_steps"] == options["save_steps"] == 500
+    assert "save_total_limit" not in options  # the checkpoints are wanted
+    assert stopping.options({"save_strategy": "best"})["save_strategy"] == "epoch"
+    assert stopping.options({"eval_strategy": "steps", "save_strategy": "best"})["save_strategy"] == "steps"
+
+
+@pytest.mark.parametrize("early_stopping", [None, 2])
+@pytest.mark.parametrize(
+    ("given", "greater"),
+    [
+        ({"metric_for_best_model": "loss"}, False),
+        ({"metric_for_best_model": "eval_rmse"}, False),
+        ({"metric_for_best_model": "mae", "greater_is_better": None}, False),
+        ({"metric_for_best_model": "spearman"}, True),
+        ({"metric_for_best_model": "eval_auroc"}, True),
+        ({"metric_for_best_model": "loss", "greater_is_better": True}, True),
+    ],
+)
+def test_the_name_of_a_metric_says_whether_more_of_it_is_better(tmp_path, early_stopping, given, greater):
+    for task in (CLASSES, Task("regression", ("x",))):
+        stopping = EarlyStopping.check(early_stopping, ["train", "validation"], task)
+        kept = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+        args = TrainingArguments(str(tmp_path), use_cpu=True, **stopping.options(given | kept))
+        assert args.greater_is_better is greater
+
+
+def test_a_callback_that_stops_early_takes_the_place_of_what_nobody_asked_for():
+    splits, own = ["train", "validation"], EarlyStoppingCallback(early_stopping_patience=9)
+    automatic = EarlyStopping.check("auto", splits, CLASSES)
+    assert automatic.callbacks([own]) == []
+    assert len(automatic.callbacks([TrainerCallback()])) == 1
+    assert automatic.options({})["load_best_model_at_end"]
+    assert len(EarlyStopping.check(3, splits, CLASSES).callbacks([own])) == 1
 
 
 @pytest.mark.parametrize(
@@ -136,8 +188,12 @@ def test_a_wrong_metric_is_refused_before_training_with_the_nearest_right_one(tm
     [
         (["train", "validation"], {}, 3),
         (["train", "test"], {}, None),
-        (["train", "validation"], {"eval_strategy": "steps", "eval_steps": 5}, 3),
+        (["train", "validation"], {"eval_strategy": "steps", "eval_steps": 5}, None),
+        (["train", "validation"], {"save_strategy": "steps"}, None),
         (["train", "validation"], {"save_strategy": "best"}, 3),
+        (["train", "validation"], {"eval_strategy": "epoch", "save_strategy": "best"}, 3),
+        (["train", "validation"], {"save_only_model": True}, 3),
+        (["train", "validation"], {"save_only_model": True, "save_strategy": "epoch", "fsdp": "full_shard"}, None),
         (["train", "validation"], {"eval_strategy": "epoch", "save_strategy": SaveStrategy.EPOCH}, 3),
         (["train", "validation"], {"save_strategy": "no"}, None),
         (["train", "validation"], {"eval_strategy": "no"}, None),
@@ -150,6 +206,7 @@ def test_auto_keeps_the_best_where_there_is_a_validation_split_and_the_options_a
 ):
     stopping = EarlyStopping.check("auto", splits, CLASSES, options=options)
     assert stopping.patience == patience
+    options.pop("fsdp", None)  # it needs several processes
     args = TrainingArguments(str(tmp_path), use_cpu=True, **stopping.options(options))  # transformers takes them
     assert args.load_best_model_at_end is (patience is not None)
 
@@ -159,8 +216,13 @@ def test_the_best_epoch_is_kept_unless_something_else_is_asked_for(tmp_path):
     split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
     data = DatasetDict(train=split, validation=split, test=split)
     options = {"recipe": "frozen", "epochs": 2, "batch_size": 8, "disable_tqdm": True, "probe": False, "report": False}
-    finetune(demo_model_path(), data, output_dir=tmp_path / "usual", **options)
-    finetune(demo_model_path(), data, output_dir=tmp_path / "last", early_stopping=None, **options)
+    usual = finetune(demo_model_path(), data, output_dir=tmp_path / "usual", **options)
+    last = finetune(demo_model_path(), data, output_dir=tmp_path / "last", early_stopping=None, **options)
+    scores = [entry["eval_mcc"] for entry in usual.history if "eval_mcc" in entry]
+    assert usual.best_step == 2 * (1 + scores.index(max(scores)))
+    assert f"4 (the model is that of step {usual.best_step}, the best)" in str(usual)
+    assert load_result(tmp_path / "usual").best_step == usual.best_step
+    assert last.best_step is None
     assert [len(list(folder.glob("checkpoint-*"))) for folder in (tmp_path / "usual", tmp_path / "last")] == [1, 0]
     tokens, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
     stream = dict(tokens) | {"train": tokens["train"].to_iterable_dataset()}
@@ -192,15 +254,112 @@ def test_wrong_options_are_refused(patience, splits, message):
 
 
 @pytest.mark.parametrize(
-    ("labels", "metric"), [([0, 0, 0, 0], ("loss", False)), ([0, 0, 1, 0], ("mcc", True)), ([], ("mcc", True))]
+    ("options", "is_possible"),
+    [
+        ({"eval_strategy": "no"}, False),
+        ({"save_strategy": "no"}, False),
+        ({"save_strategy": "no", "load_best_model_at_end": False}, True),
+        ({"eval_strategy": "no", "load_best_model_at_end": False}, False),
+        ({"eval_strategy": "epoch", "save_strategy": "steps"}, False),
+        ({"eval_strategy": "epoch", "save_strategy": "steps", "load_best_model_at_end": False}, True),
+        ({"eval_strategy": "steps", "eval_steps": 30, "save_strategy": "steps", "save_steps": 100}, False),
+        ({"save_strategy": "steps", "save_steps": 100, "eval_steps": 30}, False),
+        ({"eval_strategy": "steps", "eval_steps": 50, "save_strategy": "steps", "save_steps": 100}, True),
+        ({"eval_strategy": "steps"}, True),
+        ({"save_strategy": "steps", "logging_steps": 30}, True),
+    ],
 )
-def test_the_loss_decides_where_the_metric_is_the_same_for_every_model(labels, metric):
+def test_what_cannot_be_kept_is_refused_and_all_else_is_taken_by_transformers(tmp_path, options, is_possible):
+    splits = ["train", "validation"]
+    if not is_possible:
+        with pytest.raises(
+            ConfigurationError, match=r"early_stopping=2 with .*expected the same for evaluating and sav"
+        ):
+            EarlyStopping.check(2, splits, CLASSES, options=options)
+        return
+    stopping = EarlyStopping.check(2, splits, CLASSES, options=options)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **stopping.options(options))
+    assert args.eval_strategy != "no"
+
+
+def evaluated(callback, state, values, losses):
+    """Return the patience that is used up after each of some evaluations."""
+    args, counts = SimpleNamespace(greater_is_better=True, load_best_model_at_end=True, metric_for_best_model="mcc"), []
+    for value, loss in zip(values, losses, strict=True):
+        state.log_history.append({"eval_loss": loss, "eval_mcc": value})
+        callback.on_evaluate(args, state, TrainerControl(), metrics={"eval_mcc": value})
+        state.best_metric = value if state.best_metric is None else max(value, state.best_metric)
+        counts.append(callback.early_stopping_patience_counter)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("values", "losses", "counts"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], [0.9, 0.8, 0.7, 0.6], [0, 0, 0, 0]),
+        ([0.0, 0.0, 0.0, 0.0], [0.9, 0.8, 0.85, 0.7], [0, 0, 1, 0]),
+        ([0.0, 0.0, 0.0], [0.9, 0.9, 0.95], [0, 1, 2]),
+        ([0.1, -0.1, 0.1, 0.1], [0.9, 0.8, 0.7, 0.6], [0, 1, 2, 3]),
+        ([0.5, 0.4, 0.3], [0.9, 0.8, 0.7], [0, 1, 2]),
+        ([0.5, 0.6, 0.55], [0.9, 0.95, 0.5], [0, 0, 1]),
+    ],
+)
+def test_a_lower_loss_is_a_better_result_while_the_metric_stays_the_same(values, losses, counts):
+    [callback] = EarlyStopping.check(5, ["train", "validation"], CLASSES).callbacks()
+    assert evaluated(callback, TrainerState(), values, losses) == counts
+
+
+def test_without_a_test_split_the_result_says_that_it_chose_by_its_own_metric(tmp_path):
+    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
+    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    options = {"recipe": "frozen", "epochs": 1, "batch_size": 8, "disable_tqdm": True, "probe": False, "report": False}
+    said = {}
+    for early_stopping in ("auto", None):
+        result = finetune(
+            demo_model_path(),
+            DatasetDict(train=split, validation=split),
+            output_dir=tmp_path / str(early_stopping),
+            early_stopping=early_stopping,
+            **options,
+        )
+        said[early_stopping] = any("the metrics are those of validation" in text for text in result.warnings)
+    assert said == {"auto": True, None: False}
+
+
+def test_a_run_does_not_go_on_by_another_metric_or_other_labels_of_validation(tmp_path):
+    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
+    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    options = {"recipe": "frozen", "epochs": 3, "batch_size": 8, "output_dir": tmp_path, "disable_tqdm": True}
+    options |= {"probe": False, "report": False}
+    data = DatasetDict(train=split, validation=split, test=split)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(demo_model_path(), data, callbacks=[KilledLater(2)], **options)
+    options["resume_from_checkpoint"] = True
+    with pytest.raises(ConfigurationError, match="metric_for_best_model was mcc and is loss"):
+        finetune(demo_model_path(), data, metric_for_best_model="loss", **options)
+    with pytest.raises(ConfigurationError, match="rows_of_validation was 16 and is 8"):
+        finetune(demo_model_path(), data | {"validation": split.select(range(8))}, **options)
+    assert finetune(demo_model_path(), data, **options).steps == 6
+
+
+@pytest.mark.parametrize("tokenized", [False, True], ids=["texts", "tokens"])
+@pytest.mark.parametrize(
+    ("labels", "metric"),
+    [
+        ([0, 0, 0, 0], ("loss", False)),
+        ([0, 0, 1, 0], ("mcc", True)),
+        ([], ("mcc", True)),
+    ],
+)
+def test_the_loss_decides_where_the_metric_is_the_same_for_every_model(labels, metric, tokenized):
     features = Features({"sequence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     rows = [{"sequence": "MKV", "label": label} for label in labels]
     splits = {"train": Dataset.from_list([{"sequence": "MKV", "label": 1}], features=features)}
     if rows:
         splits["validation"] = Dataset.from_list(rows, features=features)
-    stopping = EarlyStopping.check("auto", splits, CLASSES, data=describe(splits))
+    if tokenized:
+        splits = tokenize_dataset(DatasetDict(splits), AutoTokenizer.from_pretrained(demo_model_path()))[0]
+    stopping = EarlyStopping.check("auto", splits, CLASSES)
     assert stopping.metric == metric
     if rows:
         assert stopping.options({})["metric_for_best_model"] == metric[0]
