@@ -245,7 +245,7 @@ RECIPES: dict[str, Recipe] = {
             "base",
             "full",
             1e-4,
-            description="all parameters; use one epoch. `top` was not measurably worse, in half of the time",
+            description="all parameters; with a few thousand proteins use one epoch. `top` was not clearly worse",
         ),
         Recipe("ga", "full", 1e-4, micro_batch=2, accumulation=4, description="`base` with gradient accumulation"),
         Recipe("gc", "full", 1e-4, gradient_checkpointing=True, description="`base` with gradient checkpointing"),
@@ -255,7 +255,7 @@ RECIPES: dict[str, Recipe] = {
             1e-3,
             preset="all-linear",
             r=8,
-            description="LoRA on every linear layer; `top` is as good at equal epochs, in half of the time",
+            description="LoRA on every linear layer; not clearly better than `top`, in two to three times the time",
         ),
         Recipe(
             "all",
@@ -266,7 +266,7 @@ RECIPES: dict[str, Recipe] = {
             gradient_checkpointing=True,
             preset="all-linear",
             r=8,
-            description="LoRA, accumulation, checkpointing; `top` is as good at equal epochs, in a third of the time",
+            description="LoRA, accumulation, checkpointing; not clearly better than `top`, in more than twice the time",
         ),
         Recipe(
             "top",

@@ -33,6 +33,10 @@ BATCH = 32
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 DRAWS = 200
 MEMORY = {"model": "650M", "device": "A10G", "tokens": 512}
+SIZES = ("8M", "35M", "150M", "650M", "3B")
+SIZED = {"base": "#999999", "top": "#0072b2", "all": "#d55e00"}
+GPUS = (8, 16, 24)
+GIB = 2**30
 
 
 def load_model() -> torch.nn.Module:
@@ -156,7 +160,28 @@ def recipes_plot() -> str:
     return memory_plot(stacks, capacity=capacity)
 
 
-PLOTS = {"accumulation": accumulation_plot, "adapters": adapters_plot, "memory": recipes_plot}
+@plain_text
+def sizes_plot() -> str:
+    """Plot the peak memory of three recipes by the size of the model, with the memory of usual GPUs."""
+    figure, [[axes]] = new_figure(7, 3.8)
+    for shift, (recipe, colour) in zip((-0.26, 0, 0.26), SIZED.items(), strict=True):
+        peaks = [estimate(size, recipe=recipe, device=MEMORY["device"], tokens=MEMORY["tokens"]).peak for size in SIZES]
+        heights = [peak.total / GIB for peak in peaks]
+        bars = axes.bar([n + shift for n in range(len(SIZES))], heights, 0.24, color=colour, label=recipe)
+        axes.bar_label(bars, [f"{height:.2g}" for height in heights], fontsize=8)
+    for memory in GPUS:
+        axes.axhline(memory, color="#999999", linewidth=0.8, linestyle="--")
+        axes.annotate(f"{memory} GiB", (-0.45, memory), (0, 2), fontsize=8, textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_yticks((0.1, 1, 10), ("0.1", "1", "10"))
+    axes.set_xticks(range(len(SIZES)), SIZES)
+    axes.set_xlabel("size of ESM-2")
+    axes.set_ylabel("peak memory in GiB")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return svg_of(figure)
+
+
+PLOTS = {"sizes": sizes_plot, "accumulation": accumulation_plot, "adapters": adapters_plot, "memory": recipes_plot}
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def result_table(result: FinetuneResult) -> str:
 
 
 def probe_verdict(result: FinetuneResult) -> str:
-    """Return a sentence if it is not sure that the model beats a linear probe on the frozen encoder; else nothing."""
+    """Return a sentence if the gain of the model over a linear probe may be chance; else nothing."""
     return " ".join(_probe_verdict(result))
 
 
@@ -135,7 +135,7 @@ def _probe_verdict(result: FinetuneResult) -> tuple[str, ...]:
         return ()
     low, high = ({} if result.evaluation is None else result.evaluation.gains).get(metric, (math.nan, math.nan))
     unsure = (
-        f"It is not sure that the fine-tuned model is better than the {PROBE}: the 95 % interval of the difference "
+        f"It is not certain that the fine-tuned model is better than the {PROBE}: the 95 % interval of the difference "
         f"in {metric}, {low:+.3f} to {high:+.3f}, contains 0."
     )
     if tuned > probed:

@@ -31,12 +31,12 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PRO
 def test_the_page_on_costs_shows_what_its_commands_print_offline():
     # A command, and the first block of output after it.
     blocks = re.findall(
-        r"```bash\npython -m (esm_efficient estimate [^\n]*)\n```\s+```text\n(.*?)```", COSTS.read_text(), re.DOTALL
+        r"```bash\n(esm-efficient estimate [^\n]*)\n```\s+```text\n(.*?)```", COSTS.read_text(), re.DOTALL
     )
     assert [" --model 15B " in command for command, _ in blocks] == [True, False]
     for command, output in blocks:
         run = subprocess.run(
-            [sys.executable, "-m", *command.split()],
+            [sys.executable, "-m", "esm_efficient", *command.split()[1:]],
             capture_output=True,
             text=True,
             env=os.environ | OFFLINE,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm_efficient import RECIPES
+from esm_efficient import RECIPES, estimate
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
 
@@ -45,6 +45,16 @@ def test_every_plot_is_on_a_page(explanations):
     ] == []
 
 
-def test_the_plot_of_memory_on_the_page_has_every_recipe():
-    picture = (EXAMPLES.parent / "docs" / "pages" / "images" / "explain_memory.svg").read_text()
-    assert [name for name in RECIPES if f">{name}</text>" not in picture] == []
+@pytest.mark.parametrize("plot", ["memory", "sizes"])
+def test_the_plots_of_memory_on_the_page_have_every_recipe_or_size(explanations, plot):
+    picture = (EXAMPLES.parent / "docs" / "pages" / "images" / f"explain_{plot}.svg").read_text()
+    named = RECIPES if plot == "memory" else (*explanations.SIZES, *explanations.SIZED)
+    assert [name for name in named if f">{name}</text>" not in picture] == []
+
+
+def test_the_default_and_the_recipe_with_the_least_memory_need_a_fraction_of_full_fine_tuning(explanations):
+    """The plot of sizes, for the smallest: its picture is made by the same calls."""
+    peaks = {name: estimate("8M", recipe=name, device="A10G", tokens=512).peak.total for name in explanations.SIZED}
+    picture = (EXAMPLES.parent / "docs" / "pages" / "images" / "explain_sizes.svg").read_text()
+    assert [name for name, peak in peaks.items() if f">{peak / 2**30:.2g}</text>" not in picture] == []
+    assert max(peaks["top"], peaks["all"]) < 0.25 * peaks["base"]

@@ -356,7 +356,7 @@ def test_the_table_the_page_and_the_record_show_both_and_name_the_cheaper_way(tm
     as_good = dataclasses.replace(evaluation, gains={"mcc": (-0.1, 0.08)})
     tied = {**result.metrics, "mcc": probed}
     told = probe_verdict(dataclasses.replace(result, metrics=tied, evaluation=as_good))
-    assert told.startswith("It is not sure that the fine-tuned model is better than the linear probe: ")
+    assert told.startswith("It is not certain that the fine-tuned model is better than the linear probe: ")
     assert "contains 0. The linear probe needs no training: sweep_layers" in told
     undefined = dataclasses.replace(result, metrics={**result.metrics, "mcc": float("nan")})
     assert "against -" in probe_verdict(undefined)
