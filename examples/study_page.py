@@ -37,7 +37,7 @@ from esm_efficient.reporting.tables import format_bytes, format_markdown
 
 CHOOSING, USUAL_SPLIT = ([0, 1, 2], [3]), ([0, 1, 2, 3], [4])
 SPLITS = {"tuning": [CHOOSING], "leakage": [HELD_OUT, WITH_RELATIVES]}
-SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration", "full")}
+SPLITS |= {name: [HELD_OUT] for name in ("headline", "bar", "curve", "calibration", "full", "savings")}
 """The partitions for training and for testing of some tables and plots; all others have the usual split."""
 ALIKE = 0.15
 """Two methods whose times differ by no more than this share take about as long."""
@@ -90,6 +90,16 @@ TUNED = {
     "lora-top2-first-e3": "3 epochs, not 1",
 }
 """The rows of the table of settings, in words; the first is what the others are compared with."""
+SAVINGS = {
+    "full-first-e1": ("full fine-tuning (base)", "full-first-e1"),
+    "ga-first-e1": ("with accumulation, 2 x 4 (ga)", "full-first-e1"),
+    "gc-first-e1": ("with checkpointing (gc)", "full-first-e1"),
+    "lora-top6-first-e1": ("LoRA on all layers (lora)", "lora-top6-first-e1"),
+    "lora-ga-first-e1": ("LoRA with accumulation, 2 x 4", "lora-top6-first-e1"),
+    "lora-gc-first-e1": ("LoRA with checkpointing", "lora-top6-first-e1"),
+    "all-first-e1": ("LoRA with both (all)", "lora-top6-first-e1"),
+}
+"""The rows of the table of savings, in words, and the method without the savings."""
 HEADER = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC - {}", "CPU s", "activations")
 PLACE = re.compile(r"(<!-- (?P<kind>table|plot): (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -175,6 +185,22 @@ def gain_table(runs: list[dict]) -> str:
     return methods_table(runs, titles, best_probe(runs), "the best probe")
 
 
+def savings_table(runs: list[dict]) -> str:
+    """Return what accumulation and checkpointing save and change, over the seeds that all rows have."""
+    found = {name: {run["seed"]: run for run in runs if run["method"] == name} for name in SAVINGS}
+    seeds = sorted(set.intersection(*map(set, found.values())))
+    rows = []
+    for name, (title, without) in SAVINGS.items():
+        metrics = {key: [found[name][seed]["metrics"][key] for seed in seeds] for key in ("accuracy", "auroc", "mcc")}
+        peaks = [max(found[method][seed]["peak_activation_bytes"] for seed in seeds) for method in (name, FULL)]
+        changes = [abs(found[name][seed]["metrics"]["mcc"] - found[without][seed]["metrics"]["mcc"]) for seed in seeds]
+        change = "-" if name == without else f"{max(changes):.3f}"
+        cells = (f"{statistics.fmean(values):.3f}" for values in metrics.values())
+        rows.append((title, len(seeds), *cells, change, format_bytes(peaks[0]), f"{peaks[0] / peaks[1]:.0%}"))
+    header = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC changes by", "activations", "of base")
+    return format_markdown(rows, header)
+
+
 def full_table(runs: list[dict]) -> str:
     """Return full fine-tuning with each head and number of epochs, compared with the recipe `base` for one epoch."""
     return methods_table(runs, matching(runs, ["full-*"]), FULL, FULL)
@@ -253,6 +279,7 @@ WHOLE_TABLES = {
     "headline": headline_table,
     "leakage": leakage_table,
     "full": full_table,
+    "savings": savings_table,
     "time": time_table,
     "gain": gain_table,
     "tuning": tuning_table,

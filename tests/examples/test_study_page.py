@@ -201,3 +201,26 @@ def test_training_with_relatives_of_the_test_proteins_is_compared_with_training_
         ("2,400", "25.0%", "the recipe top", "2", "0.710", "0.910", "+0.200"),
         ("9,000", "50.0%", "the best linear probe", "1", "0.200", "0.600", "+0.400"),
     ]
+
+
+def test_savings_are_compared_over_the_seeds_that_all_rows_have(study_page):
+    def run(method, seed, mcc, peak):
+        split = {"train": [0, 1, 2], "test": [4], "proteins": [2400, 800]}
+        metrics = {"mcc": mcc, "accuracy": mcc, "auroc": mcc}
+        found = {"method": method, "seed": seed, "settings": {}, "split": split, "metrics": metrics}
+        return found | {"peak_activation_bytes": peak * 2**20}
+
+    peaks = {"full-first-e1": 200, "ga-first-e1": 60, "gc-first-e1": 40, "lora-top6-first-e1": 200}
+    peaks |= {"lora-ga-first-e1": 60, "lora-gc-first-e1": 40, "all-first-e1": 10}
+    runs = [run(method, seed, 0.7 + 0.1 * seed, peak) for method, peak in peaks.items() for seed in (0, 1)]
+    runs += [run("full-first-e1", 2, 0.1, 900)]  # a seed that the others do not have
+    runs[5] = run("gc-first-e1", 1, 0.75, 40)
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in study_page.table("savings", runs).splitlines()
+    ]
+    assert [row[1:] for row in rows[2:5]] == [
+        ["2", "0.750", "0.750", "0.750", "-", "200 MiB", "100%"],
+        ["2", "0.750", "0.750", "0.750", "0.000", "60.0 MiB", "30%"],
+        ["2", "0.725", "0.725", "0.725", "0.050", "40.0 MiB", "20%"],
+    ]
+    assert [row[-1] for row in rows[5:]] == ["100%", "30%", "20%", "5%"]
