@@ -61,19 +61,18 @@ def leaks(runs: list[dict]) -> list[tuple[int, float, str, list[tuple[float, flo
 
 @plain_text
 def leakage_plot(runs: list[dict]) -> str:
-    """Plot the mean MCC of each method without and with relatives of the test proteins in training."""
+    """Plot how much the MCC of each method gains from relatives of the test proteins, with 95 % intervals."""
     rows = leaks(runs)[::-1]
     figure, [[axes]] = new_figure(7, 1 + 0.5 * len(rows))
-    means = [[statistics.fmean(column) for column in zip(*pairs, strict=True)] for *_, pairs in rows]
-    for place, (without, among) in enumerate(means):
-        axes.plot([without, among], [place, place], color="#999999", zorder=1)
-    for column, (name, colour) in enumerate(
-        (("no relatives in training", "#0072b2"), ("relatives in training", "#d55e00"))
-    ):
-        axes.scatter([pair[column] for pair in means], range(len(rows)), color=colour, label=name, zorder=2)
-    axes.set_yticks(range(len(rows)), [f"{title}, {size:,}" for size, _, title, _ in rows])
-    axes.set_xlabel("MCC on the same test proteins")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    for place, (*_, pairs) in enumerate(rows):
+        gains = [among - without for without, among in pairs]
+        axes.scatter([statistics.fmean(gains)], [place], color="#0072b2")
+        if (interval := confidence_interval(gains)) is not None:
+            axes.plot(interval, [place, place], color="#0072b2")
+    axes.set_ylim(-0.5, len(rows) - 0.5)
+    axes.set_yticks(range(len(rows)), [f"{title}, {size:,} proteins" for size, _, title, _ in rows])
+    axes.set_xlabel("MCC with relatives in training, minus MCC without")
     return svg_of(figure)
 
 
@@ -167,7 +166,7 @@ PLOTS = {
     "calibration": (calibration_plot, "Share of right predictions by probability, before and after the temperature"),
     "curve": (curve_plot, "MCC of a probe and of fine-tuning by the number of training proteins"),
     "truncation": (truncation_plot, "MCC of probes and of fine-tuning by the number of layers"),
-    "leakage": (leakage_plot, "MCC without and with relatives of the test proteins among the training proteins"),
+    "leakage": (leakage_plot, "What the MCC gains from relatives of the test proteins in training, with intervals"),
     "depth": (depth_plot, "MCC of LoRA on the top layers by the time of the run"),
 }
 """The function of a plot, and what it shows in words."""
