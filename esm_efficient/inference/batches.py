@@ -82,7 +82,7 @@ def run_in_batches(
             found: Any = compute(input_ids=sent(torch.from_numpy(tokens), device), attention_mask=mask)
             if result == "mean":
                 shares = torch.from_numpy(means.shares(batch, tokens.shape[1]))
-                found = (found.float() * sent(shares, device).unsqueeze(-1)).sum(1)
+                found = (found * sent(shares, device).unsqueeze(-1)).sum(1)  # in float32 at least
             found = found.cpu().double().numpy()  # not on the device: an Apple GPU has no float64
         for piece, numbers in zip(batch, found, strict=True):
             means.add(piece, numbers)

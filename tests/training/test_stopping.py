@@ -24,6 +24,11 @@ from esm_efficient.training.stopping import EarlyStopping
 CLASSES = Task("single_label_classification", ("no", "yes"))
 
 
+def small_split(labels=(0, 1)):
+    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [*labels] * 8}
+    return Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+
+
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 def test_a_run_ends_and_the_best_checkpoint_is_kept(tmp_path, demo_table, kind):
     data = load_deeploc(demo_table, max_residues=300)
@@ -69,9 +74,8 @@ class KilledLater(TrainerCallback):
 @pytest.mark.parametrize("killed_after", [1, 2])
 def test_a_run_that_resumes_counts_on_the_epochs_without_a_better_result(tmp_path, killed_after):
     """Killed after one of two epochs that are allowed, and after both, when only the end was missing."""
-    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
-    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
-    wrong = Dataset.from_dict(rows | {"label": [1, 0] * 8}).cast_column("label", ClassLabel(names=["no", "yes"]))
+    split = small_split()
+    wrong = small_split(labels=(1, 0))
     # This metric is the same in each epoch, and the loss of wrong labels grows, so that none is better than the first.
     options = {"metric_for_best_model": "majority_accuracy", "greater_is_better": True, "early_stopping": 2}
     options |= {"recipe": "frozen", "epochs": 9, "batch_size": 8, "output_dir": tmp_path, "disable_tqdm": True}
@@ -212,8 +216,7 @@ def test_auto_keeps_the_best_where_there_is_a_validation_split_and_the_options_a
 
 
 def test_the_best_epoch_is_kept_unless_something_else_is_asked_for(tmp_path):
-    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
-    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    split = small_split()
     data = DatasetDict(train=split, validation=split, test=split)
     options = {"recipe": "frozen", "epochs": 2, "batch_size": 8, "disable_tqdm": True, "probe": False, "report": False}
     usual = finetune(demo_model_path(), data, output_dir=tmp_path / "usual", **options)
@@ -310,8 +313,7 @@ def test_a_lower_loss_is_a_better_result_while_the_metric_stays_the_same(values,
 
 
 def test_without_a_test_split_the_result_says_that_it_chose_by_its_own_metric(tmp_path):
-    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
-    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    split = small_split()
     options = {"recipe": "frozen", "epochs": 1, "batch_size": 8, "disable_tqdm": True, "probe": False, "report": False}
     said = {}
     for early_stopping in ("auto", None):
@@ -327,8 +329,7 @@ def test_without_a_test_split_the_result_says_that_it_chose_by_its_own_metric(tm
 
 
 def test_a_run_does_not_go_on_by_another_metric_or_other_labels_of_validation(tmp_path):
-    rows = {"sequence": [f"MK{'ACDEFGHI'[row % 8]}{'W' * (row % 5)}" for row in range(16)], "label": [0, 1] * 8}
-    split = Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["no", "yes"]))
+    split = small_split()
     options = {"recipe": "frozen", "epochs": 3, "batch_size": 8, "output_dir": tmp_path, "disable_tqdm": True}
     options |= {"probe": False, "report": False}
     data = DatasetDict(train=split, validation=split, test=split)
