@@ -117,6 +117,7 @@ def train_long(folder: str, steps: int, answers: Any) -> None:
     quiet()
     data = load_deeploc(Path(folder).parent / "demo.csv", max_residues=150)
     options = {"recipe": "lora", "max_steps": steps, "logging_steps": 50, "disable_tqdm": True, "use_cpu": True}
+    options |= {"early_stopping": None}  # all steps are wanted
     finetune(demo_model_path(), data, output_dir=folder, callbacks=[Memory()], probe=False, **options)
 
 
