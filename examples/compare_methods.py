@@ -167,6 +167,7 @@ class Study:
             raise SystemExit(f"{method.name} needs validation proteins: leave a partition neither to train nor to test")
         if not method.calibrated:
             data = datasets.DatasetDict({name: data[name] for name in ("train", "test")})
+        relatives = self.relatives(seed)
         wall, cpu = time.perf_counter(), time.process_time()
         if method.recipe:
             figures = self.fine_tune(method, seed, data)
@@ -179,7 +180,7 @@ class Study:
         return {
             **self.key(method, seed),
             **figures,
-            "relatives": self.relatives(seed),
+            "relatives": relatives,
             "wall_seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
             "versions": versions(),

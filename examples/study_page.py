@@ -189,6 +189,9 @@ def savings_table(runs: list[dict]) -> str:
     """Return what accumulation and checkpointing save and change, over the seeds that all rows have."""
     found = {name: {run["seed"]: run for run in runs if run["method"] == name} for name in SAVINGS}
     seeds = sorted(set.intersection(*map(set, found.values())))
+    header = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC changes by", "activations", "of base")
+    if not seeds:  # a study that is still running
+        return format_markdown([], header)
     rows = []
     for name, (title, without) in SAVINGS.items():
         metrics = {key: [found[name][seed]["metrics"][key] for seed in seeds] for key in ("accuracy", "auroc", "mcc")}
@@ -197,7 +200,6 @@ def savings_table(runs: list[dict]) -> str:
         change = "-" if name == without else f"{max(changes):.3f}"
         cells = (f"{statistics.fmean(values):.3f}" for values in metrics.values())
         rows.append((title, len(seeds), *cells, change, format_bytes(peaks[0]), f"{peaks[0] / peaks[1]:.0%}"))
-    header = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC changes by", "activations", "of base")
     return format_markdown(rows, header)
 
 

@@ -52,7 +52,8 @@ def leaks(runs: list[dict]) -> list[tuple[int, float, str, list[tuple[float, flo
         without, among = (runs_on(split, same) for split in (HELD_OUT, WITH_RELATIVES))
         shares = {run["seed"]: run["relatives"] for run in among}
         for method, title in LEAKING.items():
-            name = best_probe(without) if method == "probe" and among else method
+            probes = [run for run in without if run["method"].startswith("probe")]
+            name = best_probe(probes) if method == "probe" and probes else method
             found = [scores(group, name) for group in (without, among)]
             if pairs := [(found[0][seed], found[1][seed]) for seed in found[1] if seed in found[0]]:
                 rows.append((size, statistics.fmean(shares.values()), title, pairs))

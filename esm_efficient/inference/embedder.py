@@ -202,7 +202,7 @@ def embed_file(
     precision: Precision = "auto",
     on_error: OnError = "raise",
 ) -> FileResult:
-    """Embed every sequence of a file, in constant memory, and write the embeddings in the order of the file.
+    """Embed every sequence of a file, and write the embeddings in the order of the file.
 
     A run that was stopped goes on, and ranks share the work, as with `predict_file`. The output has the columns
     ``accession`` and ``embedding``, a list of float32; with ``pooling="residues"`` a list of such lists. An accession

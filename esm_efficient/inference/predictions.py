@@ -36,7 +36,9 @@ def predict_file(
     precision: Precision = "auto",
     on_error: OnError = "raise",
 ) -> FileResult:
-    """Predict from every sequence of a file, in constant memory, and write the predictions in the order of the file.
+    """Predict from every sequence of a file, and write the predictions in the order of the file.
+
+    Apart from some bytes per row, the memory does not grow with the file.
 
     A run that was stopped goes on with the next block when it is started again with the same arguments. Several ranks
     of one run share the work.

@@ -216,14 +216,18 @@ def check_rows(
 
 def _warn_of_repeated(hashes: Sequence[int], source: str | Path, **options: Any) -> None:
     """Warn of accessions that several rows have; `hashes` has those of all rows, in the order of the file."""
-    _, firsts, counts = np.unique(np.asarray(hashes), return_index=True, return_counts=True)
-    if repeated := int((counts > 1).sum()):
-        index = int(np.setdiff1d(np.arange(len(hashes)), firsts).min())
+    known = np.asarray(hashes)
+    ordered = np.sort(known)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if len(repeated):
+        places = np.flatnonzero(np.isin(known, repeated))
+        _, firsts = np.unique(known[places], return_index=True)
+        index = int(places[np.setdiff1d(np.arange(len(places)), firsts).min()])
         first = next(itertools.islice(read_sequences(source, **options), index, None))
         logger.warning(
             "%s: %s on several rows, such as %s on %s. Rows of the output are in the order of the file",
             source,
-            "1 accession is" if repeated == 1 else f"{repeated:,} accessions are",
+            "1 accession is" if len(repeated) == 1 else f"{len(repeated):,} accessions are",
             first.accession,
             first.place.removeprefix(f"{source}, "),
         )

@@ -143,11 +143,17 @@ def _progress(trainer: WeightedTrainer, trained: TrainOutput, states: CachedTrai
         "train_loss": trainer.mean_loss,
         "steps": trained.global_step,
         "steps_resumed": trainer.steps_resumed,
-        "best_step": trainer.state.best_global_step if trainer.state.best_model_checkpoint is not None else None,
+        "best_step": _best_step(trainer),
         "residues_per_second": residues / seconds,
         "seconds": seconds,
         "states_seconds": 0.0 if states is None else states.seconds,
     }
+
+
+def _best_step(trainer: WeightedTrainer) -> int | None:
+    """Return the step of the checkpoint that was loaded at the end; None if the model is that of the end."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return None if best is None else int(Path(best).name.removeprefix("checkpoint-"))
 
 
 def _tune_thresholds(

@@ -187,12 +187,13 @@ def begin_job(
         raw = splits_from(dataset, **data_options)
     if empty := [name for name, split in raw.items() if hasattr(split, "__len__") and not len(split)]:
         raise DataError(f"split {empty[0]!r} has no row")
-    if unknown := [name for name, split in raw.items() if split.features is None]:
+    name, first = next(iter(raw.items()))
+    if first.features is None:
         raise DataError(
-            f"split {unknown[0]!r} is a stream that does not say its columns: give it features, such as "
+            f"split {name!r} is a stream that does not say its columns: give it features, such as "
             "stream.map(..., features=features) or stream.cast(features)"
         )
-    task = task or task_of_splits(next(iter(raw.values())).features, data_options.get("label"))
+    task = task or task_of_splits(first.features, data_options.get("label"))
     evaluated_on = evaluated_split(raw)
     label = data_options.get("label")
     refuse_constant_labels(raw["train"], task, label if isinstance(label, str) else None)
@@ -209,7 +210,7 @@ def begin_job(
     refuse_no_predictions(args)
     refuse_missing_trackers(args)
     with warned:
-        if stopping.patience is not None and evaluated_on == "validation":
+        if args.load_best_model_at_end and evaluated_on == "validation":
             logger.warning(
                 "there is no test split: the metrics are those of validation, by which the best epoch is chosen, so "
                 "they are a little too good. Give a test split too"

@@ -58,7 +58,7 @@ class _Progress(TrainerCallback):
             if residues:  # batches of pooled states have no masks to count in
                 shown["residues/s"] = f"{residues / seconds:,.0f}"
         shown |= {name: f"{logs[key]:.3f}" for key, name in _METRICS.items() if key in logs}
-        on_gpu = torch.cuda.is_available()
+        on_gpu = self.trainer.args.device.type == "cuda"
         shown["memory"] = format_bytes(torch.cuda.max_memory_allocated() if on_gpu else resident_peak())
         return shown
 

@@ -37,6 +37,8 @@ _LESS_IS_BETTER = ("loss", "rmse", "mae", "runtime")
 _STEPS = 500
 """The steps between two evaluations if they are by steps and no number is given, as transformers saves."""
 
+_CHOICES = ("metric_for_best_model", "greater_is_better")
+
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 """What a Trainer adds to the metrics of an evaluation."""
 
@@ -123,7 +125,8 @@ class EarlyStopping:
         A model is evaluated whenever it is saved, by steps if the given options say steps, and after each epoch
         otherwise: ``save_strategy="best"`` too, because transformers 5.3 does not load what it keeps.
         """
-        given = {name: value for name, value in given.items() if (name, value) != ("greater_is_better", None)}
+        unset = [name for name in (*_CHOICES, "eval_strategy", "save_strategy") if given.get(name) is None]
+        given = {name: value for name, value in given.items() if name not in unset}
         if (named := given.get("metric_for_best_model")) is not None and "greater_is_better" not in given:
             # transformers takes everything but a loss for better the greater it is.
             given["greater_is_better"] = named.removeprefix("eval_") not in _LESS_IS_BETTER
@@ -136,16 +139,15 @@ class EarlyStopping:
         if same == "steps":
             steps = next((given[name] for name in ("eval_steps", "save_steps") if name in given), _STEPS)
             needed |= {"eval_steps": steps, "save_steps": steps}
-        if "save_strategy" not in given:  # otherwise the user wants checkpoints
+        if strategies.get("save_strategy", "best") == "best":  # otherwise the user wants checkpoints
             needed["save_total_limit"] = 1
         if strategies.get("save_strategy") == "best":
             del given["save_strategy"]
-        chosen = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": greater}
-        return needed | chosen | given
+        return needed | {"load_best_model_at_end": True} | dict(zip(_CHOICES, (metric, greater), strict=True)) | given
 
     def callbacks(self, given: Collection[TrainerCallback] = ()) -> list[TrainerCallback]:
         """Return the callback that stops the run; none if nobody asked for it and one that was given does."""
-        has_own = self.automatic and any(isinstance(callback, EarlyStoppingCallback) for callback in given)
+        has_own = self.automatic and any(_stops_early(callback) for callback in given)
         if self.patience is None or has_own:
             return []
         return [ResumedEarlyStopping(early_stopping_patience=self.patience)]
@@ -180,11 +182,18 @@ class ResumedEarlyStopping(EarlyStoppingCallback):
         losses = [entry["eval_loss"] for entry in seen]
         if len({entry[name] for entry in seen}) == 1 < len(seen) and losses[-1] < min(losses[:-1]):
             self.early_stopping_patience_counter = 0
+            state.best_metric = None  # the Trainer then takes this evaluation for the best
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate and save nothing again if the checkpoint is that of the end."""
         if self._has_ended:
             control.should_evaluate = control.should_save = False
+
+
+def _stops_early(callback: Any) -> bool:
+    """Whether a callback, or a class of callbacks, stops a run early as transformers does."""
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, EarlyStoppingCallback)
 
 
 def _strategies(options: Mapping[str, Any]) -> dict[str, str]:
@@ -209,10 +218,9 @@ def _refuse_strategies(patience: int, options: Mapping[str, Any]) -> None:
     strategies = _strategies(options)
     evaluated, saved = strategies.get("eval_strategy", ""), strategies.get("save_strategy", "")
     keeps = options.get("load_best_model_at_end", True)
-    save_steps, eval_steps = (options.get(name, _STEPS) for name in ("save_steps", "eval_steps"))
     differ = bool(evaluated) and saved not in ("", "best", evaluated)
     both = {"save_steps", "eval_steps"} <= options.keys() and "steps" in (evaluated, saved)
-    apart = both and eval_steps and save_steps % eval_steps
+    apart = both and options["save_steps"] != options["eval_steps"]
     if evaluated == "no" or (keeps and (saved == "no" or differ or apart)):
         names = (*strategies, *(name for name in ("save_steps", "eval_steps") if name in options))
         given = ", ".join(f"{name}={options[name]!r}" for name in names)

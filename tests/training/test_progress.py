@@ -10,9 +10,11 @@ import struct
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from copies import Copy
 from transformers import TrainerState
 
@@ -126,6 +128,7 @@ def test_every_rank_adds_up_its_residues_and_one_writes(capfd):
 
     class Counting:
         asked = 0
+        args = SimpleNamespace(device=torch.device("cpu"))
 
         @property
         def residues_trained(self):

@@ -45,6 +45,7 @@ def test_a_run_ends_and_the_best_checkpoint_is_kept(tmp_path, demo_table, kind):
     best = better(seen)
     assert len(seen) < 12
     assert seen.index(best) == len(seen) - 3
+    assert result.best_step == 3 * (seen.index(best) + 1)
     measured = evaluate(result.model_dir, data["validation"])[metric]
     assert measured == pytest.approx(best, rel=1e-3, abs=1e-5)
 
@@ -121,7 +122,8 @@ def test_options_and_callbacks():
     options = stopping.options({"save_strategy": "steps"})
     assert options["eval_steps"] == options["save_steps"] == 500
     assert "save_total_limit" not in options  # the checkpoints are wanted
-    assert stopping.options({"save_strategy": "best"})["save_strategy"] == "epoch"
+    options = stopping.options({"save_strategy": "best"})
+    assert (options["save_strategy"], options["save_total_limit"]) == ("epoch", 1)
     assert stopping.options({"eval_strategy": "steps", "save_strategy": "best"})["save_strategy"] == "steps"
 
 
@@ -151,7 +153,22 @@ def test_a_callback_that_stops_early_takes_the_place_of_what_nobody_asked_for():
     assert automatic.callbacks([own]) == []
     assert len(automatic.callbacks([TrainerCallback()])) == 1
     assert automatic.options({})["load_best_model_at_end"]
+    assert automatic.callbacks([EarlyStoppingCallback]) == []
     assert len(EarlyStopping.check(3, splits, CLASSES).callbacks([own])) == 1
+
+
+def test_of_epochs_with_the_same_metric_that_with_the_lowest_loss_is_kept(tmp_path):
+    """A metric that is the same in each epoch, of a model that learns."""
+    split = small_split()
+    options = {"metric_for_best_model": "majority_accuracy", "recipe": "frozen", "epochs": 5, "batch_size": 8}
+    options |= {"disable_tqdm": True, "probe": False, "report": False, "early_stopping": 2}
+    result = finetune(
+        demo_model_path(), DatasetDict(train=split, validation=split, test=split), output_dir=tmp_path, **options
+    )
+    losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 5
+    assert result.best_step == result.steps == 5 * 2
 
 
 @pytest.mark.parametrize(
@@ -226,6 +243,9 @@ def test_the_best_epoch_is_kept_unless_something_else_is_asked_for(tmp_path):
     assert f"4 (the model is that of step {usual.best_step}, the best)" in str(usual)
     assert load_result(tmp_path / "usual").best_step == usual.best_step
     assert last.best_step is None
+    options |= {"early_stopping": 2, "load_best_model_at_end": False}
+    assert finetune(demo_model_path(), data, output_dir=tmp_path / "end", **options).best_step is None
+    del options["early_stopping"], options["load_best_model_at_end"]
     assert [len(list(folder.glob("checkpoint-*"))) for folder in (tmp_path / "usual", tmp_path / "last")] == [1, 0]
     tokens, _ = tokenize_dataset(data, AutoTokenizer.from_pretrained(demo_model_path()))
     stream = dict(tokens) | {"train": tokens["train"].to_iterable_dataset()}
@@ -267,7 +287,9 @@ def test_wrong_options_are_refused(patience, splits, message):
         ({"eval_strategy": "epoch", "save_strategy": "steps", "load_best_model_at_end": False}, True),
         ({"eval_strategy": "steps", "eval_steps": 30, "save_strategy": "steps", "save_steps": 100}, False),
         ({"save_strategy": "steps", "save_steps": 100, "eval_steps": 30}, False),
-        ({"eval_strategy": "steps", "eval_steps": 50, "save_strategy": "steps", "save_steps": 100}, True),
+        ({"eval_strategy": "steps", "eval_steps": 50, "save_strategy": "steps", "save_steps": 100}, False),
+        ({"eval_strategy": "steps", "eval_steps": 50, "save_strategy": "steps", "save_steps": 50}, True),
+        ({"eval_strategy": None, "save_strategy": None, "metric_for_best_model": None}, True),
         ({"eval_strategy": "steps"}, True),
         ({"save_strategy": "steps", "logging_steps": 30}, True),
     ],
@@ -283,6 +305,8 @@ def test_what_cannot_be_kept_is_refused_and_all_else_is_taken_by_transformers(tm
     stopping = EarlyStopping.check(2, splits, CLASSES, options=options)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **stopping.options(options))
     assert args.eval_strategy != "no"
+    if args.load_best_model_at_end:
+        assert (args.metric_for_best_model, args.greater_is_better) == ("mcc", True)
 
 
 def evaluated(callback, state, values, losses):
