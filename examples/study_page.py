@@ -189,12 +189,12 @@ def savings_table(runs: list[dict]) -> str:
     """Return what accumulation and checkpointing save and change, over the seeds that all rows have."""
     found = {name: {run["seed"]: run for run in runs if run["method"] == name} for name in SAVINGS}
     seeds = sorted(set.intersection(*map(set, found.values())))
-    header = ("method", "seeds", "accuracy", "AUROC", "MCC", "MCC changes by", "activations", "of base")
+    header = ("method", "seeds", "accuracy", "MCC", "change", "activations", "of base")
     if not seeds:  # a study that is still running
         return format_markdown([], header)
     rows = []
     for name, (title, without) in SAVINGS.items():
-        metrics = {key: [found[name][seed]["metrics"][key] for seed in seeds] for key in ("accuracy", "auroc", "mcc")}
+        metrics = {key: [found[name][seed]["metrics"][key] for seed in seeds] for key in ("accuracy", "mcc")}
         peaks = [max(found[method][seed]["peak_activation_bytes"] for seed in seeds) for method in (name, FULL)]
         changes = [abs(found[name][seed]["metrics"]["mcc"] - found[without][seed]["metrics"]["mcc"]) for seed in seeds]
         change = "-" if name == without else f"{max(changes):.3f}"
