@@ -57,14 +57,16 @@ def memory() -> dict[str, int]:
 
 @contextmanager
 def grown_memory() -> Iterator[dict[str, int]]:
-    """Give a dict that has, at the end, the most bytes beyond those at the start, by kind; a thread samples them."""
-    before, peak, done = memory(), memory(), threading.Event()
+    """Give a dict that has, at the end, the most bytes beyond those at the start, by kind; a thread samples them.
+
+    ``first_half`` is the most of the kind ``anonymous`` in the first half of the time.
+    """
+    before, samples, done = memory(), [memory()], threading.Event()
     grown: dict[str, int] = {}
 
     def sample() -> None:
         while not done.wait(0.02):
-            for name, value in memory().items():
-                peak[name] = max(peak[name], value)
+            samples.append(memory())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -73,7 +75,9 @@ def grown_memory() -> Iterator[dict[str, int]]:
     finally:
         done.set()
         sampler.join()
-        grown |= {name: peak[name] - before[name] for name in peak}
+        half = samples[: len(samples) // 2 + 1]
+        grown |= {name: max(sampled[name] for sampled in samples) - before[name] for name in before}
+        grown["first_half"] = max(sampled["anonymous"] for sampled in half) - before["anonymous"]
 
 
 def run(path: Path) -> None:

@@ -17,8 +17,9 @@ the residues per second of `Embedder` divided by those of the package; a slow pa
 script fails if a package's states differ from those of transformers, or if a ratio is below 1.
 
 Then a process predicts from a FASTA file of random proteins with the demo model (`predict_file`), once per size of
-file, and a thread samples its memory. ``anonymous`` is memory that the process allocated beyond that in use before. The
-script fails if the largest file takes more than 1.2 times that of the smallest. Linux only.
+file, and a thread samples its memory. ``anonymous`` is memory that the process allocated beyond that
+in use before. The script fails if the whole run of the largest file needs more than 1.1 times the memory of its first
+half: then memory grows with the file. Linux only.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ from esm_efficient.reporting.tables import format_bytes
 TOKEN_BUDGET = 8192
 FAIR_TOKENS = 4096
 """The tokens per batch of fair-esm's script ``extract``, if nothing is said."""
-GROWTH = 1.2
-"""The goal for the memory of the largest file, as a multiple of that of the smallest."""
+GROWTH = 1.1
+"""The goal for the memory of the largest file, as a multiple of that in the first half of its run."""
 TOLERANCE = 1e-2
 """How far states may differ from those of transformers, as a share of the largest."""
 
@@ -291,11 +292,12 @@ def main() -> None:
             f"{f['sequences']:,}",
             f"{f['seconds']:.1f}",
             f"{f['residues'] / f['seconds']:,.0f}",
+            format_bytes(f["first_half"]),
             format_bytes(f["anonymous"]),
         )
         for f in files
     ]
-    print("\n" + format_table(cells, ("sequences", "seconds", "residues/s", "anonymous")))
+    print("\n" + format_table(cells, ("sequences", "seconds", "residues/s", "first half", "anonymous")))
     if options.json:
         packages = ("torch", "transformers", "fair-esm", "esm-cpp")
         record = {"speed": speeds, "memory": files, "model": options.model, "threads": options.threads}
@@ -307,8 +309,8 @@ def main() -> None:
         if (row.get("difference") or 0) > TOLERANCE
     ]
     missed += [f"{row['package']} is faster: ratio {row['ratio']:.2f}" for row in speeds if row.get("ratio", 1) < 1]
-    if (growth := files[-1]["anonymous"] / max(1, files[0]["anonymous"])) > GROWTH:
-        missed.append(f"memory grew by a factor of {growth:.2f} from the smallest file to the largest, goal {GROWTH}")
+    if (growth := files[-1]["anonymous"] / max(1, files[-1]["first_half"])) > GROWTH:
+        missed.append(f"memory grew by a factor of {growth:.2f} after half of the largest file, goal {GROWTH}")
     if missed:
         raise SystemExit("missed: " + "; ".join(missed))
 
