@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -16,7 +15,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from esm_efficient.cli.commands import AdapterLayersOption, Preset, app, number_option
-from esm_efficient.cli.output import JsonOption, ModelArgument, existing_file, known_trained_model, quiet, show
+from esm_efficient.cli.output import (
+    JsonOption,
+    ModelArgument,
+    existing_file,
+    known_trained_model,
+    notes_of_data,
+    quiet,
+    show,
+)
 from esm_efficient.data.label_kinds import LabelKind
 from esm_efficient.errors import ConfigurationError, EsmEfficientError
 from esm_efficient.reporting.files import written_as
@@ -304,38 +311,12 @@ def data(
     bounds = {"min_residues": min_residues, "max_residues": max_residues}
     splits = {"split": split, "partition": partition, "clusters": clusters, "seed": seed}
     options = data_options(source, **columns, **bounds, **splits, **sizes, on_error=on_error)
-    with quiet(), _notes_of_data() as notes:
+    with quiet(), notes_of_data() as notes:
         from esm_efficient.reporting.description import describe
         from esm_efficient.training.given import splits_from
 
         result = describe(splits_from(source, labelled=False, **options))
     show({**result.to_dict(), "notes": notes} if as_json else "\n".join([*notes, str(result)]), as_json)
-
-
-class _Notes(logging.Handler):
-    """Keeps what is said but is no warning, in its attribute ``texts``."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno == logging.INFO:
-            self.texts.append(record.getMessage())
-
-
-@contextmanager
-def _notes_of_data() -> Iterator[list[str]]:
-    """Collect what is said of a table but is no warning: what each column was read as, and what was left out."""
-    notes, library = _Notes(), logging.getLogger("esm_efficient.data")
-    level = library.level
-    library.setLevel(logging.INFO)
-    library.addHandler(notes)
-    try:
-        yield notes.texts
-    finally:
-        library.removeHandler(notes)
-        library.setLevel(level)
 
 
 @app.command()

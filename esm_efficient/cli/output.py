@@ -252,3 +252,29 @@ ModelArgument = Annotated[
     str,
     typer.Argument(callback=known_model, help=MODEL_HELP, metavar="MODEL"),
 ]
+
+
+class _Notes(logging.Handler):
+    """Keeps what is said but is no warning, in its attribute ``texts``."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO:
+            self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def notes_of_data() -> Iterator[list[str]]:
+    """Collect what is said of a table but is no warning: what each column was read as, and what was left out."""
+    notes, library = _Notes(), logging.getLogger("esm_efficient.data")
+    level = library.level
+    library.setLevel(logging.INFO)
+    library.addHandler(notes)
+    try:
+        yield notes.texts
+    finally:
+        library.removeHandler(notes)
+        library.setLevel(level)

@@ -17,9 +17,9 @@ the residues per second of `Embedder` divided by those of the package; a slow pa
 script fails if a package's states differ from those of transformers, or if a ratio is below 1.
 
 Then a process predicts from a FASTA file of random proteins with the demo model (`predict_file`), once per size of
-file, and a thread samples its memory. ``anonymous`` is memory that the process allocated beyond that
-in use before. The script fails if the whole run of the largest file needs more than 1.1 times the memory of its first
-half: then memory grows with the file. Linux only.
+file, and a thread samples its memory. ``anonymous`` is memory that the process allocated beyond that in use before. The
+script fails if the whole run of the largest file needs more than 1.1 times the memory of its first half: then memory
+grows with the file. Linux only.
 """
 
 from __future__ import annotations
